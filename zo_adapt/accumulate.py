@@ -1,0 +1,197 @@
+"""``out <- decay * source + sum_k c_k z(s_k)`` over many tensors: the one place where noise is added.
+
+fp32 arithmetic, terms in order, one rounding to the tensor's dtype at the end. On the CPU the work
+goes in chunks that stay in the cache, over the cores for large tensors; on other devices small
+tensors share one evaluation of the generator. Extra memory: a chunk (CPU), or at most ``BUCKET``
+elements (elsewhere); never a vector of the view's size.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt import philox
+from zo_adapt.noise import DIRECTION_STREAM, Noise
+
+CHUNK = 1 << 16
+"""Elements worked on at a time on the CPU: 256 KiB of fp32 stay in the second-level cache."""
+SPAN = 16 * CHUNK
+"""Elements that one thread of the CPU works through."""
+BUCKET = 1 << 22
+"""Elements of noise made at a time on other devices."""
+
+
+class Job(NamedTuple):
+    """One tensor's share: ``out <- decay * source + sum c z(seed, key)``.
+
+    Args:
+        out: Where the result goes; may be ``source`` itself.
+        source: The weights.
+        key: The tensor's noise key.
+        terms: (seed, coefficient) pairs.
+    """
+
+    out: Tensor
+    source: Tensor
+    key: int
+    terms: Sequence[tuple[int, float]]
+
+
+def accumulate(noise: Noise, jobs: Iterable[Job], decay: float = 1.0) -> None:
+    """Run every job; tensors may differ in device, dtype and memory layout."""
+    with torch.no_grad():
+        rows = [_row_major(job) for job in jobs]
+        on_cpu = [row for row in rows if row.out.device.type == "cpu"]
+        elsewhere = [row for row in rows if row.out.device.type != "cpu"]
+        _run_cpu(noise, on_cpu, decay)
+        for bucket in _buckets(elsewhere):
+            _run_bucket(noise, bucket, decay)
+        for row in rows:
+            if row.strided is not None:
+                row.strided.copy_(row.out.view(row.strided.shape))
+
+
+class _Row(NamedTuple):
+    """A job on flat, contiguous tensors; ``strided`` is where a result of other layout must go."""
+
+    out: Tensor
+    source: Tensor
+    key: int
+    terms: Sequence[tuple[int, float]]
+    strided: Tensor | None = None
+
+
+def _row_major(job: Job) -> _Row:
+    # Elements are numbered in row-major order, whatever the memory layout.
+    source = job.source.reshape(-1)
+    if job.out.is_contiguous():
+        return _Row(job.out.view(-1), source, job.key, job.terms)
+    return _Row(torch.empty_like(source), source, job.key, job.terms, job.out)
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _run_cpu(noise: Noise, rows: Sequence[_Row], decay: float) -> None:
+    large = [row for row in rows if row.out.numel() > SPAN]
+    for row in rows:
+        if row.out.numel() <= SPAN:
+            _run_span(noise, row, decay, 0, row.out.numel())
+    futures = [
+        _pool().submit(_run_span, noise, row, decay, start, min(start + SPAN, row.out.numel()))
+        for row in large
+        for start in range(0, row.out.numel(), SPAN)
+    ]
+    for future in futures:
+        future.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="zo_adapt-noise")
+
+
+@torch.no_grad()  # A thread of the pool has an autograd mode of its own.
+def _run_span(noise: Noise, row: _Row, decay: float, start: int, stop: int) -> None:
+    for first in range(start, stop, CHUNK):
+        part = slice(first, min(first + CHUNK, stop))
+        _run_chunk(noise, row, decay, first // noise.per_block, row.out[part], row.source[part])
+
+
+def _run_chunk(
+    noise: Noise, row: _Row, decay: float, block: int, out: Tensor, source: Tensor
+) -> None:
+    in_place = out.dtype == _arithmetic(out.dtype)
+    if in_place and out.data_ptr() != source.data_ptr():
+        out.copy_(source)
+    total = (out if in_place else source.to(_arithmetic(out.dtype))).detach().numpy()
+    scalar = total.dtype.type
+    if decay != 1.0:
+        total *= scalar(decay)
+    blocks = -(-total.size // noise.per_block)
+    for seed, coefficient in row.terms:
+        words = philox.words_numpy(seed, row.key, DIRECTION_STREAM, block, blocks)
+        z = noise.from_numpy_words(words)[: total.size]
+        total += z * scalar(coefficient)
+    if not in_place:
+        out.copy_(torch.from_numpy(total))
+
+
+def _buckets(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows of one device, at most ``BUCKET`` elements together (or one larger row alone)."""
+    bucket: list[_Row] = []
+    for row in rows:
+        full = sum(r.out.numel() for r in bucket) + row.out.numel() > BUCKET
+        if bucket and (full or row.out.device != bucket[0].out.device):
+            yield bucket
+            bucket = []
+        bucket.append(row)
+    if bucket:
+        yield bucket
+
+
+def _run_bucket(noise: Noise, bucket: Sequence[_Row], decay: float) -> None:
+    longest = max(row.out.numel() for row in bucket)
+    for start in range(0, longest, BUCKET):
+        _run_slices(noise, bucket, decay, start, min(start + BUCKET, longest))
+
+
+def _run_slices(
+    noise: Noise, bucket: Sequence[_Row], decay: float, start: int, stop: int
+) -> None:
+    device = bucket[0].out.device
+    outs = [row.out[start:stop] for row in bucket]
+    totals = [row.source[start:stop].to(_arithmetic(row.out.dtype), copy=True) for row in bucket]
+    if decay != 1.0:
+        torch._foreach_mul_(totals, decay)
+    for seed, members in _by_seed(bucket).items():
+        sizes = [totals[i].numel() for i, _ in members]
+        keys = [bucket[i].key for i, _ in members]
+        z = _noise_of(noise, seed, keys, sizes, start, device)
+        parts = [part.to(totals[i].dtype) for part, (i, _) in zip(z, members, strict=True)]
+        torch._foreach_mul_(parts, [coefficient for _, coefficient in members])
+        torch._foreach_add_([totals[i] for i, _ in members], parts)
+    torch._foreach_copy_(outs, totals)
+
+
+def _by_seed(bucket: Sequence[_Row]) -> dict[int, list[tuple[int, float]]]:
+    """seed -> (row, coefficient), so that rows which share a direction share a launch."""
+    members: dict[int, list[tuple[int, float]]] = {}
+    for index, row in enumerate(bucket):
+        for seed, coefficient in row.terms:
+            members.setdefault(seed, []).append((index, coefficient))
+    return members
+
+
+def _noise_of(
+    noise: Noise,
+    seed: int,
+    keys: Sequence[int],
+    sizes: Sequence[int],
+    start: int,
+    device: torch.device,
+) -> list[Tensor]:
+    key, number = _lanes(tuple(keys), tuple(sizes), start // noise.per_block, noise.per_block, device)
+    values = noise.from_torch_words(philox.words_torch(seed, key, DIRECTION_STREAM, number))
+    padded = [-(-size // noise.per_block) * noise.per_block for size in sizes]
+    return [part[:size] for part, size in zip(values.split(padded), sizes, strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _lanes(
+    keys: tuple[int, ...], sizes: tuple[int, ...], block: int, per_block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Key and block number of every block of several tensors, laid end to end."""
+    counts = torch.tensor([-(-size // per_block) for size in sizes], device=device)
+    signed = torch.tensor([philox.signed(key) for key in keys], device=device)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return (
+        torch.repeat_interleave(signed, counts),
+        torch.arange(len(first), device=device) - first + block,
+    )

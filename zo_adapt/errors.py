@@ -1,0 +1,49 @@
+"""The named errors and warnings. Each message gives the value, the allowed range and the way out."""
+
+
+class ZOError(Exception):
+    """Base of every error that zo_adapt raises on purpose."""
+
+
+class ViewError(ZOError, ValueError):
+    """The parameter view cannot be tuned (empty, integer, quantised, on the meta device, not finite)."""
+
+
+class NoMatchingParameterError(ViewError):
+    """A pattern matches no parameter; the message lists near names."""
+
+
+class AdapterError(ViewError):
+    """A peft adapter is merged or disabled: perturbing it would not change the model's output."""
+
+
+class TermError(ZOError, ValueError):
+    """A term has a seed, coefficient or group outside its range."""
+
+
+class OptionError(ZOError, ValueError):
+    """A hyper-parameter is outside its range."""
+
+
+class PerturbationError(OptionError):
+    """The perturbation is smaller than the resolution of the tensors' dtype."""
+
+
+class DataError(ZOError, ValueError):
+    """The data cannot supply the batches asked for."""
+
+
+class DropoutError(ZOError, RuntimeError):
+    """Dropout is active: the two points of an estimate would differ by more than the direction."""
+
+
+class ObjectiveError(ZOError, ValueError):
+    """The objective returned something other than a scalar or one value per example."""
+
+
+class NonFiniteObjectiveError(ObjectiveError):
+    """The objective returned NaN or infinity; the weights are those of the last good step."""
+
+
+class FlatObjectiveWarning(UserWarning):
+    """Both points of the estimate gave the same loss many times in a row: nothing is learned."""

@@ -1,0 +1,176 @@
+"""How a gradient estimate is formed: probes out, evaluations in, terms of the estimate out.
+
+With K directions z_k and their batches B_k (the same batch for all, or one batch split in K):
+
+    two-sided (SPSA, MeZO eq. 1, MeZO-SVRG eq. 1 and 2)
+        g = 1/K sum_k [f_{B_k}(theta + mu z_k) - f_{B_k}(theta - mu z_k)] / (2 mu)  z_k
+    one-sided, with a shared base point
+        g = 1/K sum_k [f_{B_k}(theta + mu z_k) - f_{B_k}(theta)] / mu  z_k
+
+E g = grad f + O(mu^2) two-sided, O(mu) one-sided; the two-sided one is exact on quadratics.
+Queries on a batch of b rows: 2b per direction of its own; (K + 1) b one-sided with K directions.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from zo_adapt.data import Batch
+from zo_adapt.objective import Evaluation, Probe, mean_value
+from zo_adapt.term import Term, Terms, Update, coalesced, scaled
+from zo_adapt.view import Group
+
+
+class Point(NamedTuple):
+    """A place, seen from another: decay * theta + terms."""
+
+    terms: Terms = ()
+    decay: float = 1.0
+
+    def then(self, update: Update) -> "Point":
+        """The place after one more update."""
+        return Point(
+            coalesced((*scaled(self.terms, update.decay), *update.terms)),
+            self.decay * update.decay,
+        )
+
+    def inverse(self) -> "Point":
+        """Where this place was measured from, seen from this place."""
+        return Point(scaled(self.terms, -1.0 / self.decay), 1.0 / self.decay)
+
+
+HERE = Point()
+
+
+class Estimate(NamedTuple):
+    """A gradient estimate.
+
+    Args:
+        terms: The vector, as sum_k c_k z(s_k).
+        projected: Projected gradients, one per direction.
+        value: Mean loss at the point (no probe of its own: the mean of the pair, or the base).
+    """
+
+    terms: Terms
+    projected: tuple[float, ...]
+    value: float
+
+
+class Estimator(Protocol):
+    """Forms a gradient estimate from evaluations at perturbed points."""
+
+    def probes(
+        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
+    ) -> list[Probe]:
+        """The questions to ask; direction k is evaluated on batch k."""
+
+    def estimate(
+        self,
+        seeds: Sequence[int],
+        batches: Sequence[Batch],
+        groups: Sequence[Group],
+        evaluations: Sequence[Evaluation],
+    ) -> Estimate:
+        """The estimate from the answers, in the order of the questions."""
+
+
+class TwoSided:
+    """The two-point estimate of SPSA.
+
+    Args:
+        perturbation_scale: mu, in the parameters' units; > 0.
+    """
+
+    def __init__(self, perturbation_scale: float) -> None:
+        self.mu = perturbation_scale
+
+    def probes(
+        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
+    ) -> list[Probe]:
+        return [
+            _probe(at, direction(seed, sign * self.mu, groups), batch)
+            for seed, batch in zip(seeds, batches, strict=True)
+            for sign in (1.0, -1.0)
+        ]
+
+    def estimate(
+        self,
+        seeds: Sequence[int],
+        batches: Sequence[Batch],
+        groups: Sequence[Group],
+        evaluations: Sequence[Evaluation],
+    ) -> Estimate:
+        plus, minus = evaluations[::2], evaluations[1::2]
+        projected = [
+            (up.value - down.value) / (2 * self.mu) for up, down in zip(plus, minus, strict=True)
+        ]
+        sizes = [len(batch) for batch in batches]
+        value = (mean_value(plus, sizes) + mean_value(minus, sizes)) / 2
+        return Estimate(gradient(seeds, projected, groups), tuple(projected), value)
+
+
+class OneSided:
+    """The forward difference; directions on the same batch share its base point.
+
+    Args:
+        perturbation_scale: mu, in the parameters' units; > 0.
+    """
+
+    def __init__(self, perturbation_scale: float) -> None:
+        self.mu = perturbation_scale
+
+    def probes(
+        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
+    ) -> list[Probe]:
+        base = [_probe(at, (), batch) for batch in _distinct(batches)]
+        return base + [
+            _probe(at, direction(seed, self.mu, groups), batch)
+            for seed, batch in zip(seeds, batches, strict=True)
+        ]
+
+    def estimate(
+        self,
+        seeds: Sequence[int],
+        batches: Sequence[Batch],
+        groups: Sequence[Group],
+        evaluations: Sequence[Evaluation],
+    ) -> Estimate:
+        distinct = _distinct(batches)
+        base = dict(zip(map(id, distinct), evaluations, strict=False))
+        projected = [
+            (up.value - base[id(batch)].value) / self.mu
+            for up, batch in zip(evaluations[len(distinct) :], batches, strict=True)
+        ]
+        value = mean_value(evaluations[: len(distinct)], [len(batch) for batch in distinct])
+        return Estimate(gradient(seeds, projected, groups), tuple(projected), value)
+
+
+def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
+    """coefficient * z(seed), each group by its own perturbation_scale."""
+    if len(groups) == 1:
+        return (Term(seed, coefficient),)
+    return tuple(
+        Term(seed, coefficient * group.perturbation_scale, index)
+        for index, group in enumerate(groups)
+    )
+
+
+def gradient(
+    seeds: Sequence[int], projected: Sequence[float], groups: Sequence[Group]
+) -> Terms:
+    """1/K sum_k p_k z_k, unbiased in every group: a direction stretched by s gives p = s z.grad."""
+    share = 1.0 / len(seeds)
+    if len(groups) == 1:
+        return tuple(Term(s, p * share) for s, p in zip(seeds, projected, strict=True))
+    return tuple(
+        Term(seed, p * share / group.perturbation_scale, index)
+        for seed, p in zip(seeds, projected, strict=True)
+        for index, group in enumerate(groups)
+    )
+
+
+def _probe(at: Point, terms: Terms, batch: Batch) -> Probe:
+    return Probe(coalesced((*at.terms, *terms)), batch, at.decay)
+
+
+def _distinct(batches: Iterable[Batch]) -> list[Batch]:
+    return list({id(batch): batch for batch in batches}.values())

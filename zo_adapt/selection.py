@@ -1,0 +1,133 @@
+"""Which parameters a view exposes: by pattern, by depth, or all. No model is known by its name."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from zo_adapt.errors import NoMatchingParameterError, OptionError, ViewError
+
+Parameters = dict[str, nn.Parameter]
+
+
+def trainable(model: nn.Module) -> Parameters:
+    """Every parameter that requires a gradient, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def matching(model: nn.Module, pattern: str) -> Parameters:
+    """Every parameter whose name the regular expression finds.
+
+    Raises:
+        NoMatchingParameterError: Nothing matches; near names are listed.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = set(names_matching(names, pattern))
+    return {name: p for name, p in model.named_parameters() if name in found}
+
+
+def names_matching(names: list[str], pattern: str) -> list[str]:
+    """The names that a regular expression finds, in order.
+
+    Raises:
+        NoMatchingParameterError: Nothing matches, or the expression is not one.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise NoMatchingParameterError(
+            f"{pattern!r} is not a regular expression: {error}"
+        ) from error
+    found = [name for name in names if expression.search(name)]
+    if not found:
+        parts = {part for name in names for part in (name, name.rsplit(".", 1)[0], *name.split("."))}
+        near = difflib.get_close_matches(pattern, sorted(parts), n=5, cutoff=0.3) or names[:5]
+        raise NoMatchingParameterError(
+            f"pattern {pattern!r} matches none of {len(names)} parameters; near names: {near}"
+        )
+    return found
+
+
+def last_layers(model: nn.Module, n: int, head: bool) -> Parameters:
+    """The last ``n`` of the model's repeated blocks and, with ``head``, what comes after them.
+
+    Raises:
+        ViewError: The model has no list of repeated blocks.
+        OptionError: ``n`` is outside 0 .. number of blocks, or nothing would be selected.
+    """
+    path, blocks = _block_list(model)
+    if not 0 <= n <= len(blocks) or (n == 0 and not head):
+        raise OptionError(
+            f"n={n} layers of {len(blocks)} in {path!r}; choose 1..{len(blocks)} (0 with a head)"
+        )
+    chosen = [f"{path}.{index}" for index in range(len(blocks) - n, len(blocks))]
+    if head:
+        chosen += _after(model, path)
+    prefixes = tuple(f"{name}." for name in chosen)
+    before = _tied_outside(model, prefixes)
+    return {
+        name: p
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name.startswith(prefixes) and id(p) not in before
+    }
+
+
+def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of modules of one class that holds the most parameters: the transformer's blocks."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+    ]
+    if not lists:
+        raise ViewError(
+            f"{type(model).__name__} has no list of repeated layers; "
+            "use ParameterView.matching(model, pattern)"
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _after(model: nn.Module, path: str) -> list[str]:
+    """Modules that run after the blocks: at every level from the list up, the later siblings.
+
+    A final norm may be registered before the list (OPT does so): where no later sibling holds a
+    parameter, an earlier one with vectors only (a norm) counts as the final one.
+    """
+    names: list[str] = []
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        parent = ".".join(parts[:depth])
+        siblings = list(model.get_submodule(parent).named_children())
+        here = [name for name, _ in siblings].index(parts[depth])
+        later = [name for name, module in siblings[here + 1 :] if _holds_parameters(module)]
+        if not later and depth == len(parts) - 1:
+            later = [name for name, module in siblings[:here] if _is_norm(module)]
+        names += [f"{parent}.{name}" if parent else name for name in later]
+    return names
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    sizes = [p.dim() for p in module.parameters()]
+    return bool(sizes) and max(sizes) == 1
+
+
+def _tied_outside(model: nn.Module, prefixes: tuple[str, ...]) -> set[int]:
+    """Parameters that modules outside the selection use too, such as an embedding tied to a head."""
+    return {
+        id(p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(prefixes)
+    }
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every place where a parameter is registered: module path, module, attribute, parameter."""
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield path, module, attribute, parameter

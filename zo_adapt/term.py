@@ -1,0 +1,84 @@
+"""Terms: the one representation of estimates, updates, snapshots and log lines.
+
+A direction is never stored, it is a seed. A tuple of terms ``(seed, coefficient)`` stands for the
+vector ``sum_k coefficient_k * z(seed_k)`` over the parameters of a view.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from zo_adapt.errors import TermError
+
+SEED_LIMIT = 2**64
+
+
+class Term(NamedTuple):
+    """``coefficient * z(seed)``, over the whole view or over one group of it.
+
+    Args:
+        seed: Names the direction z(seed); 0 <= seed < 2**64.
+        coefficient: What the direction is multiplied by, in the parameters' units.
+        group: Restricts the direction to one group of the view (its index); None is the whole view.
+
+    Example:
+        >>> Term(seed=1, coefficient=1e-3)
+        Term(seed=1, coefficient=0.001, group=None)
+    """
+
+    seed: int
+    coefficient: float
+    group: int | None = None
+
+
+Terms = tuple[Term, ...]
+
+
+class Update(NamedTuple):
+    """One step: ``theta <- decay * theta + sum_k c_k z(s_k)``.
+
+    Args:
+        terms: The direction moved, learning rate and sign included.
+        decay: Factor on the weights themselves (decoupled weight decay); 1.0 is none.
+    """
+
+    terms: Terms
+    decay: float = 1.0
+
+
+def scaled(terms: Iterable[Term], factor: float) -> Terms:
+    """Multiply every coefficient by ``factor``."""
+    return tuple(term._replace(coefficient=term.coefficient * factor) for term in terms)
+
+
+def coalesced(terms: Iterable[Term]) -> Terms:
+    """Sum the coefficients of equal directions, so that a long list of updates stays short.
+
+    Args:
+        terms: Any terms; those with equal (seed, group) become one, in order of first appearance.
+
+    Example:
+        >>> coalesced([Term(1, 0.5), Term(2, 1.0), Term(1, 0.25)])
+        (Term(seed=1, coefficient=0.75, group=None), Term(seed=2, coefficient=1.0, group=None))
+    """
+    total: dict[tuple[int, int | None], float] = {}
+    for seed, coefficient, group in terms:
+        total[seed, group] = total.get((seed, group), 0.0) + coefficient
+    return tuple(Term(seed, value, group) for (seed, group), value in total.items())
+
+
+def check_terms(terms: Iterable[Term], groups: int) -> Terms:
+    """Return the terms as a tuple after checking their ranges.
+
+    Raises:
+        TermError: A seed outside [0, 2**64), a coefficient that is not finite, an unknown group.
+    """
+    checked = tuple(Term(*term) for term in terms)
+    for term in checked:
+        if not 0 <= term.seed < SEED_LIMIT:
+            raise TermError(f"seed {term.seed} is outside 0 <= seed < 2**64")
+        if not math.isfinite(term.coefficient):
+            raise TermError(f"coefficient {term.coefficient} of seed {term.seed} is not finite")
+        if term.group is not None and not 0 <= term.group < groups:
+            raise TermError(f"group {term.group} is not one of the view's groups 0..{groups - 1}")
+    return checked

@@ -1,0 +1,302 @@
+"""ParameterView: the tensors that may change, and the only code that changes them."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from zo_adapt import selection
+from zo_adapt.accumulate import Job, accumulate
+from zo_adapt.adapters import check_adapters
+from zo_adapt.errors import OptionError, ViewError
+from zo_adapt.noise import noise_named, tensor_key
+from zo_adapt.shifting import Layerwise, copied
+from zo_adapt.term import Term, Update, check_terms
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ADAPTER_BYTES = 64 * 2**20
+"""Up to here a view is shifted by way of a copy; above it, module by module."""
+
+
+class Group(NamedTuple):
+    """A part of a view with its own step, as in torch.optim's parameter groups.
+
+    Both numbers multiply what the optimizer uses for the rest of the view.
+
+    Args:
+        pattern: Regular expression over the names of the view's tensors.
+        lr: Factor on the learning rate.
+        perturbation_scale: Factor on the perturbation.
+
+    Example:
+        >>> Group(r"classifier", lr=10.0)
+        Group(pattern='classifier', lr=10.0, perturbation_scale=1.0)
+    """
+
+    pattern: str
+    lr: float = 1.0
+    perturbation_scale: float = 1.0
+
+
+class ParameterView:
+    """An ordered mapping name -> live tensor: what an optimizer may change, and nothing else.
+
+    ``shifted(terms)`` computes at theta + sum_k c_k z(s_k) and restores every bit; ``apply(update)``
+    moves theta for good. Tensors outside the view are never written.
+
+    Memory: while shifted, either a copy of the view (``scratch="copy"``) or the largest module's
+    parameters (``scratch="layer"``; the live weights are then never written); "auto" takes the copy
+    up to 64 MiB and for views without a model. ``apply`` needs no copy.
+
+    Args:
+        tensors: Names and live tensors of dtype fp32, fp16, bf16 or fp64; a tensor that appears
+            under several names counts once. Several devices are fine.
+        model: The model that owns them; None for plain tensors.
+        noise: "gaussian" (the paper's) or "rademacher".
+        groups: Parts with their own step; the first matching pattern wins.
+        scratch: "auto", "copy" or "layer".
+
+    Raises:
+        ViewError: No tensors; an integer, quantised, meta or self-overlapping tensor.
+        NoMatchingParameterError: A group's pattern matches nothing.
+        AdapterError: The model's peft adapter is merged or disabled.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> view = ParameterView({"x": x}, noise="rademacher")
+        >>> with view.shifted([Term(seed=1, coefficient=0.5)]):
+        ...     print(x)
+        tensor([ 0.5000,  0.5000, -0.5000])
+        >>> x
+        tensor([0., 0., 0.])
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        model: nn.Module | None = None,
+        noise: str = "gaussian",
+        groups: Sequence[Group] = (),
+        scratch: Literal["auto", "copy", "layer"] = "auto",
+    ) -> None:
+        self.tensors = _distinct(tensors)
+        self.model = model
+        self.noise = noise_named(noise)
+        self._keys = {name: tensor_key(name) for name in self.tensors}
+        self.groups, self._group_of = _assign_groups(list(self.tensors), groups)
+        if scratch not in ("auto", "copy", "layer"):
+            raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
+        if scratch == "layer" and model is None:
+            raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
+        large = model is not None and self.nbytes > ADAPTER_BYTES
+        by_layer = scratch == "layer" or (scratch == "auto" and large)
+        self._layerwise = Layerwise(model, self.tensors) if model and by_layer else None
+        self.check_adapters()
+
+    @classmethod
+    def trainable(cls, model: nn.Module, **options: object) -> Self:
+        """Every tensor with ``requires_grad``: any peft adapter with its ``modules_to_save``.
+
+        Args:
+            model: Any torch module.
+            options: ``noise``, ``groups``, ``scratch`` of the constructor.
+
+        Raises:
+            ViewError: No parameter requires a gradient.
+        """
+        return cls(selection.trainable(model), model=model, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def matching(cls, model: nn.Module, pattern: str, **options: object) -> Self:
+        """Every parameter whose name a regular expression finds (``re.search``).
+
+        Raises:
+            NoMatchingParameterError: Nothing matches; near names are listed.
+        """
+        return cls(selection.matching(model, pattern), model=model, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def last_layers(
+        cls, model: nn.Module, n: int, head: bool = True, **options: object
+    ) -> Self:
+        """The last ``n`` transformer blocks and, with ``head``, all that runs after them.
+
+        A head that is tied to the input embedding belongs to the embedding and is left out.
+
+        Raises:
+            OptionError: ``n`` is larger than the number of blocks, or nothing is selected.
+            ViewError: The model has no list of repeated blocks.
+        """
+        return cls(selection.last_layers(model, n, head), model=model, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def full(cls, model: nn.Module, **options: object) -> Self:
+        """Every parameter of the model, tied ones once."""
+        return cls(dict(model.named_parameters()), model=model, **options)  # type: ignore[arg-type]
+
+    @property
+    def numel(self) -> int:
+        """Number of scalars d."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @contextmanager
+    def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
+        """Inside, the model computes at ``decay * theta + sum_k c_k z(s_k)``.
+
+        Afterwards every tensor is bit-identical to before, also when the body raises or is
+        interrupted.
+
+        Args:
+            terms: Seeds and coefficients; empty is theta itself.
+            decay: Factor on theta.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+        """
+        checked = check_terms(terms, len(self.groups))
+        if not checked and decay == 1.0:
+            yield
+            return
+
+        def write(outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+            self._accumulate(outs, sources, checked, decay)
+
+        way = self._layerwise.shifted(write) if self._layerwise else copied(self.tensors, write)
+        with way:
+            yield
+
+    def apply(self, update: Update) -> None:
+        """theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+        """
+        checked = check_terms(update.terms, len(self.groups))
+        if checked or update.decay != 1.0:
+            self._accumulate(self.tensors, self.tensors, checked, update.decay)
+
+    def _accumulate(
+        self,
+        outs: Mapping[str, Tensor],
+        sources: Mapping[str, Tensor],
+        terms: Sequence[Term],
+        decay: float,
+    ) -> None:
+        share = {
+            index: [(t.seed, t.coefficient) for t in terms if t.group in (None, index)]
+            for index in range(len(self.groups))
+        }
+        jobs = [
+            Job(outs[name], source, self._keys[name], share[self._group_of[name]])
+            for name, source in sources.items()
+        ]
+        accumulate(self.noise, jobs, decay)
+
+    def group_of(self, name: str) -> Group:
+        """The group that a tensor of the view belongs to."""
+        return self.groups[self._group_of[name]]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the tensors (never references); costs the view's bytes."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Write a snapshot back into the live tensors."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(snapshot[name])
+
+    def fingerprint(self) -> str:
+        """sha256 of names, shapes, dtypes, noise and groups: which view this is."""
+        rows = [
+            (name, list(tensor.shape), str(tensor.dtype), self._group_of[name])
+            for name, tensor in self.tensors.items()
+        ]
+        text = json.dumps([self.noise.name, [list(group) for group in self.groups], rows])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def hash(self) -> str:
+        """sha256 of the tensors' bits in row-major order: which weights these are."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def check_adapters(self) -> None:
+        """Refuse a merged or disabled peft adapter.
+
+        Raises:
+            AdapterError: Names the module and the call that mends it.
+        """
+        if self.model is not None:
+            check_adapters(self.model)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinite weights.
+
+        Raises:
+            ViewError: Names the first such tensor.
+        """
+        for name, tensor in self.tensors.items():
+            if not bool(torch.isfinite(tensor.detach()).all()):
+                raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without repetitions, after checking that each can be tuned."""
+    distinct: dict[str, Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place not in seen:
+            seen.add(place)
+            distinct[name] = tensor
+    if not distinct:
+        raise ViewError(
+            "the view holds no tensors; give the model an adapter (peft.get_peft_model), set "
+            "requires_grad on the parameters to tune, or use ParameterView.full(model)"
+        )
+    return distinct
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
+    if tensor.is_meta:
+        raise ViewError(f"{name!r} is on the meta device: it has no values; load the weights first")
+    if tensor.dtype not in DTYPES or tensor.is_quantized or tensor.layout != torch.strided:
+        raise ViewError(
+            f"{name!r} has dtype {tensor.dtype} ({tensor.layout}); a view tunes dense float32, "
+            "float16, bfloat16 or float64. Leave integer and quantised weights frozen and tune an "
+            "adapter: ParameterView.trainable(model)"
+        )
+    if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ViewError(f"{name!r} is an expanded tensor (stride 0); give view its own .clone()")
+
+
+def _assign_groups(
+    names: list[str], groups: Sequence[Group]
+) -> tuple[tuple[Group, ...], dict[str, int]]:
+    """The groups, that of the rest last, and the group index of every tensor."""
+    if not groups:
+        return (Group(""),), dict.fromkeys(names, 0)
+    index: dict[str, int] = {}
+    for position, group in enumerate(groups):
+        if not (group.lr >= 0 and group.perturbation_scale > 0):
+            raise OptionError(f"{group}: lr must be >= 0 and perturbation_scale > 0")
+        for name in selection.names_matching(names, group.pattern):
+            index.setdefault(name, position)
+    rest = len(groups)
+    return (*groups, Group("")), {name: index.get(name, rest) for name in names}
