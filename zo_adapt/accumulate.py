@@ -6,7 +6,8 @@ tensors share one evaluation of the generator. Extra memory: a chunk (CPU), or a
 elements (elsewhere); never a vector of the view's size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Job(NamedTuple):
         out: Where the result goes; may be ``source`` itself.
         source: The weights.
         key: The tensor's noise key.
-        terms: (seed, coefficient) pairs.
+        terms: (seed, coefficient) pairs, each seed once.
     """
 
     out: Tensor
@@ -49,14 +50,15 @@ def accumulate(noise: Noise, jobs: Iterable[Job], decay: float = 1.0) -> None:
         on_cpu = [row for row in rows if row.out.device.type == "cpu"]
         elsewhere = [row for row in rows if row.out.device.type != "cpu"]
         _run_cpu(noise, on_cpu, decay)
-        for bucket in _buckets(elsewhere):
-            _run_bucket(noise, bucket, decay)
+        for device, dtype in {(row.out.device, row.out.dtype) for row in elsewhere}:
+            same = [r for r in elsewhere if (r.out.device, r.out.dtype) == (device, dtype)]
+            _elsewhere(device)(noise, same, decay)
         for row in rows:
             if row.strided is not None:
                 row.strided.copy_(row.out.view(row.strided.shape))
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A job on flat, contiguous tensors; ``strided`` is where a result of other layout must go."""
 
     out: Tensor
@@ -66,19 +68,20 @@ class _Row(NamedTuple):
     strided: Tensor | None = None
 
 
-def _row_major(job: Job) -> _Row:
+def _row_major(job: Job) -> Row:
     # Elements are numbered in row-major order, whatever the memory layout.
     source = job.source.reshape(-1)
     if job.out.is_contiguous():
-        return _Row(job.out.view(-1), source, job.key, job.terms)
-    return _Row(torch.empty_like(source), source, job.key, job.terms, job.out)
+        return Row(job.out.view(-1), source, job.key, job.terms)
+    return Row(torch.empty_like(source), source, job.key, job.terms, job.out)
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are made in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run_cpu(noise: Noise, rows: Sequence[_Row], decay: float) -> None:
+def _run_cpu(noise: Noise, rows: Sequence[Row], decay: float) -> None:
     large = [row for row in rows if row.out.numel() > SPAN]
     for row in rows:
         if row.out.numel() <= SPAN:
@@ -98,19 +101,19 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @torch.no_grad()  # A thread of the pool has an autograd mode of its own.
-def _run_span(noise: Noise, row: _Row, decay: float, start: int, stop: int) -> None:
+def _run_span(noise: Noise, row: Row, decay: float, start: int, stop: int) -> None:
     for first in range(start, stop, CHUNK):
         part = slice(first, min(first + CHUNK, stop))
         _run_chunk(noise, row, decay, first // noise.per_block, row.out[part], row.source[part])
 
 
 def _run_chunk(
-    noise: Noise, row: _Row, decay: float, block: int, out: Tensor, source: Tensor
+    noise: Noise, row: Row, decay: float, block: int, out: Tensor, source: Tensor
 ) -> None:
-    in_place = out.dtype == _arithmetic(out.dtype)
+    in_place = out.dtype == arithmetic(out.dtype)
     if in_place and out.data_ptr() != source.data_ptr():
         out.copy_(source)
-    total = (out if in_place else source.to(_arithmetic(out.dtype))).detach().numpy()
+    total = (out if in_place else source.to(arithmetic(out.dtype))).detach().numpy()
     scalar = total.dtype.type
     if decay != 1.0:
         total *= scalar(decay)
@@ -123,9 +126,28 @@ def _run_chunk(
         out.copy_(torch.from_numpy(total))
 
 
-def _buckets(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+Run = Callable[[Noise, Sequence[Row], float], None]
+
+
+@cache
+def _elsewhere(device: torch.device) -> Run:
+    """The fused kernel where Triton runs, else the reference in torch operations."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from zo_adapt.triton_accumulate import accumulate_fused
+
+        return accumulate_fused
+    return accumulate_reference
+
+
+def accumulate_reference(noise: Noise, rows: Sequence[Row], decay: float) -> None:
+    """The same numbers from torch operations, on any device."""
+    for bucket in _buckets(rows):
+        _run_bucket(noise, bucket, decay)
+
+
+def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Rows of one device, at most ``BUCKET`` elements together (or one larger row alone)."""
-    bucket: list[_Row] = []
+    bucket: list[Row] = []
     for row in rows:
         full = sum(r.out.numel() for r in bucket) + row.out.numel() > BUCKET
         if bucket and (full or row.out.device != bucket[0].out.device):
@@ -136,18 +158,16 @@ def _buckets(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         yield bucket
 
 
-def _run_bucket(noise: Noise, bucket: Sequence[_Row], decay: float) -> None:
+def _run_bucket(noise: Noise, bucket: Sequence[Row], decay: float) -> None:
     longest = max(row.out.numel() for row in bucket)
     for start in range(0, longest, BUCKET):
         _run_slices(noise, bucket, decay, start, min(start + BUCKET, longest))
 
 
-def _run_slices(
-    noise: Noise, bucket: Sequence[_Row], decay: float, start: int, stop: int
-) -> None:
+def _run_slices(noise: Noise, bucket: Sequence[Row], decay: float, start: int, stop: int) -> None:
     device = bucket[0].out.device
     outs = [row.out[start:stop] for row in bucket]
-    totals = [row.source[start:stop].to(_arithmetic(row.out.dtype), copy=True) for row in bucket]
+    totals = [row.source[start:stop].to(arithmetic(row.out.dtype), copy=True) for row in bucket]
     if decay != 1.0:
         torch._foreach_mul_(totals, decay)
     for seed, members in _by_seed(bucket).items():
@@ -160,7 +180,7 @@ def _run_slices(
     torch._foreach_copy_(outs, totals)
 
 
-def _by_seed(bucket: Sequence[_Row]) -> dict[int, list[tuple[int, float]]]:
+def _by_seed(bucket: Sequence[Row]) -> dict[int, list[tuple[int, float]]]:
     """seed -> (row, coefficient), so that rows which share a direction share a launch."""
     members: dict[int, list[tuple[int, float]]] = {}
     for index, row in enumerate(bucket):
@@ -177,7 +197,9 @@ def _noise_of(
     start: int,
     device: torch.device,
 ) -> list[Tensor]:
-    key, number = _lanes(tuple(keys), tuple(sizes), start // noise.per_block, noise.per_block, device)
+    key, number = _lanes(
+        tuple(keys), tuple(sizes), start // noise.per_block, noise.per_block, device
+    )
     values = noise.from_torch_words(philox.words_torch(seed, key, DIRECTION_STREAM, number))
     padded = [-(-size // noise.per_block) * noise.per_block for size in sizes]
     return [part[:size] for part, size in zip(values.split(padded), sizes, strict=True)]

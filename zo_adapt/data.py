@@ -45,7 +45,9 @@ class TensorRows:
         self._tensors = tensors
         lengths = {len(tensor) for tensor in _leaves(tensors)}
         if len(lengths) != 1:
-            raise DataError(f"the tensors have {sorted(lengths)} rows; all must have the same number")
+            raise DataError(
+                f"the tensors have {sorted(lengths)} rows; all must have the same number"
+            )
         self._length = lengths.pop()
 
     def __len__(self) -> int:
@@ -94,7 +96,9 @@ def as_source(data: Any, collate: Collate | None = None) -> Source:
     if all(isinstance(leaf, Tensor | np.ndarray) for leaf in _leaves(data)):
         return TensorRows(data)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise DataError(f"data of type {type(data).__name__} has no length; give a sequence or tensors")
+        raise DataError(
+            f"data of type {type(data).__name__} has no length; give a sequence or tensors"
+        )
     return Examples(data, collate or torch.utils.data.default_collate)
 
 

@@ -154,9 +154,7 @@ def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
     )
 
 
-def gradient(
-    seeds: Sequence[int], projected: Sequence[float], groups: Sequence[Group]
-) -> Terms:
+def gradient(seeds: Sequence[int], projected: Sequence[float], groups: Sequence[Group]) -> Terms:
     """1/K sum_k p_k z_k, unbiased in every group: a direction stretched by s gives p = s z.grad."""
     share = 1.0 / len(seeds)
     if len(groups) == 1:

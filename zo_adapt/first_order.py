@@ -42,7 +42,9 @@ class FirstOrder:
         self._tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}
         groups = [
             {
-                "params": [self._tensors[name] for name in view.tensors if view.group_of(name) is group],
+                "params": [
+                    self._tensors[name] for name in view.tensors if view.group_of(name) is group
+                ],
                 "factor": group.lr,
             }
             for group in view.groups

@@ -172,6 +172,4 @@ def minimize(
                     reason = StopReason.CALLBACK
                     break
     value = history[-1].value if history else math.nan
-    return Result(
-        value, len(history), evaluator.queries, reason, f"{reason}{detail}", history
-    )
+    return Result(value, len(history), evaluator.queries, reason, f"{reason}{detail}", history)

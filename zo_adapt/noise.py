@@ -38,6 +38,9 @@ class Noise(Protocol):
 
     def from_torch_words(self, words: Tensor) -> Tensor: ...
 
+    def levels(self, device: torch.device) -> Tensor:
+        """The values that z takes; a field of the words is an index into them."""
+
 
 def tensor_key(name: str) -> int:
     """The 64-bit key of a tensor: equal shapes with different names get different noise."""
@@ -80,6 +83,9 @@ class Gaussian:
         index = words.T.contiguous().view(torch.int16).flatten().int() & 0xFFFF
         return _gaussian_table(words.device)[index]
 
+    def levels(self, device: torch.device) -> Tensor:
+        return _gaussian_table(device)
+
 
 class Rademacher:
     """+1 or -1 with equal probability: one bit an element.
@@ -100,6 +106,9 @@ class Rademacher:
     def from_torch_words(self, words: Tensor) -> Tensor:
         index = words.T.contiguous().view(torch.uint8).flatten().int()
         return _sign_table(words.device)[index].flatten()
+
+    def levels(self, device: torch.device) -> Tensor:
+        return _sign_table(device)[:2, 0].contiguous()
 
 
 GAUSSIAN = Gaussian()

@@ -177,8 +177,6 @@ class ZerothOrder(ABC):
             )
 
 
-
-
 def positive(name: str, value: float) -> float:
     """``value`` if it is finite and > 0.
 

@@ -101,9 +101,7 @@ class Annealing:
         return self.scale
 
 
-def descent(
-    terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0
-) -> Update:
+def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Update:
     """theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
 
     Nothing moves, not even by the decay, when the estimate is exactly zero: ties are no signal.

@@ -41,7 +41,9 @@ def names_matching(names: list[str], pattern: str) -> list[str]:
         ) from error
     found = [name for name in names if expression.search(name)]
     if not found:
-        parts = {part for name in names for part in (name, name.rsplit(".", 1)[0], *name.split("."))}
+        parts = {
+            part for name in names for part in (name, name.rsplit(".", 1)[0], *name.split("."))
+        }
         near = difflib.get_close_matches(pattern, sorted(parts), n=5, cutoff=0.3) or names[:5]
         raise NoMatchingParameterError(
             f"pattern {pattern!r} matches none of {len(names)} parameters; near names: {near}"

@@ -99,21 +99,15 @@ def _swap_in(
         module._parameters[attribute] = outs[name]  # type: ignore[assignment]
 
 
-def _swap_out(
-    module: nn.Module, *_: object, names: Mapping[str, str], tensors: Tensors
-) -> None:
+def _swap_out(module: nn.Module, *_: object, names: Mapping[str, str], tensors: Tensors) -> None:
     for attribute, name in names.items():
         module._parameters[attribute] = tensors[name]  # type: ignore[assignment]
 
 
-def _plan(
-    model: nn.Module, tensors: Tensors
-) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
+def _plan(model: nn.Module, tensors: Tensors) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
     """Modules with the view's parameters they register, and the names that must be copied."""
     name_of = {id(tensor): name for name, tensor in tensors.items()}
-    bypassed = [
-        path for path, module in model.named_modules() if isinstance(module, _BYPASSING)
-    ]
+    bypassed = [path for path, module in model.named_modules() if isinstance(module, _BYPASSING)]
     modules: dict[nn.Module, dict[str, str]] = {}
     rest: list[str] = []
     for path, module, attribute, parameter in owners(model):

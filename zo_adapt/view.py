@@ -15,7 +15,7 @@ from zo_adapt.adapters import check_adapters
 from zo_adapt.errors import OptionError, ViewError
 from zo_adapt.noise import noise_named, tensor_key
 from zo_adapt.shifting import Layerwise, copied
-from zo_adapt.term import Term, Update, check_terms
+from zo_adapt.term import Term, Update, check_terms, coalesced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADAPTER_BYTES = 64 * 2**20
@@ -121,9 +121,7 @@ class ParameterView:
         return cls(selection.matching(model, pattern), model=model, **options)  # type: ignore[arg-type]
 
     @classmethod
-    def last_layers(
-        cls, model: nn.Module, n: int, head: bool = True, **options: object
-    ) -> Self:
+    def last_layers(cls, model: nn.Module, n: int, head: bool = True, **options: object) -> Self:
         """The last ``n`` transformer blocks and, with ``head``, all that runs after them.
 
         A head that is tied to the input embedding belongs to the embedding and is left out.
@@ -163,7 +161,7 @@ class ParameterView:
         Raises:
             TermError: A seed, coefficient or group outside its range.
         """
-        checked = check_terms(terms, len(self.groups))
+        checked = coalesced(check_terms(terms, len(self.groups)))
         if not checked and decay == 1.0:
             yield
             return
@@ -181,7 +179,7 @@ class ParameterView:
         Raises:
             TermError: A seed, coefficient or group outside its range.
         """
-        checked = check_terms(update.terms, len(self.groups))
+        checked = coalesced(check_terms(update.terms, len(self.groups)))
         if checked or update.decay != 1.0:
             self._accumulate(self.tensors, self.tensors, checked, update.decay)
 

@@ -89,9 +89,7 @@ class ZOSVRG(ZerothOrder):
 
     def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
         count = 2 * len(self._rows)
-        here = self.estimator.estimate(
-            self._seeds, self._rows, self.groups, evaluations[:count]
-        )
+        here = self.estimator.estimate(self._seeds, self._rows, self.groups, evaluations[:count])
         if self.steps % self.snapshot_interval == 0:
             self._snapshot_gradient, self._since = here.terms, HERE
             terms, kind = here.terms, "snapshot"
