@@ -3,6 +3,7 @@
 from zo_adapt.errors import ZOError as ZOError
 from zo_adapt.first_order import SGD as SGD
 from zo_adapt.first_order import Adam as Adam
+from zo_adapt.group import Group as Group
 from zo_adapt.mezo import MeZO as MeZO
 from zo_adapt.mezo_svrg import MeZOSVRG as MeZOSVRG
 from zo_adapt.minimize import Record as Record
@@ -14,6 +15,5 @@ from zo_adapt.objective import SetObjective as SetObjective
 from zo_adapt.rule import Annealing as Annealing
 from zo_adapt.term import Term as Term
 from zo_adapt.term import Update as Update
-from zo_adapt.view import Group as Group
 from zo_adapt.view import ParameterView as ParameterView
 from zo_adapt.zo_svrg import ZOSVRG as ZOSVRG

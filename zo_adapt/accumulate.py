@@ -1,4 +1,4 @@
-"""``out <- decay * source + sum_k c_k z(s_k)`` over many tensors: the one place where noise is added.
+"""``out <- decay * source + sum_k c_k z(s_k)`` over many tensors: where noise is added.
 
 fp32 arithmetic, terms in order, one rounding to the tensor's dtype at the end. On the CPU the work
 goes in chunks that stay in the cache, over the cores for large tensors; on other devices small
@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,7 +180,7 @@ def _run_slices(noise: Noise, bucket: Sequence[Row], decay: float, start: int, s
 
 
 def _by_seed(bucket: Sequence[Row]) -> dict[int, list[tuple[int, float]]]:
-    """seed -> (row, coefficient), so that rows which share a direction share a launch."""
+    """Row and coefficient by seed, so that rows which share a direction share a launch."""
     members: dict[int, list[tuple[int, float]]] = {}
     for index, row in enumerate(bucket):
         for seed, coefficient in row.terms:
@@ -202,7 +201,7 @@ def _noise_of(
     )
     values = noise.from_torch_words(philox.words_torch(seed, key, DIRECTION_STREAM, number))
     padded = [-(-size // noise.per_block) * noise.per_block for size in sizes]
-    return [part[:size] for part, size in zip(values.split(padded), sizes, strict=True)]
+    return [part[:size] for part, size in zip(torch.split(values, padded), sizes, strict=True)]
 
 
 @lru_cache(maxsize=8)

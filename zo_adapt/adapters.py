@@ -26,9 +26,9 @@ def check_adapters(model: nn.Module) -> None:
                 f"the adapter of {name!r} is merged into its base weights; "
                 "call model.unmerge_adapter() before tuning"
             )
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            if module.disable_adapters:
-                raise AdapterError(
-                    f"the adapter of {name!r} is disabled; "
-                    "call model.enable_adapter_layers() (or leave disable_adapter()) before tuning"
-                )
+        switchable = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if switchable and module.disable_adapters:
+            raise AdapterError(
+                f"the adapter of {name!r} is disabled; "
+                "call model.enable_adapter_layers() (or leave disable_adapter()) before tuning"
+            )

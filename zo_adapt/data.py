@@ -6,6 +6,7 @@ sequence of examples (a list, a torch or a Hugging Face dataset) with a collate 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,7 +36,8 @@ class NoData:
         return 1
 
     def take(self, rows: Sequence[int]) -> None:
-        return None
+        """None, whatever the rows."""
+        return
 
 
 class TensorRows:
@@ -54,6 +56,7 @@ class TensorRows:
         return self._length
 
     def take(self, rows: Sequence[int]) -> Any:
+        """These rows of every tensor."""
         index = list(rows)
         if isinstance(self._tensors, Mapping):
             return {name: value[index] for name, value in self._tensors.items()}
@@ -72,6 +75,7 @@ class Examples:
         return len(self._examples)
 
     def take(self, rows: Sequence[int]) -> Any:
+        """These examples, collated."""
         return self._collate([self._examples[row] for row in rows])
 
 
@@ -117,13 +121,10 @@ class Batch:
         return self.source.take(self.rows)
 
     def split(self, parts: int) -> list["Batch"]:
-        """Consecutive parts whose sizes differ by at most one; at most as many as there are rows."""
+        """Consecutive parts whose sizes differ by at most one; at most one for each row."""
         parts = min(parts, len(self))
         bounds = [len(self) * i // parts for i in range(parts + 1)]
-        return [
-            Batch(self.source, self.rows[first:last])
-            for first, last in zip(bounds, bounds[1:], strict=False)
-        ]
+        return [Batch(self.source, self.rows[first:last]) for first, last in pairwise(bounds)]
 
     def micro_batches(self, size: int | None) -> Iterator["Batch"]:
         """Parts of at most ``size`` rows, for the memory's sake."""

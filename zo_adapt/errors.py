@@ -1,4 +1,4 @@
-"""The named errors and warnings. Each message gives the value, the allowed range and the way out."""
+"""Named errors and warnings. A message gives the value, the allowed range and the way out."""
 
 
 class ZOError(Exception):
@@ -6,7 +6,7 @@ class ZOError(Exception):
 
 
 class ViewError(ZOError, ValueError):
-    """The parameter view cannot be tuned (empty, integer, quantised, on the meta device, not finite)."""
+    """The parameter view cannot be tuned: empty, integer, quantised, meta or not finite."""
 
 
 class NoMatchingParameterError(ViewError):

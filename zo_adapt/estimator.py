@@ -2,7 +2,7 @@
 
 With K directions z_k and their batches B_k (the same batch for all, or one batch split in K):
 
-    two-sided (SPSA, MeZO eq. 1, MeZO-SVRG eq. 1 and 2)
+    two-sided (SPSA: Spall 1992; MeZO, Definition 1, eq. 1)
         g = 1/K sum_k [f_{B_k}(theta + mu z_k) - f_{B_k}(theta - mu z_k)] / (2 mu)  z_k
     one-sided, with a shared base point
         g = 1/K sum_k [f_{B_k}(theta + mu z_k) - f_{B_k}(theta)] / mu  z_k
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from zo_adapt.data import Batch
+from zo_adapt.group import Group
 from zo_adapt.objective import Evaluation, Probe, mean_value
 from zo_adapt.term import Term, Terms, Update, coalesced, scaled
-from zo_adapt.view import Group
 
 
 class Point(NamedTuple):
@@ -86,6 +86,7 @@ class TwoSided:
     def probes(
         self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
     ) -> list[Probe]:
+        """The questions to ask; direction k is evaluated on batch k."""
         return [
             _probe(at, direction(seed, sign * self.mu, groups), batch)
             for seed, batch in zip(seeds, batches, strict=True)
@@ -99,6 +100,7 @@ class TwoSided:
         groups: Sequence[Group],
         evaluations: Sequence[Evaluation],
     ) -> Estimate:
+        """The estimate from the answers, in the order of the questions."""
         plus, minus = evaluations[::2], evaluations[1::2]
         projected = [
             (up.value - down.value) / (2 * self.mu) for up, down in zip(plus, minus, strict=True)
@@ -121,6 +123,7 @@ class OneSided:
     def probes(
         self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
     ) -> list[Probe]:
+        """The questions to ask; direction k is evaluated on batch k."""
         base = [_probe(at, (), batch) for batch in _distinct(batches)]
         return base + [
             _probe(at, direction(seed, self.mu, groups), batch)
@@ -134,6 +137,7 @@ class OneSided:
         groups: Sequence[Group],
         evaluations: Sequence[Evaluation],
     ) -> Estimate:
+        """The estimate from the answers, in the order of the questions."""
         distinct = _distinct(batches)
         base = dict(zip(map(id, distinct), evaluations, strict=False))
         projected = [
@@ -145,7 +149,7 @@ class OneSided:
 
 
 def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
-    """coefficient * z(seed), each group by its own perturbation_scale."""
+    """The terms of coefficient * z(seed), each group by its own perturbation_scale."""
     if len(groups) == 1:
         return (Term(seed, coefficient),)
     return tuple(

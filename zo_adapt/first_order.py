@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from zo_adapt.errors import ObjectiveError
 from zo_adapt.objective import Evaluator
 from zo_adapt.optimizer import StepInfo, positive
 from zo_adapt.rule import Schedule, schedule_named
+from zo_adapt.term import Update
 from zo_adapt.view import ParameterView
 
 
 class FirstOrder:
-    """A torch.optim optimizer over a view. A step costs b queries: the backward pass is not counted.
+    """A torch.optim optimizer over a view: b queries a step, the backward pass is not counted.
 
     Args:
         lr: Learning rate.
@@ -49,7 +51,7 @@ class FirstOrder:
             }
             for group in view.groups
         ]
-        options = {"lr": self.lr, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         self._optimizer = self.kind([g for g in groups if g["params"]], **options)
 
     def step(self, evaluator: Evaluator, samples: Samples, progress: float) -> StepInfo:
@@ -67,7 +69,7 @@ class FirstOrder:
             group["lr"] = self.lr * factor * group["factor"]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepInfo(float(loss), self.lr * factor, math.nan, None)
+        return StepInfo(float(loss), self.lr * factor, math.nan, Update(()))
 
 
 class SGD(FirstOrder):

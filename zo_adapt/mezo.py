@@ -69,17 +69,19 @@ class MeZO(ZerothOrder):
         self.split = split and not one_sided
 
     def ask(self, samples: Samples) -> list[Probe]:
+        """The probes of the next step."""
         self._seeds = self.new_seeds(self.num_directions)
         self._batches = shares(samples.minibatch(), self.num_directions, self.split)
         return self.estimator.probes(self._seeds, self._batches, self.groups, HERE)
 
     def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
+        """The step from the answers; not yet applied."""
         estimate = self.estimator.estimate(self._seeds, self._batches, self.groups, evaluations)
         return self.descend(estimate.terms, estimate.projected, estimate.value, self.lr, progress)
 
 
 def shares(batch: Batch, directions: int, split: bool = True) -> list[Batch]:
-    """One batch for each direction: its own share, or the whole batch where there is no splitting."""
+    """One batch for each direction: its own share, or the whole batch where nothing is split."""
     if split and len(batch) >= directions:
         return batch.split(directions)
     return [batch] * directions

@@ -6,12 +6,12 @@ from typing import Literal
 from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.estimator import HERE, Estimate, Point, TwoSided
+from zo_adapt.group import Group
 from zo_adapt.mezo import shares
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder, at_least_one, positive
 from zo_adapt.rule import Annealing, Schedule
 from zo_adapt.term import Terms, coalesced, scaled
-from zo_adapt.view import Group
 
 
 class MeZOSVRG(ZerothOrder):
@@ -19,9 +19,9 @@ class MeZOSVRG(ZerothOrder):
 
     Every q steps, on a large batch B split over K directions:
         theta_bar <- theta,  g <- 1/K sum_k p_{B_k}(theta; z_k) z_k,
-        theta <- theta - snapshot_lr * g                                        (eq. 2, line 5)
+        theta <- theta - snapshot_lr * g
     otherwise, on a minibatch I and, shared by the pair, one direction z:
-        theta <- theta - lr * ([p_I(theta; z) - p_I(theta_bar; z)] z + g)       (line 8)
+        theta <- theta - lr * ([p_I(theta; z) - p_I(theta_bar; z)] z + g)
 
     Memory: one copy of the weights. theta_bar is theta minus the terms applied since.
     Queries: 2 |B| a snapshot step, 4 b a minibatch step.
@@ -90,11 +90,13 @@ class MeZOSVRG(ZerothOrder):
         self.estimator = TwoSided(self.perturbation_scale)
 
     def begin(self, groups: Sequence[Group], seed: int) -> None:
+        """Forget everything, the snapshot too."""
         super().begin(groups, seed)
         self._snapshot_gradient: Terms = ()
         self._since = HERE
 
     def ask(self, samples: Samples) -> list[Probe]:
+        """The probes of the next step."""
         if self.steps % self.snapshot_interval == 0:
             self._seeds = self.new_seeds(self.num_directions)
             self._batches = shares(samples.large(self.snapshot_size), self.num_directions)
@@ -108,6 +110,7 @@ class MeZOSVRG(ZerothOrder):
         ]
 
     def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
+        """The step from the answers; not yet applied."""
         if self.steps % self.snapshot_interval == 0:
             here = self._estimate(self._seeds, evaluations)
             self._snapshot_gradient, self._since = here.terms, HERE

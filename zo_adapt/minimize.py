@@ -132,44 +132,72 @@ def minimize(
     view.check_adapters()
     view.check_finite()
     optimizer.start(view, seed)
-    history: list[Record] = []
-    reason, detail = StopReason.MAX_STEPS, ""
+    run = _Run(evaluator, samples, optimizer, max_steps)
     with tqdm(
         total=max_queries or max_steps,
         unit="query" if max_queries else "step",
         disable=not progress,
         dynamic_ncols=True,
     ) as bar:
-        while max_steps is None or len(history) < max_steps:
-            done = max(
-                len(history) / max_steps if max_steps else 0.0,
-                evaluator.queries / max_queries if max_queries else 0.0,
-            )
-            before = evaluator.queries
+        reason, detail = run.until_stopped(callback, bar)
+    value = run.history[-1].value if run.history else math.nan
+    message = f"{reason}{detail}"
+    return Result(value, len(run.history), evaluator.queries, reason, message, run.history)
+
+
+class _Run:
+    """The loop's state: what was done so far, out of how much."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        samples: Samples,
+        optimizer: Optimizer,
+        max_steps: int | None,
+    ) -> None:
+        self.evaluator, self.samples, self.optimizer = evaluator, samples, optimizer
+        self.max_steps = max_steps
+        self.history: list[Record] = []
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is used, 0..1."""
+        budgets = (
+            (len(self.history), self.max_steps),
+            (self.evaluator.queries, self.evaluator.max_queries),
+        )
+        return max((used / total for used, total in budgets if total), default=0.0)
+
+    def until_stopped(
+        self, callback: Callable[[Record], None] | None, bar: "tqdm[Any]"
+    ) -> tuple[StopReason, str]:
+        """Step until a budget is used up, the callback stops or the objective is not finite."""
+        while self.max_steps is None or len(self.history) < self.max_steps:
             try:
-                info = optimizer.step(evaluator, samples, done)
+                record = self.step()
             except BudgetExhausted:
-                reason = StopReason.MAX_QUERIES
-                break
+                return StopReason.MAX_QUERIES, ""
             except NonFiniteObjectiveError as error:
-                reason, detail = StopReason.NON_FINITE, f" ({error})"
-                break
-            record = Record(
-                len(history) + 1,
-                evaluator.queries,
-                evaluator.sign * info.value,
-                info.lr,
-                info.projected_gradient,
-                info.kind,
-            )
-            history.append(record)
-            bar.update(evaluator.queries - before if max_queries else 1)
+                return StopReason.NON_FINITE, f" ({error})"
+            bar.update(record.queries - bar.n if self.evaluator.max_queries else 1)
             bar.set_postfix(loss=f"{record.value:.4f}", refresh=False)
-            if callback is not None:
-                try:
+            try:
+                if callback is not None:
                     callback(record)
-                except StopIteration:
-                    reason = StopReason.CALLBACK
-                    break
-    value = history[-1].value if history else math.nan
-    return Result(value, len(history), evaluator.queries, reason, f"{reason}{detail}", history)
+            except StopIteration:
+                return StopReason.CALLBACK, ""
+        return StopReason.MAX_STEPS, ""
+
+    def step(self) -> Record:
+        """One step of the optimizer, on record."""
+        info = self.optimizer.step(self.evaluator, self.samples, self.progress)
+        record = Record(
+            step=len(self.history) + 1,
+            queries=self.evaluator.queries,
+            value=self.evaluator.sign * info.value,
+            lr=info.lr,
+            projected_gradient=info.projected_gradient,
+            kind=info.kind,
+        )
+        self.history.append(record)
+        return record

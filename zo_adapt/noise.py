@@ -28,15 +28,18 @@ class Noise(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Versioned."""
 
     @property
     def per_block(self) -> int:
         """Elements that one block of the generator gives."""
 
-    def from_numpy_words(self, words: np.ndarray) -> np.ndarray: ...
+    def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
+        """The fp32 values of some blocks."""
 
-    def from_torch_words(self, words: Tensor) -> Tensor: ...
+    def from_torch_words(self, words: Tensor) -> Tensor:
+        """The fp32 values of some blocks."""
 
     def levels(self, device: torch.device) -> Tensor:
         """The values that z takes; a field of the words is an index into them."""
@@ -54,7 +57,8 @@ def _gaussian_table(device: torch.device) -> Tensor:
     quantile = torch.special.ndtri(probability)
     # The midpoints' variance is 1 - 4e-6; the estimators need E[z z^T] = I.
     quantile /= quantile.square().mean().sqrt()
-    return quantile.float().to(device)
+    table: Tensor = quantile.float().to(device)
+    return table
 
 
 @functools.cache
@@ -75,15 +79,19 @@ class Gaussian:
     per_block = 16
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
+        """The fp32 values of some blocks."""
         table = _gaussian_table(torch.device("cpu")).numpy()
         values: np.ndarray = table.take(words.view(np.uint16))
         return values
 
     def from_torch_words(self, words: Tensor) -> Tensor:
+        """The fp32 values of some blocks."""
         index = words.T.contiguous().view(torch.int16).flatten().int() & 0xFFFF
-        return _gaussian_table(words.device)[index]
+        values: Tensor = _gaussian_table(words.device)[index]
+        return values
 
     def levels(self, device: torch.device) -> Tensor:
+        """The values that z takes, in order of the field."""
         return _gaussian_table(device)
 
 
@@ -99,15 +107,18 @@ class Rademacher:
     per_block = 256
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
+        """The fp32 values of some blocks."""
         table = _sign_table(torch.device("cpu")).numpy()
         values: np.ndarray = table.take(words.view(np.uint8), axis=0).reshape(-1)
         return values
 
     def from_torch_words(self, words: Tensor) -> Tensor:
+        """The fp32 values of some blocks."""
         index = words.T.contiguous().view(torch.uint8).flatten().int()
         return _sign_table(words.device)[index].flatten()
 
     def levels(self, device: torch.device) -> Tensor:
+        """The values that z takes, in order of the field."""
         return _sign_table(device)[:2, 0].contiguous()
 
 

@@ -25,7 +25,8 @@ class Objective(Protocol):
     and ``evaluating()``, a context in which the model is ready (evaluation mode).
     """
 
-    def __call__(self, batch: Any, /) -> Any: ...
+    def __call__(self, batch: Any, /) -> Any:
+        """The loss of a batch."""
 
 
 @runtime_checkable
@@ -54,8 +55,8 @@ class Evaluation(NamedTuple):
     per_example: np.ndarray | None = None
 
 
-class BudgetExhausted(Exception):  # noqa: N818 - it is a signal to the loop, not an error
-    """The next step would take more queries than are left; nothing was evaluated."""
+class BudgetExhausted(Exception):
+    """A signal to the loop: the next step needs more queries than are left; none was made."""
 
 
 class Evaluator:
@@ -177,7 +178,7 @@ def check_dropout(view: ParameterView) -> None:
         return
     for name, module in view.model.named_modules():
         active = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training
-        if active and module.p > 0:  # type: ignore[operator]
+        if active and module.p > 0:
             raise DropoutError(
                 f"dropout {name!r} (p={module.p}) is on; call model.eval() before tuning"
             )

@@ -1,4 +1,4 @@
-"""What every optimizer is: ``step`` for the loops; and ask / tell for those that only ask for values."""
+"""What every optimizer is: ``step`` for the loops, and ask / tell where values are enough."""
 
 import math
 import warnings
@@ -11,10 +11,11 @@ import torch
 from zo_adapt import philox
 from zo_adapt.data import Samples
 from zo_adapt.errors import FlatObjectiveWarning, OptionError, PerturbationError
+from zo_adapt.group import Group
 from zo_adapt.objective import Evaluation, Evaluator, Probe
 from zo_adapt.rule import Annealing, RunningScale, Schedule, descent, schedule_named
 from zo_adapt.term import Terms, Update
-from zo_adapt.view import Group, ParameterView
+from zo_adapt.view import ParameterView
 
 SEED_STREAM = 3
 FLAT_STEPS = 20
@@ -28,14 +29,14 @@ class StepInfo(NamedTuple):
         value: Mean loss of the step's batch where the weights were (the pair's mean).
         lr: Learning rate applied, schedule and annealing included.
         projected_gradient: Root mean square of the step's projected gradients; NaN first-order.
-        update: The terms applied; None for a first-order step.
+        update: The terms applied; empty for a first-order step.
         kind: "minibatch", or "snapshot" for a large-batch step.
     """
 
     value: float
     lr: float
     projected_gradient: float
-    update: Update | None
+    update: Update
     kind: str = "minibatch"
 
 
@@ -130,8 +131,7 @@ class ZerothOrder(ABC):
         """Ask, evaluate, tell, apply."""
         evaluations = evaluator.evaluate(self.ask(samples))
         info = self.tell(evaluations, progress)
-        if info.update is not None:
-            evaluator.view.apply(info.update)
+        evaluator.view.apply(info.update)
         return info
 
     def new_seeds(self, count: int) -> list[int]:

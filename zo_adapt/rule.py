@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from zo_adapt.errors import OptionError
+from zo_adapt.group import Group
 from zo_adapt.term import Terms, Update
-from zo_adapt.view import Group
 
 Schedule = Callable[[float], float]
 """Progress through the budget, 0..1 -> factor on the learning rate."""
@@ -102,7 +102,7 @@ class Annealing:
 
 
 def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Update:
-    """theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
+    """Update theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
 
     Nothing moves, not even by the decay, when the estimate is exactly zero: ties are no signal.
     """

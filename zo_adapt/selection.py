@@ -119,7 +119,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _tied_outside(model: nn.Module, prefixes: tuple[str, ...]) -> set[int]:
-    """Parameters that modules outside the selection use too, such as an embedding tied to a head."""
+    """Parameters that modules outside the selection use too: an embedding tied to a head."""
     return {
         id(p)
         for name, p in model.named_parameters(remove_duplicate=False)

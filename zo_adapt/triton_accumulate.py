@@ -23,11 +23,19 @@ BLOCK = 4096
 """Elements of one program; a multiple of every noise's elements per block."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    tensors, programs, seeds, factors, values, terms,
-    FIELD_BITS: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, N803
+    tensors,  # noqa: ANN001
+    programs,  # noqa: ANN001
+    seeds,  # noqa: ANN001
+    factors,  # noqa: ANN001
+    values,  # noqa: ANN001
+    terms,  # noqa: ANN001
+    FIELD_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     per_block: tl.constexpr = 256 // FIELD_BITS
     counters: tl.constexpr = BLOCK // per_block
     # This program's tensor (address of the result, of the source, length, key) and place in it.

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from zo_adapt import selection
 from zo_adapt.accumulate import Job, accumulate
 from zo_adapt.adapters import check_adapters
 from zo_adapt.errors import OptionError, ViewError
+from zo_adapt.group import Group, assign_groups
 from zo_adapt.noise import noise_named, tensor_key
 from zo_adapt.shifting import Layerwise, copied
 from zo_adapt.term import Term, Update, check_terms, coalesced
@@ -22,31 +23,11 @@ ADAPTER_BYTES = 64 * 2**20
 """Up to here a view is shifted by way of a copy; above it, module by module."""
 
 
-class Group(NamedTuple):
-    """A part of a view with its own step, as in torch.optim's parameter groups.
-
-    Both numbers multiply what the optimizer uses for the rest of the view.
-
-    Args:
-        pattern: Regular expression over the names of the view's tensors.
-        lr: Factor on the learning rate.
-        perturbation_scale: Factor on the perturbation.
-
-    Example:
-        >>> Group(r"classifier", lr=10.0)
-        Group(pattern='classifier', lr=10.0, perturbation_scale=1.0)
-    """
-
-    pattern: str
-    lr: float = 1.0
-    perturbation_scale: float = 1.0
-
-
 class ParameterView:
     """An ordered mapping name -> live tensor: what an optimizer may change, and nothing else.
 
-    ``shifted(terms)`` computes at theta + sum_k c_k z(s_k) and restores every bit; ``apply(update)``
-    moves theta for good. Tensors outside the view are never written.
+    ``shifted(terms)`` computes at theta + sum_k c_k z(s_k) and restores every bit;
+    ``apply(update)`` moves theta for good. Tensors outside the view are never written.
 
     Memory: while shifted, either a copy of the view (``scratch="copy"``) or the largest module's
     parameters (``scratch="layer"``; the live weights are then never written); "auto" takes the copy
@@ -88,7 +69,7 @@ class ParameterView:
         self.model = model
         self.noise = noise_named(noise)
         self._keys = {name: tensor_key(name) for name in self.tensors}
-        self.groups, self._group_of = _assign_groups(list(self.tensors), groups)
+        self.groups, self._group_of = assign_groups(list(self.tensors), groups)
         if scratch not in ("auto", "copy", "layer"):
             raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
         if scratch == "layer" and model is None:
@@ -174,7 +155,7 @@ class ParameterView:
             yield
 
     def apply(self, update: Update) -> None:
-        """theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
+        """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
 
         Raises:
             TermError: A seed, coefficient or group outside its range.
@@ -228,7 +209,8 @@ class ParameterView:
         digest = hashlib.sha256()
         for name, tensor in self.tensors.items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(bits.numpy().data)
         return digest.hexdigest()
 
     def check_adapters(self) -> None:
@@ -282,19 +264,3 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
     if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ViewError(f"{name!r} is an expanded tensor (stride 0); give view its own .clone()")
-
-
-def _assign_groups(
-    names: list[str], groups: Sequence[Group]
-) -> tuple[tuple[Group, ...], dict[str, int]]:
-    """The groups, that of the rest last, and the group index of every tensor."""
-    if not groups:
-        return (Group(""),), dict.fromkeys(names, 0)
-    index: dict[str, int] = {}
-    for position, group in enumerate(groups):
-        if not (group.lr >= 0 and group.perturbation_scale > 0):
-            raise OptionError(f"{group}: lr must be >= 0 and perturbation_scale > 0")
-        for name in selection.names_matching(names, group.pattern):
-            index.setdefault(name, position)
-    rest = len(groups)
-    return (*groups, Group("")), {name: index.get(name, rest) for name in names}

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from zo_adapt.data import Batch, Samples
 from zo_adapt.estimator import HERE, TwoSided
+from zo_adapt.group import Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder, at_least_one
 from zo_adapt.rule import Schedule
 from zo_adapt.term import Terms, coalesced, scaled
-from zo_adapt.view import Group
 
 
 class ZOSVRG(ZerothOrder):
@@ -18,7 +18,7 @@ class ZOSVRG(ZerothOrder):
         g_B(theta) = 1/|B| sum_{i in B} p_i(theta; z_i) z_i
     Every q steps theta_bar <- theta, g <- g_{all}(theta); in every step
         theta <- theta - lr * (g_I(theta) - g_I(theta_bar) + g)
-    with the same z_i at both points. At the snapshot itself the two cancel and no minibatch is drawn.
+    with the same z_i at both points. At the snapshot the two cancel: no minibatch is drawn.
 
     Queries: 2 n at a snapshot, 4 b otherwise. Slow by design: a forward pass for one sample at a
     time, and n terms in every update.
@@ -72,11 +72,13 @@ class ZOSVRG(ZerothOrder):
         self.estimator = TwoSided(self.perturbation_scale)
 
     def begin(self, groups: Sequence[Group], seed: int) -> None:
+        """Forget everything, the snapshot too."""
         super().begin(groups, seed)
         self._snapshot_gradient: Terms = ()
         self._since = HERE
 
     def ask(self, samples: Samples) -> list[Probe]:
+        """The probes of the next step."""
         at_snapshot = self.steps % self.snapshot_interval == 0
         batch = samples.large(self.snapshot_size) if at_snapshot else samples.minibatch()
         self._rows: list[Batch] = batch.split(len(batch))
@@ -88,6 +90,7 @@ class ZOSVRG(ZerothOrder):
         return here + self.estimator.probes(self._seeds, self._rows, self.groups, back)
 
     def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
+        """The step from the answers; not yet applied."""
         count = 2 * len(self._rows)
         here = self.estimator.estimate(self._seeds, self._rows, self.groups, evaluations[:count])
         if self.steps % self.snapshot_interval == 0:
