@@ -8,7 +8,7 @@ elements (elsewhere); never a vector of the view's size.
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -90,8 +90,14 @@ def _run_cpu(noise: Noise, rows: Sequence[Row], decay: float) -> None:
         for row in large
         for start in range(0, row.out.numel(), SPAN)
     ]
-    for future in futures:
-        future.result()
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        # An interrupted caller restores the tensors: no thread may write to them after that.
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 @cache

@@ -2,6 +2,10 @@
 
 Sources: None (a function without data), tensors or a mapping of tensors of equal length, or any
 sequence of examples (a list, a torch or a Hugging Face dataset) with a collate function.
+
+Passes are stratified where the examples have class labels: any run of consecutive rows holds the
+classes in nearly the proportions of the whole. A batch's mean stays unbiased, and the part of its
+variance that stems from the label counts, often the largest, is gone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,12 +147,19 @@ class Samples:
         source: Where rows come from.
         batch_size: Rows of a minibatch; None for a source without data.
         seed: Of the order.
+        classes: Class of every row, to stratify the passes; None draws uniformly.
 
     Raises:
         DataError: The data are shorter than a batch.
     """
 
-    def __init__(self, source: Source, batch_size: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int | None,
+        seed: int,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         if batch_size is None:
             if not isinstance(source, NoData):
                 raise DataError(f"batch_size is needed for data; choose 1..{len(source)}")
@@ -158,6 +169,7 @@ class Samples:
                 f"batch_size={batch_size} with {len(source)} examples; choose 1..{len(source)}"
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
+        self._classes = None if classes is None else np.asarray(classes)
         self.positions = {MINIBATCH_STREAM: 0, LARGE_BATCH_STREAM: 0}
 
     def minibatch(self, size: int | None = None) -> Batch:
@@ -193,7 +205,52 @@ class Samples:
         if cached.get(stream, (None,))[0] != number:
             # Sorting random words: unlike a library's shuffle, the same in every version.
             words = philox.words_numpy(self.seed, number, stream, 0, -(-len(self.source) // 4))
-            order = np.argsort(words[: len(self.source)], kind="stable").tolist()
-            self._cache = cached | {stream: (number, order)}
+            order = np.argsort(words[: len(self.source)], kind="stable")
+            if self._classes is not None:
+                order = _stratified(order, self._classes)
+            self._cache = cached | {stream: (number, order.tolist())}
         order = self._cache[stream][1]
         return list(order)
+
+
+def _stratified(order: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """A random order, rearranged so that every class is spread evenly over it.
+
+    Row number r of the n_c rows of a class goes to place (r + 1/2) / n_c of the pass.
+    """
+    place = np.empty(len(order))
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes[order] == label)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    # Ties, classes of equal size, stay in the random order.
+    return order[np.argsort(place, kind="stable")]
+
+
+def class_labels(data: Any) -> list[int] | None:
+    """The class of every example where the data say so: an integer field ``labels`` or ``label``.
+
+    Only columns and examples in memory are read; anything else, or a field that is not one integer
+    an example, gives None.
+    """
+    for field in ("labels", "label"):
+        column = _column(data, field)
+        if column is None:
+            continue
+        if isinstance(column, Tensor | np.ndarray):
+            column = column.tolist()
+        values: list[Any] = [
+            c.item() if isinstance(c, Tensor | np.generic) and c.ndim == 0 else c for c in column
+        ]
+        if all(isinstance(value, int) for value in values) and 1 < len(set(values)) < len(values):
+            return values
+    return None
+
+
+def _column(data: Any, field: str) -> Any:
+    if isinstance(data, Mapping):
+        return data.get(field)
+    if hasattr(data, "column_names"):
+        return data[field][:] if field in data.column_names else None
+    if isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
+        return [row[field] for row in data] if all(field in row for row in data) else None
+    return None

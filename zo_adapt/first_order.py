@@ -1,7 +1,7 @@
 """First-order baselines: backpropagation under the same loop and the same count of queries."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.data import Samples
-from zo_adapt.errors import ObjectiveError
+from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.objective import Evaluator
 from zo_adapt.optimizer import StepInfo, positive
 from zo_adapt.rule import Schedule, schedule_named
@@ -28,6 +28,7 @@ class FirstOrder:
     Raises:
         OptionError: A number outside its range.
         ObjectiveError: The objective has no gradient (raised by the first step).
+        NonFiniteObjectiveError: The loss or its gradient is not finite; nothing was changed.
     """
 
     kind: type[torch.optim.Optimizer]
@@ -62,6 +63,7 @@ class FirstOrder:
         with _differentiable(live), evaluator.ready():
             loss = evaluator.sign * _mean_loss(evaluator.objective(batch.content))  # type: ignore[operator]
             gradients = torch.autograd.grad(loss, live, allow_unused=True)
+        _check_finite(loss, gradients)
         for shadow, gradient in zip(self._tensors.values(), gradients, strict=True):
             shadow.grad = gradient
         factor = self.schedule(progress)
@@ -106,6 +108,14 @@ def _differentiable(tensors: list[Tensor]) -> Iterator[None]:
     finally:
         for tensor, flag in zip(tensors, before, strict=True):
             tensor.requires_grad_(flag)
+
+
+def _check_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
+    finite = all(bool(t.isfinite().all()) for t in (loss.detach(), *gradients) if t is not None)
+    if not finite:
+        raise NonFiniteObjectiveError(
+            f"the loss {float(loss)} or its gradient is not finite; a smaller lr keeps it finite"
+        )
 
 
 def _mean_loss(returned: object) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from zo_adapt.data import Collate, Samples, as_source
+from zo_adapt.data import Collate, Samples, as_source, class_labels
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.objective import BudgetExhausted, Evaluator, Objective, SetObjective
 from zo_adapt.optimizer import Optimizer
@@ -78,6 +78,7 @@ def minimize(
     maximize: bool = False,
     collate: Collate | None = None,
     micro_batch_size: int | None = None,
+    stratify: bool = True,
 ) -> Result:
     """Minimise an objective over a view by an optimizer of this package.
 
@@ -96,6 +97,8 @@ def minimize(
         collate: Makes a batch of a list of examples; the objective's own by default.
         micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default, so
             that a snapshot needs no more memory than a minibatch.
+        stratify: Spread the classes evenly over every pass, where the data have a field ``labels``
+            or ``label`` of one integer an example.
 
     Returns:
         Value, steps, queries, stop reason and history.
@@ -121,7 +124,7 @@ def minimize(
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
     source = as_source(data, collate or getattr(objective, "collate", None))
-    samples = Samples(source, batch_size, seed)
+    samples = Samples(source, batch_size, seed, class_labels(data) if stratify else None)
     evaluator = Evaluator(
         objective,
         view,

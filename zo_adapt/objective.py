@@ -172,16 +172,24 @@ def check_dropout(view: ParameterView) -> None:
     """Refuse a model that would draw a dropout mask.
 
     Raises:
-        DropoutError: A dropout module with p > 0 is in training mode.
+        DropoutError: A module in training mode has dropout with p > 0.
     """
     if view.model is None:
         return
     for name, module in view.model.named_modules():
-        active = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training
-        if active and module.p > 0:
+        rate = _dropout_rate(module) if module.training else 0.0
+        if rate > 0:
             raise DropoutError(
-                f"dropout {name!r} (p={module.p}) is on; call model.eval() before tuning"
+                f"dropout of {name!r} (p={rate}) is on; call model.eval() before tuning"
             )
+
+
+def _dropout_rate(module: torch.nn.Module) -> float:
+    """The largest rate of a dropout module, or of one that calls the function (OPT, LSTM do)."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return float(module.p)
+    rates = [rate for name, rate in vars(module).items() if "drop" in name]
+    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
 
 
 @contextmanager

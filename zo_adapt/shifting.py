@@ -3,14 +3,14 @@
 ``copied``: a copy of the view is kept, the live tensors are overwritten, the copy is written back.
 Costs the view's bytes. For adapters and plain tensors.
 
-``layerwise``: the live tensors are never written. Right before a module runs, the parameters it
-reads are replaced by perturbed ones and afterwards put back. Costs the bytes of the largest module.
-For views that are as large as the model.
+``layerwise``: the live tensors are never written. Right before a module runs, perturbed copies of
+its parameters are made, which it reads instead, and afterwards dropped. Costs the bytes of the
+largest module. For views that are as large as the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ Tensors = Mapping[str, Tensor]
 Write = Callable[[Tensors, Tensors], None]
 """``write(outs, sources)`` puts the shifted values of the named sources into the outputs."""
 
-# These read their children's parameters without calling the children.
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
+# These keep their parameters in a list of their own.
+_BYPASSING = (nn.RNNBase,)
 
 
 @contextmanager
@@ -43,7 +43,11 @@ def copied(tensors: Tensors, write: Write) -> Iterator[None]:
 
 
 class Layerwise:
-    """Shifts the parameters of each module just in time, by forward hooks.
+    """Shifts the parameters of each module just in time.
+
+    Whatever reads a parameter through its module gets the shifted one: the module's own forward,
+    another module's, ``model.parameters()``. Values made for a module's own forward live as long as
+    it runs; those that other code reads are kept to the end of the evaluation.
 
     Args:
         model: The model that owns the view's tensors.
@@ -57,51 +61,63 @@ class Layerwise:
     @contextmanager
     def shifted(self, write: Write) -> Iterator[None]:
         """Inside, each module computes with the parameters that ``write`` makes."""
-        idle = set(self._modules)
+        before = {module: module._parameters for module in self._modules}
         handles = []
-        rest = {name: self._tensors[name] for name in self._rest}
-        for module, names in self._modules.items():
-            before = partial(_swap_in, names=names, tensors=self._tensors, write=write, idle=idle)
-            after = partial(_swap_out, names=names, tensors=self._tensors)
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after, always_call=True))
         try:
-            with copied(rest, write):
+            for module, names in self._modules.items():
+                parameters = _Shifted(before[module], names, write)
+                module.__dict__["_parameters"] = parameters
+                handles.append(module.register_forward_pre_hook(parameters.enter))
+                handles.append(module.register_forward_hook(parameters.leave, always_call=True))
+            with copied({name: self._tensors[name] for name in self._rest}, write):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for module, names in self._modules.items():
-                _swap_out(module, names=names, tensors=self._tensors)
-            self._promote(idle)
-
-    def _promote(self, idle: set[nn.Module]) -> None:
-        # A module that did not run although others did may be read by another module's forward:
-        # from now on its parameters are copied, which is right either way.
-        if len(idle) < len(self._modules):
-            for module in idle:
-                self._rest += [n for n in self._modules.pop(module).values() if n not in self._rest]
+            for module, live in before.items():
+                module.__dict__["_parameters"] = live
 
 
-def _swap_in(
-    module: nn.Module,
-    args: object,
-    names: Mapping[str, str],
-    tensors: Tensors,
-    write: Write,
-    idle: set[nn.Module],
-) -> None:
-    idle.discard(module)
-    sources = {name: tensors[name] for name in names.values()}
-    outs = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in sources.items()}
-    write(outs, sources)
-    for attribute, name in names.items():
-        module._parameters[attribute] = outs[name]  # type: ignore[assignment]
+class _Shifted(dict[str, Tensor | None]):
+    """Stands in for ``module._parameters``; the live dictionary and its tensors are only read."""
 
+    def __init__(
+        self, live: Mapping[str, Tensor | None], names: Mapping[str, str], write: Write
+    ) -> None:
+        super().__init__(live)
+        self._live, self._names, self._write = live, names, write
+        self._kept: dict[str, Tensor] = {}
+        self._running: dict[str, Tensor] = {}
 
-def _swap_out(module: nn.Module, *_: object, names: Mapping[str, str], tensors: Tensors) -> None:
-    for attribute, name in names.items():
-        module._parameters[attribute] = tensors[name]  # type: ignore[assignment]
+    def __getitem__(self, attribute: str) -> Tensor | None:
+        if attribute in self._running:
+            return self._running[attribute]
+        if attribute not in self._names:
+            return self._live[attribute]
+        if attribute not in self._kept:
+            self._kept |= self._made([attribute])
+        return self._kept[attribute]
+
+    def values(self) -> Iterator[Tensor | None]:  # type: ignore[override]
+        return (self[attribute] for attribute in self)
+
+    def items(self) -> Iterator[tuple[str, Tensor | None]]:  # type: ignore[override]
+        return ((attribute, self[attribute]) for attribute in self)
+
+    def enter(self, *_: object) -> None:
+        """The module's forward begins."""
+        missing = [attribute for attribute in self._names if attribute not in self._kept]
+        self._running = self._kept | self._made(missing)
+
+    def leave(self, *_: object) -> None:
+        """The module's forward ends."""
+        self._running = {}
+
+    def _made(self, attributes: Iterable[str]) -> dict[str, Tensor]:
+        sources = {self._names[a]: cast(Tensor, self._live[a]) for a in attributes}
+        outs = {name: torch.empty_like(t, requires_grad=False) for name, t in sources.items()}
+        self._write(outs, sources)
+        return {attribute: outs[self._names[attribute]] for attribute in attributes}
 
 
 def _plan(model: nn.Module, tensors: Tensors) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
