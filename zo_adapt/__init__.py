@@ -1,5 +1,7 @@
 """zo_adapt: tune models by forward passes alone."""
 
+from typing import TYPE_CHECKING, Any
+
 from zo_adapt.errors import ZOError as ZOError
 from zo_adapt.first_order import SGD as SGD
 from zo_adapt.first_order import Adam as Adam
@@ -12,8 +14,21 @@ from zo_adapt.minimize import StopReason as StopReason
 from zo_adapt.minimize import minimize as minimize
 from zo_adapt.objective import Objective as Objective
 from zo_adapt.objective import SetObjective as SetObjective
-from zo_adapt.rule import Annealing as Annealing
+from zo_adapt.schedule import Annealing as Annealing
 from zo_adapt.term import Term as Term
 from zo_adapt.term import Update as Update
 from zo_adapt.view import ParameterView as ParameterView
 from zo_adapt.zo_svrg import ZOSVRG as ZOSVRG
+
+if TYPE_CHECKING:
+    from zo_adapt.trainer import ZOConfig as ZOConfig
+    from zo_adapt.trainer import ZOTrainer as ZOTrainer
+else:  # a type checker would take any name from a module that has __getattr__
+
+    def __getattr__(name: str) -> Any:
+        """ZOTrainer and ZOConfig, when asked for: transformers takes seconds to import."""
+        if name not in ("ZOConfig", "ZOTrainer"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from zo_adapt import trainer
+
+        return getattr(trainer, name)

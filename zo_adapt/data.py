@@ -172,6 +172,12 @@ class Samples:
         self._classes = None if classes is None else np.asarray(classes)
         self.positions = {MINIBATCH_STREAM: 0, LARGE_BATCH_STREAM: 0}
 
+    @property
+    def share(self) -> int:
+        """The smallest number of consecutive rows that is fair to every class, at least four."""
+        classes = 1 if self._classes is None else len(np.unique(self._classes))
+        return classes * -(-4 // classes)
+
     def minibatch(self, size: int | None = None) -> Batch:
         """The next rows of the minibatch stream (``batch_size`` of them by default)."""
         return self._next(MINIBATCH_STREAM, size or self.batch_size)
@@ -207,13 +213,13 @@ class Samples:
             words = philox.words_numpy(self.seed, number, stream, 0, -(-len(self.source) // 4))
             order = np.argsort(words[: len(self.source)], kind="stable")
             if self._classes is not None:
-                order = _stratified(order, self._classes)
+                order = stratified(order, self._classes)
             self._cache = cached | {stream: (number, order.tolist())}
         order = self._cache[stream][1]
         return list(order)
 
 
-def _stratified(order: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def stratified(order: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """A random order, rearranged so that every class is spread evenly over it.
 
     Row number r of the n_c rows of a class goes to place (r + 1/2) / n_c of the pass.

@@ -7,7 +7,8 @@ With K directions z_k and their batches B_k (the same batch for all, or one batc
     one-sided, with a shared base point
         g = 1/K sum_k [f_{B_k}(theta + mu z_k) - f_{B_k}(theta)] / mu  z_k
 
-E g = grad f + O(mu^2) two-sided, O(mu) one-sided; the two-sided one is exact on quadratics.
+E g = grad f + O(mu^2) for both; on a quadratic the two-sided p_k is exact, the one-sided one is
+off by mu/2 z_k^T H z_k.
 Queries on a batch of b rows: 2b per direction of its own; (K + 1) b one-sided with K directions.
 """
 
@@ -155,6 +156,7 @@ def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
     return tuple(
         Term(seed, coefficient * group.perturbation_scale, index)
         for index, group in enumerate(groups)
+        if group.perturbation_scale > 0
     )
 
 
@@ -167,6 +169,7 @@ def gradient(seeds: Sequence[int], projected: Sequence[float], groups: Sequence[
         Term(seed, p * share / group.perturbation_scale, index)
         for seed, p in zip(seeds, projected, strict=True)
         for index, group in enumerate(groups)
+        if group.perturbation_scale > 0
     )
 
 
@@ -176,3 +179,22 @@ def _probe(at: Point, terms: Terms, batch: Batch) -> Probe:
 
 def _distinct(batches: Iterable[Batch]) -> list[Batch]:
     return list({id(batch): batch for batch in batches}.values())
+
+
+def dealt(batch: Batch, directions: int, *, one_sided: bool, share: int) -> list[Batch]:
+    """The batch of every direction.
+
+    Two-sided: each of the K directions has its own part of the batch, or all share it where there
+    are fewer rows than directions. One-sided: the batch is cut into parts of about ``share`` rows
+    and each part has K directions, which share its base point.
+
+    Args:
+        batch: The rows of the step.
+        directions: K.
+        one_sided: Which estimate.
+        share: Rows of a part.
+    """
+    if one_sided:
+        parts = batch.split(max(1, len(batch) // share))
+        return [part for part in parts for _ in range(directions)]
+    return batch.split(directions) if len(batch) >= directions else [batch] * directions

@@ -11,8 +11,10 @@ from torch import Tensor
 from zo_adapt.data import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.objective import Evaluator
-from zo_adapt.optimizer import StepInfo, positive
-from zo_adapt.rule import Schedule, schedule_named
+from zo_adapt.optimizer import StepInfo
+from zo_adapt.options import positive
+from zo_adapt.rule import Budget
+from zo_adapt.schedule import Schedule, schedule_named
 from zo_adapt.term import Update
 from zo_adapt.view import ParameterView
 
@@ -42,6 +44,7 @@ class FirstOrder:
 
     def start(self, view: ParameterView, seed: int) -> None:
         """Begin a run on a view."""
+        self._steps = 0
         self._tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}
         groups = [
             {
@@ -55,8 +58,9 @@ class FirstOrder:
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         self._optimizer = self.kind([g for g in groups if g["params"]], **options)
 
-    def step(self, evaluator: Evaluator, samples: Samples, progress: float) -> StepInfo:
+    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
         """One gradient step on one minibatch."""
+        factor = self.schedule(budget.used(self._steps, evaluator.queries))
         batch = samples.minibatch()
         evaluator.reserve(len(batch))
         live = list(evaluator.view.tensors.values())
@@ -66,12 +70,12 @@ class FirstOrder:
         _check_finite(loss, gradients)
         for shadow, gradient in zip(self._tensors.values(), gradients, strict=True):
             shadow.grad = gradient
-        factor = self.schedule(progress)
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * factor * group["factor"]
         self._optimizer.step()
+        self._steps += 1
         self._optimizer.zero_grad()
-        return StepInfo(float(loss), self.lr * factor, math.nan, Update(()))
+        return StepInfo(float(loss.detach()), self.lr * factor, math.nan, Update(()))
 
 
 class SGD(FirstOrder):
@@ -114,7 +118,8 @@ def _check_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
     finite = all(bool(t.isfinite().all()) for t in (loss.detach(), *gradients) if t is not None)
     if not finite:
         raise NonFiniteObjectiveError(
-            f"the loss {float(loss)} or its gradient is not finite; a smaller lr keeps it finite"
+            f"the loss {float(loss.detach())} or its gradient is not finite; "
+            "a smaller lr keeps it finite"
         )
 
 

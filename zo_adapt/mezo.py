@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
-from zo_adapt.data import Batch, Samples
-from zo_adapt.estimator import HERE, OneSided, TwoSided
+from zo_adapt.data import Samples
+from zo_adapt.estimator import HERE, OneSided, TwoSided, dealt
+from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder
-from zo_adapt.rule import Schedule
+from zo_adapt.options import at_least_one
+from zo_adapt.rule import NOWHERE, Progress, StepRule
+from zo_adapt.schedule import Schedule
 
 
 class MeZO(ZerothOrder):
@@ -15,17 +18,18 @@ class MeZO(ZerothOrder):
     theta <- theta - lr * 1/K sum_k p_k z_k,
     p_k = [f(theta + mu z_k) - f(theta - mu z_k)] / (2 mu)
 
-    Queries a step: 2 b with the batch of b rows split over the K directions, 2 K b otherwise;
-    one-sided, with a base point shared by all directions, (K + 1) b.
+    Queries a step with a batch of b rows: 2 b, whatever K, for the batch is split over the
+    directions; one-sided (K + 1) b, the base point shared by the K directions of each share.
 
     Args:
-        lr: Learning rate. None: the normalised step (lr 1e-2, linear decay). A number: the paper's
+        lr: Learning rate. None: the step by distance (see ``StepRule``). A number: the paper's
             plain step at that rate.
-        perturbation_scale: mu.
+        displacement: How far noise alone would move a weight over the run (rho); only for lr=None.
+            None: as the view says.
+        perturbation_scale: mu; None: displacement / 25.
         num_directions: K.
-        split: Give each direction its own share of the batch.
-        one_sided: Forward differences instead of the pair; the batch is then not split.
-        normalize, schedule, weight_decay, scale_memory: See ``ZerothOrder``.
+        one_sided: Forward differences, K directions for each share of the batch.
+        normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
 
     Raises:
         OptionError: A number outside its range.
@@ -47,41 +51,41 @@ class MeZO(ZerothOrder):
         self,
         lr: float | None = None,
         *,
-        perturbation_scale: float = 1e-3,
+        displacement: float | None = None,
+        perturbation_scale: float | None = None,
         num_directions: int = 1,
-        split: bool = True,
         one_sided: bool = False,
         normalize: bool | None = None,
         schedule: str | Schedule | None = None,
         weight_decay: float = 0.0,
-        scale_memory: float = 0.99,
+        scale_memory: float = 0.98,
     ) -> None:
-        super().__init__(
+        rule = StepRule(
             lr,
-            perturbation_scale=perturbation_scale,
-            num_directions=num_directions,
             normalize=normalize,
             schedule=schedule,
             weight_decay=weight_decay,
             scale_memory=scale_memory,
         )
-        self.estimator = (OneSided if one_sided else TwoSided)(self.perturbation_scale)
-        self.split = split and not one_sided
+        self.num_directions = at_least_one("num_directions", num_directions)
+        self.one_sided = one_sided
+        super().__init__(rule, perturbation_scale, displacement)
+
+    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
+        """Forget everything."""
+        super().begin(groups, seed, reach)
+        self.estimator = (OneSided if self.one_sided else TwoSided)(self.perturbation_scale)
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
-        self._seeds = self.new_seeds(self.num_directions)
-        self._batches = shares(samples.minibatch(), self.num_directions, self.split)
+        batch = samples.minibatch()
+        self._batches = dealt(
+            batch, self.num_directions, one_sided=self.one_sided, share=samples.share
+        )
+        self._seeds = self.new_seeds(len(self._batches))
         return self.estimator.probes(self._seeds, self._batches, self.groups, HERE)
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
         estimate = self.estimator.estimate(self._seeds, self._batches, self.groups, evaluations)
-        return self.descend(estimate.terms, estimate.projected, estimate.value, self.lr, progress)
-
-
-def shares(batch: Batch, directions: int, split: bool = True) -> list[Batch]:
-    """One batch for each direction: its own share, or the whole batch where nothing is split."""
-    if split and len(batch) >= directions:
-        return batch.split(directions)
-    return [batch] * directions
+        return self.descend(estimate.terms, estimate, progress, lr=self.rule.lr)

@@ -11,6 +11,7 @@ from zo_adapt.data import Collate, Samples, as_source, class_labels
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.objective import BudgetExhausted, Evaluator, Objective, SetObjective
 from zo_adapt.optimizer import Optimizer
+from zo_adapt.rule import Budget
 from zo_adapt.view import ParameterView
 
 
@@ -135,7 +136,7 @@ def minimize(
     view.check_adapters()
     view.check_finite()
     optimizer.start(view, seed)
-    run = _Run(evaluator, samples, optimizer, max_steps)
+    run = _Run(evaluator, samples, optimizer, Budget(max_steps, max_queries))
     with tqdm(
         total=max_queries or max_steps,
         unit="query" if max_queries else "step",
@@ -156,33 +157,25 @@ class _Run:
         evaluator: Evaluator,
         samples: Samples,
         optimizer: Optimizer,
-        max_steps: int | None,
+        budget: Budget,
     ) -> None:
         self.evaluator, self.samples, self.optimizer = evaluator, samples, optimizer
-        self.max_steps = max_steps
+        self.budget = budget
         self.history: list[Record] = []
-
-    @property
-    def progress(self) -> float:
-        """The share of the budget that is used, 0..1."""
-        budgets = (
-            (len(self.history), self.max_steps),
-            (self.evaluator.queries, self.evaluator.max_queries),
-        )
-        return max((used / total for used, total in budgets if total), default=0.0)
 
     def until_stopped(
         self, callback: Callable[[Record], None] | None, bar: "tqdm[Any]"
     ) -> tuple[StopReason, str]:
         """Step until a budget is used up, the callback stops or the objective is not finite."""
-        while self.max_steps is None or len(self.history) < self.max_steps:
+        limit = self.budget.max_steps
+        while limit is None or len(self.history) < limit:
             try:
                 record = self.step()
             except BudgetExhausted:
                 return StopReason.MAX_QUERIES, ""
             except NonFiniteObjectiveError as error:
                 return StopReason.NON_FINITE, f" ({error})"
-            bar.update(record.queries - bar.n if self.evaluator.max_queries else 1)
+            bar.update(record.queries - bar.n if self.budget.max_queries else 1)
             bar.set_postfix(loss=f"{record.value:.4f}", refresh=False)
             try:
                 if callback is not None:
@@ -193,7 +186,7 @@ class _Run:
 
     def step(self) -> Record:
         """One step of the optimizer, on record."""
-        info = self.optimizer.step(self.evaluator, self.samples, self.progress)
+        info = self.optimizer.step(self.evaluator, self.samples, self.budget)
         record = Record(
             step=len(self.history) + 1,
             queries=self.evaluator.queries,

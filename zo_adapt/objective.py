@@ -141,6 +141,11 @@ def _values(returned: Any, rows: int) -> np.ndarray:
         ObjectiveError: It requires grad, has another shape, or is not a number.
         NonFiniteObjectiveError: NaN or infinity.
     """
+    if returned is None:
+        raise ObjectiveError(
+            "the objective returned NoneType; return a float or one per example (is the return "
+            "statement missing?)"
+        )
     if isinstance(returned, Tensor):
         if returned.requires_grad:
             raise ObjectiveError(

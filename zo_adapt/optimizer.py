@@ -10,10 +10,12 @@ import torch
 
 from zo_adapt import philox
 from zo_adapt.data import Samples
-from zo_adapt.errors import FlatObjectiveWarning, OptionError, PerturbationError
-from zo_adapt.group import Group
+from zo_adapt.errors import FlatObjectiveWarning, PerturbationError
+from zo_adapt.estimator import Estimate
+from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Evaluator, Probe
-from zo_adapt.rule import Annealing, RunningScale, Schedule, descent, schedule_named
+from zo_adapt.options import positive
+from zo_adapt.rule import NOWHERE, Budget, Progress, StepRule
 from zo_adapt.term import Terms, Update
 from zo_adapt.view import ParameterView
 
@@ -46,7 +48,7 @@ class Optimizer(Protocol):
     def start(self, view: ParameterView, seed: int) -> None:
         """Forget everything and begin a run: same seed, same run."""
 
-    def step(self, evaluator: Evaluator, samples: Samples, progress: float) -> StepInfo:
+    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
         """Evaluate, then change the view once.
 
         Raises:
@@ -58,47 +60,26 @@ class ZerothOrder(ABC):
     """Base of the optimizers that see values only: ``ask`` for probes, ``tell`` their values.
 
     Args:
-        lr: Learning rate; None chooses the normalised step with the default of the class.
-        perturbation_scale: mu, in the parameters' units.
-        num_directions: K.
-        normalize: Divide the step by the running root mean square of the projected gradients; None:
-            exactly when ``lr`` is None, for a rate given in absolute terms is taken at its word.
-        schedule: "constant", "linear", "cosine" or a callable of the progress through the budget;
-            None: "linear" when normalised, else "constant".
-        weight_decay: Decoupled, as in AdamW.
-        scale_memory: beta of the running scale.
+        rule: How an estimate is applied.
+        perturbation_scale: mu, in the parameters' units; None: displacement / 25, so that a
+            difference spans a small part of the way that the run goes.
+        displacement: rho of the rule by distance; None: the view's (``ParameterView.reach``).
 
     Raises:
         OptionError: A number outside its range.
     """
 
-    default_lr: float = 1e-2
-
     def __init__(
         self,
-        lr: float | None,
-        *,
-        perturbation_scale: float,
-        num_directions: int,
-        normalize: bool | None,
-        schedule: str | Schedule | None,
-        weight_decay: float,
-        scale_memory: float,
-        annealing: Annealing | None = None,
+        rule: StepRule,
+        perturbation_scale: float | None,
+        displacement: float | None,
     ) -> None:
-        self.normalize = lr is None if normalize is None else normalize
-        self.lr = positive("lr", self.default_lr if lr is None else lr)
-        self.perturbation_scale = positive("perturbation_scale", perturbation_scale)
-        self.num_directions = at_least_one("num_directions", num_directions)
-        default = "linear" if self.normalize else "constant"
-        self.schedule = schedule_named(schedule if schedule is not None else default)
-        if not 0 <= weight_decay < 1 / self.lr:
-            raise OptionError(f"weight_decay={weight_decay}; choose 0 <= weight_decay < 1/lr")
-        self.weight_decay = weight_decay
-        if not 0 <= scale_memory < 1:
-            raise OptionError(f"scale_memory={scale_memory}; choose 0 <= scale_memory < 1")
-        self.scale_memory = scale_memory
-        self.annealing = annealing
+        self.rule = rule
+        self._perturbation_scale = perturbation_scale and positive(
+            "perturbation_scale", perturbation_scale
+        )
+        self._displacement = displacement and positive("displacement", displacement)
         self.begin((Group(""),), 0)
 
     def start(self, view: ParameterView, seed: int) -> None:
@@ -107,30 +88,39 @@ class ZerothOrder(ABC):
         Raises:
             PerturbationError: mu is below the resolution of a tensor's dtype.
         """
+        self.begin(view.groups, seed, view.reach)
         check_resolution(view, self.perturbation_scale)
-        self.begin(view.groups, seed)
 
-    def begin(self, groups: Sequence[Group], seed: int) -> None:
-        """Forget everything; ``start`` without a view."""
+    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
+        """Forget everything; ``start`` without a view.
+
+        Args:
+            groups: The parts of the view.
+            seed: Of the directions.
+            reach: Displacement where none was given.
+        """
         self.groups, self.seed = tuple(groups), seed
-        self.scale = RunningScale(self.scale_memory)
+        displacement = self._displacement or reach
+        self.perturbation_scale = self._perturbation_scale or displacement / 25
+        self.rule.restart(displacement)
         self.steps = 0
         self._directions = 0
         self._flat = 0
-        self._anneal_scale = 1.0
 
     @abstractmethod
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
 
     @abstractmethod
-    def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """Take the answers and return the step's update (not yet applied)."""
 
-    def step(self, evaluator: Evaluator, samples: Samples, progress: float) -> StepInfo:
+    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
         """Ask, evaluate, tell, apply."""
+        done = budget.used(self.steps, evaluator.queries)
         evaluations = evaluator.evaluate(self.ask(samples))
-        info = self.tell(evaluations, progress)
+        share = budget.used(self.steps + 1, evaluator.queries) - done
+        info = self.tell(evaluations, Progress(done, share))
         evaluator.view.apply(info.update)
         return info
 
@@ -145,58 +135,46 @@ class ZerothOrder(ABC):
     def descend(
         self,
         terms: Terms,
-        projected: Sequence[float],
-        value: float,
-        lr: float,
-        progress: float,
+        here: Estimate,
+        progress: Progress,
+        *,
+        lr: float | None,
         kind: str = "minibatch",
+        directions: float | None = None,
+        reuse: int = 1,
     ) -> StepInfo:
-        """The step along -terms: schedule, annealing, normalisation, decay."""
+        """The step along -terms.
+
+        Args:
+            terms: The direction, in most optimizers the estimate itself.
+            here: The plain estimate at the weights, for the scale and the report.
+            progress: Where the step stands in its run.
+            lr: Learning rate, None for the rule by distance.
+            kind: What the step is called in the report.
+            directions: 1 / the terms' mean square in units of the scale: for an estimate from N
+                directions N, the default with those of ``here``.
+            reuse: Number of steps that share the noise of one estimate.
+        """
         self.steps += 1
-        self._notice_flat(projected)
-        if self.annealing is not None:
-            self._anneal_scale = self.annealing.observe(value)
-        rate = lr * self._anneal_scale * self.schedule(progress)
-        scale = self.scale.update(projected)
-        if self.normalize and scale > 0.0:
-            terms = tuple(t._replace(coefficient=t.coefficient / scale) for t in terms)
-        update = descent(terms, rate, self.groups, self.weight_decay)
-        rms = math.sqrt(math.fsum(p * p for p in projected) / len(projected))
-        return StepInfo(value, rate, rms, update, kind)
+        self._notice_flat(here.projected)
+        self.rule.observe(here.value)
+        share = progress._replace(share=progress.share / reuse)
+        rate = self.rule.rate(lr, directions or len(here.projected), share)
+        update = self.rule.update(terms, here.projected, rate, self.groups)
+        rms = math.sqrt(math.fsum(p * p for p in here.projected) / len(here.projected))
+        return StepInfo(here.value, rate, rms, update, kind)
 
     def _notice_flat(self, projected: Sequence[float]) -> None:
         self._flat = self._flat + 1 if not any(projected) else 0
         if self._flat == FLAT_STEPS:
             warnings.warn(
                 f"the loss was the same at both points for {FLAT_STEPS} steps in a row, so nothing "
-                f"is learned: raise perturbation_scale (now {self.perturbation_scale}), raise "
+                f"is learned: raise perturbation_scale (now {self.perturbation_scale:.3g}), raise "
                 "batch_size if the objective counts (accuracy), or check that the view reaches "
                 "the loss",
                 FlatObjectiveWarning,
                 stacklevel=4,
             )
-
-
-def positive(name: str, value: float) -> float:
-    """``value`` if it is finite and > 0.
-
-    Raises:
-        OptionError: It is not.
-    """
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"{name}={value}; choose a finite number > 0")
-    return float(value)
-
-
-def at_least_one(name: str, value: int) -> int:
-    """``value`` if it is an integer >= 1.
-
-    Raises:
-        OptionError: It is not.
-    """
-    if not isinstance(value, int) or value < 1:
-        raise OptionError(f"{name}={value}; choose an integer >= 1")
-    return value
 
 
 def check_resolution(view: ParameterView, perturbation_scale: float) -> None:
@@ -211,7 +189,7 @@ def check_resolution(view: ParameterView, perturbation_scale: float) -> None:
         rms = float(tensor.detach().double().square().mean().sqrt())
         smallest = 0.5 * torch.finfo(tensor.dtype).eps * rms
         mu = perturbation_scale * view.group_of(name).perturbation_scale
-        if mu < smallest:
+        if 0 < mu < smallest:
             raise PerturbationError(
                 f"perturbation_scale={mu:.3g} is below the resolution of {name!r} ({tensor.dtype}, "
                 f"root mean square {rms:.3g}); choose at least {smallest:.3g}, or float32 tensors"

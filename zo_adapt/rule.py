@@ -1,104 +1,138 @@
 """How an estimate is applied: learning rate, schedule, normalisation, decay, annealing."""
 
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 from zo_adapt.errors import OptionError
 from zo_adapt.group import Group
-from zo_adapt.term import Terms, Update
-
-Schedule = Callable[[float], float]
-"""Progress through the budget, 0..1 -> factor on the learning rate."""
-
-SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
-}
+from zo_adapt.options import positive
+from zo_adapt.schedule import Annealing, RunningScale, Schedule, schedule_named
+from zo_adapt.term import Terms, Update, scaled
 
 
-def schedule_named(schedule: str | Schedule) -> Schedule:
-    """A schedule by name, or the callable itself.
-
-    Raises:
-        OptionError: No such schedule.
-    """
-    if callable(schedule):
-        return schedule
-    if schedule not in SCHEDULES:
-        raise OptionError(f"schedule={schedule!r}; choose one of {sorted(SCHEDULES)} or a callable")
-    return SCHEDULES[schedule]
-
-
-class RunningScale:
-    """Root of an exponential mean of squares, free of the start's bias.
-
-    v <- beta v + (1 - beta) mean(p^2);  scale = sqrt(v / (1 - beta^t))
+class Progress(NamedTuple):
+    """Where a step stands in its run.
 
     Args:
-        beta: Memory, 0 <= beta < 1.
-
-    Example:
-        >>> scale = RunningScale(0.99)
-        >>> scale.update([3.0, -3.0])
-        3.0
+        done: Share of the budget used before the step, 0..1.
+        share: Share of the budget that the step itself uses.
     """
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-        self.total = 0.0
-        self.weight = 0.0
-
-    def update(self, values: Sequence[float]) -> float:
-        """Take the values in and return the scale."""
-        square = math.fsum(value * value for value in values) / len(values)
-        self.total = self.beta * self.total + (1.0 - self.beta) * square
-        self.weight = self.beta * self.weight + (1.0 - self.beta)
-        return math.sqrt(self.total / self.weight)
+    done: float = 0.0
+    share: float = 1e-3
 
 
-class Annealing:
-    """Divide both learning rates when the loss stops falling (MeZO-SVRG, Algorithm 4).
+NOWHERE = Progress()
+"""For ask and tell without a budget: the first of a thousand equal steps."""
 
-    With m1 and m2 the mean loss of the last ``window`` steps and of the ``window`` before, the
-    rates are divided by ``factor`` when m1 / m2 > ``threshold``. Each window is judged once.
+
+class Budget(NamedTuple):
+    """What a run may use; None is no limit of that kind.
 
     Args:
-        factor: alpha > 1.
-        threshold: kappa > 0; 1.0 anneals when the mean loss has risen.
-        window: Steps of a window (the paper: the steps of an epoch).
+        max_steps: Steps.
+        max_queries: Forwards of one sample.
+    """
+
+    max_steps: int | None = None
+    max_queries: int | None = None
+
+    def used(self, steps: int, queries: int) -> float:
+        """The share that is used, 0..1."""
+        pairs = ((steps, self.max_steps), (queries, self.max_queries))
+        return max((count / limit for count, limit in pairs if limit), default=0.0)
+
+
+class StepRule:
+    """How far a step goes along an estimate.
+
+    Three rules, s(t) the schedule at progress t, r the running scale of the projected gradients:
+
+        plain:       theta <- theta - lr s(t) g                       (``lr`` given)
+        normalised:  theta <- theta - lr s(t) g / r                   (``lr``, ``normalize=True``)
+        by distance: the same with lr = rho sqrt(N dt / int s^2)      (``lr=None``)
+
+    In the last, N is the number of directions in g and dt the step's share of the budget: over the
+    whole run noise alone would move each weight by rho (root mean square), whatever the budget, the
+    batch and N. What a longer run has to spare goes into smaller steps.
+
+    Args:
+        lr: Learning rate, or None for the rule by distance.
+        displacement: rho, in the parameters' units.
+        normalize: None: exactly when ``lr`` is None; a rate in absolute terms is taken at its word.
+        schedule: "constant", "linear", "cosine" or a callable of the progress; None: "linear" when
+            normalised, else "constant".
+        weight_decay: Decoupled, as in AdamW.
+        scale_memory: beta of the running scale.
+        annealing: Algorithm 4 of MeZO-SVRG, or None.
 
     Raises:
         OptionError: A number outside its range.
-
-    Example:
-        >>> annealing = Annealing(factor=5.0, window=2)
-        >>> [annealing.observe(loss) for loss in (1.0, 1.0, 2.0, 2.0)]
-        [1.0, 1.0, 1.0, 0.2]
     """
 
-    def __init__(self, factor: float = 5.0, threshold: float = 1.0, window: int = 32) -> None:
-        if not (factor > 1 and threshold > 0 and window >= 1):
-            raise OptionError(
-                f"Annealing(factor={factor}, threshold={threshold}, window={window}); choose "
-                "factor > 1, threshold > 0, window >= 1"
-            )
-        self.factor, self.threshold, self.window = factor, threshold, window
-        self.scale = 1.0
-        self._losses: deque[float] = deque(maxlen=2 * window)
+    def __init__(
+        self,
+        lr: float | None,
+        *,
+        normalize: bool | None = None,
+        schedule: str | Schedule | None = None,
+        weight_decay: float = 0.0,
+        scale_memory: float = 0.98,
+        annealing: Annealing | None = None,
+    ) -> None:
+        if lr is None and normalize is False:
+            raise OptionError("normalize=False needs a learning rate: give lr > 0")
+        self.lr = None if lr is None else positive("lr", lr)
+        self.normalize = lr is None if normalize is None else normalize
+        default = "linear" if self.normalize else "constant"
+        self.schedule = schedule_named(schedule if schedule is not None else default)
+        if not 0 <= weight_decay * (lr or 0.0) < 1 or weight_decay < 0:
+            raise OptionError(f"weight_decay={weight_decay}; choose 0 <= weight_decay < 1/lr")
+        self.weight_decay = weight_decay
+        if not 0 <= scale_memory < 1:
+            raise OptionError(f"scale_memory={scale_memory}; choose 0 <= scale_memory < 1")
+        self.scale_memory, self.annealing = scale_memory, annealing
+        self.restart(0.0)
 
-    def observe(self, loss: float) -> float:
-        """Take one step's loss in and return the factor on the learning rates."""
-        self._losses.append(loss)
-        if len(self._losses) == 2 * self.window:
-            losses = list(self._losses)
-            earlier, recent = sum(losses[: self.window]), sum(losses[self.window :])
-            if recent > self.threshold * earlier:
-                self.scale /= self.factor
-            for _ in range(self.window):
-                self._losses.popleft()
-        return self.scale
+    def restart(self, displacement: float) -> None:
+        """Forget the run; ``displacement`` is rho for the next one."""
+        self.displacement = displacement
+        self.scale = RunningScale(self.scale_memory)
+        self._annealed = 1.0
+        if self.annealing is not None:
+            self.annealing.restart()
+
+    def rate(self, lr: float | None, directions: float, progress: Progress) -> float:
+        """The learning rate now, schedule and annealing included."""
+        if lr is None:
+            lr = self.displacement * math.sqrt(directions * progress.share / self._power)
+        return lr * self._annealed * self.schedule(progress.done)
+
+    @cached_property
+    def _power(self) -> float:
+        """The integral of s(t)^2 over a run; 1 for a schedule that is zero throughout."""
+        squares = (self.schedule((k + 0.5) / 256) ** 2 for k in range(256))
+        return math.fsum(squares) / 256 or 1.0
+
+    def update(
+        self,
+        terms: Terms,
+        projected: Sequence[float],
+        rate: float,
+        groups: Sequence[Group],
+    ) -> Update:
+        """The step along -terms at a rate that ``rate`` gave."""
+        scale = self.scale.update(projected)
+        if self.normalize and scale > 0.0:
+            terms = scaled(terms, 1.0 / scale)
+        return descent(terms, rate, groups, self.weight_decay)
+
+    def observe(self, loss: float) -> None:
+        """Let the annealing see the loss of a step."""
+        if self.annealing is not None:
+            self._annealed = self.annealing.observe(loss)
 
 
 def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Update:

@@ -62,10 +62,11 @@ class Layerwise:
     def shifted(self, write: Write) -> Iterator[None]:
         """Inside, each module computes with the parameters that ``write`` makes."""
         before = {module: module._parameters for module in self._modules}
+        kept: dict[str, Tensor] = {}
         handles = []
         try:
             for module, names in self._modules.items():
-                parameters = _Shifted(before[module], names, write)
+                parameters = _Shifted(before[module], names, write, kept)
                 module.__dict__["_parameters"] = parameters
                 handles.append(module.register_forward_pre_hook(parameters.enter))
                 handles.append(module.register_forward_hook(parameters.leave, always_call=True))
@@ -82,21 +83,26 @@ class _Shifted(dict[str, Tensor | None]):
     """Stands in for ``module._parameters``; the live dictionary and its tensors are only read."""
 
     def __init__(
-        self, live: Mapping[str, Tensor | None], names: Mapping[str, str], write: Write
+        self,
+        live: Mapping[str, Tensor | None],
+        names: Mapping[str, str],
+        write: Write,
+        kept: dict[str, Tensor],
     ) -> None:
         super().__init__(live)
         self._live, self._names, self._write = live, names, write
-        self._kept: dict[str, Tensor] = {}
+        self._kept = kept  # By the view's names and shared, so that tied ones stay one object.
         self._running: dict[str, Tensor] = {}
 
     def __getitem__(self, attribute: str) -> Tensor | None:
         if attribute in self._running:
             return self._running[attribute]
-        if attribute not in self._names:
+        name = self._names.get(attribute)
+        if name is None:
             return self._live[attribute]
-        if attribute not in self._kept:
-            self._kept |= self._made([attribute])
-        return self._kept[attribute]
+        if name not in self._kept:
+            self._kept[name] = self._made([attribute])[attribute]
+        return self._kept[name]
 
     def values(self) -> Iterator[Tensor | None]:  # type: ignore[override]
         return (self[attribute] for attribute in self)
@@ -106,8 +112,8 @@ class _Shifted(dict[str, Tensor | None]):
 
     def enter(self, *_: object) -> None:
         """The module's forward begins."""
-        missing = [attribute for attribute in self._names if attribute not in self._kept]
-        self._running = self._kept | self._made(missing)
+        missing = [a for a, name in self._names.items() if name not in self._kept]
+        self._running = self._made(missing)
 
     def leave(self, *_: object) -> None:
         """The module's forward ends."""

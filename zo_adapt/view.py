@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zo_adapt import selection
 from zo_adapt.accumulate import Job, accumulate
 from zo_adapt.adapters import check_adapters
+from zo_adapt.defaults import reach_and_groups
 from zo_adapt.errors import OptionError, ViewError
 from zo_adapt.group import Group, assign_groups
 from zo_adapt.noise import noise_named, tensor_key
@@ -38,7 +39,9 @@ class ParameterView:
             under several names counts once. Several devices are fine.
         model: The model that owns them; None for plain tensors.
         noise: "gaussian" (the paper's) or "rademacher".
-        groups: Parts with their own step; the first matching pattern wins.
+        groups: Parts with their own step; the first matching pattern wins. None: LoRA's A factors
+            rest and a new head goes further than pretrained weights (see ``defaults``); () treats
+            all alike.
         scratch: "auto", "copy" or "layer".
 
     Raises:
@@ -62,14 +65,18 @@ class ParameterView:
         *,
         model: nn.Module | None = None,
         noise: str = "gaussian",
-        groups: Sequence[Group] = (),
+        groups: Sequence[Group] | None = None,
         scratch: Literal["auto", "copy", "layer"] = "auto",
     ) -> None:
         self.tensors = _distinct(tensors)
         self.model = model
         self.noise = noise_named(noise)
         self._keys = {name: tensor_key(name) for name in self.tensors}
-        self.groups, self._group_of = assign_groups(list(self.tensors), groups)
+        self.reach, usual = reach_and_groups(self.tensors, model)
+        """How far noise alone may move a weight over a run, where an optimizer is not told."""
+        self.groups, self._group_of = assign_groups(
+            list(self.tensors), usual if groups is None else groups
+        )
         if scratch not in ("auto", "copy", "layer"):
             raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
         if scratch == "layer" and model is None:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from zo_adapt.data import Batch, Samples
 from zo_adapt.estimator import HERE, TwoSided
-from zo_adapt.group import Group
+from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizer import StepInfo, ZerothOrder, at_least_one
-from zo_adapt.rule import Schedule
+from zo_adapt.optimizer import StepInfo, ZerothOrder
+from zo_adapt.options import at_least_one
+from zo_adapt.rule import NOWHERE, Progress, StepRule
+from zo_adapt.schedule import Schedule
 from zo_adapt.term import Terms, coalesced, scaled
 
 
@@ -24,11 +26,12 @@ class ZOSVRG(ZerothOrder):
     time, and n terms in every update.
 
     Args:
-        lr: Learning rate; None: the normalised step.
+        lr: Learning rate; None: the step by distance (see ``StepRule``).
         snapshot_interval: q >= 1.
         snapshot_size: Rows of the large batch; None is the whole set.
-        perturbation_scale: mu.
-        normalize, schedule, weight_decay, scale_memory: See ``ZerothOrder``.
+        displacement: rho of the step by distance; None: as the view says.
+        perturbation_scale: mu; None: displacement / 25.
+        normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
 
     Raises:
         OptionError: A number outside its range.
@@ -52,16 +55,15 @@ class ZOSVRG(ZerothOrder):
         *,
         snapshot_interval: int = 5,
         snapshot_size: int | None = None,
-        perturbation_scale: float = 1e-3,
+        displacement: float | None = None,
+        perturbation_scale: float | None = None,
         normalize: bool | None = None,
         schedule: str | Schedule | None = None,
         weight_decay: float = 0.0,
-        scale_memory: float = 0.99,
+        scale_memory: float = 0.98,
     ) -> None:
-        super().__init__(
+        rule = StepRule(
             lr,
-            perturbation_scale=perturbation_scale,
-            num_directions=1,
             normalize=normalize,
             schedule=schedule,
             weight_decay=weight_decay,
@@ -69,12 +71,14 @@ class ZOSVRG(ZerothOrder):
         )
         self.snapshot_interval = at_least_one("snapshot_interval", snapshot_interval)
         self.snapshot_size = snapshot_size and at_least_one("snapshot_size", snapshot_size)
-        self.estimator = TwoSided(self.perturbation_scale)
+        super().__init__(rule, perturbation_scale, displacement)
 
-    def begin(self, groups: Sequence[Group], seed: int) -> None:
+    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
         """Forget everything, the snapshot too."""
-        super().begin(groups, seed)
+        super().begin(groups, seed, reach)
+        self.estimator = TwoSided(self.perturbation_scale)
         self._snapshot_gradient: Terms = ()
+        self._snapshot_directions = 1
         self._since = HERE
 
     def ask(self, samples: Samples) -> list[Probe]:
@@ -89,12 +93,13 @@ class ZOSVRG(ZerothOrder):
         back = self._since.inverse()
         return here + self.estimator.probes(self._seeds, self._rows, self.groups, back)
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: float = 0.0) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
         count = 2 * len(self._rows)
         here = self.estimator.estimate(self._seeds, self._rows, self.groups, evaluations[:count])
         if self.steps % self.snapshot_interval == 0:
             self._snapshot_gradient, self._since = here.terms, HERE
+            self._snapshot_directions = len(self._seeds)
             terms, kind = here.terms, "snapshot"
         else:
             there = self.estimator.estimate(
@@ -102,6 +107,14 @@ class ZOSVRG(ZerothOrder):
             )
             control = (*scaled(there.terms, -1.0), *self._snapshot_gradient)
             terms, kind = coalesced((*here.terms, *control)), "minibatch"
-        info = self.descend(terms, here.projected, here.value, self.lr, progress, kind)
+        info = self.descend(
+            terms,
+            here,
+            progress,
+            lr=self.rule.lr,
+            kind=kind,
+            directions=self._snapshot_directions,
+            reuse=self.snapshot_interval,
+        )
         self._since = self._since.then(info.update)
         return info

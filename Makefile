@@ -1,0 +1,85 @@
+# `make demo` and `make test` set everything up by themselves, in .venv, the first time.
+# Any interpreter from 3.11 on will do: make PYTHON=/path/to/python demo
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+# The first that runs and is new enough; a name on the path may be a shim without a Python behind it.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+
+# Two workers of one thread: on 2 cores faster than one worker of two, or two of two.
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help setup demo test lint types pytest wheel clean
+
+help:
+	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
+	@echo "make test   format, lint, types, tests, and the wheel installed outside the tree"
+	@echo "make clean  remove the environment and the caches"
+
+setup: $(STAMP)
+
+# The stamp comes last: an interrupted set-up is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@[[ -n "$(PYTHON)" ]] || { echo "Python 3.11 or newer is needed: make PYTHON=... $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setting up $(VENV), once; this takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Passive waiting: with other work on the cores, threads that spin take several times the CPU time.
+demo: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/tune_lora.py $(DEMO_ARGS)
+
+# One after the other, so that the first failure is the last thing on the screen.
+test: $(STAMP)
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory types
+	$(MAKE) --no-print-directory wheel
+	$(MAKE) --no-print-directory pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+pytest: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Built, installed alone into an environment that only borrows the dependencies, and imported from
+# elsewhere: what users get, not what lies in this folder.
+wheel: $(STAMP)
+	@away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	$(BIN)/python -m build --no-isolation --outdir "$$away/dist" . >"$$away/log" 2>&1 \
+		|| { cat "$$away/log" >&2; exit 1; }; \
+	$(BIN)/python -m venv --without-pip "$$away/venv"; \
+	$(BIN)/python -m pip --python "$$away/venv/bin/python" install --quiet --no-deps --no-index \
+		"$$away"/dist/*.whl; \
+	"$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(echo "$$away"/venv/lib/python3*/site-packages)/borrowed.pth"; \
+	cd "$$away" && venv/bin/python -I -c "$$WHEEL_CHECK"
+
+define WHEEL_CHECK
+import importlib, pathlib, sys
+for name in ("zo_adapt", "objectives"):
+    folder = pathlib.Path(importlib.import_module(name).__file__).parent
+    if not folder.is_relative_to(sys.prefix):
+        sys.exit(f"{name} comes from {folder}, not from the wheel")
+    if not (folder / "py.typed").exists():
+        sys.exit(f"the wheel leaves out {name}/py.typed")
+    print("wheel:", name, "imported outside the tree, typed")
+endef
+export WHEEL_CHECK
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

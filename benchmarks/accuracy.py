@@ -1,0 +1,245 @@
+"""Held-out accuracy at equal queries: which optimizer, and which default, learns most.
+
+LoRA (r=8) and a new head on all-MiniLM-L6-v2, 512 training and up to 1,024 held-out texts, several
+seeds (split, new weights and directions). A query is one forward of one sample. Every row is
+measured on the weights after the last step; nothing is selected on the held-out set.
+
+    python benchmarks/accuracy.py --seeds 0 1 2 --jobs 4 --output results.json
+    python benchmarks/accuracy.py --prepare FOLDER      # for a machine without a network ...
+    python benchmarks/accuracy.py --assets FOLDER       # ... that runs from this folder
+"""
+
+import argparse
+import gzip
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+
+from objectives import ClassificationLoss
+from zo_adapt import Adam, MeZO, MeZOSVRG, ParameterView, minimize
+from zo_adapt.optimizer import Optimizer
+
+TRAIN, TEST = 512, 1024
+PREPARED_SEEDS = range(5)
+
+
+class Task(NamedTuple):
+    """A data set, how much of a text is read, and the budget."""
+
+    dataset: str
+    max_length: int
+    max_queries: int
+    view: str = "lora"
+
+
+TASKS = {
+    "bbc-128": Task("bbc", 128, 100_000),
+    "movie-48": Task("movie", 48, 400_000),
+    "bbc-32": Task("bbc", 32, 7_680),
+    "bbc-48": Task("bbc", 48, 40_000),
+    "bbc-48 last 2 layers": Task("bbc", 48, 40_000, "partial"),
+    "bbc-48 all weights": Task("bbc", 48, 40_000, "full"),
+}
+
+METHODS: dict[str, tuple[Callable[[], Optimizer], int]] = {
+    "MeZOSVRG()": (MeZOSVRG, 16),
+    "MeZOSVRG(snapshot_interval=2)": (partial(MeZOSVRG, snapshot_interval=2), 16),
+    "MeZO()": (MeZO, 16),
+    "Adam(lr=1e-3)": (partial(Adam, lr=1e-3), 16),
+}
+for _rho in (0.15, 0.25, 0.4):
+    for _batch in (16, 64):
+        METHODS[f"MeZO rho={_rho:g} b={_batch}"] = (partial(MeZO, displacement=_rho), _batch)
+for _lr in (5e-3, 1e-2, 2e-2):
+    for _batch in (16, 64):
+        METHODS[f"MeZO lr={_lr:g} b={_batch}"] = (
+            partial(MeZO, _lr, normalize=True, perturbation_scale=1e-2),
+            _batch,
+        )
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    task: str
+    method: str
+    seed: int
+    assets: str | None
+    stratify: bool = True
+
+
+def examples_of(task: Task, seed: int, assets: str | None) -> tuple[list[Any], list[Any], str]:
+    """Training and held-out examples, and the folder of the model."""
+    if assets is not None:
+        name = f"{task.dataset}-{task.max_length}-{seed}.json.gz"
+        with gzip.open(Path(assets) / name, "rt") as file:
+            train, test = json.load(file)
+        return train, test, str(Path(assets) / "model")
+    import real_data
+
+    folder = str(real_data.minilm_folder())
+    corpus = real_data.bbc() if task.dataset == "bbc" else real_data.movie_reviews()
+    counts = [corpus.labels.count(label) for label in range(len(corpus.names))]
+    held_out = min(TEST, min(counts) * len(counts) - TRAIN - len(counts))
+    split = real_data.balanced_split(corpus.texts, corpus.labels, TRAIN, held_out, seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def tokenize(texts: list[str], labels: list[int]) -> list[Any]:
+        tokens = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"]
+        return [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
+            for ids, label in zip(tokens, labels, strict=True)
+        ]
+
+    return (
+        tokenize(split.train_texts, split.train_labels),
+        tokenize(split.test_texts, split.test_labels),
+        folder,
+    )
+
+
+def build(folder: str, classes: int, seed: int, view: str = "lora") -> Any:
+    """The encoder with a new head and, for LoRA, a fresh adapter, drawn from the seed."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=classes, dtype=torch.float32
+    )
+    if view == "lora":
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=["query", "value"]
+        )
+        model = get_peft_model(model, config)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def view_of(model: Any, view: str) -> ParameterView:
+    """What the task tunes."""
+    if view == "partial":
+        return ParameterView.last_layers(model, 2)
+    return ParameterView.full(model) if view == "full" else ParameterView.trainable(model)
+
+
+@torch.inference_mode()
+def accuracy(loss: ClassificationLoss, test: list[Any]) -> float:
+    """Share of the held-out examples that are labelled correctly."""
+    right = 0
+    for start in range(0, len(test), 128):
+        batch = loss.collate(test[start : start + 128])
+        right += int((loss.logits(batch).argmax(-1) == batch["labels"]).sum())
+    return right / len(test)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Tune once and measure."""
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1 if torch.cuda.is_available() else torch.get_num_threads())
+    task, (make, batch_size) = TASKS[job.task], METHODS[job.method]
+    train, test, folder = examples_of(task, job.seed, job.assets)
+    model = build(folder, len({example["labels"] for example in train}), job.seed, task.view)
+    loss = ClassificationLoss(model)
+    started = time.perf_counter()
+    result = minimize(
+        loss,
+        view_of(model, task.view),
+        train,
+        make(),
+        batch_size=batch_size,
+        max_queries=task.max_queries,
+        seed=job.seed,
+        progress=False,
+        stratify=job.stratify,
+    )
+    return {
+        **job._asdict(),
+        "accuracy": accuracy(loss, test),
+        "loss": statistics.fmean(record.value for record in result.history[-50:]),
+        "queries": result.queries,
+        "steps": result.nit,
+        "stop_reason": result.stop_reason.name,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def prepare(folder: Path) -> None:
+    """Write the model in half precision and the tokens of every task, about 60 MB."""
+    for task in TASKS.values():
+        for seed in PREPARED_SEEDS:
+            train, test, source = examples_of(task, seed, None)
+            name = f"{task.dataset}-{task.max_length}-{seed}.json.gz"
+            folder.mkdir(parents=True, exist_ok=True)
+            with gzip.open(folder / name, "wt") as file:
+                json.dump([train, test], file)
+    model = transformers.AutoModel.from_pretrained(source, dtype=torch.float16)
+    model.save_pretrained(folder / "model")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, as a Markdown table."""
+    lines = ["| task | queries | method | accuracy | loss | seconds |", "|---|---|---|---|---|---|"]
+    for task, method in dict.fromkeys((r["task"], r["method"]) for r in results):
+        rows = [r for r in results if (r["task"], r["method"]) == (task, method)]
+        values = [r["accuracy"] for r in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        lines.append(
+            f"| {task} | {TASKS[task].max_queries:,} | {method} | "
+            f"{statistics.fmean(values):.3f} ± {spread:.3f} ({len(values)}) | "
+            f"{statistics.fmean(r['loss'] for r in rows):.3f} | "
+            f"{statistics.fmean(r['seconds'] for r in rows):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every task with every method and seed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--uniform", action="store_true", help="batches not stratified by class")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--assets", help="folder that --prepare made")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, help="JSON of all runs")
+    args = parser.parse_args()
+    if args.prepare:
+        prepare(args.prepare)
+        return
+    jobs = [
+        Job(task, method, seed, args.assets, not args.uniform)
+        for task in args.tasks
+        for method in args.methods
+        for seed in args.seeds
+    ]
+    results: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run, job) for job in jobs]):
+            results.append(done.result())
+            print(json.dumps(results[-1]), flush=True)
+            if args.output:
+                args.output.write_text(json.dumps(results, indent=1))
+    results.sort(key=lambda r: (r["task"], r["method"], r["seed"]))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    print(f"\n{device}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

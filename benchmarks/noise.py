@@ -1,0 +1,109 @@
+"""What the noise costs: numbers a second, and its share of a step.
+
+Floor on a CPU: a number needs 16 bits of the generator, a look-up in a 256 KiB table, and one read
+and one write of its weight; the plain baseline is torch's own ``normal_`` followed by ``add_``.
+
+    python benchmarks/noise.py --output noise.json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from objectives import ClassificationLoss
+from zo_adapt import MeZO, ParameterView, Term, Update, minimize
+
+REPEATS = 5
+BATCH, TOKENS = 16, 128
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Median wall time of a call after one to warm up."""
+    times = []
+    for _ in range(1 + REPEATS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def throughput(numel: int, device: str) -> dict[str, float]:
+    """Numbers a second of one update, beside torch's generator and an addition."""
+    x = torch.zeros(numel, device=device)
+    rates = {"torch normal_ + add_": numel / seconds(lambda: x.add_(torch.empty_like(x).normal_()))}
+    for noise in ("gaussian", "rademacher"):
+        view = ParameterView({"x": x}, noise=noise)
+        update = Update((Term(1, 1e-3),))
+        rates[noise] = numel / seconds(lambda view=view, update=update: view.apply(update))
+    return rates
+
+
+def share_of_step(noise: str, device: str) -> dict[str, float]:
+    """Time of a MeZO step on all weights of a 22.7M encoder, and of its two forwards alone."""
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    model = BertForSequenceClassification(config).to(device).eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        "input_ids": torch.randint(1000, 30000, (BATCH, TOKENS), generator=generator).to(device),
+        "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long, device=device),
+        "labels": torch.randint(0, 2, (BATCH,), generator=generator).to(device),
+    }
+    view, loss = ParameterView.full(model, noise=noise), ClassificationLoss(model)
+
+    def forwards() -> None:
+        with torch.no_grad():
+            loss(rows)
+            loss(rows)
+
+    def step() -> None:
+        minimize(loss, view, rows, MeZO(lr=1e-9), batch_size=BATCH, max_steps=4, progress=False)
+
+    # Four steps in one run, so that the checks before the first step do not count as noise.
+    whole, bare = seconds(step) / 4, seconds(forwards)
+    return {"step": whole, "forwards": bare, "noise share": 1 - bare / whole}
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--numel", type=int, default=22_000_000)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numbers per second": throughput(args.numel, args.device),
+        "step": {noise: share_of_step(noise, args.device) for noise in ("gaussian", "rademacher")},
+    }
+    rates = result["numbers per second"]
+    base = rates["torch normal_ + add_"]
+    print("| noise | million numbers/s | times torch |\n|---|---|---|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate / 1e6:.0f} | {rate / base:.2f} |")
+    print("\n| noise | step, s | two forwards, s | share of the step |\n|---|---|---|---|")
+    for name, row in result["step"].items():
+        print(f"| {name} | {row['step']:.3f} | {row['forwards']:.3f} | {row['noise share']:.1%} |")
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Batches from lists of examples: pad what varies in length, stack the rest, leave out the text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from zo_adapt.errors import DataError
+
+IGNORED = -100
+"""Label of a token that no loss counts, as everywhere in transformers."""
+LABEL_NAMES = {"label": "labels", "label_ids": "labels"}
+
+
+def collate(examples: Sequence[Any], pad_token_id: int | None) -> dict[str, Tensor]:
+    """Pad on the right and stack; ``attention_mask`` is made where it is missing.
+
+    Args:
+        examples: Mappings with the same fields: numbers, or lists or tensors of them. Text and None
+            are left out. ``label`` and ``label_ids`` become ``labels``.
+        pad_token_id: Of ``input_ids``; None refuses examples of unequal length.
+
+    Raises:
+        DataError: No examples, not mappings, unequal fields, shapes that do not fit.
+    """
+    fields = _fields(examples)
+    rows = {name: [_tensor(name, example[name]) for example in examples] for name in fields}
+    if "input_ids" in rows:
+        _check_tokens(rows["input_ids"], pad_token_id)
+        rows.setdefault("attention_mask", [torch.ones_like(ids) for ids in rows["input_ids"]])
+    padding = {"input_ids": pad_token_id or 0, "labels": IGNORED}
+    named = {LABEL_NAMES.get(name, name): column for name, column in rows.items()}
+    return {name: _stack(name, column, padding.get(name, 0)) for name, column in named.items()}
+
+
+def tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A ready batch: its tensors and arrays, under the names that models know."""
+    return {
+        LABEL_NAMES.get(name, name): torch.as_tensor(value)
+        for name, value in batch.items()
+        if isinstance(value, Tensor | np.ndarray)
+    }
+
+
+def _fields(examples: Sequence[Any]) -> list[str]:
+    """The names of the numeric fields, after a check that all examples have the same ones."""
+    for index, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise DataError(
+                f"example {index} is a {type(example).__name__}; give mappings such as "
+                "{'input_ids': [...], 'labels': 1}"
+            )
+        if example.keys() != examples[0].keys():
+            raise DataError(
+                f"example {index} has the fields {sorted(example)}, example 0 has "
+                f"{sorted(examples[0])}; give all the same"
+            )
+    if len(examples) == 0:
+        raise DataError("a batch of no examples; give at least one")
+    return [name for name in examples[0] if all(_is_numeric(e[name]) for e in examples)]
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_numeric(item) for item in value[:1])
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf"
+    return isinstance(value, Tensor | int | float | np.number | np.bool_)
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the field {name!r} holds {value!r:.80}, not numbers: {error}") from error
+    # Embeddings and cross-entropy want int64 whatever the data set is stored in.
+    integral = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return tensor.long() if integral else tensor
+
+
+def _check_tokens(column: list[Tensor], pad_token_id: int | None) -> None:
+    lengths = [len(ids) for ids in column]
+    if 0 in lengths:
+        raise DataError(f"example {lengths.index(0)} of the batch has no tokens; leave it out")
+    if pad_token_id is None and len(set(lengths)) > 1:
+        raise DataError(
+            f"the examples have {min(lengths)} to {max(lengths)} tokens and the model has no "
+            "padding token; set model.config.pad_token_id (tokenizer.pad_token_id)"
+        )
+
+
+def _stack(name: str, column: list[Tensor], padding: int) -> Tensor:
+    if all(tensor.dim() == 1 for tensor in column):
+        return pad_sequence(column, batch_first=True, padding_value=padding)
+    shapes = {tuple(tensor.shape) for tensor in column}
+    if len(shapes) > 1:
+        raise DataError(
+            f"the field {name!r} has the shapes {sorted(shapes)}; only lists are padded, anything "
+            "else must have one shape"
+        )
+    return torch.stack(column)

@@ -1,0 +1,94 @@
+"""Losses of models with a classification head."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from objectives._model import ModelObjective, at_least_float32, check_range
+from zo_adapt.errors import DataError
+
+
+class ClassificationLoss(ModelObjective):
+    """Loss of a sequence classifier, one value per example.
+
+    With logits f(x) of shape (b, C), by ``config.problem_type`` or, where None, by the labels:
+        integer labels y of shape (b,)    -log softmax(f(x))_y
+        float labels y of shape (b, C)    mean_c BCE(f(x)_c, y_c)    (multi-label)
+        C = 1, y of shape (b,)            (f(x) - y)^2               (regression; mean_c if C > 1)
+
+    Args:
+        model: A model with a head, such as ``AutoModelForSequenceClassification``; or any module
+            that returns logits.
+
+    Raises:
+        DataError: (when called) Labels missing, out of range or of a wrong shape; examples that do
+            not make a batch.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_labels=3,
+        ...                     num_attention_heads=2, intermediate_size=16)
+        >>> loss = ClassificationLoss(BertForSequenceClassification(config))
+        >>> examples = [{"input_ids": [2, 7], "label": 0}, {"input_ids": [5], "label": 2}]
+        >>> batch = loss.collate(examples)
+        >>> loss(batch).shape, loss.logits(batch).argmax(-1).shape
+        (torch.Size([2]), torch.Size([2]))
+    """
+
+    def __call__(self, batch: object) -> Tensor:
+        """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
+        prepared = self.prepare(batch)
+        labels = self.labels(prepared)
+        return self._losses(at_least_float32(self.forward(prepared)), labels)
+
+    def logits(self, batch: object) -> Tensor:
+        """Logits of shape (b, C), fp32; labels are not needed."""
+        return at_least_float32(self.forward(self.prepare(batch)))
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """None where there is none: decoders look for this token to find the end of the text."""
+        token: int | None = self.configured("pad_token_id")
+        return token if hasattr(self.model, "config") else 0
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse class labels that the head has no output for."""
+        classes = self.configured("num_labels")
+        if classes is None or labels.is_floating_point():
+            return
+        if self._problem(classes, labels) == "single_label_classification":
+            check_range(labels, classes)
+
+    def _problem(self, classes: int, labels: Tensor) -> str:
+        """As transformers decides it, except that nothing is written into the configuration."""
+        if classes == 1:
+            by_labels = "regression"
+        elif labels.is_floating_point():
+            by_labels = "multi_label_classification"
+        else:
+            by_labels = "single_label_classification"
+        problem: str = self.configured("problem_type", by_labels)
+        return problem
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self._problem(logits.shape[-1], labels)
+        if problem == "single_label_classification":
+            _check_shape(
+                labels, logits.shape[:-1] if not labels.is_floating_point() else logits.shape
+            )
+            labels = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
+            return F.cross_entropy(logits, labels, reduction="none")
+        if labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
+            labels = labels[..., None]
+        _check_shape(labels, logits.shape)
+        targets = labels.to(logits.dtype)
+        if problem == "regression":
+            return (logits - targets).square().mean(-1)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+
+
+def _check_shape(labels: Tensor, expected: tuple[int, ...]) -> None:
+    if labels.shape != expected:
+        raise DataError(
+            f"the labels have shape {tuple(labels.shape)} ({labels.dtype}); this model and problem "
+            f"take {tuple(expected)}. config.problem_type says which problem it is"
+        )

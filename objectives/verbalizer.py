@@ -1,0 +1,125 @@
+"""Prompted classification: the label is a word that the language model is asked to write."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from objectives._head import narrow_logits
+from objectives._model import Batch, ModelObjective, at_least_float32, check_range
+from objectives._padding import last_positions, token_mask, with_positions
+from objectives._prompt import Prompt, label_word_ids
+from zo_adapt.errors import DataError, OptionError
+
+
+class VerbalizerLoss(ModelObjective):
+    r"""Cross-entropy over the label words at the place where the model writes the answer.
+
+    L_i = -log softmax_k( logit(w_k | prompt_i) )_{y_i}
+
+    with the label words w_1..w_C, at the last token of the prompt or, for a masked language model,
+    at the mask token. Only these C logits are computed, not the vocabulary's; padding may be on
+    either side.
+
+    Args:
+        model: A causal or masked language model.
+        label_words: One for every class, each a single token (" negative", " positive"), or ids.
+        tokenizer: Needed for words and for a template.
+        template: The prompt, fields of an example in braces: "Review: {text}\nSentiment:". With
+            ``{mask}`` in it the answer is read at the mask token. None: the examples carry the
+            ``input_ids`` of whole prompts.
+        max_length: Longest prompt in tokens; longer ones lose the end of their longest field, never
+            a part of the template. None: what model and tokenizer allow.
+        mask_token_id: For prompts given as ``input_ids`` to a masked language model.
+
+    Raises:
+        OptionError: A label word is not one token, or the tokenizer is missing.
+        DataError: (when called) A field or the labels are missing; no place to answer.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        >>> loss = VerbalizerLoss(GPT2LMHeadModel(config), [7, 9])
+        >>> examples = [{"input_ids": [1, 2, 3], "label": 0}, {"input_ids": [4], "label": 1}]
+        >>> batch = loss.collate(examples)
+        >>> loss(batch).shape, loss.logits(batch).shape
+        (torch.Size([2]), torch.Size([2, 2]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        label_words: Sequence[str] | Sequence[int],
+        *,
+        tokenizer: Any = None,
+        template: str | None = None,
+        max_length: int | None = None,
+        mask_token_id: int | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.label_ids = label_word_ids(tokenizer, label_words)
+        self.prompt: Prompt | None = None
+        if template is not None:
+            limit = self.configured("max_position_embeddings")
+            self.prompt = Prompt(tokenizer, template, max_length or limit)
+            mask_token_id = self.prompt.mask_token_id
+        self.mask_token_id = mask_token_id
+        self._check_vocabulary()
+
+    def __call__(self, batch: object) -> Tensor:
+        """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
+        prepared = self.prepare(batch)
+        labels = self.labels(prepared)
+        return F.cross_entropy(self._logits(prepared), labels.long(), reduction="none")
+
+    def logits(self, batch: object) -> Tensor:
+        """Logits of the label words, (b, C), fp32; labels are not needed."""
+        return self._logits(self.prepare(batch))
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """A batch from examples with the template's fields, or with ``input_ids``."""
+        if self.prompt is not None and not all("input_ids" in example for example in examples):
+            examples = [self.prompt.encoded(example) for example in examples]
+        return super().collate(examples)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse classes that have no word."""
+        check_range(labels, len(self.label_ids))
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if "input_ids" not in batch:
+            raise DataError(f"the batch has no input_ids, only {sorted(batch)}; give a template")
+        positions, length = self._positions(batch), batch["input_ids"].shape[1]
+        rows = torch.arange(len(positions), device=positions.device)
+
+        def select(values: Tensor) -> Tensor:
+            # From the end: peft's prompt tuning puts virtual tokens before the text.
+            return values[:, -length:][rows.to(values.device), positions.to(values.device)][:, None]
+
+        inputs = batch if self.mask_token_id is not None else with_positions(batch, self._accepted)
+        ids = torch.tensor(self.label_ids, device=positions.device)
+        logits = narrow_logits(self.model, lambda: self.forward(inputs), select, ids)
+        return at_least_float32(logits[:, 0])
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Where each row's answer is, (b,)."""
+        if self.mask_token_id is None:
+            return last_positions(token_mask(batch))
+        found = batch["input_ids"] == self.mask_token_id
+        count = found.sum(1)
+        if not bool((count == 1).all()):
+            raise DataError(
+                f"the prompts of the batch have {count.tolist()} mask tokens (id "
+                f"{self.mask_token_id}); each needs exactly one"
+            )
+        return found.long().argmax(1)
+
+    def _check_vocabulary(self) -> None:
+        size = self.configured("vocab_size")
+        outside = [i for i in self.label_ids if i < 0 or (size is not None and i >= size)]
+        if outside:
+            raise OptionError(
+                f"label word ids {outside} are outside the vocabulary 0..{size} (excl.)"
+            )

@@ -1,0 +1,86 @@
+"""The optimizers under contract: one row each, with the queries that its step t must take.
+
+24 examples, minibatches of 6. A new optimizer is one more row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from zo_adapt import SGD, ZOSVRG, Adam, Annealing, MeZO, MeZOSVRG
+
+EXAMPLES, BATCH = 24, 6
+PLAIN: dict[str, Any] = {"perturbation_scale": 0.05, "normalize": False, "schedule": "constant"}
+SVRG = PLAIN | {
+    "lr": 0.02,
+    "snapshot_lr": 0.05,
+    "snapshot_interval": 3,
+    "snapshot_size": 16,
+    "num_directions": 4,
+    "coupling": "shared",
+    "one_sided": False,
+}
+
+
+class Row(NamedTuple):
+    """How to make an optimizer, and the queries of its step t (from 0)."""
+
+    kind: Callable[..., Any]
+    options: dict[str, Any]
+    queries: Callable[[int], int]
+
+    def make(self, **options: Any) -> Any:
+        """A fresh optimizer; ``options`` overrule the row's."""
+        row = dict(self.options)
+        if "annealed" in row:
+            row = row | {"annealing": Annealing(factor=2.0, threshold=0.9, window=2)}
+            del row["annealed"]
+        return self.kind(**(row | options))
+
+
+def cycle(snapshot: int, other: int) -> Callable[[int], int]:
+    return lambda t: snapshot if t % 3 == 0 else other
+
+
+ZEROTH_ORDER = {
+    "mezo": Row(MeZO, PLAIN | {"lr": 0.05}, lambda t: 12),
+    "mezo_split": Row(MeZO, PLAIN | {"lr": 0.05, "num_directions": 3}, lambda t: 12),
+    "mezo_more_directions_than_rows": Row(
+        MeZO, PLAIN | {"lr": 0.05, "num_directions": 8}, lambda t: 96
+    ),
+    "mezo_one_sided": Row(
+        MeZO, PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True}, lambda t: 24
+    ),
+    "mezo_by_distance": Row(
+        MeZO,
+        {"lr": None, "displacement": 0.5, "perturbation_scale": 0.05, "schedule": "linear"},
+        lambda t: 12,
+    ),
+    "mezo_normalised": Row(
+        MeZO,
+        PLAIN | {"lr": 0.01, "normalize": True, "schedule": "linear", "scale_memory": 0.9},
+        lambda t: 12,
+    ),
+    "svrg_shared": Row(MeZOSVRG, SVRG, cycle(32, 24)),
+    "svrg_independent": Row(MeZOSVRG, SVRG | {"coupling": "independent"}, cycle(32, 24)),
+    "svrg_one_sided": Row(MeZOSVRG, SVRG | {"one_sided": True, "num_directions": 2}, cycle(48, 24)),
+    "svrg_by_distance": Row(
+        MeZOSVRG,
+        SVRG | {"lr": None, "snapshot_lr": None, "normalize": True, "displacement": 0.5},
+        cycle(32, 24),
+    ),
+    "svrg_whole_set": Row(MeZOSVRG, SVRG | {"snapshot_size": None}, cycle(48, 24)),
+    "svrg_normalised": Row(
+        MeZOSVRG,
+        SVRG | {"lr": 0.01, "normalize": True, "schedule": "cosine", "scale_memory": 0.9},
+        cycle(32, 24),
+    ),
+    "svrg_annealed": Row(MeZOSVRG, SVRG | {"annealed": True}, cycle(32, 24)),
+    "zo_svrg": Row(
+        ZOSVRG, PLAIN | {"lr": 0.02, "snapshot_interval": 3, "snapshot_size": 8}, cycle(16, 24)
+    ),
+}
+FIRST_ORDER = {
+    "sgd": Row(SGD, {"lr": 0.1, "schedule": "constant"}, lambda t: 6),
+    "adam": Row(Adam, {"lr": 0.05, "schedule": "linear"}, lambda t: 6),
+}
+ALL = ZEROTH_ORDER | FIRST_ORDER

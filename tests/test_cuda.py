@@ -1,0 +1,139 @@
+"""On an NVIDIA GPU: the same numbers as on the CPU. Run with ``pytest -m cuda``."""
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, tokens
+from problems import bits, flat, labelled, logistic
+from torch import Tensor
+
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, Update, minimize
+from zo_adapt.noise import GAUSSIAN, RADEMACHER, Noise, draw
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason=f"torch.cuda.is_available() is False (torch {torch.__version__}, built for CUDA "
+        f"{torch.version.cuda}, {torch.cuda.device_count()} devices)",
+    ),
+]
+NOISES = pytest.mark.parametrize("noise", [GAUSSIAN, RADEMACHER], ids=lambda noise: noise.name)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+TERMS = (Term(1, 0.37), Term(2**64 - 1, -1.1), Term(3, 1e-3))
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def same_bits(on_gpu: Tensor, on_cpu: Tensor) -> bool:
+    return torch.equal(bits(on_gpu.cpu()), bits(on_cpu))
+
+
+@NOISES
+@pytest.mark.parametrize("numel", [1, 257, 5000, 5_000_003])
+def test_noise_is_bit_identical(noise: Noise, numel: int, seed: int) -> None:
+    assert same_bits(draw(noise, seed, "w", numel, GPU), draw(noise, seed, "w", numel, CPU))
+
+
+def values(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Tensors of awkward sizes and layouts."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"vector": (4097,), "matrix": (300, 70), "large": (1500, 1000), "zero_dim": ()}
+    shapes |= {"transposed": (40, 70), "sliced": (80, 70)}
+    made = {n: torch.randn(s, generator=generator).to(device, dtype) for n, s in shapes.items()}
+    made["transposed"], made["sliced"] = made["transposed"].T, made["sliced"][::2, ::3]
+    return made
+
+
+def pair(dtype: torch.dtype, noise: str) -> tuple[ParameterView, ParameterView]:
+    """The same view on the CPU and on the GPU."""
+    views = [ParameterView(values(dtype, device), noise=noise) for device in (CPU, GPU)]
+    return views[0], views[1]
+
+
+@DTYPES
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+def test_shifted_and_apply_are_bit_identical(dtype: torch.dtype, noise: str) -> None:
+    on_cpu, on_gpu = pair(dtype, noise)
+    start = on_gpu.hash()
+    assert start == on_cpu.hash()
+    with on_cpu.shifted(TERMS, 0.9), on_gpu.shifted(TERMS, 0.9):
+        for name, tensor in on_gpu.tensors.items():
+            assert same_bits(tensor, on_cpu.tensors[name]), name
+    assert on_gpu.hash() == start
+    for update in (Update(TERMS, 0.75), Update(TERMS[:1])):
+        on_cpu.apply(update)
+        on_gpu.apply(update)
+        assert on_gpu.hash() == on_cpu.hash() != start
+
+
+@DTYPES
+def test_interrupted_shifts_restore_every_bit(dtype: torch.dtype) -> None:
+    _, view = pair(dtype, "gaussian")
+    before = view.hash()
+    with pytest.raises(KeyboardInterrupt), view.shifted(TERMS):
+        raise KeyboardInterrupt
+    assert view.hash() == before
+
+
+def test_several_devices_and_dtypes_in_one_view() -> None:
+    tensors = {str(d): torch.ones(1000, dtype=d) for d in (torch.float16, torch.float32)}
+    both = {
+        f"{name} {place}": tensor.to(place)
+        for name, tensor in tensors.items()
+        for place in ("cpu", "cuda")
+    }
+    reference = {name: tensor.cpu().clone() for name, tensor in both.items()}
+    ParameterView(both).apply(Update(TERMS))
+    ParameterView(reference).apply(Update(TERMS))
+    assert all(same_bits(both[name], reference[name]) for name in both)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "opt"])
+def test_layer_by_layer_equals_the_copy(family: str) -> None:
+    model, x = FAMILIES[family]().eval().cuda(), tokens().cuda()
+    outputs = []
+    for scratch in ("copy", "layer"):
+        with torch.no_grad(), ParameterView.full(model, scratch=scratch).shifted(TERMS):
+            outputs.append(model(input_ids=x).logits)
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def weights_after(make: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    rows = labelled(24, 10).to(device)
+    start = {"a": torch.full((2, 3), 0.3), "b": torch.full((4,), -0.3)}
+    view = ParameterView({name: t.to(device, dtype) for name, t in start.items()})
+    minimize(
+        lambda batch: logistic(flat(view), batch), view, rows, make(),
+        batch_size=6, max_steps=30, seed=3, progress=False,
+    )  # fmt: skip
+    return flat(view).cpu()
+
+
+MAKES = {
+    "mezo": lambda: MeZO(0.05, perturbation_scale=0.05, num_directions=2, normalize=False),
+    "svrg": lambda: MeZOSVRG(
+        0.02, snapshot_lr=0.05, snapshot_interval=3, snapshot_size=16, num_directions=4,
+        one_sided=False, perturbation_scale=0.05, normalize=False, schedule="constant",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_run_equals_the_run_on_the_cpu(make: Any, dtype: torch.dtype) -> None:
+    on_cpu, on_gpu = (weights_after(make, device, dtype) for device in (CPU, GPU))
+    assert float((on_gpu - on_cpu).abs().max()) < 1e-5
+    start = torch.cat([torch.full((6,), 0.3), torch.full((4,), -0.3)]).double()
+    assert float((on_cpu - start).abs().max()) > 0.05, "nothing moved, so nothing was compared"
+
+
+def test_global_generators_are_not_touched() -> None:
+    before = torch.cuda.get_rng_state()
+    view = ParameterView({"w": torch.zeros(1000, device="cuda")})
+    with view.shifted(TERMS):
+        pass
+    view.apply(Update(TERMS))
+    assert torch.equal(torch.cuda.get_rng_state(), before)

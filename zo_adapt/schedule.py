@@ -1,0 +1,108 @@
+"""Parts of a step rule: schedules, the running scale, annealing."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from zo_adapt.errors import OptionError
+
+Schedule = Callable[[float], float]
+"""Progress through the budget, 0..1 -> factor on the learning rate."""
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+}
+
+
+def schedule_named(schedule: str | Schedule) -> Schedule:
+    """A schedule by name, or the callable itself.
+
+    Raises:
+        OptionError: No such schedule.
+    """
+    if callable(schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise OptionError(f"schedule={schedule!r}; choose one of {sorted(SCHEDULES)} or a callable")
+    return SCHEDULES[schedule]
+
+
+class RunningScale:
+    """Root of an exponential mean of squares, free of the start's bias.
+
+    v <- beta v + (1 - beta) mean(p^2);  scale = sqrt(v / (1 - beta^t))
+
+    Args:
+        beta: Memory, 0 <= beta < 1.
+
+    Example:
+        >>> scale = RunningScale(0.99)
+        >>> scale.update([3.0, -3.0])
+        3.0
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.total = 0.0
+        self.weight = 0.0
+
+    @property
+    def value(self) -> float:
+        """The scale; 0.0 before any value."""
+        return math.sqrt(self.total / self.weight) if self.weight else 0.0
+
+    def update(self, values: Sequence[float]) -> float:
+        """Take the values in and return the scale."""
+        square = math.fsum(value * value for value in values) / len(values)
+        self.total = self.beta * self.total + (1.0 - self.beta) * square
+        self.weight = self.beta * self.weight + (1.0 - self.beta)
+        return self.value
+
+
+class Annealing:
+    """Divide both learning rates when the loss stops falling (MeZO-SVRG, Algorithm 4).
+
+    With m1 and m2 the mean loss of the last ``window`` steps and of the ``window`` before, the
+    rates are divided by ``factor`` when m1 / m2 > ``threshold``. Each window is judged once.
+
+    Args:
+        factor: alpha > 1.
+        threshold: kappa > 0; 1.0 anneals when the mean loss has risen.
+        window: Steps of a window (the paper: the steps of an epoch).
+
+    Raises:
+        OptionError: A number outside its range.
+
+    Example:
+        >>> annealing = Annealing(factor=5.0, window=2)
+        >>> [annealing.observe(loss) for loss in (1.0, 1.0, 2.0, 2.0)]
+        [1.0, 1.0, 1.0, 0.2]
+    """
+
+    def __init__(self, factor: float = 5.0, threshold: float = 1.0, window: int = 32) -> None:
+        if not (factor > 1 and threshold > 0 and window >= 1):
+            raise OptionError(
+                f"Annealing(factor={factor}, threshold={threshold}, window={window}); choose "
+                "factor > 1, threshold > 0, window >= 1"
+            )
+        self.factor, self.threshold, self.window = factor, threshold, window
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget every loss: a new run begins at the full rates."""
+        self.scale = 1.0
+        self._losses: deque[float] = deque(maxlen=2 * self.window)
+
+    def observe(self, loss: float) -> float:
+        """Take one step's loss in and return the factor on the learning rates."""
+        self._losses.append(loss)
+        if len(self._losses) == 2 * self.window:
+            losses = list(self._losses)
+            earlier, recent = sum(losses[: self.window]), sum(losses[self.window :])
+            if recent > self.threshold * earlier:
+                self.scale /= self.factor
+            for _ in range(self.window):
+                self._losses.popleft()
+        return self.scale

@@ -1,0 +1,300 @@
+"""Integration with transformers: the loop is Trainer's, the step is this package's.
+
+``ZOTrainer`` replaces what happens between a batch and new weights. Evaluation, callbacks, logging,
+``compute_metrics``, checkpoints and the progress bar are Trainer's own code.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from zo_adapt.mezo import MeZO
+from zo_adapt.mezo_svrg import MeZOSVRG
+from zo_adapt.minimize import StopReason
+from zo_adapt.noise import noise_named
+from zo_adapt.objective import BudgetExhausted, Evaluator, Objective, SetObjective
+from zo_adapt.optimizer import Optimizer, StepInfo
+from zo_adapt.options import at_least_one
+from zo_adapt.rule import Budget
+from zo_adapt.trainer_checks import OPTIONS, check_arguments, check_choices
+from zo_adapt.trainer_data import TrainerSamples, TrainingRows
+from zo_adapt.trainer_loss import TrainerLoss
+from zo_adapt.view import ParameterView
+from zo_adapt.zo_svrg import ZOSVRG
+
+logger = logging.get_logger(__name__)
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "mezo-svrg": MeZOSVRG,
+    "mezo": MeZO,
+    "zo-svrg": ZOSVRG,
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """TrainingArguments with what a zeroth-order step needs. What is None is the optimizer's own.
+
+    Of Trainer's own arguments, ``lr_scheduler_type``, ``warmup_steps``, ``weight_decay`` and
+    ``seed`` have their usual meaning; ``optim``, ``max_grad_norm`` and Adam's have none.
+
+    Args:
+        learning_rate: None: the step by distance, the optimizers' default. A number: the plain
+            step at that rate.
+        optimizer: "mezo-svrg", "mezo" or "zo-svrg".
+        displacement: How far noise alone would move a weight over the run, for the step by
+            distance.
+        perturbation_scale: mu.
+        num_directions: K.
+        snapshot_interval: q, steps from one large batch to the next.
+        snapshot_size: Rows of a large batch.
+        noise: "gaussian" or "rademacher".
+        max_queries: Stop before more forward passes of one sample than this.
+        micro_batch_size: Most rows in one forward pass; the training batch size by default.
+
+    Raises:
+        OptionError: An option that the optimizer does not have, or gradient accumulation.
+
+    Example:
+        >>> args = ZOConfig("runs", perturbation_scale=1e-2, max_queries=10_000, report_to="none")
+        >>> args.optimizer
+        'mezo-svrg'
+    """
+
+    learning_rate: float | None = _option(None, "None: the step by distance.")  # type: ignore[assignment]
+    optimizer: str = _option("mezo-svrg", "mezo-svrg, mezo or zo-svrg.")
+    displacement: float | None = _option(None, "How far noise alone would move a weight.")
+    perturbation_scale: float | None = _option(None, "mu.")
+    num_directions: int | None = _option(None, "Directions of an estimate.")
+    snapshot_interval: int | None = _option(None, "Steps between large batches.")
+    snapshot_size: int | None = _option(None, "Rows of a large batch.")
+    noise: str | None = _option(None, "gaussian or rademacher.")
+    max_queries: int | None = _option(None, "Budget in forward passes of one sample.")
+    micro_batch_size: int | None = _option(None, "Most rows in one forward pass.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.gradient_accumulation_steps != 1:
+            raise OptionError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}; choose 1 and "
+                "raise per_device_train_batch_size: no gradient is accumulated, and "
+                "micro_batch_size bounds the memory of a forward pass"
+            )
+        for name in ("max_queries", "micro_batch_size"):
+            if (value := getattr(self, name)) is not None:
+                at_least_one(name, value)
+        noise_named(self.noise or "gaussian")
+        self.build_optimizer()  # what is wrong with the options is said here, before any work
+
+    def build_optimizer(self, schedule: Callable[[float], float] | None = None) -> Optimizer:
+        """The optimizer that these arguments describe.
+
+        Args:
+            schedule: Progress 0..1 -> factor on the learning rate; None is the optimizer's own.
+
+        Raises:
+            OptionError: No such optimizer, or an option it does not have.
+        """
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError(f"optimizer={self.optimizer!r}; choose one of {sorted(OPTIMIZERS)}")
+        make = OPTIMIZERS[self.optimizer]
+        given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+        given["lr"] = given.pop("learning_rate", None)
+        foreign = given.keys() - inspect.signature(make).parameters.keys()
+        if foreign:
+            raise OptionError(f"{self.optimizer} has no {sorted(foreign)}; leave it out")
+        return make(weight_decay=self.weight_decay, schedule=schedule, **given)
+
+
+class ZOTrainer(Trainer):
+    """transformers.Trainer whose training step sees losses only, never a gradient.
+
+    theta <- optimizer step on f(theta) = mean loss of the training batch
+
+    Large batches (snapshots) are drawn from ``train_dataset`` through the trainer's own collator;
+    one no larger than the training batch is the training batch.
+    Beside Trainer's figures, ``queries`` (forward passes of one sample in training) and
+    ``projected_gradient`` are logged, and ``learning_rate`` is the one applied.
+
+    Args:
+        model, args, ...: Trainer's own arguments; ``args`` is a ``ZOConfig``.
+        view: What is tuned; every parameter with ``requires_grad`` by default.
+        objective: Called with the collated batch; ``compute_loss``, in fp32, by default. One that
+            gives values per example weights micro-batches exactly.
+        zo_optimizer: An optimizer of this package, with its own schedule, instead of the one that
+            ``args`` describes.
+
+    Attributes:
+        stop_reason: Why training ended before its last step, or None. See ``StopReason``.
+        queries: Forward passes of one sample made by training steps.
+
+    Raises:
+        OptionError: Arguments that contradict each other or cannot work.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+        ...                     num_attention_heads=2, intermediate_size=16)
+        >>> data = [{"input_ids": [2, i], "labels": i % 2} for i in range(8)]
+        >>> args = ZOConfig("runs", max_steps=2, optimizer="mezo", report_to="none", use_cpu=True,
+        ...                 disable_tqdm=True, logging_strategy="no", save_strategy="no")
+        >>> trainer = ZOTrainer(BertForSequenceClassification(config), args, train_dataset=data)
+        >>> trainer.train().metrics["queries"]  # doctest: +ELLIPSIS
+        {...}
+        32
+    """
+
+    args: ZOConfig
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ZOConfig | None = None,
+        *positional: Any,
+        view: ParameterView | None = None,
+        objective: Objective | SetObjective | None = None,
+        zo_optimizer: Optimizer | None = None,
+        **options: Any,
+    ) -> None:
+        args = ZOConfig("tmp_trainer") if args is None else args
+        check_arguments(args, ZOConfig)
+        check_choices(args, view, objective, zo_optimizer, options)
+        args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
+        super().__init__(model, args, *positional, **options)
+        if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
+            self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
+        self._given = (view, objective, zo_optimizer)
+        self._run: _Run | None = None
+        self.stop_reason: StopReason | None = None
+        self.add_callback(_AtTrainBegin(self))
+
+    @property
+    def queries(self) -> int:
+        """Forward passes of one sample made by the training steps of this run."""
+        return 0 if self._run is None else self._run.evaluator.queries
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
+        if self.optimizer is None:
+            view = self._given[0]
+            noise = self.args.noise or "gaussian"
+            self.view = view or ParameterView.trainable(self.model, noise=noise)  # type: ignore[arg-type]
+            rate = {"lr": self.args.learning_rate or 0.0}
+            self.optimizer = _AlreadyApplied(list(self.view.tensors.values()), rate)
+        return self.optimizer
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One step of the optimizer of this package; returns the batch's mean loss for the log."""
+        if self._run is None:
+            raise OptionError("training_step needs a run; call train()")
+        loss = 0.0
+        try:
+            loss = self._run.step(self._prepare_inputs(inputs))
+        except BudgetExhausted:
+            self._stop(StopReason.MAX_QUERIES, taken=False)
+        except NonFiniteObjectiveError as error:
+            logger.error(f"Training stops: {StopReason.NON_FINITE} ({error})")
+            self._stop(StopReason.NON_FINITE, taken=False)
+        else:
+            if self.queries == self.args.max_queries:
+                self._stop(StopReason.MAX_QUERIES, taken=True)
+        return torch.tensor(loss, device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the figures of the zeroth-order steps."""
+        if self.is_in_train and self._run is not None:
+            logs["queries"] = self.queries
+            if "loss" in logs and self._run.last is not None:
+                logs.pop("grad_norm", None)  # there is no gradient: it would read 0
+                logs["learning_rate"] = self._run.last.lr
+                logs["projected_gradient"] = self._run.last.projected_gradient
+        super().log(logs, start_time)
+
+    def begin_run(self, loader: Any) -> None:
+        """Forget the last run and start one on what ``train_dataset`` gives; Trainer calls this.
+
+        Raises:
+            ZOError: Named errors for bad input, before any evaluation.
+        """
+        if not hasattr(self.lr_scheduler, "lr_lambdas"):
+            raise OptionError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type} is no function of the step; "
+                "choose linear, cosine, constant or another of those"
+            )
+        self.view.check_adapters()
+        self.view.check_finite()
+        _, objective, optimizer = self._given
+        self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
+        self.zo_optimizer.start(self.view, self.args.seed)
+        evaluator = Evaluator(
+            objective or TrainerLoss(self, self.model_wrapped),
+            self.view,
+            micro_batch_size=self.args.micro_batch_size or self.state.train_batch_size,
+            max_queries=self.args.max_queries,
+        )
+        source = TrainingRows(loader.dataset, loader.collate_fn, self._prepare_inputs)
+        samples = TrainerSamples(source, self.args.seed)
+        budget = Budget(self.state.max_steps, self.args.max_queries)
+        self._run = _Run(self.zo_optimizer, evaluator, samples, budget)
+        self.stop_reason = None
+
+    def _schedule(self, progress: float) -> float:
+        """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
+        factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
+        return factor(progress * self.state.max_steps)
+
+    def _stop(self, reason: StopReason, *, taken: bool) -> None:
+        self.stop_reason = reason
+        self.control.should_training_stop = True
+        self.control.should_log = self.args.logging_strategy != "no"
+        if not taken:
+            self.state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
+
+
+class _Run:
+    """All that the steps of one training run change, beside the weights."""
+
+    def __init__(
+        self, optimizer: Optimizer, evaluator: Evaluator, samples: TrainerSamples, budget: Budget
+    ) -> None:
+        self.optimizer, self.evaluator = optimizer, evaluator
+        self.samples, self.budget = samples, budget
+        self.last: StepInfo | None = None
+
+    def step(self, inputs: Mapping[str, Any]) -> float:
+        self.samples.receive(inputs)
+        self.last = self.optimizer.step(self.evaluator, self.samples, self.budget)
+        return self.last.value
+
+
+class _AtTrainBegin(TrainerCallback):
+    """Begins the run when Trainer has its data, its schedule and, on resuming, its state."""
+
+    def __init__(self, trainer: ZOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
+        self._trainer.begin_run(train_dataloader)
+
+
+class _AlreadyApplied(torch.optim.Optimizer):
+    """Stands where Trainer wants a torch optimizer: no state, and no step of its own."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: the training step has moved the weights."""
