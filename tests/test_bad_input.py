@@ -178,7 +178,9 @@ def test_a_loss_that_is_not_finite_is_explained(value: float) -> None:
     assert (result.nit, math.isnan(result.value)) == (0, True)
 
 
-@pytest.mark.parametrize("kind", [float, np.float32, np.float64, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, np.float64, torch.tensor], ids=lambda k: k.__name__
+)
 def test_any_scalar_will_do(kind: Callable[[float], Any]) -> None:
     view = one()
     result = minimize(

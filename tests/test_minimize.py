@@ -1,4 +1,4 @@
-"""The loop: budgets, callback, history, sign, set objectives, micro-batches, schedules."""
+"""The loop: budgets, callback, history, sign, set objectives, micro-batches."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from zo_adapt import (
     SGD,
-    Annealing,
     MeZO,
     MeZOSVRG,
     ParameterView,
@@ -19,9 +18,6 @@ from zo_adapt import (
     Result,
     StopReason,
     minimize,
-)
-from zo_adapt.errors import (
-    OptionError,
 )
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -225,61 +221,3 @@ def test_micro_batches_are_weighted_exactly(size: int | None, per_example: bool)
         assert a.value == pytest.approx(b.value, rel=1e-12)
     for name, tensor in view.tensors.items():
         assert torch.allclose(tensor, whole.tensors[name], rtol=1e-11)
-
-
-def rates(schedule: Any, steps: int = 4) -> list[float]:
-    view = one()
-    optimizer = MeZO(0.5, perturbation_scale=0.05, normalize=True, schedule=schedule)
-    result = minimize(bowl(view), view, None, optimizer, max_steps=steps, **QUIET)
-    return [record.lr for record in result.history]
-
-
-def test_schedules() -> None:
-    assert rates("constant") == [0.5] * 4
-    assert rates("linear") == pytest.approx([0.5, 0.375, 0.25, 0.125])
-    cosine = [0.25 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
-    assert rates("cosine") == pytest.approx(cosine)
-    assert rates(lambda progress: progress**2) == pytest.approx(
-        [0, 0.5 / 16, 0.5 / 4, 0.5 * 9 / 16]
-    )
-    with pytest.raises(OptionError, match="sawtooth"):
-        rates("sawtooth")
-
-
-def test_a_schedule_follows_the_queries_where_they_are_the_budget() -> None:
-    view = one()
-    optimizer = MeZO(1.0, perturbation_scale=0.05, normalize=True, schedule="linear")
-    result = minimize(bowl(view), view, None, optimizer, max_queries=8, **QUIET)
-    assert [record.lr for record in result.history] == pytest.approx([1.0, 0.75, 0.5, 0.25])
-
-
-def test_annealing_divides_both_rates_when_the_loss_rises() -> None:
-    view, calls = one(), [0]
-
-    def rising(batch: Any) -> float:
-        calls[0] += 1
-        return 1.0 + 0.01 * calls[0] + float(view.tensors["x"].sum())
-
-    optimizer = MeZOSVRG(
-        1e-6,
-        snapshot_lr=1e-5,
-        snapshot_interval=2,
-        snapshot_size=None,
-        num_directions=1,
-        one_sided=False,
-        perturbation_scale=1e-3,
-        annealing=Annealing(factor=10.0, threshold=1.0, window=2),
-    )
-    result = minimize(rising, view, None, optimizer, max_steps=8, **QUIET)
-    expected = [1e-5, 1e-6, 1e-5, 1e-7, 1e-6, 1e-8, 1e-7, 1e-9]
-    assert [record.lr for record in result.history] == pytest.approx(expected)
-
-
-def test_annealing_judges_each_window_once() -> None:
-    annealing = Annealing(factor=5.0, threshold=1.0, window=2)
-    losses = [1, 1, 2, 2, 1, 1, 3, 3]
-    assert [annealing.observe(loss) for loss in losses] == [1, 1, 1, 0.2, 0.2, 0.2, 0.2, 0.04]
-    patient = Annealing(factor=5.0, threshold=3.0, window=2)
-    assert [patient.observe(loss) for loss in losses] == [1] * 8
-    with pytest.raises(OptionError):
-        Annealing(factor=1.0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import FAMILIES, MODULES, tokens
-from problems import bits, dense, flat, reference
+from problems import bits, reference
 from torch import Tensor, nn
 
 from zo_adapt import Group, ParameterView, Term, Update
@@ -244,9 +244,3 @@ def test_snapshot_holds_values_not_references() -> None:
     assert all(bool((t == 1).all()) for t in kept.values())
     view.restore(kept)
     assert view.hash() == digest
-
-
-def test_z_of_the_view_is_the_noise_of_the_names() -> None:
-    view = ParameterView({"w": torch.zeros(3), "v": torch.zeros(2, 2)})
-    view.apply(Update((Term(9, 1.0),)))
-    assert torch.equal(flat(view), dense(view, 9))

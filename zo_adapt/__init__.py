@@ -20,6 +20,28 @@ from zo_adapt.term import Update as Update
 from zo_adapt.view import ParameterView as ParameterView
 from zo_adapt.zo_svrg import ZOSVRG as ZOSVRG
 
+__all__ = [
+    "SGD",
+    "ZOSVRG",
+    "Adam",
+    "Annealing",
+    "Group",
+    "MeZO",
+    "MeZOSVRG",
+    "Objective",
+    "ParameterView",
+    "Record",
+    "Result",
+    "SetObjective",
+    "StopReason",
+    "Term",
+    "Update",
+    "ZOConfig",
+    "ZOError",
+    "ZOTrainer",
+    "minimize",
+]
+
 if TYPE_CHECKING:
     from zo_adapt.trainer import ZOConfig as ZOConfig
     from zo_adapt.trainer import ZOTrainer as ZOTrainer

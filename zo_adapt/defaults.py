@@ -9,6 +9,7 @@ as B). Pretrained weights may travel a tenth of their root mean square.
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from zo_adapt.adapters import lora_a_names, tuner_names
@@ -46,8 +47,11 @@ def reach_and_groups(
 
 
 def _root_mean_square(tensors: Mapping[str, Tensor]) -> float:
-    squares = math.fsum(float(t.detach().double().square().sum()) for t in tensors.values())
-    return math.sqrt(squares / sum(t.numel() for t in tensors.values()))
+    norms = [
+        float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+        for tensor in tensors.values()
+    ]
+    return math.hypot(*norms) / math.sqrt(sum(tensor.numel() for tensor in tensors.values()))
 
 
 def _new_head(model: nn.Module) -> set[str]:

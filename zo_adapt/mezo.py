@@ -71,9 +71,11 @@ class MeZO(ZerothOrder):
         self.one_sided = one_sided
         super().__init__(rule, perturbation_scale, displacement)
 
-    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
+    def begin(
+        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
+    ) -> None:
         """Forget everything."""
-        super().begin(groups, seed, reach)
+        super().begin(groups, seed, reach, finest)
         self.estimator = (OneSided if self.one_sided else TwoSided)(self.perturbation_scale)
 
     def ask(self, samples: Samples) -> list[Probe]:

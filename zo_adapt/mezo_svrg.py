@@ -104,9 +104,11 @@ class MeZOSVRG(ZerothOrder):
         self.coupling, self.one_sided = coupling, one_sided
         super().__init__(rule, perturbation_scale, displacement)
 
-    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
+    def begin(
+        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
+    ) -> None:
         """Forget everything, the snapshot too."""
-        super().begin(groups, seed, reach)
+        super().begin(groups, seed, reach, finest)
         self.estimator = (OneSided if self.one_sided else TwoSided)(self.perturbation_scale)
         self._snapshot_gradient: Terms = ()
         self._snapshot_directions = 1

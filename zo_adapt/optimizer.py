@@ -6,15 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
-
 from zo_adapt import philox
 from zo_adapt.data import Samples
-from zo_adapt.errors import FlatObjectiveWarning, PerturbationError
+from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.estimator import Estimate
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Evaluator, Probe
 from zo_adapt.options import positive
+from zo_adapt.resolution import check_resolution, finest_perturbation
 from zo_adapt.rule import NOWHERE, Budget, Progress, StepRule
 from zo_adapt.term import Terms, Update
 from zo_adapt.view import ParameterView
@@ -88,20 +87,23 @@ class ZerothOrder(ABC):
         Raises:
             PerturbationError: mu is below the resolution of a tensor's dtype.
         """
-        self.begin(view.groups, seed, view.reach)
+        self.begin(view.groups, seed, view.reach, finest_perturbation(view))
         check_resolution(view, self.perturbation_scale)
 
-    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
+    def begin(
+        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
+    ) -> None:
         """Forget everything; ``start`` without a view.
 
         Args:
             groups: The parts of the view.
             seed: Of the directions.
             reach: Displacement where none was given.
+            finest: The smallest perturbation that the dtype resolves.
         """
         self.groups, self.seed = tuple(groups), seed
         displacement = self._displacement or reach
-        self.perturbation_scale = self._perturbation_scale or displacement / 25
+        self.perturbation_scale = self._perturbation_scale or max(displacement / 25, 4 * finest)
         self.rule.restart(displacement)
         self.steps = 0
         self._directions = 0
@@ -174,23 +176,4 @@ class ZerothOrder(ABC):
                 "the loss",
                 FlatObjectiveWarning,
                 stacklevel=4,
-            )
-
-
-def check_resolution(view: ParameterView, perturbation_scale: float) -> None:
-    """Refuse a perturbation that rounding would swallow.
-
-    Half a unit in the last place at the tensor's root mean square must not exceed mu.
-
-    Raises:
-        PerturbationError: Names the tensor, and the smallest usable mu.
-    """
-    for name, tensor in view.tensors.items():
-        rms = float(tensor.detach().double().square().mean().sqrt())
-        smallest = 0.5 * torch.finfo(tensor.dtype).eps * rms
-        mu = perturbation_scale * view.group_of(name).perturbation_scale
-        if 0 < mu < smallest:
-            raise PerturbationError(
-                f"perturbation_scale={mu:.3g} is below the resolution of {name!r} ({tensor.dtype}, "
-                f"root mean square {rms:.3g}); choose at least {smallest:.3g}, or float32 tensors"
             )

@@ -73,9 +73,11 @@ class ZOSVRG(ZerothOrder):
         self.snapshot_size = snapshot_size and at_least_one("snapshot_size", snapshot_size)
         super().__init__(rule, perturbation_scale, displacement)
 
-    def begin(self, groups: Sequence[Group], seed: int, reach: float = REACH) -> None:
+    def begin(
+        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
+    ) -> None:
         """Forget everything, the snapshot too."""
-        super().begin(groups, seed, reach)
+        super().begin(groups, seed, reach, finest)
         self.estimator = TwoSided(self.perturbation_scale)
         self._snapshot_gradient: Terms = ()
         self._snapshot_directions = 1
