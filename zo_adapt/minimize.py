@@ -76,7 +76,7 @@ def minimize(
     seed: int = 0,
     callback: Callable[[Record], None] | None = None,
     progress: bool = True,
-    maximize: bool = False,
+    maximize: bool | None = None,
     collate: Collate | None = None,
     micro_batch_size: int | None = None,
     stratify: bool = True,
@@ -94,7 +94,7 @@ def minimize(
         seed: Of directions and data order, 0 <= seed < 2**64. Same seed, same run.
         callback: Called with a ``Record`` after every step; StopIteration stops the run.
         progress: Show a progress bar.
-        maximize: Climb instead of descend.
+        maximize: Climb instead of descend; None: as the objective says (a metric is climbed).
         collate: Makes a batch of a list of examples; the objective's own by default.
         micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default, so
             that a snapshot needs no more memory than a minibatch.

@@ -21,8 +21,9 @@ class Objective(Protocol):
     It is evaluated where the view is now, without gradient. A single number is taken as the mean
     over the batch; values per example let micro-batches be weighted exactly and are better.
 
-    Two optional attributes are used when present: ``collate`` (makes a batch of a list of examples)
-    and ``evaluating()``, a context in which the model is ready (evaluation mode).
+    Three optional attributes are used when present: ``collate`` (makes a batch of a list of
+    examples), ``evaluating()``, a context in which the model is ready (evaluation mode), and
+    ``maximize``: True for a reward or a metric, of which more is better.
     """
 
     def __call__(self, batch: Any, /) -> Any:
@@ -65,7 +66,7 @@ class Evaluator:
     Args:
         objective: What is minimised.
         view: Where the probes shift.
-        maximize: Flip the sign, here and nowhere else.
+        maximize: Flip the sign, here and nowhere else; None: as the objective says.
         micro_batch_size: Largest number of rows in one call of the objective; None is no limit.
         max_queries: Budget; a step that does not fit is not begun.
     """
@@ -75,12 +76,13 @@ class Evaluator:
         objective: Objective | SetObjective,
         view: ParameterView,
         *,
-        maximize: bool = False,
+        maximize: bool | None = None,
         micro_batch_size: int | None = None,
         max_queries: int | None = None,
     ) -> None:
         self.objective, self.view = objective, view
-        self.sign = -1.0 if maximize else 1.0
+        own = bool(getattr(objective, "maximize", False))
+        self.sign = -1.0 if (own if maximize is None else maximize) else 1.0
         self.micro_batch_size = micro_batch_size
         self.max_queries = max_queries
         self.queries = 0
