@@ -38,7 +38,7 @@ from text_classifier import (
 from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, Record, Result, minimize
 from zo_adapt.errors import ZOError
 
-MAX_QUERIES = 40_000
+MAX_QUERIES = 30_000
 ACCURACY_POINTS = 6  # on the curve, first and last included; not counted as queries
 LARGEST_GAP = 1e-5  # of logits, between the tuned model and its saved copy
 OPTIMIZERS = {"mezo-svrg": MeZOSVRG, "mezo": MeZO, "zo-svrg": ZOSVRG, "sgd": SGD, "adam": Adam}
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, help="learning rate (default: the optimizer's own)")
     add("--max-queries", type=int, default=MAX_QUERIES, help="forward passes of one sample")
     add("--batch-size", type=int, default=16, help="samples of a step")
-    add("--max-length", type=int, default=48, help="tokens of a text that are read")
+    add("--max-length", type=int, default=64, help="tokens of a text that are read")
     add("--train-size", type=int, default=512, help="training texts, balanced by class")
     add("--test-size", type=int, default=256, help="held-out texts, balanced by class")
     add("--seed", type=int, default=0, help="draws the split, the new head and the directions")

@@ -225,6 +225,6 @@ def test_global_generators_are_not_touched(noise: Noise) -> None:
 def test_output_apart_from_the_source(noise: Noise, seed: int) -> None:
     source, out = torch.arange(300.0), torch.full((300,), torch.nan)
     kept = source.clone()
-    accumulate(noise, [Job(out, source, tensor_key("w"), [(seed, 0.5)])], decay=0.25)
+    accumulate(noise, [Job(out, source, tensor_key("w"), [(seed, 0.5)], 0.25)])
     assert torch.equal(bits(source), bits(kept))
     assert torch.equal(out, kept * 0.25 + draw(noise, seed, "w", 300, CPU) * 0.5)

@@ -34,24 +34,26 @@ class Job(NamedTuple):
         source: The weights.
         key: The tensor's noise key.
         terms: (seed, coefficient) pairs, each seed once.
+        decay: Factor on the weights.
     """
 
     out: Tensor
     source: Tensor
     key: int
     terms: Sequence[tuple[int, float]]
+    decay: float = 1.0
 
 
-def accumulate(noise: Noise, jobs: Iterable[Job], decay: float = 1.0) -> None:
+def accumulate(noise: Noise, jobs: Iterable[Job]) -> None:
     """Run every job; tensors may differ in device, dtype and memory layout."""
     with torch.no_grad():
         rows = [_row_major(job) for job in jobs]
         on_cpu = [row for row in rows if row.out.device.type == "cpu"]
         elsewhere = [row for row in rows if row.out.device.type != "cpu"]
-        _run_cpu(noise, on_cpu, decay)
+        _run_cpu(noise, on_cpu)
         for device, dtype in {(row.out.device, row.out.dtype) for row in elsewhere}:
             same = [r for r in elsewhere if (r.out.device, r.out.dtype) == (device, dtype)]
-            _elsewhere(device)(noise, same, decay)
+            _elsewhere(device)(noise, same)
         for row in rows:
             if row.strided is not None:
                 row.strided.copy_(row.out.view(row.strided.shape))
@@ -64,6 +66,7 @@ class Row(NamedTuple):
     source: Tensor
     key: int
     terms: Sequence[tuple[int, float]]
+    decay: float
     strided: Tensor | None = None
 
 
@@ -71,8 +74,8 @@ def _row_major(job: Job) -> Row:
     # Elements are numbered in row-major order, whatever the memory layout.
     source = job.source.reshape(-1)
     if job.out.is_contiguous():
-        return Row(job.out.view(-1), source, job.key, job.terms)
-    return Row(torch.empty_like(source), source, job.key, job.terms, job.out)
+        return Row(job.out.view(-1), source, job.key, job.terms, job.decay)
+    return Row(torch.empty_like(source), source, job.key, job.terms, job.decay, job.out)
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -80,13 +83,13 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run_cpu(noise: Noise, rows: Sequence[Row], decay: float) -> None:
+def _run_cpu(noise: Noise, rows: Sequence[Row]) -> None:
     large = [row for row in rows if row.out.numel() > SPAN]
     for row in rows:
         if row.out.numel() <= SPAN:
-            _run_span(noise, row, decay, 0, row.out.numel())
+            _run_span(noise, row, 0, row.out.numel())
     futures = [
-        _pool().submit(_run_span, noise, row, decay, start, min(start + SPAN, row.out.numel()))
+        _pool().submit(_run_span, noise, row, start, min(start + SPAN, row.out.numel()))
         for row in large
         for start in range(0, row.out.numel(), SPAN)
     ]
@@ -106,22 +109,20 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @torch.no_grad()  # A thread of the pool has an autograd mode of its own.
-def _run_span(noise: Noise, row: Row, decay: float, start: int, stop: int) -> None:
+def _run_span(noise: Noise, row: Row, start: int, stop: int) -> None:
     for first in range(start, stop, CHUNK):
         part = slice(first, min(first + CHUNK, stop))
-        _run_chunk(noise, row, decay, first // noise.per_block, row.out[part], row.source[part])
+        _run_chunk(noise, row, first // noise.per_block, row.out[part], row.source[part])
 
 
-def _run_chunk(
-    noise: Noise, row: Row, decay: float, block: int, out: Tensor, source: Tensor
-) -> None:
+def _run_chunk(noise: Noise, row: Row, block: int, out: Tensor, source: Tensor) -> None:
     in_place = out.dtype == arithmetic(out.dtype)
     if in_place and out.data_ptr() != source.data_ptr():
         out.copy_(source)
     total = (out if in_place else source.to(arithmetic(out.dtype))).detach().numpy()
     scalar = total.dtype.type
-    if decay != 1.0:
-        total *= scalar(decay)
+    if row.decay != 1.0:
+        total *= scalar(row.decay)
     blocks = -(-total.size // noise.per_block)
     for seed, coefficient in row.terms:
         words = philox.words_numpy(seed, row.key, DIRECTION_STREAM, block, blocks)
@@ -131,7 +132,7 @@ def _run_chunk(
         out.copy_(torch.from_numpy(total))
 
 
-Run = Callable[[Noise, Sequence[Row], float], None]
+Run = Callable[[Noise, Sequence[Row]], None]
 
 
 @cache
@@ -144,10 +145,10 @@ def _elsewhere(device: torch.device) -> Run:
     return accumulate_reference
 
 
-def accumulate_reference(noise: Noise, rows: Sequence[Row], decay: float) -> None:
+def accumulate_reference(noise: Noise, rows: Sequence[Row]) -> None:
     """The same numbers from torch operations, on any device."""
     for bucket in _buckets(rows):
-        _run_bucket(noise, bucket, decay)
+        _run_bucket(noise, bucket)
 
 
 def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -163,18 +164,18 @@ def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield bucket
 
 
-def _run_bucket(noise: Noise, bucket: Sequence[Row], decay: float) -> None:
+def _run_bucket(noise: Noise, bucket: Sequence[Row]) -> None:
     longest = max(row.out.numel() for row in bucket)
     for start in range(0, longest, BUCKET):
-        _run_slices(noise, bucket, decay, start, min(start + BUCKET, longest))
+        _run_slices(noise, bucket, start, min(start + BUCKET, longest))
 
 
-def _run_slices(noise: Noise, bucket: Sequence[Row], decay: float, start: int, stop: int) -> None:
+def _run_slices(noise: Noise, bucket: Sequence[Row], start: int, stop: int) -> None:
     device = bucket[0].out.device
     outs = [row.out[start:stop] for row in bucket]
     totals = [row.source[start:stop].to(arithmetic(row.out.dtype), copy=True) for row in bucket]
-    if decay != 1.0:
-        torch._foreach_mul_(totals, decay)
+    if any(row.decay != 1.0 for row in bucket):
+        torch._foreach_mul_(totals, [row.decay for row in bucket])
     for seed, members in _by_seed(bucket).items():
         sizes = [totals[i].numel() for i, _ in members]
         keys = [bucket[i].key for i, _ in members]

@@ -49,6 +49,8 @@ class TensorRows:
 
     def __init__(self, tensors: Any) -> None:
         self._tensors = tensors
+        if any(tensor.ndim == 0 for tensor in _leaves(tensors)):
+            raise DataError("a tensor without dimensions has no rows; give one row per example")
         lengths = {len(tensor) for tensor in _leaves(tensors)}
         if len(lengths) != 1:
             raise DataError(
@@ -103,6 +105,9 @@ def as_source(data: Any, collate: Collate | None = None) -> Source:
         return NoData()
     if all(isinstance(leaf, Tensor | np.ndarray) for leaf in _leaves(data)):
         return TensorRows(data)
+    if isinstance(data, Mapping):
+        kinds = sorted({type(value).__name__ for value in data.values()})
+        raise DataError(f"a mapping of {kinds} is no data; give tensors or arrays of equal length")
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
             f"data of type {type(data).__name__} has no length; give a sequence or tensors"

@@ -45,5 +45,9 @@ class NonFiniteObjectiveError(ObjectiveError):
     """The objective returned NaN or infinity; the weights are those of the last good step."""
 
 
+class StepTooLargeError(ZOError, OverflowError):
+    """A step would leave the range of the dtype; the weights are those of the last good step."""
+
+
 class FlatObjectiveWarning(UserWarning):
     """Both points of the estimate gave the same loss many times in a row: nothing is learned."""

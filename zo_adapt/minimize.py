@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from zo_adapt.data import Collate, Samples, as_source, class_labels
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.objective import BudgetExhausted, Evaluator, Objective, SetObjective
 from zo_adapt.optimizer import Optimizer
+from zo_adapt.options import at_least_one
 from zo_adapt.rule import Budget
 from zo_adapt.view import ParameterView
 
@@ -22,6 +23,7 @@ class StopReason(StrEnum):
     MAX_QUERIES = "the next step would exceed the maximum number of queries"
     CALLBACK = "the callback raised StopIteration"
     NON_FINITE = "the objective was not finite; the weights are those of the last good step"
+    STEP_TOO_LARGE = "a step left the dtype's range; the weights are those of the last good step"
 
 
 class Record(NamedTuple):
@@ -119,6 +121,8 @@ def minimize(
     """
     if max_steps is None and max_queries is None:
         raise OptionError("give a budget: max_steps=... or max_queries=...")
+    if micro_batch_size is not None:
+        at_least_one("micro_batch_size", micro_batch_size)
     for name, limit in (("max_steps", max_steps), ("max_queries", max_queries)):
         if limit is not None and limit < 0:
             raise OptionError(f"{name}={limit}; choose a number >= 0")
@@ -175,6 +179,8 @@ class _Run:
                 return StopReason.MAX_QUERIES, ""
             except NonFiniteObjectiveError as error:
                 return StopReason.NON_FINITE, f" ({error})"
+            except StepTooLargeError as error:
+                return StopReason.STEP_TOO_LARGE, f" ({error})"
             bar.update(record.queries - bar.n if self.budget.max_queries else 1)
             bar.set_postfix(loss=f"{record.value:.4f}", refresh=False)
             try:

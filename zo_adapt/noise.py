@@ -17,6 +17,8 @@ from torch import Tensor
 from zo_adapt import philox
 from zo_adapt.errors import OptionError
 
+LARGEST_VALUE = 4.5
+"""No |z| is larger, whatever the noise."""
 DIRECTION_STREAM = 0
 """Counter word of the directions; every other use of the generator takes another."""
 

@@ -139,9 +139,17 @@ def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: floa
     """Update theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
 
     Nothing moves, not even by the decay, when the estimate is exactly zero: ties are no signal.
+
+    Raises:
+        OptionError: The decay is 1 or more.
     """
     if all(term.coefficient == 0.0 for term in terms):
         return Update(())
+    if lr * weight_decay >= 1.0:
+        raise OptionError(
+            f"weight_decay={weight_decay} at lr={lr:.3g} turns the weights' sign; choose "
+            f"weight_decay < {1 / lr:.3g}"
+        )
     moved = tuple(
         term._replace(coefficient=-lr * groups[term.group or 0].lr * term.coefficient)
         for term in terms

@@ -46,8 +46,9 @@ class Layerwise:
     """Shifts the parameters of each module just in time.
 
     Whatever reads a parameter through its module gets the shifted one: the module's own forward,
-    another module's, ``model.parameters()``. Values made for a module's own forward live as long as
-    it runs; those that other code reads are kept to the end of the evaluation.
+    another module's, ``model.parameters()``. Code that holds a parameter itself does not. Values
+    made for a module's own forward live as long as it runs; those that other code reads are kept to
+    the end of the evaluation.
 
     Args:
         model: The model that owns the view's tensors.

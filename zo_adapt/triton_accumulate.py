@@ -74,13 +74,13 @@ _TRITON_DTYPES = {
 }
 
 
-def accumulate_fused(noise: Noise, rows: Sequence[Row], decay: float) -> None:
+def accumulate_fused(noise: Noise, rows: Sequence[Row]) -> None:
     """One launch over rows of one device and one dtype."""
     device, dtype = rows[0].out.device, rows[0].out.dtype
     # In order of first appearance: sums in fp32 depend on the order.
     seeds = list(dict.fromkeys(seed for row in rows for seed, _ in row.terms))
     factors = np.zeros((len(rows), 1 + len(seeds)))
-    factors[:, 0] = decay
+    factors[:, 0] = [row.decay for row in rows]
     column = {seed: 1 + number for number, seed in enumerate(seeds)}
     for index, row in enumerate(rows):
         for seed, coefficient in row.terms:

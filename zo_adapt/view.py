@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
@@ -13,9 +14,9 @@ from zo_adapt import selection
 from zo_adapt.accumulate import Job, accumulate
 from zo_adapt.adapters import check_adapters
 from zo_adapt.defaults import reach_and_groups
-from zo_adapt.errors import OptionError, ViewError
+from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
 from zo_adapt.group import Group, assign_groups
-from zo_adapt.noise import noise_named, tensor_key
+from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.shifting import Layerwise, copied
 from zo_adapt.term import Term, Update, check_terms, coalesced
 
@@ -45,7 +46,7 @@ class ParameterView:
         scratch: "auto", "copy" or "layer".
 
     Raises:
-        ViewError: No tensors; an integer, quantised, meta or self-overlapping tensor.
+        ViewError: No tensors; an integer, quantised, meta or expanded tensor.
         NoMatchingParameterError: A group's pattern matches nothing.
         AdapterError: The model's peft adapter is merged or disabled.
 
@@ -166,10 +167,21 @@ class ParameterView:
 
         Raises:
             TermError: A seed, coefficient or group outside its range.
+            StepTooLargeError: The dtype cannot hold the result; nothing is changed.
         """
         checked = coalesced(check_terms(update.terms, len(self.groups)))
+        self._check_room(checked)
         if checked or update.decay != 1.0:
             self._accumulate(self.tensors, self.tensors, checked, update.decay)
+
+    def _check_room(self, terms: Sequence[Term]) -> None:
+        farthest = LARGEST_VALUE * math.fsum(abs(term.coefficient) for term in terms)
+        room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
+        if farthest > room:
+            raise StepTooLargeError(
+                f"a step of up to {farthest:.3g} does not fit the view's dtype (at most "
+                f"{room:.3g}); use a smaller lr"
+            )
 
     def _accumulate(
         self,
@@ -182,11 +194,14 @@ class ParameterView:
             index: [(t.seed, t.coefficient) for t in terms if t.group in (None, index)]
             for index in range(len(self.groups))
         }
+        # Weights that do not move do not shrink either.
+        factor = [decay if group.lr * group.perturbation_scale else 1.0 for group in self.groups]
         jobs = [
-            Job(outs[name], source, self._keys[name], share[self._group_of[name]])
+            Job(outs[name], source, self._keys[name], share[index], factor[index])
             for name, source in sources.items()
+            for index in (self._group_of[name],)
         ]
-        accumulate(self.noise, jobs, decay)
+        accumulate(self.noise, jobs)
 
     def group_of(self, name: str) -> Group:
         """The group that a tensor of the view belongs to."""
