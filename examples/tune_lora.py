@@ -38,7 +38,7 @@ from text_classifier import (
 from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, Record, Result, minimize
 from zo_adapt.errors import ZOError
 
-MAX_QUERIES = 30_000
+MAX_QUERIES = 24_000
 ACCURACY_POINTS = 6  # on the curve, first and last included; not counted as queries
 LARGEST_GAP = 1e-5  # of logits, between the tuned model and its saved copy
 OPTIMIZERS = {"mezo-svrg": MeZOSVRG, "mezo": MeZO, "zo-svrg": ZOSVRG, "sgd": SGD, "adam": Adam}

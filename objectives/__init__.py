@@ -3,6 +3,45 @@
 from objectives.causal_lm import CausalLMLoss as CausalLMLoss
 from objectives.classification import ClassificationLoss as ClassificationLoss
 from objectives.function import CallableObjective as CallableObjective
+from objectives.generation import GenerationReward as GenerationReward
+from objectives.metric_objective import MetricObjective as MetricObjective
+from objectives.metrics import F1 as F1
+from objectives.metrics import ROCAUC as ROCAUC
+from objectives.metrics import Accuracy as Accuracy
+from objectives.metrics import ExactMatch as ExactMatch
+from objectives.metrics import MatthewsCorrelation as MatthewsCorrelation
+from objectives.mixture import Mixture as Mixture
+from objectives.rank_correlation import KendallTau as KendallTau
+from objectives.rank_correlation import Spearman as Spearman
+from objectives.ranking import MAP as MAP
+from objectives.ranking import MRR as MRR
+from objectives.ranking import NDCG as NDCG
+from objectives.ranking import RecallAt as RecallAt
+from objectives.scorers import FeatureScorer as FeatureScorer
+from objectives.text_scorers import BiEncoder as BiEncoder
+from objectives.text_scorers import CrossEncoder as CrossEncoder
 from objectives.verbalizer import VerbalizerLoss as VerbalizerLoss
 
-__all__ = ["CallableObjective", "CausalLMLoss", "ClassificationLoss", "VerbalizerLoss"]
+__all__ = [
+    "F1",
+    "MAP",
+    "MRR",
+    "NDCG",
+    "ROCAUC",
+    "Accuracy",
+    "BiEncoder",
+    "CallableObjective",
+    "CausalLMLoss",
+    "ClassificationLoss",
+    "CrossEncoder",
+    "ExactMatch",
+    "FeatureScorer",
+    "GenerationReward",
+    "KendallTau",
+    "MatthewsCorrelation",
+    "MetricObjective",
+    "Mixture",
+    "RecallAt",
+    "Spearman",
+    "VerbalizerLoss",
+]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from objectives._model import at_least_float32
+from objectives._shared import apart
 
 Select = Callable[[Tensor], Tensor]
 """(b, t, width) -> (a, c, width): the positions wanted, of hidden states or of logits."""
@@ -37,7 +38,7 @@ def narrow_logits(
     head = output_embedding(model)
     if head is None:
         return _columns(select(forward()), rows)
-    with _narrowed(head, select, rows) as calls:
+    with _narrowed(head, select, rows) as calls, apart():
         logits = forward()
     # A model that computes its logits by another way than its output embedding returns them all.
     return logits if calls else _columns(select(logits), rows)

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from objectives import _collate
+from objectives import _collate, _shared
+from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, ObjectiveError
 from zo_adapt.objective import evaluation_mode
 
 Batch = dict[str, Tensor]
 
 
-class ModelObjective:
-    """Base of the losses of a model.
-
-    The model is called without labels and the loss is computed here, per example and in at least
-    fp32, whatever the model's dtype. Nothing is wrapped in ``no_grad``: the same objective serves
-    the first-order baselines.
+class ModelRunner:
+    """Makes batches of examples and runs a model on them, in evaluation mode and without labels.
 
     Args:
         model: A transformers model, a peft one, or any module with ``forward(**batch)``.
@@ -69,7 +66,11 @@ class ModelObjective:
         return self.collate(batch)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The model's logits, in its own dtype; it is not shown the labels.
+        """The model's logits, in its own dtype."""
+        return _logits(self.outputs(batch))
+
+    def outputs(self, batch: Batch) -> Any:
+        """What the model returns; it is not shown the labels.
 
         Raises:
             DataError: No field of the batch is an argument of the model.
@@ -87,8 +88,9 @@ class ModelObjective:
             )
         if accepted is not None and "use_cache" in accepted:
             inputs["use_cache"] = False  # keys and values that nothing would read
+        tensors = [value for _, value in sorted(inputs.items()) if isinstance(value, Tensor)]
         with self.evaluating():
-            return _logits(self.model(**inputs))
+            return _shared.once(self.model, tensors, lambda: self.model(**inputs))
 
     def labels(self, batch: Batch) -> Tensor:
         """The labels of a prepared batch.
@@ -117,6 +119,17 @@ class ModelObjective:
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels outside their range; for subclasses."""
+
+
+class ModelObjective(Mixable, ModelRunner):
+    """Base of the losses of a model.
+
+    The loss is computed here, per example and in at least fp32, whatever the model's dtype. Nothing
+    is wrapped in ``no_grad``: the same objective serves the first-order baselines.
+
+    Args:
+        model: A transformers model, a peft one, or any module with ``forward(**batch)``.
+    """
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str] | None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from objectives.mixture import Mixable
 from zo_adapt.data import Collate
 from zo_adapt.errors import OptionError
 from zo_adapt.objective import evaluation_mode
 
 
-class CallableObjective:
+class CallableObjective(Mixable):
     """A function of a batch, with what a loop needs to know about it.
 
     A bare function is an objective too; this adds evaluation mode of the model behind it, and how
@@ -22,6 +23,7 @@ class CallableObjective:
         function: ``batch -> float``, or one value per example (a 1-d tensor, array or list).
         model: Put into evaluation mode during a step, each module's own mode restored afterwards.
         collate: Makes a batch of a list of examples; torch's default when None.
+        maximize: True for a reward: more is better.
 
     Raises:
         OptionError: ``function`` cannot be called.
@@ -40,10 +42,12 @@ class CallableObjective:
         *,
         model: nn.Module | None = None,
         collate: Collate | None = None,
+        maximize: bool = False,
     ) -> None:
         if not callable(function):
             raise OptionError(f"{function!r} cannot be called; give a function of a batch")
         self.function, self.model, self.collate = function, model, collate
+        self.maximize = maximize
         if model is not None:
             # Absent without a model, so that the loop itself looks for dropout that is on.
             self.evaluating: Callable[[], AbstractContextManager[None]] = partial(

@@ -118,7 +118,9 @@ def steps(
     samples = Samples(as_source(data), batch_size, seed)
     optimizer.start(view, seed)
     for _ in range(count):
-        yield optimizer.step(evaluator, samples, budget)
+        info = optimizer.step(evaluator, samples, budget)
+        view.apply(info.update)
+        yield info
 
 
 def vector(view: ParameterView, update: Update) -> Tensor:

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from zo_adapt.ask_tell import AskTell as AskTell
+from zo_adapt.diagnose import diagnose as diagnose
+from zo_adapt.diagnosis import Diagnosis as Diagnosis
 from zo_adapt.errors import ZOError as ZOError
 from zo_adapt.first_order import SGD as SGD
 from zo_adapt.first_order import Adam as Adam
@@ -14,7 +17,9 @@ from zo_adapt.minimize import StopReason as StopReason
 from zo_adapt.minimize import minimize as minimize
 from zo_adapt.objective import Objective as Objective
 from zo_adapt.objective import SetObjective as SetObjective
+from zo_adapt.replay import replay as replay
 from zo_adapt.schedule import Annealing as Annealing
+from zo_adapt.scipy_method import scipy_method as scipy_method
 from zo_adapt.term import Term as Term
 from zo_adapt.term import Update as Update
 from zo_adapt.view import ParameterView as ParameterView
@@ -25,6 +30,8 @@ __all__ = [
     "ZOSVRG",
     "Adam",
     "Annealing",
+    "AskTell",
+    "Diagnosis",
     "Group",
     "MeZO",
     "MeZOSVRG",
@@ -39,7 +46,10 @@ __all__ = [
     "ZOConfig",
     "ZOError",
     "ZOTrainer",
+    "diagnose",
     "minimize",
+    "replay",
+    "scipy_method",
 ]
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ class Job(NamedTuple):
         out: Where the result goes; may be ``source`` itself.
         source: The weights.
         key: The tensor's noise key.
-        terms: (seed, coefficient) pairs, each seed once.
+        terms: (seed, coefficient) pairs, added in this order.
         decay: Factor on the weights.
     """
 
@@ -176,7 +176,7 @@ def _run_slices(noise: Noise, bucket: Sequence[Row], start: int, stop: int) -> N
     totals = [row.source[start:stop].to(arithmetic(row.out.dtype), copy=True) for row in bucket]
     if any(row.decay != 1.0 for row in bucket):
         torch._foreach_mul_(totals, [row.decay for row in bucket])
-    for seed, members in _by_seed(bucket).items():
+    for seed, members in _in_order(bucket):
         sizes = [totals[i].numel() for i, _ in members]
         keys = [bucket[i].key for i, _ in members]
         z = _noise_of(noise, seed, keys, sizes, start, device)
@@ -186,13 +186,15 @@ def _run_slices(noise: Noise, bucket: Sequence[Row], start: int, stop: int) -> N
     torch._foreach_copy_(outs, totals)
 
 
-def _by_seed(bucket: Sequence[Row]) -> dict[int, list[tuple[int, float]]]:
-    """Row and coefficient by seed, so that rows which share a direction share a launch."""
-    members: dict[int, list[tuple[int, float]]] = {}
-    for index, row in enumerate(bucket):
-        for seed, coefficient in row.terms:
-            members.setdefault(seed, []).append((index, coefficient))
-    return members
+def _in_order(bucket: Sequence[Row]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+    """Directions in order, each with the rows and coefficients that share its launch."""
+    for place in range(max(len(row.terms) for row in bucket)):
+        members: dict[int, list[tuple[int, float]]] = {}
+        for index, row in enumerate(bucket):
+            if place < len(row.terms):
+                seed, coefficient = row.terms[place]
+                members.setdefault(seed, []).append((index, coefficient))
+        yield from members.items()
 
 
 def _noise_of(

@@ -153,6 +153,7 @@ class Samples:
         batch_size: Rows of a minibatch; None for a source without data.
         seed: Of the order.
         classes: Class of every row, to stratify the passes; None draws uniformly.
+        min_rows: Fewest rows of a part of a batch; see ``objective.rows_needed``.
 
     Raises:
         DataError: The data are shorter than a batch.
@@ -164,7 +165,9 @@ class Samples:
         batch_size: int | None,
         seed: int,
         classes: Sequence[int] | None = None,
+        min_rows: int = 1,
     ) -> None:
+        self.min_rows = min_rows
         if batch_size is None:
             if not isinstance(source, NoData):
                 raise DataError(f"batch_size is needed for data; choose 1..{len(source)}")
@@ -181,7 +184,7 @@ class Samples:
     def share(self) -> int:
         """The smallest number of consecutive rows that is fair to every class, at least four."""
         classes = 1 if self._classes is None else len(np.unique(self._classes))
-        return classes * -(-4 // classes)
+        return max(classes * -(-4 // classes), self.min_rows)
 
     def minibatch(self, size: int | None = None) -> Batch:
         """The next rows of the minibatch stream (``batch_size`` of them by default)."""

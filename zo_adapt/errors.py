@@ -49,5 +49,25 @@ class StepTooLargeError(ZOError, OverflowError):
     """A step would leave the range of the dtype; the weights are those of the last good step."""
 
 
+class TrajectoryError(ZOError, ValueError):
+    """A trajectory file is not one, or belongs to another view, base or noise."""
+
+
+class CorruptTrajectoryError(TrajectoryError):
+    """A trajectory file is damaged; nothing was applied."""
+
+
+class TrajectoryWriteError(ZOError, OSError):
+    """A trajectory cannot be written; the steps before are safe."""
+
+
+class TruncatedTrajectoryWarning(UserWarning):
+    """The end of a trajectory file was cut off in the middle of a record, which was dropped."""
+
+
+class UndefinedMetricError(ObjectiveError):
+    """A metric has no value on these rows: one class only, no relevant document, NaN."""
+
+
 class FlatObjectiveWarning(UserWarning):
     """Both points of the estimate gave the same loss many times in a row: nothing is learned."""

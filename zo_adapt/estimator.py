@@ -181,20 +181,24 @@ def _distinct(batches: Iterable[Batch]) -> list[Batch]:
     return list({id(batch): batch for batch in batches}.values())
 
 
-def dealt(batch: Batch, directions: int, *, one_sided: bool, share: int) -> list[Batch]:
+def dealt(
+    batch: Batch, directions: int, *, one_sided: bool, share: int, min_rows: int = 1
+) -> list[Batch]:
     """The batch of every direction.
 
-    Two-sided: each of the K directions has its own part of the batch, or all share it where there
-    are fewer rows than directions. One-sided: the batch is cut into parts of about ``share`` rows
-    and each part has K directions, which share its base point.
+    Two-sided: each of the K directions has its own part of the batch, or all share it where the
+    parts would have fewer than ``min_rows`` rows. One-sided: the batch is cut into parts of about
+    ``share`` rows and each part has K directions, which share its base point.
 
     Args:
         batch: The rows of the step.
         directions: K.
         one_sided: Which estimate.
-        share: Rows of a part.
+        share: Rows of a part, one-sided.
+        min_rows: Fewest rows of a part, two-sided.
     """
     if one_sided:
         parts = batch.split(max(1, len(batch) // share))
         return [part for part in parts for _ in range(directions)]
-    return batch.split(directions) if len(batch) >= directions else [batch] * directions
+    separate = len(batch) >= directions * min_rows
+    return batch.split(directions) if separate else [batch] * directions

@@ -1,15 +1,17 @@
 """MeZO: stochastic gradient descent on SPSA estimates."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from zo_adapt.data import Samples
-from zo_adapt.estimator import HERE, OneSided, TwoSided, dealt
+from zo_adapt.estimator import HERE, dealt
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder
 from zo_adapt.options import at_least_one
 from zo_adapt.rule import NOWHERE, Progress, StepRule
 from zo_adapt.schedule import Schedule
+from zo_adapt.shaping import checked_shaping, estimator
 
 
 class MeZO(ZerothOrder):
@@ -29,6 +31,9 @@ class MeZO(ZerothOrder):
         perturbation_scale: mu; None: displacement / 25.
         num_directions: K.
         one_sided: Forward differences, K directions for each share of the batch.
+        shaping: For rewards that are steps or have outliers: K >= 2 directions compared with each
+            other by "ranks", "zscore" or, one-sided, "loo" (each less the mean of the others); no
+            base point is evaluated then. See ``shaping``.
         normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
 
     Raises:
@@ -55,6 +60,7 @@ class MeZO(ZerothOrder):
         perturbation_scale: float | None = None,
         num_directions: int = 1,
         one_sided: bool = False,
+        shaping: Literal["ranks", "zscore", "loo"] | None = None,
         normalize: bool | None = None,
         schedule: str | Schedule | None = None,
         weight_decay: float = 0.0,
@@ -69,6 +75,7 @@ class MeZO(ZerothOrder):
         )
         self.num_directions = at_least_one("num_directions", num_directions)
         self.one_sided = one_sided
+        self.shaping = checked_shaping(shaping, num_directions, one_sided)
         super().__init__(rule, perturbation_scale, displacement)
 
     def begin(
@@ -76,13 +83,17 @@ class MeZO(ZerothOrder):
     ) -> None:
         """Forget everything."""
         super().begin(groups, seed, reach, finest)
-        self.estimator = (OneSided if self.one_sided else TwoSided)(self.perturbation_scale)
+        self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
         batch = samples.minibatch()
         self._batches = dealt(
-            batch, self.num_directions, one_sided=self.one_sided, share=samples.share
+            batch,
+            self.num_directions,
+            one_sided=self.one_sided,
+            share=samples.share,
+            min_rows=samples.min_rows,
         )
         self._seeds = self.new_seeds(len(self._batches))
         return self.estimator.probes(self._seeds, self._batches, self.groups, HERE)

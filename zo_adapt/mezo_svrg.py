@@ -1,18 +1,19 @@
 """MeZO-SVRG: SPSA with variance reduction from large-batch snapshots."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError
-from zo_adapt.estimator import HERE, Estimate, OneSided, Point, TwoSided, dealt
+from zo_adapt.estimator import HERE, Estimate, Point, dealt
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder
 from zo_adapt.options import at_least_one, positive
 from zo_adapt.rule import NOWHERE, Progress, StepRule
 from zo_adapt.schedule import Annealing, Schedule
-from zo_adapt.term import Terms, coalesced, scaled
+from zo_adapt.shaping import checked_shaping, estimator
+from zo_adapt.term import Term, Terms, coalesced, scaled
 
 
 class MeZOSVRG(ZerothOrder):
@@ -43,6 +44,7 @@ class MeZOSVRG(ZerothOrder):
             as a minibatch.
         num_directions: K, for each share if one-sided; two-sided they split the large batch.
         one_sided: Forward differences with a shared base point, or the paper's pair.
+        shaping: As in ``MeZO``; with ``snapshot_interval=1``, as minibatch steps have no shape.
         displacement: rho of the step by distance; None: as the view says.
         perturbation_scale: mu; None: displacement / 25.
         coupling: "shared" uses one z for both estimates of a minibatch step, as the proof does;
@@ -76,6 +78,7 @@ class MeZOSVRG(ZerothOrder):
         snapshot_size: int | Literal["batch"] | None = "batch",
         num_directions: int = 8,
         one_sided: bool = True,
+        shaping: Literal["ranks", "zscore", "loo"] | None = None,
         displacement: float | None = None,
         perturbation_scale: float | None = None,
         coupling: Literal["shared", "independent"] = "shared",
@@ -102,6 +105,9 @@ class MeZOSVRG(ZerothOrder):
         if coupling not in ("shared", "independent"):
             raise OptionError(f"coupling={coupling!r}; choose 'shared' or 'independent'")
         self.coupling, self.one_sided = coupling, one_sided
+        self.shaping = checked_shaping(shaping, num_directions, one_sided)
+        if shaping is not None and snapshot_interval > 1:
+            raise OptionError(f"shaping={shaping!r} needs snapshot_interval=1")
         super().__init__(rule, perturbation_scale, displacement)
 
     def begin(
@@ -109,7 +115,7 @@ class MeZOSVRG(ZerothOrder):
     ) -> None:
         """Forget everything, the snapshot too."""
         super().begin(groups, seed, reach, finest)
-        self.estimator = (OneSided if self.one_sided else TwoSided)(self.perturbation_scale)
+        self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
         self._snapshot_gradient: Terms = ()
         self._snapshot_directions = 1
         self._since = HERE
@@ -120,7 +126,11 @@ class MeZOSVRG(ZerothOrder):
             size = samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
             batch = samples.large(size)
             self._batches = dealt(
-                batch, self.num_directions, one_sided=self.one_sided, share=samples.share
+                batch,
+                self.num_directions,
+                one_sided=self.one_sided,
+                share=samples.share,
+                min_rows=samples.min_rows,
             )
             self._seeds = self.new_seeds(len(self._batches))
             return self.estimator.probes(self._seeds, self._batches, self.groups, HERE)
@@ -171,3 +181,19 @@ class MeZOSVRG(ZerothOrder):
 
     def _estimate(self, seeds: Sequence[int], evaluations: Sequence[Evaluation]) -> Estimate:
         return self.estimator.estimate(seeds, self._batches, self.groups, evaluations)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, the snapshot included."""
+        return super().state_dict() | {
+            "snapshot_gradient": self._snapshot_gradient,
+            "snapshot_directions": self._snapshot_directions,
+            "since": self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; ``start`` comes first."""
+        super().load_state_dict(state)
+        self._snapshot_gradient = tuple(Term(*term) for term in state["snapshot_gradient"])
+        self._snapshot_directions = state["snapshot_directions"]
+        terms, decay = state["since"]
+        self._since = Point(tuple(Term(*term) for term in terms), decay)

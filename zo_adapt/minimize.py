@@ -3,16 +3,25 @@
 import math
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from zo_adapt.data import Collate, Samples, as_source, class_labels
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
-from zo_adapt.objective import BudgetExhausted, Evaluator, Objective, SetObjective
+from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
+from zo_adapt.monitor import Metrics, Monitor
+from zo_adapt.objective import (
+    BudgetExhausted,
+    Evaluator,
+    Objective,
+    SetObjective,
+    rows_needed,
+)
 from zo_adapt.optimizer import Optimizer
-from zo_adapt.options import at_least_one
+from zo_adapt.options import at_least_one, check_run
 from zo_adapt.rule import Budget
+from zo_adapt.run import Run
 from zo_adapt.view import ParameterView
 
 
@@ -24,6 +33,14 @@ class StopReason(StrEnum):
     CALLBACK = "the callback raised StopIteration"
     NON_FINITE = "the objective was not finite; the weights are those of the last good step"
     STEP_TOO_LARGE = "a step left the dtype's range; the weights are those of the last good step"
+    CANNOT_WRITE = "the trajectory cannot be written; the weights are those of the last good step"
+
+
+FAULTS: dict[type[Exception], StopReason] = {
+    NonFiniteObjectiveError: StopReason.NON_FINITE,
+    StepTooLargeError: StopReason.STEP_TOO_LARGE,
+    TrajectoryWriteError: StopReason.CANNOT_WRITE,
+}
 
 
 class Record(NamedTuple):
@@ -36,6 +53,7 @@ class Record(NamedTuple):
         lr: Learning rate applied.
         projected_gradient: Root mean square of the step's projected gradients.
         kind: "snapshot" or "minibatch".
+        metrics: The metrics of interest after the step, where they were due.
     """
 
     step: int
@@ -44,6 +62,7 @@ class Record(NamedTuple):
     lr: float
     projected_gradient: float
     kind: str
+    metrics: dict[str, float] | None = None
 
 
 class Result(NamedTuple):
@@ -56,6 +75,8 @@ class Result(NamedTuple):
         stop_reason: Why it ended.
         message: The same, as a sentence, with the details.
         history: One record per step.
+        metrics: The metrics of interest at the final weights.
+        metric_queries: Forwards of one sample made for them, which ``queries`` leaves out.
     """
 
     value: float
@@ -64,6 +85,8 @@ class Result(NamedTuple):
     stop_reason: StopReason
     message: str
     history: list[Record]
+    metrics: dict[str, float] | None = None
+    metric_queries: int = 0
 
 
 def minimize(
@@ -82,6 +105,11 @@ def minimize(
     collate: Collate | None = None,
     micro_batch_size: int | None = None,
     stratify: bool = True,
+    metrics: Metrics | None = None,
+    metrics_data: Any = None,
+    metrics_every: int = 100,
+    trajectory: str | Path | None = None,
+    resume: bool = False,
 ) -> Result:
     """Minimise an objective over a view by an optimizer of this package.
 
@@ -102,6 +130,13 @@ def minimize(
             that a snapshot needs no more memory than a minibatch.
         stratify: Spread the classes evenly over every pass, where the data have a field ``labels``
             or ``label`` of one integer an example.
+        metrics: Objectives by name, measured beside the one that is minimised: after every
+            ``metrics_every`` steps and at the end. Their queries count apart, outside the budget.
+        metrics_data: What they are measured on, all of it; ``data`` by default.
+        metrics_every: Steps.
+        trajectory: File that every step is appended to; see ``replay``.
+        resume: Go on with the trajectory's run if the file is there, bit-identical to a run that
+            was never stopped. The view must be at the weights that the run started from.
 
     Returns:
         Value, steps, queries, stop reason and history.
@@ -119,17 +154,12 @@ def minimize(
         >>> result.nit, result.queries, result.stop_reason.name
         (3, 6, 'MAX_STEPS')
     """
-    if max_steps is None and max_queries is None:
-        raise OptionError("give a budget: max_steps=... or max_queries=...")
+    check_run(max_steps, max_queries, seed)
     if micro_batch_size is not None:
         at_least_one("micro_batch_size", micro_batch_size)
-    for name, limit in (("max_steps", max_steps), ("max_queries", max_queries)):
-        if limit is not None and limit < 0:
-            raise OptionError(f"{name}={limit}; choose a number >= 0")
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
     source = as_source(data, collate or getattr(objective, "collate", None))
-    samples = Samples(source, batch_size, seed, class_labels(data) if stratify else None)
+    classes = class_labels(data) if stratify else None
+    samples = Samples(source, batch_size, seed, classes, rows_needed(objective))
     evaluator = Evaluator(
         objective,
         view,
@@ -139,49 +169,61 @@ def minimize(
     )
     view.check_adapters()
     view.check_finite()
-    optimizer.start(view, seed)
-    run = _Run(evaluator, samples, optimizer, Budget(max_steps, max_queries))
+    budget = Budget(max_steps, max_queries)
+    monitor = Monitor(
+        metrics or {},
+        view,
+        data if metrics_data is None else metrics_data,
+        every=metrics_every,
+        collate=collate,
+        micro_batch_size=micro_batch_size or batch_size,
+    )
+    loop = _Loop(Run(optimizer, evaluator, samples, budget, seed, trajectory, resume), monitor)
     with tqdm(
         total=max_queries or max_steps,
+        initial=evaluator.queries if max_queries else loop.run.steps,
         unit="query" if max_queries else "step",
         disable=not progress,
         dynamic_ncols=True,
     ) as bar:
-        reason, detail = run.until_stopped(callback, bar)
-    value = run.history[-1].value if run.history else math.nan
+        reason, detail = loop.until_stopped(callback, bar)
+    value = loop.history[-1].value if loop.history else math.nan
     message = f"{reason}{detail}"
-    return Result(value, len(run.history), evaluator.queries, reason, message, run.history)
+    return Result(
+        value,
+        loop.run.steps,
+        evaluator.queries,
+        reason,
+        message,
+        loop.history,
+        monitor.at(loop.run.steps),
+        monitor.queries,
+    )
 
 
-class _Run:
-    """The loop's state: what was done so far, out of how much."""
+class _Loop:
+    """Steps a run until something stops it, and keeps the history."""
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        samples: Samples,
-        optimizer: Optimizer,
-        budget: Budget,
-    ) -> None:
-        self.evaluator, self.samples, self.optimizer = evaluator, samples, optimizer
-        self.budget = budget
-        self.history: list[Record] = []
+    def __init__(self, run: Run, monitor: Monitor) -> None:
+        self.run, self.monitor = run, monitor
+        self.history = [
+            Record(s.step, s.queries, s.value, s.lr, s.projected_gradient, s.kind)
+            for s in run.logged
+        ]
 
     def until_stopped(
         self, callback: Callable[[Record], None] | None, bar: "tqdm[Any]"
     ) -> tuple[StopReason, str]:
-        """Step until a budget is used up, the callback stops or the objective is not finite."""
-        limit = self.budget.max_steps
-        while limit is None or len(self.history) < limit:
+        """Step until a budget is used up, the callback stops or a fault does."""
+        limit = self.run.budget.max_steps
+        while limit is None or self.run.steps < limit:
             try:
                 record = self.step()
             except BudgetExhausted:
                 return StopReason.MAX_QUERIES, ""
-            except NonFiniteObjectiveError as error:
-                return StopReason.NON_FINITE, f" ({error})"
-            except StepTooLargeError as error:
-                return StopReason.STEP_TOO_LARGE, f" ({error})"
-            bar.update(record.queries - bar.n if self.budget.max_queries else 1)
+            except tuple(FAULTS) as error:
+                return FAULTS[type(error)], f" ({error})"
+            bar.update(record.queries - bar.n if self.run.budget.max_queries else 1)
             bar.set_postfix(loss=f"{record.value:.4f}", refresh=False)
             try:
                 if callback is not None:
@@ -191,15 +233,17 @@ class _Run:
         return StopReason.MAX_STEPS, ""
 
     def step(self) -> Record:
-        """One step of the optimizer, on record."""
-        info = self.optimizer.step(self.evaluator, self.samples, self.budget)
+        """One step, on record."""
+        info = self.run.step()
+        evaluator = self.run.evaluator
         record = Record(
-            step=len(self.history) + 1,
-            queries=self.evaluator.queries,
-            value=self.evaluator.sign * info.value,
+            step=self.run.steps,
+            queries=evaluator.queries,
+            value=evaluator.sign * info.value,
             lr=info.lr,
             projected_gradient=info.projected_gradient,
             kind=info.kind,
+            metrics=self.monitor.after(self.run.steps),
         )
         self.history.append(record)
         return record

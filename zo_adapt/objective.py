@@ -1,6 +1,7 @@
 """What an objective is, and the one owner of evaluations and of their count."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -32,13 +33,23 @@ class Objective(Protocol):
 
 @runtime_checkable
 class SetObjective(Protocol):
-    """An objective that needs the whole set at once (F1, NDCG): predicted in parts, scored once."""
+    """An objective that needs the whole set at once (F1, NDCG): predicted in parts, scored once.
+
+    A batch is not cut over several directions below ``min_rows`` rows, where the objective has that
+    attribute; without it, or when it is None, a batch stays whole.
+    """
 
     def predict(self, batch: Any, /) -> Any:
         """Predictions for one micro-batch."""
 
-    def score(self, predictions: list[Any], /) -> float:
-        """One number from the predictions of all micro-batches."""
+    def score(self, predictions: list[Any], /) -> Any:
+        """One number, or one per example, from the predictions of all micro-batches."""
+
+
+def rows_needed(objective: Objective | SetObjective) -> int:
+    """Fewest rows that the objective has a meaningful value on; ``sys.maxsize``: all of a batch."""
+    rows = getattr(objective, "min_rows", None if isinstance(objective, SetObjective) else 1)
+    return sys.maxsize if rows is None else int(rows)
 
 
 class Probe(NamedTuple):

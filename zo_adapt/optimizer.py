@@ -1,15 +1,14 @@
 """What every optimizer is: ``step`` for the loops, and ask / tell where values are enough."""
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from zo_adapt import philox
 from zo_adapt.data import Samples
-from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.estimator import Estimate
+from zo_adapt.flat import FlatWatch
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Evaluator, Probe
 from zo_adapt.options import positive
@@ -19,8 +18,6 @@ from zo_adapt.term import Terms, Update
 from zo_adapt.view import ParameterView
 
 SEED_STREAM = 3
-FLAT_STEPS = 20
-"""Steps in a row without any difference in loss after which the user is warned."""
 
 
 class StepInfo(NamedTuple):
@@ -48,7 +45,7 @@ class Optimizer(Protocol):
         """Forget everything and begin a run: same seed, same run."""
 
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
-        """Evaluate, then change the view once.
+        """Evaluate and say how to move; the loop applies ``StepInfo.update`` to the view.
 
         Raises:
             BudgetExhausted: The step needs more queries than are left; nothing was done.
@@ -107,7 +104,7 @@ class ZerothOrder(ABC):
         self.rule.restart(displacement)
         self.steps = 0
         self._directions = 0
-        self._flat = 0
+        self._flat = FlatWatch()
 
     @abstractmethod
     def ask(self, samples: Samples) -> list[Probe]:
@@ -118,13 +115,32 @@ class ZerothOrder(ABC):
         """Take the answers and return the step's update (not yet applied)."""
 
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
-        """Ask, evaluate, tell, apply."""
+        """Ask, evaluate, tell."""
         done = budget.used(self.steps, evaluator.queries)
         evaluations = evaluator.evaluate(self.ask(samples))
         share = budget.used(self.steps + 1, evaluator.queries) - done
-        info = self.tell(evaluations, Progress(done, share))
-        evaluator.view.apply(info.update)
-        return info
+        return self.tell(evaluations, Progress(done, share))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, as JSON can hold it exactly; between two steps only."""
+        return {
+            "steps": self.steps,
+            "directions": self._directions,
+            "flat": self._flat.state,
+            "rule": self.rule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; ``start`` comes first."""
+        self.steps, self._directions = state["steps"], state["directions"]
+        self._flat = FlatWatch(state["flat"])
+        self.rule.load_state_dict(state["rule"])
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters in force, for a log and to compare on resuming."""
+        own = {k: v for k, v in vars(self).items() if _is_setting(k, v)}
+        rule = {k: v for k, v in vars(self.rule).items() if _is_setting(k, v)}
+        return {"optimizer": type(self).__name__} | rule | own
 
     def new_seeds(self, count: int) -> list[int]:
         """Seeds of ``count`` new directions: a function of the run's seed and a counter."""
@@ -158,7 +174,7 @@ class ZerothOrder(ABC):
             reuse: Number of steps that share the noise of one estimate.
         """
         self.steps += 1
-        self._notice_flat(here.projected)
+        self._flat.observe(here.projected, self.perturbation_scale)
         self.rule.observe(here.value)
         share = progress._replace(share=progress.share / reuse)
         rate = self.rule.rate(lr, directions or len(here.projected), share)
@@ -166,14 +182,8 @@ class ZerothOrder(ABC):
         rms = math.sqrt(math.fsum(p * p for p in here.projected) / len(here.projected))
         return StepInfo(here.value, rate, rms, update, kind)
 
-    def _notice_flat(self, projected: Sequence[float]) -> None:
-        self._flat = self._flat + 1 if not any(projected) else 0
-        if self._flat == FLAT_STEPS:
-            warnings.warn(
-                f"the loss was the same at both points for {FLAT_STEPS} steps in a row, so nothing "
-                f"is learned: raise perturbation_scale (now {self.perturbation_scale:.3g}), raise "
-                "batch_size if the objective counts (accuracy), or check that the view reaches "
-                "the loss",
-                FlatObjectiveWarning,
-                stacklevel=4,
-            )
+
+def _is_setting(name: str, value: object) -> bool:
+    changing = ("steps", "seed")
+    simple = value is None or isinstance(value, int | float | str)
+    return simple and not name.startswith("_") and name not in changing

@@ -25,3 +25,18 @@ def at_least_one(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 1:
         raise OptionError(f"{name}={value}; choose an integer >= 1")
     return value
+
+
+def check_run(max_steps: int | None, max_queries: int | None, seed: int) -> None:
+    """Refuse a run without a budget, a negative budget, or a seed out of range.
+
+    Raises:
+        OptionError: One of these.
+    """
+    if max_steps is None and max_queries is None:
+        raise OptionError("give a budget: max_steps=... or max_queries=...")
+    for name, limit in (("max_steps", max_steps), ("max_queries", max_queries)):
+        if limit is not None and limit < 0:
+            raise OptionError(f"{name}={limit}; choose a number >= 0")
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")

@@ -1,9 +1,9 @@
 """How an estimate is applied: learning rate, schedule, normalisation, decay, annealing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zo_adapt.errors import OptionError
 from zo_adapt.group import Group
@@ -128,6 +128,19 @@ class StepRule:
         if self.normalize and scale > 0.0:
             terms = scaled(terms, 1.0 / scale)
         return descent(terms, rate, groups, self.weight_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step."""
+        annealing = None if self.annealing is None else self.annealing.state_dict()
+        scale = [self.scale.total, self.scale.weight]
+        return {"scale": scale, "annealed": self._annealed, "annealing": annealing}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.scale.total, self.scale.weight = state["scale"]
+        self._annealed = state["annealed"]
+        if self.annealing is not None:
+            self.annealing.load_state_dict(state["annealing"])
 
     def observe(self, loss: float) -> None:
         """Let the annealing see the loss of a step."""

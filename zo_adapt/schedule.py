@@ -2,18 +2,29 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from zo_adapt.errors import OptionError
 
 Schedule = Callable[[float], float]
 """Progress through the budget, 0..1 -> factor on the learning rate."""
 
-SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
-}
+
+def _constant(progress: float) -> float:
+    return 1.0
+
+
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+def _cosine(progress: float) -> float:
+    return (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+# Functions with a name, unlike lambdas, survive a pickle of the optimizer that holds them.
+SCHEDULES: dict[str, Schedule] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
 
 
 def schedule_named(schedule: str | Schedule) -> Schedule:
@@ -94,6 +105,16 @@ class Annealing:
         """Forget every loss: a new run begins at the full rates."""
         self.scale = 1.0
         self._losses: deque[float] = deque(maxlen=2 * self.window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step."""
+        return {"scale": self.scale, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.restart()
+        self.scale = state["scale"]
+        self._losses.extend(state["losses"])
 
     def observe(self, loss: float) -> float:
         """Take one step's loss in and return the factor on the learning rates."""

@@ -4,9 +4,9 @@
 ``compute_metrics``, checkpoints and the progress bar are Trainer's own code.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError
-from zo_adapt.mezo import MeZO
-from zo_adapt.mezo_svrg import MeZOSVRG
-from zo_adapt.minimize import StopReason
+from zo_adapt.errors import OptionError
+from zo_adapt.minimize import FAULTS, StopReason
+from zo_adapt.named import optimizer_named
 from zo_adapt.noise import noise_named
-from zo_adapt.objective import BudgetExhausted, Evaluator, Objective, SetObjective
-from zo_adapt.optimizer import Optimizer, StepInfo
+from zo_adapt.objective import (
+    BudgetExhausted,
+    Evaluator,
+    Objective,
+    SetObjective,
+    rows_needed,
+)
+from zo_adapt.optimizer import Optimizer
 from zo_adapt.options import at_least_one
 from zo_adapt.rule import Budget
+from zo_adapt.run import Run
 from zo_adapt.trainer_checks import OPTIONS, check_arguments, check_choices
 from zo_adapt.trainer_data import TrainerSamples, TrainingRows
 from zo_adapt.trainer_loss import TrainerLoss
+from zo_adapt.trainer_state import begin_log, save_state
 from zo_adapt.view import ParameterView
-from zo_adapt.zo_svrg import ZOSVRG
 
 logger = logging.get_logger(__name__)
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "mezo-svrg": MeZOSVRG,
-    "mezo": MeZO,
-    "zo-svrg": ZOSVRG,
-}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -57,6 +57,7 @@ class ZOConfig(TrainingArguments):
             distance.
         perturbation_scale: mu.
         num_directions: K.
+        shaping: "ranks", "zscore" or "loo", for rewards that are steps; see ``shaping``.
         snapshot_interval: q, steps from one large batch to the next.
         snapshot_size: Rows of a large batch.
         noise: "gaussian" or "rademacher".
@@ -77,6 +78,7 @@ class ZOConfig(TrainingArguments):
     displacement: float | None = _option(None, "How far noise alone would move a weight.")
     perturbation_scale: float | None = _option(None, "mu.")
     num_directions: int | None = _option(None, "Directions of an estimate.")
+    shaping: str | None = _option(None, "ranks, zscore or loo.")
     snapshot_interval: int | None = _option(None, "Steps between large batches.")
     snapshot_size: int | None = _option(None, "Rows of a large batch.")
     noise: str | None = _option(None, "gaussian or rademacher.")
@@ -106,15 +108,10 @@ class ZOConfig(TrainingArguments):
         Raises:
             OptionError: No such optimizer, or an option it does not have.
         """
-        if self.optimizer not in OPTIMIZERS:
-            raise OptionError(f"optimizer={self.optimizer!r}; choose one of {sorted(OPTIMIZERS)}")
-        make = OPTIMIZERS[self.optimizer]
         given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
         given["lr"] = given.pop("learning_rate", None)
-        foreign = given.keys() - inspect.signature(make).parameters.keys()
-        if foreign:
-            raise OptionError(f"{self.optimizer} has no {sorted(foreign)}; leave it out")
-        return make(weight_decay=self.weight_decay, schedule=schedule, **given)
+        more = {"weight_decay": self.weight_decay, "schedule": schedule}
+        return optimizer_named(self.optimizer, given | more)
 
 
 class ZOTrainer(Trainer):
@@ -175,7 +172,8 @@ class ZOTrainer(Trainer):
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, objective, zo_optimizer)
-        self._run: _Run | None = None
+        self._run: Run | None = None
+        self._checkpoint: Path | None = None
         self.stop_reason: StopReason | None = None
         self.add_callback(_AtTrainBegin(self))
 
@@ -205,12 +203,14 @@ class ZOTrainer(Trainer):
             raise OptionError("training_step needs a run; call train()")
         loss = 0.0
         try:
-            loss = self._run.step(self._prepare_inputs(inputs))
+            self._samples.receive(self._prepare_inputs(inputs))
+            loss = self._run.evaluator.sign * self._run.step().value
         except BudgetExhausted:
             self._stop(StopReason.MAX_QUERIES, taken=False)
-        except NonFiniteObjectiveError as error:
-            logger.error(f"Training stops: {StopReason.NON_FINITE} ({error})")
-            self._stop(StopReason.NON_FINITE, taken=False)
+        except tuple(FAULTS) as error:
+            reason = FAULTS[type(error)]
+            logger.error(f"Training stops: {reason} ({error})")
+            self._stop(reason, taken=False)
         else:
             if self.queries == self.args.max_queries:
                 self._stop(StopReason.MAX_QUERIES, taken=True)
@@ -241,7 +241,6 @@ class ZOTrainer(Trainer):
         self.view.check_finite()
         _, objective, optimizer = self._given
         self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
-        self.zo_optimizer.start(self.view, self.args.seed)
         evaluator = Evaluator(
             objective or TrainerLoss(self, self.model_wrapped),
             self.view,
@@ -249,10 +248,22 @@ class ZOTrainer(Trainer):
             max_queries=self.args.max_queries,
         )
         source = TrainingRows(loader.dataset, loader.collate_fn, self._prepare_inputs)
-        samples = TrainerSamples(source, self.args.seed)
+        samples = TrainerSamples(source, self.args.seed, rows_needed(evaluator.objective))
         budget = Budget(self.state.max_steps, self.args.max_queries)
-        self._run = _Run(self.zo_optimizer, evaluator, samples, budget)
+        self._samples = samples
+        self._run = Run(self.zo_optimizer, evaluator, samples, budget, self.args.seed)
         self.stop_reason = None
+        begin_log(self._run, Path(self.args.output_dir or "."), self.args.seed, self._checkpoint)
+        self._checkpoint = None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._run is not None:
+            save_state(self._run, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
 
     def _schedule(self, progress: float) -> float:
         """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
@@ -265,22 +276,6 @@ class ZOTrainer(Trainer):
         self.control.should_log = self.args.logging_strategy != "no"
         if not taken:
             self.state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
-
-
-class _Run:
-    """All that the steps of one training run change, beside the weights."""
-
-    def __init__(
-        self, optimizer: Optimizer, evaluator: Evaluator, samples: TrainerSamples, budget: Budget
-    ) -> None:
-        self.optimizer, self.evaluator = optimizer, evaluator
-        self.samples, self.budget = samples, budget
-        self.last: StepInfo | None = None
-
-    def step(self, inputs: Mapping[str, Any]) -> float:
-        self.samples.receive(inputs)
-        self.last = self.optimizer.step(self.evaluator, self.samples, self.budget)
-        return self.last.value
 
 
 class _AtTrainBegin(TrainerCallback):

@@ -11,6 +11,7 @@ OPTIONS = (
     "displacement",
     "perturbation_scale",
     "num_directions",
+    "shaping",
     "snapshot_interval",
     "snapshot_size",
 )

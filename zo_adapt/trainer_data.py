@@ -13,11 +13,12 @@ from zo_adapt.errors import DataError
 class TrainerSamples(Samples):
     """Minibatches are what Trainer hands over; large batches are drawn from its training set."""
 
-    def __init__(self, source: "TrainingRows", seed: int) -> None:
-        self._training = source
+    def __init__(self, source: "TrainingRows", seed: int, min_rows: int = 1) -> None:
+        self._training, self.min_rows = source, min_rows
         self._classes = None
+        self.positions = {}
         if source.has_length:
-            super().__init__(source, 1, seed, source.classes)
+            super().__init__(source, 1, seed, source.classes, min_rows)
 
     def receive(self, inputs: Mapping[str, Any]) -> None:
         """The inputs of the next step."""

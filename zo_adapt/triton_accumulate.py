@@ -75,16 +75,20 @@ _TRITON_DTYPES = {
 
 
 def accumulate_fused(noise: Noise, rows: Sequence[Row]) -> None:
-    """One launch over rows of one device and one dtype."""
+    """One launch for the rows of one device and dtype that share their directions.
+
+    A direction may come more than once: sums in fp32 depend on the order.
+    """
+    by_seeds: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        by_seeds.setdefault(tuple(seed for seed, _ in row.terms), []).append(row)
+    for seeds, same in by_seeds.items():
+        _launch(noise, seeds, same)
+
+
+def _launch(noise: Noise, seeds: Sequence[int], rows: Sequence[Row]) -> None:
     device, dtype = rows[0].out.device, rows[0].out.dtype
-    # In order of first appearance: sums in fp32 depend on the order.
-    seeds = list(dict.fromkeys(seed for row in rows for seed, _ in row.terms))
-    factors = np.zeros((len(rows), 1 + len(seeds)))
-    factors[:, 0] = [row.decay for row in rows]
-    column = {seed: 1 + number for number, seed in enumerate(seeds)}
-    for index, row in enumerate(rows):
-        for seed, coefficient in row.terms:
-            factors[index, column[seed]] = coefficient
+    factors = np.array([[row.decay, *(c for _, c in row.terms)] for row in rows], np.float64)
     tensors = [
         (row.out.data_ptr(), row.source.data_ptr(), row.out.numel(), philox.signed(row.key))
         for row in rows

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zo_adapt import selection
 from zo_adapt.accumulate import Job, accumulate
 from zo_adapt.adapters import check_adapters
+from zo_adapt.arrays import as_live_tensor
 from zo_adapt.defaults import reach_and_groups
 from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
 from zo_adapt.group import Group, assign_groups
 from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.shifting import Layerwise, copied
-from zo_adapt.term import Term, Update, check_terms, coalesced
+from zo_adapt.term import Term, Terms, Update, check_terms, coalesced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADAPTER_BYTES = 64 * 2**20
@@ -36,8 +38,9 @@ class ParameterView:
     up to 64 MiB and for views without a model. ``apply`` needs no copy.
 
     Args:
-        tensors: Names and live tensors of dtype fp32, fp16, bf16 or fp64; a tensor that appears
-            under several names counts once. Several devices are fine.
+        tensors: Names and live tensors of dtype fp32, fp16, bf16 or fp64, or numpy arrays, which
+            are changed in place as well. A tensor that appears under several names counts once.
+            Several devices are fine.
         model: The model that owns them; None for plain tensors.
         noise: "gaussian" (the paper's) or "rademacher".
         groups: Parts with their own step; the first matching pattern wins. None: LoRA's A factors
@@ -62,7 +65,7 @@ class ParameterView:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | np.ndarray],
         *,
         model: nn.Module | None = None,
         noise: str = "gaussian",
@@ -169,10 +172,23 @@ class ParameterView:
             TermError: A seed, coefficient or group outside its range.
             StepTooLargeError: The dtype cannot hold the result; nothing is changed.
         """
-        checked = coalesced(check_terms(update.terms, len(self.groups)))
-        self._check_room(checked)
-        if checked or update.decay != 1.0:
-            self._accumulate(self.tensors, self.tensors, checked, update.decay)
+        self.apply_in_order(self.checked(update), update.decay)
+
+    def checked(self, update: Update) -> Terms:
+        """The terms that ``apply`` will apply, each direction once.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+            StepTooLargeError: The dtype cannot hold the result.
+        """
+        terms = coalesced(check_terms(update.terms, len(self.groups)))
+        self._check_room(terms)
+        return terms
+
+    def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
+        """Apply terms one after the other; a direction may come more than once."""
+        if terms or decay != 1.0:
+            self._accumulate(self.tensors, self.tensors, terms, decay)
 
     def _check_room(self, terms: Sequence[Term]) -> None:
         farthest = LARGEST_VALUE * math.fsum(abs(term.coefficient) for term in terms)
@@ -255,11 +271,12 @@ class ParameterView:
                 raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
 
 
-def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _distinct(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
     """The tensors without repetitions, after checking that each can be tuned."""
     distinct: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        tensor = as_live_tensor(name, given)
         _check_tensor(name, tensor)
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and place not in seen:

@@ -1,16 +1,18 @@
 """ZO-SVRG: variance-reduced gradient descent with a direction for every sample (a baseline)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from zo_adapt.data import Batch, Samples
-from zo_adapt.estimator import HERE, TwoSided
+from zo_adapt.errors import OptionError
+from zo_adapt.estimator import HERE, Point, TwoSided
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder
 from zo_adapt.options import at_least_one
 from zo_adapt.rule import NOWHERE, Progress, StepRule
 from zo_adapt.schedule import Schedule
-from zo_adapt.term import Terms, coalesced, scaled
+from zo_adapt.term import Term, Terms, coalesced, scaled
 
 
 class ZOSVRG(ZerothOrder):
@@ -85,6 +87,11 @@ class ZOSVRG(ZerothOrder):
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
+        if samples.min_rows > 1:
+            raise OptionError(
+                "ZOSVRG asks for one sample at a time, on which this objective has no value (its "
+                "min_rows is larger); choose MeZO or MeZOSVRG"
+            )
         at_snapshot = self.steps % self.snapshot_interval == 0
         batch = samples.large(self.snapshot_size) if at_snapshot else samples.minibatch()
         self._rows: list[Batch] = batch.split(len(batch))
@@ -120,3 +127,19 @@ class ZOSVRG(ZerothOrder):
         )
         self._since = self._since.then(info.update)
         return info
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, the snapshot included."""
+        return super().state_dict() | {
+            "snapshot_gradient": self._snapshot_gradient,
+            "snapshot_directions": self._snapshot_directions,
+            "since": self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; ``start`` comes first."""
+        super().load_state_dict(state)
+        self._snapshot_gradient = tuple(Term(*term) for term in state["snapshot_gradient"])
+        self._snapshot_directions = state["snapshot_directions"]
+        terms, decay = state["since"]
+        self._since = Point(tuple(Term(*term) for term in terms), decay)

@@ -1,0 +1,140 @@
+"""Prompts as a language model is to continue them: encoded once, padded on the left."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from objectives._rewards import GIVEN
+from zo_adapt.errors import DataError, OptionError
+
+_NOT_COLUMNS = ("completion", "completion_ids")
+"""Fields that TRL's data sets may have and that rewards do not see."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Encoded prompts and what else the examples hold.
+
+    Args:
+        prompts: As the examples give them.
+        input_ids: (b, t), padded on the left.
+        attention_mask: (b, t).
+        columns: The other fields, each a list of b values.
+    """
+
+    prompts: list[Any]
+    input_ids: Tensor
+    attention_mask: Tensor
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class PromptEncoder:
+    """Token ids of prompts, kept, so that every prompt is encoded once in a run.
+
+    Args:
+        tokenizer: Of the model.
+        chat_template_kwargs: More for its chat template (``enable_thinking=False``, ``tools=...``).
+    """
+
+    def __init__(self, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> None:
+        self._tokenizer = tokenizer
+        self._options = dict(chat_template_kwargs or {})
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, prompt: Any) -> list[int]:
+        """The ids of a text, or of a list of messages through the chat template.
+
+        Raises:
+            DataError: Neither a text nor messages, or no tokens.
+            OptionError: Messages, and a tokenizer without a chat template.
+        """
+        if not isinstance(prompt, str) and not is_chat(prompt):
+            raise DataError(
+                f"a prompt is {prompt!r:.80}; give a text, or a list of messages such as "
+                "{'role': 'user', 'content': '...'}"
+            )
+        # A text begins with no bracket in JSON, so that it is never taken for messages.
+        key = json.dumps(prompt, default=repr)
+        if key not in self._known:
+            encode = self._text if isinstance(prompt, str) else self._chat
+            ids = list(encode(prompt))
+            if not ids:
+                raise DataError(f"the prompt {prompt!r:.80} has no tokens; leave it out")
+            self._known[key] = ids
+        return self._known[key]
+
+    def _text(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        return ids
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise OptionError(
+                "the prompts are messages and the tokenizer has no chat_template; set one, or give "
+                "the prompts as texts"
+            )
+        # As in TRL: an answer that is begun is continued.
+        begun = messages[-1]["role"] == "assistant"
+        encoded = self._tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            tokenize=True,
+            return_dict=True,
+            **self._options,
+        )
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
+    )
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (b, t): the last token of every row is at the end."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    ones = [torch.ones_like(row) for row in tensors]
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
+
+
+def columns_of(examples: Sequence[Any], prompt_field: str) -> dict[str, list[Any]]:
+    """The fields of all examples, each a list."""
+    if len(examples) == 0:
+        raise DataError("a batch of no examples; give at least one")
+    for index, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise DataError(
+                f"example {index} is a {type(example).__name__}; give mappings such as "
+                f"{{{prompt_field!r}: '...'}}"
+            )
+        if prompt_field not in example:
+            raise DataError(
+                f"example {index} has no prompt under {prompt_field!r}, only {sorted(example)}; "
+                "name the field with prompt_field=..."
+            )
+        if example.keys() != examples[0].keys():
+            raise DataError(
+                f"example {index} has the fields {sorted(example)}, example 0 has "
+                f"{sorted(examples[0])}; give all the same"
+            )
+    names = [name for name in examples[0] if name not in _NOT_COLUMNS]
+    taken = sorted(set(names) & set(GIVEN) - {prompt_field})
+    if taken:
+        raise DataError(f"the field {taken[0]!r} is an argument of every reward; rename it")
+    return {name: [example[name] for example in examples] for name in names}

@@ -1,0 +1,138 @@
+"""Any ``compute_metrics`` of a transformers Trainer as an objective."""
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from objectives._set_metric import AnyLabels, Classifier, Predictions, SetMetric, array
+from zo_adapt.errors import ObjectiveError, OptionError, UndefinedMetricError
+
+PREFIX = "eval_"
+
+
+class MetricObjective(SetMetric):
+    """A metric that a Trainer's ``compute_metrics`` computes, with Trainer's conventions.
+
+    The function is called once for an evaluation, with an ``EvalPrediction`` of the logits and the
+    labels of the whole batch; where their length varies from one micro-batch to the next (a label
+    for every token), the shorter are padded with -100.
+
+    Args:
+        model: A model, or an objective with logits, ``VerbalizerLoss``.
+        compute_metrics: ``EvalPrediction -> {name: number}``.
+        metric_for_best_model: Which entry, with or without "eval_".
+        greater_is_better: None: unless the name ends in "loss", as TrainingArguments has it.
+        preprocess_logits_for_metrics: ``(logits, labels) -> predictions``, on every micro-batch.
+        min_rows: Fewest rows of the part of a batch that one direction sees; None: the whole batch.
+
+    Raises:
+        OptionError: ``compute_metrics`` cannot be called.
+        ObjectiveError: (when called) It returned no mapping, or none with that name, or something
+            that is not a number.
+        UndefinedMetricError: (when called) The metric is NaN.
+        DataError: (when called) The labels are missing.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+        ...                     num_attention_heads=2, intermediate_size=16)
+        >>> def compute_metrics(p):
+        ...     return {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}
+        >>> objective = MetricObjective(BertForSequenceClassification(config),
+        ...     compute_metrics=compute_metrics, metric_for_best_model="eval_accuracy")
+        >>> objective([{"input_ids": [2, 7], "label": 0}]) in (0.0, 1.0), objective.maximize
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Classifier,
+        *,
+        compute_metrics: Callable[[Any], Mapping[str, Any]],
+        metric_for_best_model: str,
+        greater_is_better: bool | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Any] | None = None,
+        min_rows: int | None = None,
+    ) -> None:
+        if not callable(compute_metrics):
+            raise OptionError(f"compute_metrics={compute_metrics!r} cannot be called")
+        unchecked = AnyLabels(model) if isinstance(model, nn.Module) else model
+        super().__init__(unchecked, min_rows=min_rows)
+        self.compute_metrics, self.name = compute_metrics, metric_for_best_model
+        self.preprocess = preprocess_logits_for_metrics
+        inferred = not metric_for_best_model.endswith("loss")
+        self.maximize = inferred if greater_is_better is None else greater_is_better
+
+    def predict(self, batch: Any) -> Predictions:
+        """Predictions and labels of one micro-batch.
+
+        Raises:
+            DataError: There are no labels.
+        """
+        prepared = self.classifier.prepare(batch)
+        labels = self.classifier.labels(prepared)
+        logits: Any = self.classifier.logits(prepared).detach()
+        if self.preprocess is not None:
+            logits = self.preprocess(logits, labels)
+        return Predictions(_nested(logits), array(labels))
+
+    def score(self, predictions: list[Any]) -> float:
+        """The named metric of all micro-batches together.
+
+        Raises:
+            ObjectiveError: There is no such metric, or it is not a number.
+            UndefinedMetricError: It is NaN.
+        """
+        from transformers.trainer_pt_utils import nested_concat
+
+        logits, labels = (
+            reduce(nested_concat, column) for column in zip(*predictions, strict=True)
+        )
+        return self.metric(logits, labels)
+
+    def metric(self, logits: Any, labels: np.ndarray) -> float:
+        """The named entry of what ``compute_metrics`` returns."""
+        from transformers import EvalPrediction
+
+        metrics = self.compute_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+        value = self._named(metrics)
+        if np.isnan(value):
+            raise UndefinedMetricError(
+                f"compute_metrics gave NaN for {self.name!r} on {len(labels)} rows, whose labels "
+                f"are {np.unique(labels).tolist()[:8]}; raise batch_size or min_rows"
+            )
+        return value
+
+    def _named(self, metrics: Any) -> float:
+        if not isinstance(metrics, Mapping):
+            raise ObjectiveError(
+                f"compute_metrics returned {type(metrics).__name__}; it must return a dict of names"
+                " and numbers"
+            )
+        bare = self.name.removeprefix(PREFIX)
+        for name in (self.name, bare, PREFIX + bare):
+            if name in metrics:
+                return _float(name, metrics[name])
+        raise ObjectiveError(
+            f"metric_for_best_model={self.name!r} is not among what compute_metrics returns: "
+            f"{sorted(metrics)}"
+        )
+
+
+def _nested(outputs: Any) -> Any:
+    """Arrays of the tensors in a tuple or list."""
+    if isinstance(outputs, tuple | list):
+        return tuple(_nested(one) for one in outputs)
+    return array(outputs)
+
+
+def _float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ObjectiveError(
+            f"compute_metrics gave {type(value).__name__} for {name!r}; it must be a number"
+        ) from error

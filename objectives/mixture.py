@@ -1,0 +1,273 @@
+"""Sums of objectives, written as such: ``0.7 * loss - 0.3 * reward``.
+
+Orientation is decided here, once. Every part keeps its own sign: the sum is the sum of the values
+that the parts return. A loss falls and a reward rises; a negative weight turns that round. When all
+parts of a sum pull the same way the sum is minimised or maximised accordingly,
+
+    0.7 * loss - 0.3 * reward     minimised
+    accuracy - 0.1 * loss         maximised
+    -reward                       minimised
+
+and a sum whose parts pull in opposite ways (``loss + reward``) is an error.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from objectives._shared import shared_forwards
+from zo_adapt.errors import DataError, ObjectiveError, OptionError
+from zo_adapt.objective import SetObjective, rows_needed
+
+Part = tuple[float, Any]
+"""A weight and an objective."""
+
+
+class Mixable:
+    """Operators of objectives: a number times one, sums, differences, the sign turned round."""
+
+    __array_ufunc__ = None  # a numpy number times an objective is the objective's affair
+
+    def __mul__(self, weight: float) -> "Mixture":
+        return mixture(_parts(self, _number(weight)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Mixture":
+        return mixture(_parts(self, 1.0 / divisor))
+
+    def __neg__(self) -> "Mixture":
+        return mixture(_parts(self, -1.0))
+
+    def __add__(self, other: Any) -> "Mixture":
+        return mixture([*_parts(self), *_parts(other)])
+
+    def __radd__(self, other: Any) -> "Mixture":
+        return mixture([*_parts(other), *_parts(self)])
+
+    def __sub__(self, other: Any) -> "Mixture":
+        return mixture([*_parts(self), *_parts(other, -1.0)])
+
+    def __rsub__(self, other: Any) -> "Mixture":
+        return mixture([*_parts(other), *_parts(self, -1.0)])
+
+
+class MixedBatch(NamedTuple):
+    """The batch of every part; one object where parts make the same of the examples."""
+
+    of_part: list[Any]
+
+
+class Mixture(Mixable):
+    """A weighted sum of objectives, made by the operators: ``0.7 * loss - 0.3 * reward``.
+
+    f(batch) = sum_j w_j f_j(batch)
+
+    One value per example where all parts give one, else their weighted means. Parts that ask one
+    model about one batch share the forward; parts that run different models, or one model on
+    different inputs, make one each, and the sum of them counts as one query for a sample. A part
+    without a ``collate`` of its own is given the batch of the first that has one.
+
+    Args:
+        parts: Pairs of a weight and an objective, or any callable ``batch -> values``.
+
+    Raises:
+        OptionError: A weight that is not a finite number, a part that cannot be called, no part, or
+            parts that pull in opposite ways.
+
+    Example:
+        >>> import torch
+        >>> from objectives import CallableObjective
+        >>> loss = CallableObjective(lambda x: x.square())
+        >>> reward = CallableObjective(lambda x: x, maximize=True)
+        >>> both = 0.5 * loss - 2.0 * reward
+        >>> both(torch.tensor([1.0, 2.0])).tolist(), both.maximize
+        ([-1.5, -2.0], False)
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = [(_number(weight), _checked(part)) for weight, part in parts]
+        self.maximize = _orientation(self.parts)
+        self.min_rows = max(rows_needed(part) for _, part in self.parts)
+        # Absent where no part has one, so that the loop does what it does for a bare function.
+        if any(getattr(part, "collate", None) is not None for _, part in self.parts):
+            self.collate: Callable[[list[Any]], MixedBatch] = self._collate
+        if any(hasattr(part, "evaluating") for _, part in self.parts):
+            self.evaluating: Callable[[], AbstractContextManager[None]] = self._evaluating
+
+    def __call__(self, batch: Any) -> Tensor:
+        """The sum, float64 on the CPU, of shape (b,) or ()."""
+        with shared_forwards():
+            batches = self._batches(batch)
+            returned = [part(one) for (_, part), one in zip(self.parts, batches, strict=True)]
+        return self._sum([_values(value) for value in returned])
+
+    def _sum(self, values: Sequence[Tensor]) -> Tensor:
+        if len({value.shape for value in values}) > 1 or values[0].dim() != 1:
+            values = [value.mean() for value in values]
+        terms = [weight * value for (weight, _), value in zip(self.parts, values, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def _batches(self, batch: Any) -> list[Any]:
+        if isinstance(batch, MixedBatch):
+            return batch.of_part
+        return [batch] * len(self.parts)
+
+    def _collate(self, examples: list[Any]) -> MixedBatch:
+        makers = [getattr(part, "collate", None) for _, part in self.parts]
+        default = next(make for make in makers if make is not None)
+        batches: list[Any] = []
+        for make in makers:
+            made = (make or default)(examples)
+            batches.append(next((one for one in batches if _equal(one, made)), made))
+        return MixedBatch(batches)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for _, part in self.parts:
+                if hasattr(part, "evaluating"):
+                    stack.enter_context(part.evaluating())
+            yield
+
+
+class SetMixture(Mixture):
+    """A mixture with a part that is scored on the whole set at once."""
+
+    def __call__(self, batch: Any) -> Tensor:
+        """The sum on one batch, float64."""
+        total: Tensor = self.score([self.predict(batch)])
+        return total
+
+    def predict(self, batch: Any) -> list[Any]:
+        """Of every part the predictions, or values and the number of rows they stand for."""
+        with shared_forwards():
+            batches = self._batches(batch)
+            return [
+                part.predict(one)
+                if isinstance(part, SetObjective)
+                else (_values(part(one)).detach(), one)
+                for (_, part), one in zip(self.parts, batches, strict=True)
+            ]
+
+    def score(self, predictions: list[list[Any]]) -> Tensor:
+        """The sum, set-level parts scored once."""
+        columns = list(zip(*predictions, strict=True))
+        values = [
+            _values(part.score(list(column))) if isinstance(part, SetObjective) else _joined(column)
+            for (_, part), column in zip(self.parts, columns, strict=True)
+        ]
+        return self._sum(values)
+
+
+def mixture(parts: Sequence[Part]) -> Mixture:
+    """The sum of weighted objectives, scored on the whole set where one of them is."""
+    whole = any(isinstance(part, SetObjective) for _, part in parts)
+    return (SetMixture if whole else Mixture)(parts)
+
+
+def _parts(objective: Any, weight: float = 1.0) -> list[Part]:
+    """The summands of an objective times a number; of 0, where ``sum`` begins, none."""
+    if isinstance(objective, Mixture):
+        return [(weight * own, part) for own, part in objective.parts]
+    if isinstance(objective, int | float) and objective == 0:
+        return []
+    return [(weight, objective)]
+
+
+def _checked(part: Any) -> Any:
+    if not (callable(part) or isinstance(part, SetObjective)):
+        raise OptionError(f"{part!r} is no objective; a sum takes objectives times numbers")
+    return part
+
+
+def _number(weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        raise OptionError(f"the weight {weight!r} of an objective; choose a finite number")
+    return float(weight)
+
+
+def _orientation(parts: Sequence[Part]) -> bool:
+    """True where the sum is to be maximised."""
+    if not parts:
+        raise OptionError("a sum of no objectives; give at least one")
+    rises = {
+        (weight > 0) == bool(getattr(part, "maximize", False)) for weight, part in parts if weight
+    }
+    if len(rises) > 1:
+        terms = [
+            f"{weight:+g} * {_name(part)} ({'more' if _rewards(part) else 'less'} is better)"
+            for weight, part in parts
+        ]
+        raise OptionError(
+            f"the parts of {', '.join(terms)} pull in opposite ways; a reward is subtracted from a "
+            "loss: loss - 0.3 * reward. A function is a reward by "
+            "CallableObjective(function, maximize=True)"
+        )
+    return rises == {True}
+
+
+def _rewards(part: Any) -> bool:
+    return bool(getattr(part, "maximize", False))
+
+
+def _name(part: Any) -> str:
+    name: str = getattr(part, "__name__", type(part).__name__)
+    return name
+
+
+def _values(returned: Any) -> Tensor:
+    """What a part returned, float64 on the CPU; what is not a number is left for the loop to say.
+
+    Raises:
+        ObjectiveError: It is not a number, or numbers.
+    """
+    try:
+        return torch.as_tensor(returned).to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ObjectiveError(
+            f"a part of the sum returned {type(returned).__name__}; it must return a float or one "
+            "per example"
+        ) from error
+
+
+def _joined(column: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    """The values of all micro-batches, or their mean by rows where they are means already."""
+    values = [value for value, _ in column]
+    if all(value.dim() == 1 for value in values):
+        return torch.cat(values)
+    if len(values) == 1:
+        return values[0].mean()
+    rows = torch.tensor([_rows(batch) for _, batch in column], dtype=torch.float64)
+    return (torch.stack([value.mean() for value in values]) * rows).sum() / rows.sum()
+
+
+def _rows(batch: Any) -> int:
+    if isinstance(batch, Mapping):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, tuple):
+        batch = batch[0]
+    if not hasattr(batch, "__len__"):
+        raise DataError(
+            f"a part of the sum gives one number for a whole {type(batch).__name__}, whose rows "
+            "cannot be counted to weight it; return one value per example"
+        )
+    return len(batch)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two batches are mappings of equal tensors."""
+    if not (isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys()):
+        return False
+    return all(
+        isinstance(one[name], Tensor)
+        and isinstance(other[name], Tensor)
+        and one[name].dtype == other[name].dtype
+        and torch.equal(one[name], other[name])
+        for name in one
+    )

@@ -1,0 +1,284 @@
+"""diagnose: known noise found, sensible advice, exact count, nothing left changed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import bits
+from torch import Tensor
+
+from zo_adapt import Diagnosis, Group, ParameterView, diagnose
+from zo_adapt.diagnosis import Noise, Scale, choose_batch, choose_scale, judge_snapshot
+from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError, PerturbationError
+
+TWO = [0.01, 0.02]
+
+
+def linear(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Loss rows @ x: the rows are the gradients."""
+    return lambda batch: batch @ x
+
+
+def gradients(n: int, mean: float, spread: float, d: int = 6, seed: int = 1) -> Tensor:
+    """n gradients of exactly this mean (in every coordinate) and total variance d spread^2."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return mean + spread * (rows - rows.mean(0)) / rows.std(0)
+
+
+def probe(rows: Tensor, batch_size: int, **options: Any) -> Diagnosis:
+    x = torch.zeros(rows.shape[1], dtype=torch.float64)
+    settings = {"batch_size": batch_size, "perturbation_scales": TWO}
+    return diagnose(linear(x), ParameterView({"x": x}), rows, **(settings | options))
+
+
+@pytest.mark.parametrize("batch_size", [4, 200])
+def test_known_noises_are_found_without_bias(batch_size: int, seed: int) -> None:
+    """Also where a batch is half the data, whose mean is then nearly known."""
+    rows = gradients(400, mean=0.5, spread=1.0)
+    found = [probe(rows, batch_size, seed=seed + k).noise for k in range(60)]
+    for values, exact in (([f.direction for f in found], 6 * 0.25), ([f.data for f in found], 6.0)):
+        error = np.std(values) / 60**0.5
+        assert abs(np.mean(values) - exact) < 5 * error
+        assert error < 0.15 * exact, "the test has no power"
+    spread = np.std([f.direction for f in found])
+    assert 0.6 * spread < np.mean([f.error for f in found]) < 1.4 * spread
+
+
+def test_a_batch_of_everything_has_no_data_noise() -> None:
+    rows = gradients(32, mean=0.5, spread=5.0)
+    found = probe(rows, 32, num_directions=256)
+    assert found.noise.direction == pytest.approx(6 * 0.25, rel=0.4)
+    assert found.noise.data == pytest.approx(6 * 25, rel=0.4)
+
+
+def test_one_number_a_batch_is_told_apart_by_parts(seed: int) -> None:
+    rows = gradients(400, mean=0.5, spread=1.0)
+    x = torch.zeros(6, dtype=torch.float64)
+    view = ParameterView({"x": x})
+    found = [
+        diagnose(
+            lambda batch: float((batch @ x).mean()), view, rows,
+            batch_size=8, perturbation_scales=TWO, seed=seed + k,
+        )
+        for k in range(40)
+    ]  # fmt: skip
+    values = [f.noise.data for f in found]
+    assert abs(np.mean(values) - 6.0) < 5 * np.std(values) / 40**0.5
+    assert {f.queries for f in found} == {16 * 8 * (2 * 2 + 2)}  # the base once more, in parts
+
+
+class Scored:
+    """A set-level objective."""
+
+    def __init__(self, x: Tensor, min_rows: int | None = None) -> None:
+        self.x, self.min_rows = x, min_rows
+        self.sizes: list[int] = []
+
+    def predict(self, batch: Tensor) -> Tensor:
+        return batch @ self.x
+
+    def score(self, predictions: list[Tensor]) -> float:
+        joined = torch.cat(predictions)
+        self.sizes.append(len(joined))
+        return float(joined.mean())
+
+
+@pytest.mark.parametrize(("min_rows", "smallest"), [(None, 16), (8, 8), (2, 4)])
+def test_a_set_is_not_cut_below_what_it_needs(min_rows: int | None, smallest: int) -> None:
+    x = torch.zeros(6, dtype=torch.float64)
+    objective = Scored(x, min_rows)
+    rows = gradients(64, 0.5, 1.0)
+    found = diagnose(objective, ParameterView({"x": x}), rows, batch_size=16)
+    assert min(objective.sizes) == smallest
+    assert math.isnan(found.noise.data) == (min_rows is None)
+    assert found.batch_size >= 16
+    assert not found.snapshot_helps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_changed_and_every_query_counted(dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, 6).to(dtype)
+    before = bits(x).clone()
+    state = torch.get_rng_state(), np.random.get_state()[1].tobytes()  # type: ignore  # noqa: NPY002
+    sizes = []
+
+    def objective(batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        return (batch @ x.double()).square()
+
+    view = ParameterView({"x": x}, groups=[Group("x", perturbation_scale=2.0)])
+    found = diagnose(
+        objective, view, gradients(50, 0.5, 1.0), batch_size=9, num_directions=5,
+        micro_batch_size=4,
+    )  # fmt: skip
+    assert torch.equal(bits(x), before)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.random.get_state()[1].tobytes() == state[1]  # type: ignore  # noqa: NPY002
+    assert found.queries == sum(sizes) == 5 * 9 * (2 * len(found.scales) + 1)
+    assert max(sizes) <= 4
+
+
+def test_same_seed_same_diagnosis() -> None:
+    rows = gradients(64, 0.5, 1.0)
+    assert probe(rows, 8) == probe(rows, 8) != probe(rows, 8, seed=1)
+
+
+def test_the_weights_are_restored_when_the_objective_raises() -> None:
+    x = torch.zeros(6)
+
+    def objective(batch: Any) -> float:
+        if x.any():
+            raise ZeroDivisionError
+        return 0.0
+
+    with pytest.raises(ZeroDivisionError):
+        diagnose(objective, ParameterView({"x": x}))
+    assert not x.any()
+
+
+# Advice
+
+
+def test_little_data_noise_asks_for_many_directions() -> None:
+    found = probe(gradients(400, mean=1.0, spread=0.1), 16)
+    assert (found.batch_size, found.num_directions, found.snapshot_helps) == (16, 16, False)
+
+
+def test_much_data_noise_asks_for_many_rows() -> None:
+    found = probe(gradients(4000, mean=1.0, spread=8.0), 16, num_directions=400)
+    rows = found.noise.data / found.noise.direction  # about 64
+    assert found.noise.direction > found.noise.error
+    assert found.batch_size == min(math.ceil(rows), 128) > 30
+    assert found.num_directions == 1
+    assert not found.snapshot_helps
+
+
+def test_a_snapshot_helps_at_the_optimum_alone() -> None:
+    assert probe(gradients(20, mean=0.0, spread=2.0), 20, num_directions=64).snapshot_helps
+    assert not probe(gradients(20, mean=2.0, spread=2.0), 20, num_directions=64).snapshot_helps
+
+
+def test_a_smooth_function_keeps_the_default_scale() -> None:
+    x = torch.zeros(6, dtype=torch.float64)
+    rows = gradients(64, 0.5, 1.0)
+    view = ParameterView({"x": x})
+    found = diagnose(lambda b: (b @ x - 1).square(), view, rows, batch_size=8)
+    assert found.perturbation_scale == pytest.approx(0.01)
+    assert [scale.equal for scale in found.scales] == [0.0] * 5
+    assert all(scale.agreement == pytest.approx(1.0) for scale in found.scales)
+    curvatures = [scale.curvature for scale in found.scales]
+    # the error of a one-sided difference grows as mu
+    assert curvatures[-1] / curvatures[0] == pytest.approx(256, rel=1e-3)
+
+
+def test_steps_ask_for_a_larger_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(20, generator=generator, dtype=torch.float64)
+    rows = torch.randn(512, 20, generator=generator, dtype=torch.float64)
+    labels = rows @ (w + 0.5 * torch.randn(20, generator=generator, dtype=torch.float64)) > 0
+
+    def wrong(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return ((batch[0] @ w > 0) != batch[1]).double()
+
+    found = diagnose(wrong, ParameterView({"w": w}), (rows, labels), batch_size=32)
+    equal = [scale.equal for scale in found.scales]
+    assert equal == sorted(equal, reverse=True)
+    assert equal[0] > 0.9 > 0.5 > equal[-1]
+    assert found.perturbation_scale > 0.01
+    assert found.batch_size >= 32
+
+
+def test_rounding_asks_for_a_larger_scale() -> None:
+    """A loss in fp32 beside a large constant: small differences are rounding."""
+    x = torch.zeros(6, dtype=torch.float64)
+    rows = gradients(64, 0.5, 1.0)
+
+    def rounded(batch: Tensor) -> Tensor:
+        return (batch @ x).float() + 2.0**19  # to 1/32
+
+    found = diagnose(rounded, ParameterView({"x": x}), rows, batch_size=8)
+    assert found.scales[0].agreement < 0.5 < 0.9 < found.scales[-1].agreement
+    assert found.perturbation_scale > 0.01
+
+
+def test_a_scale_where_the_objective_is_not_finite_is_not_advised() -> None:
+    x = torch.zeros(6, dtype=torch.float64)
+
+    def fragile(batch: Tensor) -> Tensor:
+        return batch @ x if float(x.abs().max()) < 0.1 else batch @ x * math.inf
+
+    found = diagnose(fragile, ParameterView({"x": x}), gradients(64, 0.5, 1.0), batch_size=8)
+    assert math.isnan(found.scales[-1].signal)
+    assert found.perturbation_scale < 0.1
+    assert "nan" in str(found)
+
+
+def test_a_constant_is_called_flat() -> None:
+    found = diagnose(lambda batch: 1.0, ParameterView({"x": torch.zeros(3)}))
+    assert [scale.equal for scale in found.scales] == [1.0] * 5
+    assert "no two scales agree" in found.reasons["perturbation_scale"]
+    assert (found.batch_size, found.num_directions) == (1, 1)
+
+
+def test_it_reads_as_a_table_with_reasons() -> None:
+    found = probe(gradients(64, 0.5, 1.0), 8)
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["mu", "signal", "equal", "pairs", "curvature", "agreement"]
+    assert lines[1].split()[0] == "0.01"
+    for name in ("perturbation_scale: ", "batch_size: ", "num_directions: ", "snapshot: no"):
+        assert name in str(found)
+    assert lines[-1] == f"queries made: {16 * 8 * 5}"
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_rules_of_the_advice() -> None:
+    scales = [Scale(mu, 1.0, 0.0, 0.0, a) for mu, a in ((0.001, 0.2), (0.01, 0.95), (0.1, 1.0))]
+    assert choose_scale(scales, 0.001)[0].perturbation_scale == 0.01
+    assert choose_scale(scales, 0.2)[0].perturbation_scale == 0.1
+    assert choose_batch(Noise(1.0, 0.1, 5.0), 0.0, 16, 999)[:2] == (16, 3)
+    assert choose_batch(Noise(1.0, 0.1, 50.0), 0.0, 16, 999)[:2] == (50, 1)
+    assert choose_batch(Noise(1.0, 0.1, 500.0), 0.0, 16, 999)[:2] == (128, 1)
+    assert choose_batch(Noise(1.0, 0.1, 50.0), 0.0, 16, 30)[:2] == (30, 1)
+    assert choose_batch(Noise(0.1, 1.0, 5.0), 0.0, 16, 999)[:2] == (64, 1)
+    # 81% equal on 16 rows: half of them on log(1/2) / log(0.81) = 3.3 times as many
+    assert choose_batch(Noise(1.0, 0.1, 5.0), 0.81, 16, 999)[:2] == (53, 1)
+    assert judge_snapshot(Noise(1.0, 0.1, 500.0), 400)[0]
+    assert not judge_snapshot(Noise(1.0, 0.2, 500.0), 400)[0]
+    assert not judge_snapshot(Noise(1.0, 0.1, math.nan), 400)[0]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": None}, DataError, "batch_size is needed"),
+        ({"batch_size": 65}, DataError, "batch_size=65"),
+        ({"batch_size": 1}, OptionError, "choose at least 2"),
+        ({"num_directions": 0}, OptionError, "num_directions=0"),
+        ({"seed": -1}, OptionError, "seed=-1"),
+        ({"perturbation_scales": [0.1]}, OptionError, "at least two"),
+        ({"perturbation_scales": [0.1, -1.0]}, OptionError, "perturbation_scales=-1.0"),
+    ],
+)
+def test_bad_options_are_named(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        probe(gradients(64, 0.5, 1.0), **({"batch_size": 8} | options))
+
+
+def test_a_scale_below_the_resolution_is_named() -> None:
+    view = ParameterView({"x": torch.ones(6, dtype=torch.bfloat16)})
+    with pytest.raises(PerturbationError):
+        diagnose(lambda batch: 1.0, view, perturbation_scales=[1e-6, 1.0])
+
+
+def test_a_base_point_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(NonFiniteObjectiveError):
+        diagnose(lambda batch: math.nan, ParameterView({"x": torch.zeros(3)}))

@@ -1,0 +1,142 @@
+"""Metrics of interest beside the objective, in minimize and in ZOTrainer."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import Problem, flat, logistic, problem
+from torch import Tensor
+
+from zo_adapt import MeZO, Record, Result, StopReason, minimize
+from zo_adapt.errors import DataError, OptionError
+
+OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05}
+
+
+def run(p: Problem, **options: Any) -> Result:
+    settings: dict[str, Any] = {"batch_size": 6, "max_steps": 7, "progress": False}
+    return minimize(p.objective, p.view, p.data, MeZO(**OPTIMIZER), **(settings | options))
+
+
+def test_metrics_are_those_of_the_weights_after_the_step() -> None:
+    p = problem()
+    held_out = p.data[:10]
+    expected: list[float] = []
+
+    def keep(record: Record) -> None:
+        expected.append(float(logistic(flat(p.view), held_out).mean()))
+        if record.step % 3:
+            assert record.metrics is None
+        else:
+            assert record.metrics == {"loss": pytest.approx(expected[-1], rel=1e-12)}
+
+    result = run(
+        p, metrics={"loss": p.objective}, metrics_data=held_out, metrics_every=3, callback=keep
+    )
+    assert [r.step for r in result.history if r.metrics] == [3, 6]
+    assert result.metrics == {"loss": pytest.approx(expected[-1], rel=1e-12)}
+    assert result.metric_queries == 30
+
+
+def test_they_change_nothing_and_are_counted_apart() -> None:
+    plain, watched = problem(), problem()
+    sizes: list[int] = []
+
+    def counting(batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        return logistic(flat(watched.view), batch)
+
+    without = run(plain, max_steps=None, max_queries=100)
+    with_them = run(
+        watched, max_steps=None, max_queries=100, metrics={"loss": counting}, metrics_every=1
+    )
+    assert watched.view.hash() == plain.view.hash()
+    assert with_them.queries == without.queries == 96
+    assert with_them.metric_queries == sum(sizes) == 8 * 24  # not measured twice at the end
+    assert max(sizes) <= 6, "no larger than a minibatch"
+    assert [r._replace(metrics=None) for r in with_them.history] == without.history
+    assert (without.metrics, without.metric_queries) == (None, 0)
+
+
+class Share:
+    """A set-level metric of which more is better."""
+
+    maximize = True
+
+    def __init__(self, p: Problem) -> None:
+        self.p = p
+
+    def predict(self, batch: Tensor) -> Tensor:
+        return logistic(flat(self.p.view), batch) < math.log(2)
+
+    def score(self, predictions: list[Tensor]) -> float:
+        return float(torch.cat(predictions).double().mean())
+
+
+def test_a_metric_keeps_its_sign_and_may_need_the_whole_set() -> None:
+    p = problem()
+    result = run(p, metrics={"share": Share(p)}, maximize=True)
+    right = (logistic(flat(p.view), p.data) < math.log(2)).double().mean()
+    assert result.metrics == {"share": pytest.approx(float(right))}
+    assert result.metric_queries == 24
+
+
+def test_an_undefined_metric_does_not_stop_the_run() -> None:
+    p = problem()
+    result = run(p, metrics={"odd": lambda batch: math.nan})
+    assert result.stop_reason is StopReason.MAX_STEPS
+    assert result.metrics is not None
+    assert math.isnan(result.metrics["odd"])
+
+
+def test_a_function_without_data_has_metrics_too() -> None:
+    p = problem()
+    result = minimize(
+        lambda batch: float(flat(p.view).square().sum()), p.view, None, MeZO(**OPTIMIZER),
+        max_steps=3, progress=False, metrics={"first": lambda batch: float(flat(p.view)[0])},
+    )  # fmt: skip
+    assert result.metrics == {"first": float(flat(p.view)[0])}
+    assert result.metric_queries == 1
+
+
+def test_bad_options_are_named_before_any_evaluation() -> None:
+    p = problem()
+    before = p.view.hash()
+    with pytest.raises(OptionError, match="metrics_every=0"):
+        run(p, metrics={"loss": p.objective}, metrics_every=0)
+    with pytest.raises(DataError):
+        run(p, metrics={"loss": p.objective}, metrics_data=(p.data, p.data[:3]))
+    assert p.view.hash() == before
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_the_trainer_logs_a_reward_with_its_own_sign(tmp_path: Path) -> None:
+    import transformers as hf
+    from families import ENCODER
+
+    from zo_adapt import ZOConfig, ZOTrainer
+
+    model = hf.BertForSequenceClassification(hf.BertConfig(**ENCODER))
+
+    class Reward:
+        maximize = True
+
+        def __call__(self, batch: Any) -> Tensor:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            return 5.0 + model(**inputs).logits[:, 0]
+
+    args = ZOConfig(
+        str(tmp_path), max_steps=30, optimizer="mezo", learning_rate=1e-2, logging_steps=1,
+        lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", num_directions=2, shaping="ranks",
+    )  # fmt: skip
+    data = [{"input_ids": [2, 5, i], "labels": 0} for i in range(8)]
+    trainer = ZOTrainer(model.eval(), args, train_dataset=data, objective=Reward())
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 30
+    assert min(losses) > 3.0
+    assert losses[-1] > losses[0], "climbed"
+    assert trainer.zo_optimizer.shaping == "ranks"  # type: ignore[attr-defined]

@@ -1,0 +1,253 @@
+"""A method of scipy.optimize.minimize: counts, callbacks, options, refusals."""
+
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, minimize
+
+from zo_adapt import SGD, AskTell, MeZO, MeZOSVRG, scipy_method
+from zo_adapt.errors import ObjectiveError, OptionError
+
+NAMES = pytest.mark.parametrize("name", ["mezo-svrg", "mezo", "zo-svrg"])
+X0 = [1.0, -1.0, 0.5]
+
+
+class Bowl:
+    """sum (x - center)^2, with every place it was asked at."""
+
+    def __init__(self) -> None:
+        self.places: list[np.ndarray] = []
+
+    def __call__(self, x: np.ndarray, center: float = 3.0) -> float:
+        self.places.append(x.copy())
+        return float(((x - center) ** 2).sum())
+
+
+@NAMES
+def test_it_minimises_and_counts_every_call(name: str) -> None:
+    fun = Bowl()
+    result = minimize(fun, X0, method=scipy_method(name, maxfev=1500, displacement=1.0))
+    assert isinstance(result, OptimizeResult)
+    assert result.fun < 0.1 * Bowl()(np.array(X0))
+    assert result.nfev == len(fun.places) <= 1500
+    assert result.fun == Bowl()(result.x)
+    assert np.array_equal(fun.places[-1], result.x)
+    assert result.success
+    assert result.status == 0
+    assert "maximum number of queries" in result.message
+
+
+@pytest.mark.parametrize(
+    ("options", "nit", "nfev"),
+    [
+        ({"maxiter": 10}, 10, 21),
+        ({"maxfev": 10}, 4, 9),
+        ({"maxfev": 9}, 4, 9),
+        ({"maxfev": 1}, 0, 1),
+        ({"maxiter": 3, "maxfev": 100}, 3, 7),
+        ({"maxiter": 100, "maxfev": 7}, 3, 7),
+        ({}, 1499, 2999),
+    ],
+)
+def test_budgets_are_exact(options: dict[str, int], nit: int, nfev: int) -> None:
+    fun = Bowl()
+    result = minimize(fun, X0, method=scipy_method("mezo"), options=options)
+    assert (result.nit, result.nfev, len(fun.places)) == (nit, nfev, nfev)
+
+
+def test_it_is_ask_and_tell() -> None:
+    result = minimize(Bowl(), X0, method=scipy_method("mezo-svrg", maxfev=100, seed=5))
+    asker = AskTell(MeZOSVRG(), X0, max_queries=99, seed=5)
+    while candidates := asker.ask():
+        asker.tell([Bowl()(x) for x in candidates])
+    assert np.array_equal(result.x, asker.x)
+    other = minimize(Bowl(), X0, method=scipy_method("mezo-svrg", maxfev=100, seed=6))
+    assert not np.array_equal(result.x, other.x)
+
+
+def test_options_of_the_call_win() -> None:
+    method = scipy_method("mezo", maxiter=50, lr=1e-2)
+    assert minimize(Bowl(), X0, method=method, options={"maxiter": 3}).nit == 3
+    assert minimize(Bowl(), X0, method=method).nit == 50
+    slow = minimize(Bowl(), X0, method=method, options={"lr": 1e-9})
+    assert np.allclose(slow.x, X0, atol=1e-5)
+
+
+def test_an_optimizer_of_the_package_and_a_pickle_of_the_method() -> None:
+    optimizer = MeZO(lr=1e-2, num_directions=2)
+    method = scipy_method(optimizer, maxiter=5)
+    result = minimize(Bowl(), X0, method=method)
+    assert result.nfev == 21
+    again = minimize(Bowl(), X0, method=pickle.loads(pickle.dumps(method)))
+    assert np.array_equal(again.x, result.x)
+    assert optimizer.steps == 0
+
+
+def test_args_reach_the_function_and_x0_is_not_changed() -> None:
+    x0 = np.zeros(2, dtype=int)
+    result = minimize(
+        Bowl(), x0, args=(-3.0,), method=scipy_method("mezo", maxiter=800, displacement=1.0)
+    )
+    assert np.allclose(result.x, -3.0, atol=0.2)
+    assert x0.tolist() == [0, 0]
+    single = minimize(Bowl(), x0, args=-3.0, method=scipy_method("mezo", maxiter=2))
+    assert single.nit == 2
+
+
+def test_a_callback_of_xk() -> None:
+    seen: list[np.ndarray] = []
+
+    def callback(xk: np.ndarray) -> None:
+        seen.append(xk.copy())
+        xk[:] = 99.0  # its own copy
+
+    result = minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5), callback=callback)
+    assert len(seen) == 5
+    assert np.array_equal(seen[-1], result.x)
+
+
+def test_a_builtin_as_callback() -> None:
+    seen: list[np.ndarray] = []
+    minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5), callback=seen.append)
+    assert len(seen) == 5
+
+
+def test_a_callback_of_the_intermediate_result() -> None:
+    seen: list[OptimizeResult] = []
+
+    def callback(intermediate_result: OptimizeResult) -> None:
+        seen.append(intermediate_result)
+
+    fun = Bowl()
+    method = scipy_method("mezo-svrg", maxiter=5)
+    result = minimize(fun, X0, method=method, callback=callback)
+    assert [r.nit for r in seen] == [1, 2, 3, 4, 5]
+    assert [r.nfev for r in seen] == [9, 18, 27, 36, 45]
+    assert np.array_equal(seen[-1].x, result.x)
+    assert result.nfev == 46
+    # one-sided: the value of the base point, x before the step
+    assert [r.fun for r in seen[1:]] == [Bowl()(r.x) for r in seen[:-1]]
+
+
+def test_nothing_but_the_final_value_is_evaluated_after_stop_iteration() -> None:
+    fun, calls = Bowl(), []
+
+    def callback(xk: np.ndarray) -> None:
+        calls.append(len(fun.places))
+        if len(calls) == 3:
+            raise StopIteration
+
+    result = minimize(fun, X0, method=scipy_method("mezo", maxiter=50), callback=callback)
+    assert calls == [2, 4, 6]
+    assert (result.nit, result.nfev, len(fun.places)) == (3, 7, 7)
+    assert (result.success, result.status) == (False, 99)
+    assert result.message == "`callback` raised `StopIteration`."
+    assert result.fun == Bowl()(result.x)
+
+
+def test_an_error_of_the_function_or_the_callback_is_not_swallowed() -> None:
+    def broken(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        minimize(broken, X0, method=scipy_method("mezo", maxiter=5))
+    with pytest.raises(ZeroDivisionError):
+        minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5), callback=broken)
+
+
+def test_nan_stops_at_the_last_good_step() -> None:
+    fun, places = Bowl(), []
+
+    def failing(x: np.ndarray) -> float:
+        return math.nan if len(fun.places) == 6 else fun(x)
+
+    method = scipy_method("mezo", maxiter=50)
+    result = minimize(failing, X0, method=method, callback=lambda xk: places.append(xk))
+    assert (result.success, result.status, result.nit) == (False, 2, 3)
+    assert np.array_equal(result.x, places[-1])
+    assert "not finite" in result.message
+    assert result.nfev == 6 + 2 + 1  # the pair that failed, and the final value
+    assert math.isnan(result.fun)
+
+
+@pytest.mark.parametrize("value", [None, [1.0, 2.0], "a"])
+def test_a_function_that_gives_no_number_is_named(value: Any) -> None:
+    with pytest.raises(ObjectiveError, match="not one number"):
+        minimize(lambda x: value, X0, method=scipy_method("mezo", maxiter=5))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"bounds": [(0, 1)] * 3},
+        {"bounds": Bounds(0, 1)},
+        {"constraints": {"type": "eq", "fun": np.sum}},
+        {"constraints": [{"type": "eq", "fun": np.sum}]},
+        {"constraints": LinearConstraint(np.eye(3), 0, 1)},
+    ],
+)
+def test_bounds_and_constraints_are_refused(limits: dict[str, Any]) -> None:
+    fun = Bowl()
+    with pytest.raises(OptionError, match=next(iter(limits))):
+        minimize(fun, X0, method=scipy_method("mezo", maxiter=5), **limits)
+    assert not fun.places
+
+
+def test_derivatives_are_left_unused_with_a_warning() -> None:
+    def with_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        return Bowl()(x), 2 * (x - 3)
+
+    method = scipy_method("mezo", maxiter=5)
+    plain = minimize(Bowl(), X0, method=method)
+    with pytest.warns(RuntimeWarning, match=r"derivative information \(jac\)"):
+        warned = minimize(with_gradient, X0, jac=True, method=method)
+    assert np.array_equal(warned.x, plain.x)
+    with pytest.warns(RuntimeWarning, match=r"\(hess\)"):
+        minimize(Bowl(), X0, hess=lambda x: np.eye(3), method=method)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        ("adam", {}, "choose one of"),
+        ("mezo", {"mxiter": 5}, "mezo has no .'mxiter'."),
+        ("mezo", {"lr": -1.0}, "lr=-1.0"),
+        ("mezo", {"maxiter": 0}, "maxiter=0"),
+        ("mezo", {"maxfev": 1.5}, "maxfev=1.5"),
+        (MeZO(), {"lr": 1.0}, "give it to the optimizer"),
+    ],
+)
+def test_bad_options_are_named_at_once(optimizer: Any, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        scipy_method(optimizer, **options)
+
+
+def test_what_comes_with_the_call_is_checked_before_any_evaluation() -> None:
+    fun = Bowl()
+    with pytest.raises(OptionError, match="no .'tol'."):
+        minimize(fun, X0, method=scipy_method("mezo"), tol=1e-3)
+    with pytest.raises(OptionError, match="seed=-1"):
+        minimize(fun, X0, method=scipy_method("mezo"), options={"seed": -1})
+    with pytest.raises(OptionError, match="SGD"):
+        minimize(fun, X0, method=scipy_method(SGD(lr=0.1)))  # type: ignore[arg-type]
+    assert not fun.places
+
+
+def test_disp_prints_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5))
+    assert not capsys.readouterr().out
+    minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5), options={"disp": True})
+    shown = capsys.readouterr().out
+    assert "Iterations: 5" in shown
+    assert "Function evaluations: 11" in shown
+
+
+def test_no_global_generator_is_touched() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].tobytes()  # type: ignore  # noqa: NPY002
+    minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tobytes() == before[1]  # type: ignore  # noqa: NPY002
