@@ -58,6 +58,7 @@ TASKS = {
 METHODS: dict[str, tuple[Callable[[], Optimizer], int]] = {
     "MeZOSVRG()": (MeZOSVRG, 16),
     "MeZOSVRG(snapshot_interval=2)": (partial(MeZOSVRG, snapshot_interval=2), 16),
+    "MeZOSVRG(), LoRA's A moves too": (MeZOSVRG, 16),
     "MeZO()": (MeZO, 16),
     "Adam(lr=1e-3)": (partial(Adam, lr=1e-3), 16),
 }
@@ -128,8 +129,10 @@ def build(folder: str, classes: int, seed: int, view: str = "lora") -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def view_of(model: Any, view: str) -> ParameterView:
+def view_of(model: Any, view: str, method: str) -> ParameterView:
     """What the task tunes."""
+    if "LoRA's A moves" in method:
+        return ParameterView.trainable(model, groups=())
     if view == "partial":
         return ParameterView.last_layers(model, 2)
     return ParameterView.full(model) if view == "full" else ParameterView.trainable(model)
@@ -158,7 +161,7 @@ def run(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     result = minimize(
         loss,
-        view_of(model, task.view),
+        view_of(model, task.view, job.method),
         train,
         make(),
         batch_size=batch_size,

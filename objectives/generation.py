@@ -42,7 +42,8 @@ class GenerationReward(Mixable):
     are messages, ``[{"role": "assistant", "content": text}]``.
 
     **None** leaves a function out of the sum of that example; an example that all leave out has the
-    value 0 at every point: it adds nothing to a difference, and the mean stays one over b.
+    value 0 at every point: it adds nothing to a difference, and the mean stays one over b. So
+    whether a function gives None should depend on the example, not on the completion.
 
     **Sampling** (``do_sample=True``) draws from a seed that is a function of ``seed`` and of the
     batch's prompts, in their order. All points of an estimate have the same batch, hence common
@@ -62,7 +63,8 @@ class GenerationReward(Mixable):
         seed: Of sampling, 0 <= seed < 2**64.
         prompt_field: Name of the field with the prompt: a text, or a list of messages.
         chat_template_kwargs: More for the tokenizer's chat template.
-        generation_kwargs: More for ``GenerationConfig`` (``repetition_penalty``, ``num_beams``).
+        generation_kwargs: More for ``GenerationConfig`` (``repetition_penalty``, ``num_beams``);
+            what is not given here is as ``model.generation_config`` has it.
 
     Raises:
         OptionError: A number outside its range; a model that cannot generate; no reward functions.
@@ -120,7 +122,7 @@ class GenerationReward(Mixable):
         self.max_new_tokens = at_least_one("max_new_tokens", max_new_tokens)
         self._encode = PromptEncoder(tokenizer, chat_template_kwargs)
         self._ends, self._pad = _special_tokens(model, tokenizer)
-        sampling = _sampling(temperature, top_p, top_k) if do_sample else {"num_beams": 1}
+        sampling = _sampling(temperature, top_p, top_k) if do_sample else {}
         self._config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
@@ -181,12 +183,17 @@ class GenerationReward(Mixable):
     def _prepared(self, batch: Any) -> PromptBatch:
         return batch if isinstance(batch, PromptBatch) else self.collate(batch)
 
+    def _configured(self, name: str) -> Any:
+        return getattr(getattr(self.model, "config", None), name, None)
+
     def _check_length(self, width: int) -> None:
-        limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        if limit is not None and width + self.max_new_tokens > limit:
+        limit = self._configured("max_position_embeddings")
+        used = width if self._configured("is_encoder_decoder") else width + self.max_new_tokens - 1
+        if limit is not None and used > limit:
             raise DataError(
                 f"a prompt has {width} tokens, and with max_new_tokens={self.max_new_tokens} that "
-                f"is more than the model's {limit} positions; shorten the prompts or the completion"
+                f"takes {used} positions of the model's {limit}; shorten the prompts or the "
+                "completions"
             )
 
     def _sampling_seed(self, batch: PromptBatch) -> int:
@@ -195,7 +202,7 @@ class GenerationReward(Mixable):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
     def _without_prompt(self, output: Tensor, prompt: Tensor) -> Tensor:
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if self._configured("is_encoder_decoder"):
             return output[:, 1:]  # the token that starts the decoder
         width = prompt.shape[1]
         # peft's prompt tuning generates from embeddings, and then there is no prompt to leave out.
@@ -209,7 +216,7 @@ class GenerationReward(Mixable):
 
 @contextmanager
 def _own_randomness(seed: int, model: nn.Module) -> Iterator[None]:
-    """The global generators of the CPU and of the model's GPUs, seeded inside, as before after."""
+    """The global generators of the CPU and of the model's GPUs seeded; put back afterwards."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: it seeds every GPU, also those that are not put back.

@@ -187,6 +187,13 @@ def test_every_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(calls) == sorted(example["prompt"] for example in prompts(4))
 
 
+def test_the_longest_prompt_that_fits_is_taken() -> None:
+    reward = a_reward(model=tiny_model("gpt2", "causal"))
+    assert len(reward.generate([{"prompt": text([5] * 35)}]).ids[0]) <= 6
+    with pytest.raises(DataError, match="36 tokens"):
+        reward([{"prompt": text([5] * 36)}])
+
+
 # --- sampling -----------------------------------------------------------------------------------
 
 
@@ -363,7 +370,10 @@ def needs_answer(completions: list[str], answer: list[str], **_: Any) -> list[fl
         ([{"prompt": "", "answer": ""}], "has no tokens"),
         ([{"prompt": 5, "answer": ""}], "a prompt is 5"),
         ([{"prompt": [], "answer": ""}], r"a prompt is \[\]"),
-        ([{"prompt": text([5] * 50), "answer": ""}], "has 50 tokens.*max_new_tokens=6.*40"),
+        (
+            [{"prompt": text([5] * 50), "answer": ""}],
+            "has 50 tokens.*max_new_tokens=6.* 55 positions of the model's 40",
+        ),
         ([{"prompt": "w5", "answer": "", "completions": ""}], "'completions' is an argument"),
     ],
 )

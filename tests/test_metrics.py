@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tiny_models import tiny_model, token_rows
+from tiny_models import tiny_config, tiny_model, token_rows
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, EvalPrediction, TrainingArguments
 
@@ -25,8 +25,7 @@ from objectives import (
     VerbalizerLoss,
 )
 from objectives._set_metric import SetMetric
-from tiny_models import tiny_config
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, SetObjective, ZOSVRG, minimize
+from zo_adapt import ZOSVRG, MeZO, MeZOSVRG, ParameterView, SetObjective, minimize
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import (
     DataError,

@@ -137,6 +137,6 @@ def test_the_trainer_logs_a_reward_with_its_own_sign(tmp_path: Path) -> None:
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 30
-    assert min(losses) > 3.0
-    assert losses[-1] > losses[0], "climbed"
+    assert losses[0] == pytest.approx(5.0, abs=0.5)
+    assert losses[-1] > losses[0] + 0.1, "climbed"
     assert trainer.zo_optimizer.shaping == "ranks"  # type: ignore[attr-defined]

@@ -265,7 +265,7 @@ def test_a_ranking_climbs_without_being_told_to_and_the_same_seed_climbs_the_sam
         before = float(objective(data).mean())
         result = minimize(
             objective, ParameterView.trainable(model), data,
-            MeZOSVRG(displacement=0.5, perturbation_scale=0.2), batch_size=12, max_queries=2_500,
+            MeZOSVRG(displacement=0.5, perturbation_scale=0.2), batch_size=12, max_queries=1_200,
             **QUIET,
         )  # fmt: skip
         return before, float(objective(data).mean()), [one.value for one in result.history]
@@ -316,7 +316,7 @@ def test_an_error_inside_a_probe_leaves_the_weights() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": torch.zeros(0, 4)}, r"query 1 .* has no features; leave it out"),
+        ({"features": torch.zeros(0, 4)}, "query 1 .* has no documents; leave it out"),
         ({"relevance": [1.0]}, r"query 1 .* 3 features and relevance of shape \(1,\)"),
         ({"relevance": [0, -1, 0]}, r"query 1 .*-1\.0.*choose finite"),
         ({"features": torch.zeros(3, 5)}, r"features of the shapes \[\(2, 4\), \(3, 5\)\]"),

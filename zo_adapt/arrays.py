@@ -53,22 +53,6 @@ class Form:
         return given["x"] if self.single else given
 
 
-def as_live_tensor(name: str, value: Any) -> Any:
-    """A writable numpy array as a tensor that shares its memory; anything else as it is.
-
-    Raises:
-        ViewError: An array that torch cannot share.
-    """
-    if not isinstance(value, np.ndarray):
-        return value
-    if not value.flags.writeable:
-        raise ViewError(f"{name!r} is read-only; give the view its own .copy()")
-    try:
-        return from_numpy(value)
-    except (TypeError, ValueError) as error:
-        raise ViewError(f"{name!r} cannot be shared with torch ({error}); copy it first") from error
-
-
 def _copied(name: str, value: Any) -> Tensor:
     """Integers and lists become float64, as scipy has it; other dtypes stay."""
     if isinstance(value, Tensor):

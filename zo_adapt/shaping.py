@@ -1,11 +1,14 @@
 """Reward shaping: what is compared across directions, for objectives that are steps or outliers.
 
 A shape takes the values of a population, the points that are compared with each other, and gives
-utilities u_k in their place. The estimates stay what they are in ``estimator``:
+utilities u_k in their place; the estimate is g = 1/K sum_k u_k z_k.
 
-    one-sided   g = 1/K sum_k u_k / mu  z_k,  the population: f(theta + mu z_k), K on one batch
-    two-sided   g = 1/K sum_k (u_k - u_-k) / (2 mu)  z_k,  the population: the K pairs, each
-                shifted to mean zero (+- half its difference), for pairs may have other batches
+    one-sided   the population: f(theta + mu z_k), K directions on one batch
+    two-sided   the population: the K pairs, each shifted to mean zero (+- half its difference),
+                for pairs may have other batches; u_k is that of theta + mu z_k
+
+Ranks and z-scores have no unit: a learning rate is then how far a weight moves, as with a
+normalised step. "loo" is in the values' units and divided by mu: an unbiased gradient.
 
 Ties get the average rank, and a population without spread gets zeros: it is no signal. Utilities
 sum to zero, so the one-sided estimate needs no base point: K b queries on a batch of b rows.
@@ -64,7 +67,12 @@ SHAPES: dict[str, Shape] = {"ranks": ranks, "zscore": z_scores, "loo": leave_one
 
 
 class ShapedTwoSided(TwoSided):
-    """The two-point estimate with the differences of the K pairs shaped: ranks are signed."""
+    """The two-point estimate with the differences of the K pairs shaped: ranks are signed.
+
+    Args:
+        perturbation_scale: mu.
+        shape: One without a unit.
+    """
 
     def __init__(self, perturbation_scale: float, shape: Shape) -> None:
         super().__init__(perturbation_scale)
@@ -79,18 +87,24 @@ class ShapedTwoSided(TwoSided):
     ) -> Estimate:
         """The estimate from the answers, in the order of the questions."""
         plain = super().estimate(seeds, batches, groups, evaluations)
-        half = np.array(plain.projected) * self.mu
-        up, down = _shaped(self.shape, np.concatenate([half, -half])).reshape(2, -1)
-        projected = tuple(((up - down) / (2 * self.mu)).tolist())
+        half = np.array(plain.projected)  # over mu, which a shape without unit does not see
+        utilities = _shaped(self.shape, np.concatenate([half, -half]))[: len(half)]
+        projected = tuple(utilities.tolist())
         return plain._replace(terms=gradient(seeds, projected, groups), projected=projected)
 
 
 class ShapedOneSided(OneSided):
-    """Directions on the same batch compared with each other, instead of with a base point."""
+    """Directions on the same batch compared with each other, instead of with a base point.
 
-    def __init__(self, perturbation_scale: float, shape: Shape) -> None:
+    Args:
+        perturbation_scale: mu.
+        shape: Gives the utilities.
+        unit: What they are divided by: mu where they are in the values' units.
+    """
+
+    def __init__(self, perturbation_scale: float, shape: Shape, unit: float = 1.0) -> None:
         super().__init__(perturbation_scale)
-        self.shape = shape
+        self.shape, self.unit = shape, unit
 
     def probes(
         self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
@@ -111,7 +125,7 @@ class ShapedOneSided(OneSided):
         utilities = np.empty(len(values))
         for population in (shared == batch for batch in dict.fromkeys(shared.tolist())):
             utilities[population] = _shaped(self.shape, values[population])
-        projected = tuple((utilities / self.mu).tolist())
+        projected = tuple((utilities / self.unit).tolist())
         value = mean_value(evaluations, [len(batch) for batch in batches])
         return Estimate(gradient(seeds, projected, groups), projected, value)
 
@@ -120,7 +134,11 @@ def estimator(perturbation_scale: float, one_sided: bool, shaping: str | None) -
     """The estimator of an optimizer's options."""
     if shaping is None:
         return (OneSided if one_sided else TwoSided)(perturbation_scale)
-    return (ShapedOneSided if one_sided else ShapedTwoSided)(perturbation_scale, SHAPES[shaping])
+    shape = SHAPES[shaping]
+    if not one_sided:
+        return ShapedTwoSided(perturbation_scale, shape)
+    unit = perturbation_scale if shape is leave_one_out else 1.0
+    return ShapedOneSided(perturbation_scale, shape, unit)
 
 
 def checked_shaping(shaping: str | None, num_directions: int, one_sided: bool) -> str | None:

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from zo_adapt import selection
 from zo_adapt.accumulate import Job, accumulate
 from zo_adapt.adapters import check_adapters
-from zo_adapt.arrays import as_live_tensor
 from zo_adapt.defaults import reach_and_groups
 from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
 from zo_adapt.group import Group, assign_groups
 from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.shifting import Layerwise, copied
+from zo_adapt.tensors import tunable
 from zo_adapt.term import Term, Terms, Update, check_terms, coalesced
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADAPTER_BYTES = 64 * 2**20
 """Up to here a view is shifted by way of a copy; above it, module by module."""
 
@@ -72,7 +71,7 @@ class ParameterView:
         groups: Sequence[Group] | None = None,
         scratch: Literal["auto", "copy", "layer"] = "auto",
     ) -> None:
-        self.tensors = _distinct(tensors)
+        self.tensors = tunable(tensors)
         self.model = model
         self.noise = noise_named(noise)
         self._keys = {name: tensor_key(name) for name in self.tensors}
@@ -269,37 +268,3 @@ class ParameterView:
         for name, tensor in self.tensors.items():
             if not bool(torch.isfinite(tensor.detach()).all()):
                 raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
-
-
-def _distinct(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
-    """The tensors without repetitions, after checking that each can be tuned."""
-    distinct: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
-    for name, given in tensors.items():
-        tensor = as_live_tensor(name, given)
-        _check_tensor(name, tensor)
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place not in seen:
-            seen.add(place)
-            distinct[name] = tensor
-    if not distinct:
-        raise ViewError(
-            "the view holds no tensors; give the model an adapter (peft.get_peft_model), set "
-            "requires_grad on the parameters to tune, or use ParameterView.full(model)"
-        )
-    return distinct
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
-    if tensor.is_meta:
-        raise ViewError(f"{name!r} is on the meta device: it has no values; load the weights first")
-    if tensor.dtype not in DTYPES or tensor.is_quantized or tensor.layout != torch.strided:
-        raise ViewError(
-            f"{name!r} has dtype {tensor.dtype} ({tensor.layout}); a view tunes dense float32, "
-            "float16, bfloat16 or float64. Leave integer and quantised weights frozen and tune an "
-            "adapter: ParameterView.trainable(model)"
-        )
-    if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ViewError(f"{name!r} is an expanded tensor (stride 0); give view its own .clone()")
