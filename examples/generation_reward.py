@@ -1,6 +1,6 @@
 """Teach a language model to write plain words, by nothing but a rule that scores its texts.
 
-SmolLM2-135M-Instruct comments on BBC headlines. The reward is the share of words that are short
+SmolLM2-135M-Instruct writes on from BBC headlines. The reward is the share of words that are short
 and new, a count that has no gradient; a LoRA adapter of its last layer is tuned by forward passes.
 
     python examples/generation_reward.py
@@ -32,22 +32,21 @@ SHOWN = 4
 SHORT = 4  # letters of a plain word, at most
 
 
-def plain_words(completions: list[Any], **columns: Any) -> list[float]:
+def plain_words(completions: list[str], **columns: Any) -> list[float]:
     """Share of a text's words that are short and not said before; 0 for an empty text."""
     rewards = []
-    for (message,) in completions:
-        words = re.findall(r"[a-z']+", message["content"].lower())
+    for text in completions:
+        words = re.findall(r"[a-z']+", text.lower())
         plain = {word for word in words if len(word) <= SHORT}
         rewards.append(len(plain) / max(1, len(words)))
     return rewards
 
 
 def headlines() -> list[dict[str, Any]]:
-    """BBC headlines, shuffled, each as a prompt of two messages."""
+    """BBC headlines, shuffled; each is a prompt, with the empty line that the article follows."""
     titles = list(dict.fromkeys(text.strip().split("\n")[0] for text in real_data.bbc().texts))
     random.Random(0).shuffle(titles)
-    system = {"role": "system", "content": "Answer briefly."}
-    return [{"prompt": [system, {"role": "user", "content": title}]} for title in titles]
+    return [{"prompt": f"{title}\n\n"} for title in titles]
 
 
 def build_model(source: str, seed: int) -> Any:
@@ -77,7 +76,7 @@ def look(reward: GenerationReward, held_out: list[dict[str, Any]], when: str) ->
     error = rewards.std(ddof=1) / np.sqrt(len(rewards))
     print(f"\n{when}: plain words {rewards.mean():.3f} +- {error:.3f} on {len(rewards)} headlines")
     for text in written.texts[:SHOWN]:
-        print("   ", text)
+        print("   ", " ".join(text.split()))
 
 
 def main() -> None:
@@ -100,7 +99,7 @@ def main() -> None:
     )
     look(reward, held_out, "before")
     started = time.perf_counter()
-    optimizer = MeZO(displacement=0.2, perturbation_scale=0.05)
+    optimizer = MeZO(displacement=0.3, perturbation_scale=0.05)
     view = ParameterView.trainable(model)
     result = minimize(
         reward, view, train, optimizer, batch_size=16, max_queries=args.max_queries, seed=args.seed

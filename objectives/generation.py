@@ -17,6 +17,9 @@ from zo_adapt.errors import DataError, OptionError
 from zo_adapt.objective import evaluation_mode
 from zo_adapt.options import at_least_one, positive
 
+_GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""What counts as not set: a model's own settings would be reported as unused."""
+
 
 class Generated(NamedTuple):
     """What the model wrote.
@@ -122,7 +125,7 @@ class GenerationReward(Mixable):
         self.max_new_tokens = at_least_one("max_new_tokens", max_new_tokens)
         self._encode = PromptEncoder(tokenizer, chat_template_kwargs)
         self._ends, self._pad = _special_tokens(model, tokenizer)
-        sampling = _sampling(temperature, top_p, top_k) if do_sample else {}
+        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
         self._config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,

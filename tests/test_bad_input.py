@@ -37,7 +37,11 @@ HYPER = {
     "lr negative": lambda: MeZOSVRG(-1e-3),
     "lr nan": lambda: MeZO(math.nan),
     "sgd lr": lambda: SGD(lr=0.0),
-    "mu 0": lambda: MeZO(1e-3, perturbation_scale=-1e-3),
+    "mu 0": lambda: MeZO(1e-3, perturbation_scale=0.0),
+    "mu negative": lambda: MeZO(1e-3, perturbation_scale=-1e-3),
+    "displacement 0": lambda: MeZOSVRG(displacement=0.0),
+    "snapshot_size 0": lambda: MeZOSVRG(1e-3, snapshot_size=0),
+    "zo-svrg snapshot_size 0": lambda: ZOSVRG(1e-3, snapshot_size=0),
     "mu inf": lambda: ZOSVRG(1e-3, perturbation_scale=math.inf),
     "K 0": lambda: MeZO(1e-3, num_directions=0),
     "K float": lambda: MeZOSVRG(1e-3, num_directions=1.5),  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging.handlers
 import random
 from collections.abc import Callable
 from typing import Any
@@ -248,6 +249,20 @@ def test_both_points_draw_the_same_numbers_and_the_next_step_others(
     other = Batch(as_source(prompts(4), reward.collate), [2, 0, 3, 1])
     evaluator.evaluate([Probe((), other)])
     assert recorder.by_prompt(0) != recorder.by_prompt(2 * parts)
+
+
+def test_a_models_own_sampling_is_not_taken_for_the_users() -> None:
+    model = tiny_model("llama", "causal")
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=2, top_p=0.5)
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("transformers").addHandler(said)
+    try:
+        assert a_reward(model=model).generate(prompts()) == a_reward().generate(prompts())
+        drawn = a_reward(model=model, do_sample=True).generate(prompts())
+    finally:
+        logging.getLogger("transformers").removeHandler(said)
+    assert drawn == a_reward(do_sample=True).generate(prompts())
+    assert [record.getMessage() for record in said.buffer] == []
 
 
 def test_temperature_top_p_and_top_k_shape_the_draw() -> None:

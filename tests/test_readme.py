@@ -24,6 +24,8 @@ def test_the_code_of_the_readme_runs(
     assert result.stop_reason is zo_adapt.StopReason.MAX_QUERIES
     assert result.history[-1].value < 0.5 * result.history[0].value
     assert "loss" in capsys.readouterr().out
+    tuned, rebuilt = (zo_adapt.ParameterView.trainable(names[n]) for n in ("model", "start"))
+    assert tuned.hash() == rebuilt.hash()
     assert (names["x"] - 3).abs().max() < 0.1  # type: ignore[operator]
 
 

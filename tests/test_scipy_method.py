@@ -251,3 +251,16 @@ def test_no_global_generator_is_touched() -> None:
     minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tobytes() == before[1]  # type: ignore  # noqa: NPY002
+
+
+def test_the_example_brings_the_cost_down_on_held_out_patients() -> None:
+    import black_box_scipy
+
+    cost, held_out = black_box_scipy.halves(seed=0)
+    assert not set(map(tuple, cost.measured)) & set(map(tuple, held_out.measured))
+    start = np.concatenate([np.zeros(30), np.ones(30), [0.5]])
+    method = scipy_method("mezo-svrg", displacement=1.0, shaping="ranks", maxfev=4000)
+    result = minimize(cost, start, method=method)
+    assert result.fun < 0.3 * cost(start)
+    assert held_out(result.x) < held_out(start)
+    assert minimize(cost, start, method="BFGS").fun > 3 * result.fun

@@ -75,7 +75,8 @@ class Diagnosis(NamedTuple):
     def __str__(self) -> str:
         head = f"{'mu':>10} {'signal':>10} {'equal pairs':>12} {'curvature':>10} {'agreement':>10}"
         table = [
-            f"{mu:>10.3g} {signal:>10.3g} {equal:>12.0%} {curvature:>10.0%} {agreement:>10.2f}"
+            f"{mu:>10.3g} {signal:>10.3g} {_percent(equal):>12} {_percent(curvature):>10} "
+            f"{agreement:>10.2f}"
             for mu, signal, equal, curvature, agreement in self.scales
         ]
         noise = (
@@ -87,6 +88,10 @@ class Diagnosis(NamedTuple):
             for name, reason in self.reasons.items()
         ]
         return "\n".join([head, *table, noise, *advice, f"queries made: {self.queries}"])
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.0%}"
 
 
 def choose_scale(scales: Sequence[Scale], usual: float) -> tuple[Scale, str]:
@@ -158,9 +163,14 @@ def judge_snapshot(noise: Noise, rows: int) -> tuple[bool, str]:
     if math.isnan(noise.data):
         return False, "cannot be told without values per example"
     # An unlucky sample of directions should not advise it: two standard errors.
-    surely = noise.data > rows * (max(noise.direction, 0.0) + 2 * noise.error)
-    ratio = noise.data / noise.direction if noise.direction > 0 else math.inf
-    return surely, (
-        f"{'yes' if surely else 'no'}, sigma^2 / G = {ratio:.3g} against {rows} rows of data: "
-        "removing data noise pays above, and below it the same queries do more in fresh directions"
+    most = max(noise.direction, 0.0) + 2 * noise.error
+    if noise.data > rows * most:
+        return True, (
+            f"yes, sigma^2 / G is above the {rows} rows of data even at G = {most:.2g}, and "
+            "removing data noise pays there"
+        )
+    known = "cannot be told" if math.isnan(noise.rows) else f"= {noise.rows:.3g}"
+    return False, (
+        f"no, removing data noise pays where sigma^2 / G (here {known}) is above the {rows} rows "
+        "of data; below, the same queries do more in fresh directions"
     )

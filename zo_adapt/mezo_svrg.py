@@ -1,22 +1,22 @@
 """MeZO-SVRG: SPSA with variance reduction from large-batch snapshots."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError
-from zo_adapt.estimator import HERE, Estimate, Point, dealt
+from zo_adapt.estimator import HERE, Estimate, dealt
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizer import StepInfo, ZerothOrder
+from zo_adapt.optimizer import StepInfo
 from zo_adapt.options import at_least_one, positive
 from zo_adapt.rule import NOWHERE, Progress, StepRule
 from zo_adapt.schedule import Annealing, Schedule
 from zo_adapt.shaping import checked_shaping, estimator
-from zo_adapt.term import Term, Terms, coalesced, scaled
+from zo_adapt.variance_reduced import VarianceReduced
 
 
-class MeZOSVRG(ZerothOrder):
+class MeZOSVRG(VarianceReduced):
     """MeZO-SVRG (Gautam et al. 2024, Algorithm 1), the snapshot kept as terms.
 
     Every q steps, on a large batch B with K directions:
@@ -97,7 +97,6 @@ class MeZOSVRG(ZerothOrder):
             annealing=annealing,
         )
         self.snapshot_lr = rule.lr if snapshot_lr is None else positive("snapshot_lr", snapshot_lr)
-        self.snapshot_interval = at_least_one("snapshot_interval", snapshot_interval)
         if isinstance(snapshot_size, int):
             at_least_one("snapshot_size", snapshot_size)
         self.snapshot_size = snapshot_size
@@ -106,9 +105,9 @@ class MeZOSVRG(ZerothOrder):
             raise OptionError(f"coupling={coupling!r}; choose 'shared' or 'independent'")
         self.coupling, self.one_sided = coupling, one_sided
         self.shaping = checked_shaping(shaping, num_directions, one_sided)
-        if shaping is not None and snapshot_interval > 1:
+        if shaping is not None and snapshot_interval != 1:
             raise OptionError(f"shaping={shaping!r} needs snapshot_interval=1")
-        super().__init__(rule, perturbation_scale, displacement)
+        super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
 
     def begin(
         self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
@@ -116,13 +115,10 @@ class MeZOSVRG(ZerothOrder):
         """Forget everything, the snapshot too."""
         super().begin(groups, seed, reach, finest)
         self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
-        self._snapshot_gradient: Terms = ()
-        self._snapshot_directions = 1
-        self._since = HERE
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
-        if self.steps % self.snapshot_interval == 0:
+        if self.at_snapshot:
             size = samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
             batch = samples.large(size)
             self._batches = dealt(
@@ -144,56 +140,12 @@ class MeZOSVRG(ZerothOrder):
 
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
-        if self.steps % self.snapshot_interval == 0:
+        if self.at_snapshot:
             here = self._estimate(self._seeds, evaluations)
-            self._snapshot_gradient, self._since = here.terms, HERE
-            self._snapshot_directions = len(self._seeds)
-            terms, lr, kind = here.terms, self.snapshot_lr, "snapshot"
-            directions = float(self._snapshot_directions)
-        else:
-            here = self._estimate(self._seeds, evaluations[:2])
-            there = self._estimate(self._other, evaluations[2:])
-            control = (*scaled(there.terms, -1.0), *self._snapshot_gradient)
-            terms, lr, kind = coalesced((*here.terms, *control)), self.rule.lr, "minibatch"
-            directions = self._corrected(here.projected[0] - there.projected[0])
-        info = self.descend(
-            terms,
-            here,
-            progress,
-            lr=lr,
-            kind=kind,
-            directions=directions,
-            reuse=self.snapshot_interval,
-        )
-        self._since = self._since.then(info.update)
-        return info
-
-    @property
-    def snapshot_point(self) -> Point:
-        """theta_bar, seen from the live weights."""
-        return self._since.inverse()
-
-    def _corrected(self, change: float) -> float:
-        # The correction's one direction adds its own noise to that of the snapshot's N.
-        scale = self.rule.scale.value
-        relative = change / scale if scale else 0.0
-        return 1.0 / (1.0 / self._snapshot_directions + relative**2)
+            return self.snapshot_step(here, progress, self.snapshot_lr)
+        here = self._estimate(self._seeds, evaluations[:2])
+        there = self._estimate(self._other, evaluations[2:])
+        return self.corrected_step(here, there, progress, self.rule.lr)
 
     def _estimate(self, seeds: Sequence[int], evaluations: Sequence[Evaluation]) -> Estimate:
         return self.estimator.estimate(seeds, self._batches, self.groups, evaluations)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step, the snapshot included."""
-        return super().state_dict() | {
-            "snapshot_gradient": self._snapshot_gradient,
-            "snapshot_directions": self._snapshot_directions,
-            "since": self._since,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; ``start`` comes first."""
-        super().load_state_dict(state)
-        self._snapshot_gradient = tuple(Term(*term) for term in state["snapshot_gradient"])
-        self._snapshot_directions = state["snapshot_directions"]
-        terms, decay = state["since"]
-        self._since = Point(tuple(Term(*term) for term in terms), decay)

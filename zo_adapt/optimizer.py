@@ -11,7 +11,7 @@ from zo_adapt.estimator import Estimate
 from zo_adapt.flat import FlatWatch
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Evaluator, Probe
-from zo_adapt.options import positive
+from zo_adapt.options import positive_or_none
 from zo_adapt.resolution import check_resolution, finest_perturbation
 from zo_adapt.rule import NOWHERE, Budget, Progress, StepRule
 from zo_adapt.term import Terms, Update
@@ -72,10 +72,8 @@ class ZerothOrder(ABC):
         displacement: float | None,
     ) -> None:
         self.rule = rule
-        self._perturbation_scale = perturbation_scale and positive(
-            "perturbation_scale", perturbation_scale
-        )
-        self._displacement = displacement and positive("displacement", displacement)
+        self._perturbation_scale = positive_or_none("perturbation_scale", perturbation_scale)
+        self._displacement = positive_or_none("displacement", displacement)
         self.begin((Group(""),), 0)
 
     def start(self, view: ParameterView, seed: int) -> None:

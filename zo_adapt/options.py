@@ -16,6 +16,15 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def positive_or_none(name: str, value: float | None) -> float | None:
+    """``value`` if it is None, or finite and > 0.
+
+    Raises:
+        OptionError: It is neither.
+    """
+    return None if value is None else positive(name, value)
+
+
 def at_least_one(name: str, value: int) -> int:
     """``value`` if it is an integer >= 1.
 

@@ -37,7 +37,8 @@ def scipy_method(optimizer: str | ZerothOrder = "mezo-svrg", **options: Any) -> 
         optimizer: "mezo-svrg", "mezo", "zo-svrg", or an optimizer of this package.
         options: ``maxiter`` (steps), ``maxfev`` (calls of ``fun``; 1000 for each variable if
             neither is given), ``seed``, ``disp``, ``noise``, and, for an optimizer by name, its own
-            (``lr``, ``displacement``, ``perturbation_scale``, ...). The ``options`` of
+            (``displacement``: about how far the answer may be from ``x0``; ``shaping="ranks"``
+            for counts and outliers; ``lr``, ``perturbation_scale``, ...). The ``options`` of
             ``scipy.optimize.minimize`` add to these and win.
 
     Returns:
@@ -52,7 +53,7 @@ def scipy_method(optimizer: str | ZerothOrder = "mezo-svrg", **options: Any) -> 
     Example:
         >>> from scipy.optimize import minimize
         >>> result = minimize(lambda x: ((x - 3) ** 2).sum(), [0.0, 0.0],
-        ...                   method=scipy_method("mezo-svrg", maxfev=900))
+        ...                   method=scipy_method("mezo-svrg", maxfev=900, displacement=1.0))
         >>> bool(abs(result.x - 3).max() < 0.1), result.nfev, result.nit
         (True, 892, 99)
     """

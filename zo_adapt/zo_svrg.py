@@ -1,21 +1,20 @@
 """ZO-SVRG: variance-reduced gradient descent with a direction for every sample (a baseline)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from zo_adapt.data import Batch, Samples
 from zo_adapt.errors import OptionError
-from zo_adapt.estimator import HERE, Point, TwoSided
+from zo_adapt.estimator import HERE, Estimate, TwoSided
 from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizer import StepInfo, ZerothOrder
+from zo_adapt.optimizer import StepInfo
 from zo_adapt.options import at_least_one
 from zo_adapt.rule import NOWHERE, Progress, StepRule
 from zo_adapt.schedule import Schedule
-from zo_adapt.term import Term, Terms, coalesced, scaled
+from zo_adapt.variance_reduced import VarianceReduced
 
 
-class ZOSVRG(ZerothOrder):
+class ZOSVRG(VarianceReduced):
     """ZO-SVRG (Gautam et al. 2024, Algorithm 2; Liu et al. 2018).
 
     As MeZO-SVRG, but every estimate is a mean over samples that each have their own direction:
@@ -71,9 +70,10 @@ class ZOSVRG(ZerothOrder):
             weight_decay=weight_decay,
             scale_memory=scale_memory,
         )
-        self.snapshot_interval = at_least_one("snapshot_interval", snapshot_interval)
-        self.snapshot_size = snapshot_size and at_least_one("snapshot_size", snapshot_size)
-        super().__init__(rule, perturbation_scale, displacement)
+        if snapshot_size is not None:
+            at_least_one("snapshot_size", snapshot_size)
+        self.snapshot_size = snapshot_size
+        super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
 
     def begin(
         self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
@@ -81,9 +81,6 @@ class ZOSVRG(ZerothOrder):
         """Forget everything, the snapshot too."""
         super().begin(groups, seed, reach, finest)
         self.estimator = TwoSided(self.perturbation_scale)
-        self._snapshot_gradient: Terms = ()
-        self._snapshot_directions = 1
-        self._since = HERE
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
@@ -92,54 +89,24 @@ class ZOSVRG(ZerothOrder):
                 "ZOSVRG asks for one sample at a time, on which this objective has no value (its "
                 "min_rows is larger); choose MeZO or MeZOSVRG"
             )
-        at_snapshot = self.steps % self.snapshot_interval == 0
-        batch = samples.large(self.snapshot_size) if at_snapshot else samples.minibatch()
+        batch = samples.large(self.snapshot_size) if self.at_snapshot else samples.minibatch()
         self._rows: list[Batch] = batch.split(len(batch))
         self._seeds = self.new_seeds(len(self._rows))
         here = self.estimator.probes(self._seeds, self._rows, self.groups, HERE)
-        if at_snapshot:
+        if self.at_snapshot:
             return here
-        back = self._since.inverse()
+        back = self.snapshot_point
         return here + self.estimator.probes(self._seeds, self._rows, self.groups, back)
 
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
         count = 2 * len(self._rows)
-        here = self.estimator.estimate(self._seeds, self._rows, self.groups, evaluations[:count])
-        if self.steps % self.snapshot_interval == 0:
-            self._snapshot_gradient, self._since = here.terms, HERE
-            self._snapshot_directions = len(self._seeds)
-            terms, kind = here.terms, "snapshot"
-        else:
-            there = self.estimator.estimate(
-                self._seeds, self._rows, self.groups, evaluations[count:]
-            )
-            control = (*scaled(there.terms, -1.0), *self._snapshot_gradient)
-            terms, kind = coalesced((*here.terms, *control)), "minibatch"
-        info = self.descend(
-            terms,
-            here,
-            progress,
-            lr=self.rule.lr,
-            kind=kind,
-            directions=self._snapshot_directions,
-            reuse=self.snapshot_interval,
+        here = self._estimate(evaluations[:count])
+        if self.at_snapshot:
+            return self.snapshot_step(here, progress, self.rule.lr)
+        return self.corrected_step(
+            here, self._estimate(evaluations[count:]), progress, self.rule.lr
         )
-        self._since = self._since.then(info.update)
-        return info
 
-    def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step, the snapshot included."""
-        return super().state_dict() | {
-            "snapshot_gradient": self._snapshot_gradient,
-            "snapshot_directions": self._snapshot_directions,
-            "since": self._since,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; ``start`` comes first."""
-        super().load_state_dict(state)
-        self._snapshot_gradient = tuple(Term(*term) for term in state["snapshot_gradient"])
-        self._snapshot_directions = state["snapshot_directions"]
-        terms, decay = state["since"]
-        self._since = Point(tuple(Term(*term) for term in terms), decay)
+    def _estimate(self, evaluations: Sequence[Evaluation]) -> Estimate:
+        return self.estimator.estimate(self._seeds, self._rows, self.groups, evaluations)
