@@ -13,6 +13,7 @@ from objectives.mixture import Mixable
 from objectives.scorers import QueryBatch, Scorer
 from objectives.text_scorers import scorer_of
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, UndefinedMetricError
+from zo_adapt.options import at_least_one
 
 Undefined = Literal["error", "skip"]
 
@@ -34,18 +35,26 @@ class RankingMetric(Mixable, ABC):
             cross-encoder if it takes ``input_ids``, else as a function of features.
         undefined: What becomes of a query on which the metric has no value, because none of its
             documents is relevant (for correlations: because all are equally): "error", or "skip".
+        min_rows: Fewest queries that one direction sees where a batch is split over several; None
+            keeps a batch whole.
 
     Raises:
-        OptionError: Another rule.
+        OptionError: Another rule, ``min_rows`` below 1.
     """
 
     maximize = True
-    min_rows = 1
 
-    def __init__(self, model: nn.Module | Scorer, *, undefined: Undefined = "error") -> None:
+    def __init__(
+        self,
+        model: nn.Module | Scorer,
+        *,
+        undefined: Undefined = "error",
+        min_rows: int | None = 1,
+    ) -> None:
         if undefined not in ("error", "skip"):
             raise OptionError(f"undefined={undefined!r}; choose 'error' or 'skip'")
         self.scorer, self.undefined = scorer_of(model), undefined
+        self.min_rows = None if min_rows is None else at_least_one("min_rows", min_rows)
 
     @property
     def model(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Metrics of a classifier: scikit-learn's on the whole set, however it is cut; climbed, not sunk."""
+"""Metrics of a classifier: scikit-learn's on the whole set, however it is cut, and climbed."""
 
 import warnings
 from collections.abc import Callable

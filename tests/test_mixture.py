@@ -149,7 +149,7 @@ def test_a_narrowed_head_is_not_shared() -> None:
 
 def test_every_part_has_its_own_batch() -> None:
     words = CallableObjective(lambda b: [float(len(t)) for t in b], collate=lambda e: e)
-    firsts = CallableObjective(lambda b: b[:, 0], collate=lambda e: torch.tensor(e))
+    firsts = CallableObjective(lambda b: b[:, 0], collate=torch.tensor)
     mixed = words + firsts
     rows = [[1.0, 0.0], [5.0, 1.0]]
     assert mixed(mixed.collate(rows)).tolist() == [3.0, 7.0]

@@ -362,6 +362,7 @@ def test_scores_that_are_no_numbers() -> None:
         lambda m: NDCG(m, gain="square"),
         lambda m: MRR(m, undefined="drop"),
         lambda m: RecallAt(m, k=-1),
+        lambda m: KendallTau(m, min_rows=0),
         lambda m: BiEncoder(m, pooling="max"),
         lambda m: BiEncoder(m, similarity="l2"),
         lambda m: CrossEncoder(m, documents_per_forward=0),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zo_adapt.errors import TrajectoryError, ZOError
@@ -58,6 +57,8 @@ def rebuild(path: Path, start: Path, until: int | None) -> tuple[dict[str, Tenso
     Raises:
         TrajectoryError: A tensor of the view is not in ``start``, or the two do not fit.
     """
+    from safetensors.torch import load_file
+
     header = Reader(path).header
     saved = load_file(start / ADAPTER if start.is_dir() else start)
     tensors = {}
@@ -81,6 +82,8 @@ def adapter_key(name: str) -> str:
 
 def write(path: Path, start: Path, output: Path, until: int | None) -> str:
     """Write the tensors of a step: a safetensors file, or a peft adapter with its configuration."""
+    from safetensors.torch import load_file, save_file
+
     began = time.perf_counter()
     tensors, steps = rebuild(path, start, until)
     if start.is_dir():
