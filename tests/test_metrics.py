@@ -25,7 +25,16 @@ from objectives import (
     VerbalizerLoss,
 )
 from objectives._set_metric import SetMetric
-from zo_adapt import ZOSVRG, MeZO, MeZOSVRG, ParameterView, SetObjective, minimize
+from zo_adapt import (
+    ZOSVRG,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    SetObjective,
+    ZOConfig,
+    ZOTrainer,
+    minimize,
+)
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import (
     DataError,
@@ -346,6 +355,20 @@ def test_a_batch_is_not_cut_below_what_the_metric_needs(
         objective, view, blobs(), optimizer, batch_size=48, max_steps=1, micro_batch_size=7, **QUIET
     )
     assert objective.rows == expected
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # Trainer asks for it on a CPU too
+def test_the_batch_of_a_trainer_is_not_cut_either(tmp_path: Any) -> None:
+    model = tiny_model("bert")
+    objective = Recorded(model)
+    objective.rows = []
+    args = ZOConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=8, report_to="none", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": [5, 6 + i], "labels": i % 2} for i in range(16)]
+    ZOTrainer(model, args, train_dataset=data, objective=objective).train()
+    assert objective.rows == [8] * 9
 
 
 def test_a_direction_for_every_sample_is_refused_for_a_set() -> None:
