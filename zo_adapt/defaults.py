@@ -2,8 +2,8 @@
 
 Measured on LoRA and new heads (benchmarks/accuracy.py): zero-initialised and new weights may travel
 0.25 over a run; LoRA's A must not, for it multiplies B and soon makes all the noise (BBC topics
-after 7,680 queries: 0.65 with A at rest as in LoRA-FA, arXiv 2308.03303, 0.21 with A moving as far
-as B). Pretrained weights may travel a tenth of their root mean square.
+after 7,680 queries, two seeds: 0.59 with A at rest as in LoRA-FA, arXiv 2308.03303, 0.20 with A
+moving as far as B). Pretrained weights may travel a tenth of their root mean square.
 """
 
 import math
