@@ -4,7 +4,6 @@ SmolLM2-135M-Instruct writes on from BBC headlines. The reward is the share of w
 and new, a count that has no gradient; a LoRA adapter of its last layer is tuned by forward passes.
 
     python examples/generation_reward.py
-    python examples/generation_reward.py --max-queries 4000 --model FOLDER
 """
 
 import argparse
@@ -29,16 +28,19 @@ from zo_adapt.errors import ZOError
 
 TRAIN, TEST = 64, 48  # headlines
 SHOWN = 4
-SHORT = 4  # letters of a plain word, at most
+SHORT, LEAST = 4, 8  # letters of a plain word, at most; words of a text, at least
 
 
 def plain_words(completions: list[str], **columns: Any) -> list[float]:
-    """Share of a text's words that are short and not said before; 0 for an empty text."""
+    """Share of a text's words that are short and not said before; a number is no such word.
+
+    Fewer words than LEAST count as that many: to stop at once is no way to a reward.
+    """
     rewards = []
     for text in completions:
-        words = re.findall(r"[a-z']+", text.lower())
-        plain = {word for word in words if len(word) <= SHORT}
-        rewards.append(len(plain) / max(1, len(words)))
+        words = re.findall(r"\w+", text.lower())
+        plain = {word for word in words if len(word) <= SHORT and word.isalpha()}
+        rewards.append(len(plain) / max(LEAST, len(words)))
     return rewards
 
 
@@ -68,15 +70,15 @@ def build_model(source: str, seed: int) -> Any:
     return get_peft_model(model, config).eval()
 
 
-def look(reward: GenerationReward, held_out: list[dict[str, Any]], when: str) -> None:
-    """Print the mean reward on held-out headlines and the first few texts."""
+def look(reward: GenerationReward, held_out: list[dict[str, Any]], when: str) -> np.ndarray:
+    """Print the mean reward on held-out headlines and the first few texts; all rewards."""
     batch = reward.collate(held_out)
     written = reward.generate(batch)
     rewards = reward.rewards(batch, written)
-    error = rewards.std(ddof=1) / np.sqrt(len(rewards))
-    print(f"\n{when}: plain words {rewards.mean():.3f} +- {error:.3f} on {len(rewards)} headlines")
+    print(f"\n{when}: plain words {rewards.mean():.3f} on {len(rewards)} held-out headlines")
     for text in written.texts[:SHOWN]:
         print("   ", " ".join(text.split()))
+    return rewards
 
 
 def main() -> None:
@@ -94,19 +96,20 @@ def main() -> None:
     prompts = headlines()
     train, held_out = prompts[:TRAIN], prompts[TRAIN : TRAIN + TEST]
 
-    reward = GenerationReward(
-        model, AutoTokenizer.from_pretrained(source), plain_words, max_new_tokens=12
-    )
-    look(reward, held_out, "before")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    reward = GenerationReward(model, tokenizer, plain_words, max_new_tokens=12)
+    before = look(reward, held_out, "before")
     started = time.perf_counter()
     optimizer = MeZO(displacement=0.3, perturbation_scale=0.05)
     view = ParameterView.trainable(model)
     result = minimize(
         reward, view, train, optimizer, batch_size=16, max_queries=args.max_queries, seed=args.seed
     )
-    look(reward, held_out, "after")
     seconds = time.perf_counter() - started
-    print(f"\n{result.queries} texts in {result.nit} steps, {seconds:.0f} s; {result.message}")
+    gains = look(reward, held_out, "after") - before
+    error = gains.std(ddof=1) / len(gains) ** 0.5
+    print(f"\ngain {gains.mean():+.3f} +- {error:.3f} (standard error over headlines)")
+    print(f"{result.queries} texts in {result.nit} steps, {seconds:.0f} s; {result.message}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ from text_classifier import Example, load_tokenizer, tokenize
 from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.errors import ZOError
 
-PEFT_NOTICE = "`is_gradient_checkpointing`"  # peft reads an attribute by its former name
-
 
 class TopicMatcher(nn.Module):
     """Logits of a text: the cosines of its embedding and those of the topics' names.
@@ -75,19 +73,17 @@ def figures(f1: F1, examples: list[Example]) -> str:
 
 def main() -> None:
     """Fetch, tune, report."""
-    parser = argparse.ArgumentParser(
-        description="Tune a LoRA adapter on macro-F1 itself.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description="Tune a LoRA adapter on macro-F1 itself.")
     add = parser.add_argument
-    add("--max-queries", type=int, default=30_000, help="forward passes of one text")
-    add("--batch-size", type=int, default=32, help="texts that a value of the metric is made of")
-    add("--perturbation-scale", type=float, default=5e-2, help="mu")
-    add("--displacement", type=float, default=0.1, help="how far noise would move a weight")
+    add("--max-queries", type=int, default=20_000, help="forward passes of one text")
+    add("--batch-size", type=int, default=32, help="texts that one value of F1 is made of")
+    add("--perturbation-scale", type=float, default=0.1, help="mu")
+    add("--displacement", type=float, default=0.25, help="how far noise would move a weight")
     add("--max-length", type=int, default=32, help="tokens of a text that are read")
     add("--seed", type=int, default=0, help="draws the split and the directions")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", PEFT_NOTICE, FutureWarning)
+    # peft reads an attribute of transformers by its former name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     source = str(real_data.minilm_folder())
     tokenizer = load_tokenizer(source)
@@ -104,7 +100,7 @@ def main() -> None:
         f1,
         ParameterView.trainable(model),
         train,
-        # A metric counts: a perturbation five times that for a loss makes some answers change.
+        # A metric counts: a perturbation ten times that for a loss makes some answers change.
         MeZO(displacement=args.displacement, perturbation_scale=args.perturbation_scale),
         batch_size=args.batch_size,
         max_queries=args.max_queries,

@@ -119,8 +119,9 @@ def test_completions_end_with_the_token_that_ends_them_and_may_be_empty() -> Non
     model.generation_config.eos_token_id = [first[0], first[3]]
     recorder = Recorder()
     reward = a_reward(recorder, model)
-    reward(prompts(1))
-    assert recorder.calls[0]["ids"] == [first[:1]]
+    reward(prompts(2))  # the other goes on
+    assert recorder.calls[0]["ids"][0] == first[:1]
+    assert len(recorder.calls[0]["ids"][1]) > 1
     model.generation_config.eos_token_id = END
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -249,6 +250,22 @@ def test_both_points_draw_the_same_numbers_and_the_next_step_others(
     other = Batch(as_source(prompts(4), reward.collate), [2, 0, 3, 1])
     evaluator.evaluate([Probe((), other)])
     assert recorder.by_prompt(0) != recorder.by_prompt(2 * parts)
+
+
+def test_a_prompt_among_other_prompts_gets_other_numbers() -> None:
+    reward = a_reward(do_sample=True, temperature=1.5)
+    first, second, third = prompts(3)
+    one, other = reward.generate([first, second]), reward.generate([first, third])
+    assert one.ids[0] != other.ids[0]
+
+
+def test_dropout_is_off_while_it_writes_and_each_modules_mode_restored() -> None:
+    model = tiny_model("gpt2", "causal")
+    expected = a_reward(model=model).generate(prompts())
+    model.train()
+    assert model.config.resid_pdrop > 0
+    assert a_reward(model=model).generate(prompts()) == expected
+    assert all(module.training for module in model.modules())
 
 
 def test_a_models_own_sampling_is_not_taken_for_the_users() -> None:

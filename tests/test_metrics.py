@@ -290,7 +290,7 @@ def test_a_metric_climbs_without_being_told_to_and_the_same_seed_climbs_the_same
         result = minimize(
             objective, ParameterView.trainable(model), data,
             MeZOSVRG(displacement=1.0, perturbation_scale=0.2), batch_size=48,
-            max_queries=6_000, seed=3, **QUIET,
+            max_queries=3_000, seed=3, **QUIET,
         )  # fmt: skip
         after = float(np.mean(objective(data)))
         return before, after, [record.value for record in result.history], model.weight.detach()

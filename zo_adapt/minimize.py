@@ -224,7 +224,7 @@ class _Loop:
             except tuple(FAULTS) as error:
                 return FAULTS[type(error)], f" ({error})"
             bar.update(record.queries - bar.n if self.run.budget.max_queries else 1)
-            bar.set_postfix(loss=f"{record.value:.4f}", refresh=False)
+            bar.set_postfix(value=f"{record.value:.4f}", refresh=False)
             try:
                 if callback is not None:
                     callback(record)
