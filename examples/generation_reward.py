@@ -55,8 +55,8 @@ def build_model(source: str, seed: int) -> Any:
     """The model with a LoRA adapter of rank 1 in its last layer.
 
     576 weights: few enough for some hundred directions to find the way, and right before the words
-    are chosen. The policy gradient of this reward is as long there as in LoRA r=8 on every query
-    and value projection, which has 300 times as many.
+    are chosen. The policy gradient of such a reward is as long there as in LoRA r=8 on every
+    query and value projection, which has 320 times as many (0.32 and 0.27).
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 BOS, END = 0, 2
 CHAT = (
-    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% for m in messages %}{{ m['content'] }} w6 {% endfor %}"
     "{% if add_generation_prompt %}w4{% endif %}"
 )
 
@@ -162,14 +162,14 @@ def test_messages_go_through_the_chat_template_and_come_back_as_messages() -> No
     recorder = Recorder()
     reward = a_reward(recorder, tokenizer=a_tokenizer(chat_template=CHAT))
     chat = [{"role": "user", "content": "w9 w8"}]
-    batch = reward.collate([{"prompt": chat}, {"prompt": "w9 w8 w4"}])
-    assert batch.input_ids[0].tolist() == batch.input_ids[1].tolist() == [9, 8, 4]
+    batch = reward.collate([{"prompt": chat}, {"prompt": "w9 w8 w6 w4"}])
+    assert batch.input_ids[0].tolist() == batch.input_ids[1].tolist() == [9, 8, 6, 4]
     reward(batch)
     call = recorder.calls[0]
-    assert call["prompts"] == [chat, "w9 w8 w4"]
+    assert call["prompts"] == [chat, "w9 w8 w6 w4"]
     assert call["completions"][0] == [{"role": "assistant", "content": call["completions"][1]}]
     begun = [*chat, {"role": "assistant", "content": "w5"}]
-    assert reward.collate([{"prompt": begun}]).input_ids[0].tolist() == [9, 8, 5]
+    assert reward.collate([{"prompt": begun}]).input_ids[0].tolist() == [9, 8, 6, 5]
 
 
 def test_every_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
