@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from test_trainer import lora_model, trainer_of
+from tiny_models import tiny_model
 from transformers import TrainerCallback
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, replay
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.trainer_state import STATE, TRAJECTORY
+from zo_adapt.trajectory_tools import main
 
 pytestmark = [
     # peft reads an attribute of transformers by its former name
@@ -62,6 +66,20 @@ def test_the_trajectory_of_a_training_rebuilds_its_adapter(tmp_path: Path) -> No
     view = ParameterView.trainable(lora_model())
     assert replay(view, tmp_path / TRAJECTORY) == 5
     assert view.hash() == trainer.view.hash()
+
+
+def test_the_tool_writes_the_adapter_of_a_step(tmp_path: Path) -> None:
+    trainer_of(tmp_path, max_steps=5).train()
+    lora_model().save_pretrained(tmp_path / "start")
+    file, start, out = (str(tmp_path / name) for name in (TRAJECTORY, "start", "out"))
+    main(["export", file, "--start", start, "--output", out, "--until", "3"])
+    expected = lora_model()
+    replay(ParameterView.trainable(expected), tmp_path / TRAJECTORY, 3)
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), out).eval()
+    inputs = {"input_ids": torch.tensor([[6, 7, 41, 42]])}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, expected.eval()(**inputs).logits)
+        assert not torch.equal(loaded(**inputs).logits, lora_model().eval()(**inputs).logits)
 
 
 def test_a_checkpoint_without_its_state_is_named(tmp_path: Path) -> None:
