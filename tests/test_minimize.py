@@ -136,7 +136,7 @@ def test_the_progress_bar_shows_queries(capsys: pytest.CaptureFixture[str]) -> N
     minimize(bowl(view), view, None, mezo(), max_queries=8)
     shown = capsys.readouterr().err
     assert "8/8" in shown
-    assert "loss=" in shown
+    assert "value=" in shown
     minimize(bowl(view), view, None, mezo(), max_queries=8, **QUIET)
     assert not capsys.readouterr().err
 
