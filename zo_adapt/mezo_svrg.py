@@ -28,8 +28,8 @@ class MeZOSVRG(VarianceReduced):
     The defaults were chosen by measurement (benchmarks/accuracy.py): one-sided projected gradients,
     8 directions on each share of 4 or more rows that is fair to every class, the step by distance,
     and q = 1: every step is a snapshot step on a large batch of ``batch_size`` rows. A minibatch
-    step reuses the snapshot's directions, whose noise is about d / K times the signal; at equal
-    queries fresh directions won on every problem measured. q > 1 gives Algorithm 1's inner loop.
+    step reuses the snapshot's directions, whose noise is about d / K times the signal; on the text
+    sets tried, fresh directions won at equal queries. q > 1 gives Algorithm 1's inner loop.
 
     Memory: one copy of the weights. theta_bar is theta minus the terms applied since.
     Queries: two-sided 2 |B| a snapshot step and 4 b a minibatch step; one-sided (K + 1) |B|
