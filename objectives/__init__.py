@@ -4,11 +4,11 @@ from objectives.causal_lm import CausalLMLoss as CausalLMLoss
 from objectives.classification import ClassificationLoss as ClassificationLoss
 from objectives.function import CallableObjective as CallableObjective
 from objectives.generation import GenerationReward as GenerationReward
+from objectives.matches import Accuracy as Accuracy
+from objectives.matches import ExactMatch as ExactMatch
 from objectives.metric_objective import MetricObjective as MetricObjective
 from objectives.metrics import F1 as F1
 from objectives.metrics import ROCAUC as ROCAUC
-from objectives.metrics import Accuracy as Accuracy
-from objectives.metrics import ExactMatch as ExactMatch
 from objectives.metrics import MatthewsCorrelation as MatthewsCorrelation
 from objectives.mixture import Mixture as Mixture
 from objectives.rank_correlation import KendallTau as KendallTau

@@ -1,10 +1,11 @@
 """Batches from lists of examples: pad what varies in length, stack the rest, leave out the text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -15,13 +16,16 @@ IGNORED = -100
 LABEL_NAMES = {"label": "labels", "label_ids": "labels"}
 
 
-def collate(examples: Sequence[Any], pad_token_id: int | None) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Any], pad_token_id: int | None, length: Callable[[int], int] = int
+) -> dict[str, Tensor]:
     """Pad on the right and stack; ``attention_mask`` is made where it is missing.
 
     Args:
         examples: Mappings with the same fields: numbers, or lists or tensors of them. Text and None
             are left out. ``label`` and ``label_ids`` become ``labels``.
         pad_token_id: Of ``input_ids``; None refuses examples of unequal length.
+        length: How far texts are padded whose longest has so many tokens.
 
     Raises:
         DataError: No examples, not mappings, unequal fields, shapes that do not fit.
@@ -33,7 +37,16 @@ def collate(examples: Sequence[Any], pad_token_id: int | None) -> dict[str, Tens
         rows.setdefault("attention_mask", [torch.ones_like(ids) for ids in rows["input_ids"]])
     padding = {"input_ids": pad_token_id or 0, "labels": IGNORED}
     named = {LABEL_NAMES.get(name, name): column for name, column in rows.items()}
-    return {name: _stack(name, column, padding.get(name, 0)) for name, column in named.items()}
+    batch = {name: _stack(name, column, padding.get(name, 0)) for name, column in named.items()}
+    if "input_ids" not in batch or pad_token_id is None:
+        return batch
+    tokens = batch["input_ids"].shape[1]
+    beyond = (0, length(tokens) - tokens)
+    for name, tensor in batch.items():
+        # One entry a token; labels in floats are those of several classes.
+        if tensor.shape[1:] == (tokens,) and not (name == "labels" and tensor.is_floating_point()):
+            batch[name] = F.pad(tensor, beyond, value=padding.get(name, 0))
+    return batch
 
 
 def tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:

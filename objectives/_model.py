@@ -21,7 +21,13 @@ class ModelRunner:
 
     Args:
         model: A transformers model, a peft one, or any module with ``forward(**batch)``.
+
+    Attributes:
+        pad_to_multiple_of: Batches of texts are padded to a multiple of so many tokens; None: of 16
+            on a GPU, to the longest text elsewhere.
     """
+
+    pad_to_multiple_of: int | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -51,7 +57,18 @@ class ModelRunner:
         Raises:
             DataError: The examples do not make a batch.
         """
-        return self._checked(_collate.collate(examples, self.pad_token_id))
+        return self._checked(_collate.collate(examples, self.pad_token_id, self._padded_length))
+
+    def _padded_length(self, tokens: int) -> int:
+        """On a GPU a few lengths instead of many: a CUDA graph is of one shape."""
+        multiple = self.pad_to_multiple_of or (16 if self.device.type == "cuda" else 1)
+        longest: int = self.configured("max_position_embeddings", tokens)
+        return max(tokens, min(-(-tokens // multiple) * multiple, longest))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs belong."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
     def pad_token_id(self) -> int | None:
@@ -114,7 +131,7 @@ class ModelRunner:
         # On the host this is free; on a GPU every look at a value would wait for the queue.
         if labels is not None and labels.device.type == "cpu":
             self.check_labels(labels)
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = self.device
         return {name: value.to(device) for name, value in batch.items()}
 
     def check_labels(self, labels: Tensor) -> None:

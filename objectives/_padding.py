@@ -18,6 +18,12 @@ def last_positions(mask: Tensor) -> Tensor:
     return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
 
 
+def in_rows(values: Tensor, places: Tensor, fill: float) -> Tensor:
+    """The values of the tokens at ``places`` (n,) put there, (b, t), and ``fill`` elsewhere."""
+    # Not index_add: its order, and so the last bit, differs from call to call on a GPU.
+    return values.new_full(places.shape, fill).masked_scatter(places, values)
+
+
 def with_positions(batch: Batch, accepted: frozenset[str] | None) -> Batch:
     """Positions counted from the first token, as ``generate`` does, where padding is on the left.
 

@@ -102,10 +102,7 @@ class SetMetric(Mixable, ABC):
         Raises:
             UndefinedMetricError: It has no value on these rows.
         """
-        logits = np.concatenate([part.logits for part in predictions])
-        labels = np.concatenate([part.labels for part in predictions])
-        check_finite(logits)
-        check_shape(logits, labels)
+        logits, labels = joined(predictions)
         value = float(self.metric(logits, labels))
         if np.isnan(value):
             raise UndefinedMetricError(
@@ -117,6 +114,20 @@ class SetMetric(Mixable, ABC):
     @abstractmethod
     def metric(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """The value from logits (n, C) and labels (n,) or (n, C)."""
+
+
+def joined(predictions: Sequence[Predictions]) -> Predictions:
+    """Logits and labels of all micro-batches, after a check of both.
+
+    Raises:
+        NonFiniteObjectiveError: NaN or infinity among the logits.
+        DataError: Labels of a wrong shape.
+    """
+    logits = np.concatenate([part.logits for part in predictions])
+    labels = np.concatenate([part.labels for part in predictions])
+    check_finite(logits)
+    check_shape(logits, labels)
+    return Predictions(logits, labels)
 
 
 def predicted(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

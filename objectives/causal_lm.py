@@ -1,6 +1,6 @@
 """Next-token loss of causal language models."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,10 +8,24 @@ from torch import Tensor, nn
 from objectives._collate import IGNORED
 from objectives._head import narrow_logits
 from objectives._model import Batch, ModelObjective, at_least_float32
-from objectives._padding import token_mask, with_positions
+from objectives._padding import in_rows, token_mask, with_positions
 from zo_adapt.errors import DataError, OptionError
 
 Reduction = Literal["example", "token", "sum"]
+
+
+class LabelTokens(NamedTuple):
+    """The label tokens of a batch, row by row.
+
+    Args:
+        logits: Where each of them is predicted, (n, V).
+        ids: Which they are, (n,).
+        places: True at each, (b, t - 1), without the first token of the rows.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    places: Tensor
 
 
 class CausalLMLoss(ModelObjective):
@@ -50,20 +64,25 @@ class CausalLMLoss(ModelObjective):
             raise OptionError(f"reduction={reduction!r}; choose 'example', 'token' or 'sum'")
         super().__init__(model)
         self.reduction = reduction
+        self.joint = reduction != "token"
 
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
-        prepared = self.prepare(batch)
-        targets = self._targets(prepared)
-        counted = targets != IGNORED
-        nll = -self._log_likelihood(prepared, targets, counted)
-        # Not index_add: its order, and so the last bit, differs from call to call on a GPU.
-        sums = nll.new_zeros(counted.shape).masked_scatter(counted, nll).sum(1)
+        tokens = self.label_tokens(batch)
+        nll = F.cross_entropy(at_least_float32(tokens.logits), tokens.ids, reduction="none")
+        sums = in_rows(nll, tokens.places, 0.0).sum(1)
         if self.reduction == "sum":
             return sums
         if self.reduction == "token":
-            return sums * (len(sums) / counted.sum())
-        return sums / counted.sum(1)
+            return sums * (len(sums) / tokens.places.sum())
+        return sums / tokens.places.sum(1)
+
+    def label_tokens(self, batch: object) -> LabelTokens:
+        """The label tokens and the logits that predict them, computed at these places alone."""
+        prepared = self.prepare(batch)
+        targets = self._targets(prepared)
+        places = targets != IGNORED
+        return LabelTokens(self._logits(prepared, places), targets[places], places)
 
     def _targets(self, batch: Batch) -> Tensor:
         """The token that each position but the last has to predict, (b, t - 1)."""
@@ -86,14 +105,13 @@ class CausalLMLoss(ModelObjective):
             )
         return targets
 
-    def _log_likelihood(self, batch: Batch, targets: Tensor, counted: Tensor) -> Tensor:
-        """Log-likelihoods of the counted tokens, in row-major order, (n,)."""
-        steps = targets.shape[1]
+    def _logits(self, batch: Batch, places: Tensor) -> Tensor:
+        """Logits that predict the tokens at ``places``, in row-major order, (n, V)."""
+        steps = places.shape[1]
 
         def select(values: Tensor) -> Tensor:
             # From the end: peft's prompt tuning puts virtual tokens before the text.
-            return values[:, -steps - 1 : -1][counted][None]
+            return values[:, -steps - 1 : -1][places][None]
 
         inputs = with_positions(batch, self._accepted)
-        logits = narrow_logits(self.model, lambda: self.forward(inputs), select)
-        return -F.cross_entropy(at_least_float32(logits[0]), targets[counted], reduction="none")
+        return narrow_logits(self.model, lambda: self.forward(inputs), select)[0]

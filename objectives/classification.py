@@ -34,6 +34,8 @@ class ClassificationLoss(ModelObjective):
         (torch.Size([2]), torch.Size([2]))
     """
 
+    capturable = True
+
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
         prepared = self.prepare(batch)

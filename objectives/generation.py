@@ -133,6 +133,8 @@ class GenerationReward(Mixable):
             eos_token_id=self._ends or None,
             **sampling | dict(generation_kwargs or {}),
         )
+        # What is drawn for a prompt depends on the prompts beside it.
+        self.joint = not self._config.do_sample
 
     def __call__(self, batch: Any) -> np.ndarray:
         """Rewards of shape (b,), float64, of a collated batch or a list of examples."""

@@ -3,7 +3,8 @@
     minimize(F1(model), view, train, MeZOSVRG(), batch_size=128, max_queries=50_000)
 
 climbs. A metric counts: on a few rows it hardly moves when the weights do. Larger batches and a
-larger ``perturbation_scale`` than for a loss make a signal of it.
+larger ``perturbation_scale`` than for a loss make a signal of it; those that count right examples
+(``objectives.matches``) can be softened.
 """
 
 import warnings
@@ -14,51 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from objectives._collate import IGNORED
-from objectives._set_metric import (
-    AnyLabels,
-    Classifier,
-    SetMetric,
-    check_finite,
-    check_shape,
-    predicted,
-)
+from objectives._set_metric import Classifier, SetMetric, predicted
 from zo_adapt.errors import DataError, OptionError, UndefinedMetricError
 
 Average = Literal["macro", "micro", "binary", "weighted"]
 MultiClass = Literal["ovr", "ovo"]
-
-
-class Accuracy(SetMetric):
-    """The share of examples whose label is predicted; with several labels at once, all of them.
-
-    A = 1/n sum_i [argmax_c f(x_i)_c = y_i]
-
-    Args:
-        model: A model with a classification head, or an objective with logits, ``VerbalizerLoss``.
-        min_rows: Fewest rows of the part of a batch that one direction sees. An accuracy is a mean
-            over examples, so any number is right.
-
-    Raises:
-        DataError: (when called) Labels missing or of a wrong shape.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_labels=3,
-        ...                     num_attention_heads=2, intermediate_size=16)
-        >>> accuracy = Accuracy(BertForSequenceClassification(config))
-        >>> accuracy([{"input_ids": [2, 7], "label": 0}]) in (0.0, 1.0), accuracy.maximize
-        (True, True)
-    """
-
-    def __init__(self, model: nn.Module | Classifier, *, min_rows: int | None = 1) -> None:
-        super().__init__(model, min_rows=min_rows)
-
-    def metric(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """The share of right rows."""
-        from sklearn.metrics import accuracy_score
-
-        return float(accuracy_score(labels, predicted(logits, labels)))
 
 
 class F1(SetMetric):
@@ -197,54 +158,6 @@ class ROCAUC(SetMetric):
                 labels=range(logits.shape[1]),
             )
         )
-
-
-class ExactMatch(SetMetric):
-    """The share of examples all of whose labels are predicted.
-
-    Several labels at once (logits and labels (b, C)), or a label for every token (logits (b, t, C),
-    labels (b, t), -100 where none counts); with one label per example it is the accuracy.
-
-    Args:
-        model: A model with a classification head for texts or tokens, or an objective with logits.
-        min_rows: Fewest rows of the part of a batch that one direction sees. This is a mean over
-            examples, so any number is right.
-
-    Raises:
-        DataError: (when called) Labels missing or of a wrong shape.
-
-    Example:
-        >>> from transformers import BertConfig, BertForTokenClassification
-        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
-        ...                     num_attention_heads=2, intermediate_size=16)
-        >>> match = ExactMatch(BertForTokenClassification(config))
-        >>> texts = [{"input_ids": [2, 7], "labels": [0, -100]}, {"input_ids": [5], "labels": [1]}]
-        >>> match(texts).shape
-        (2,)
-    """
-
-    def __init__(self, model: nn.Module | Classifier, *, min_rows: int | None = 1) -> None:
-        unchecked = AnyLabels(model) if isinstance(model, nn.Module) else model
-        super().__init__(unchecked, min_rows=min_rows)
-
-    def predict(self, batch: Any) -> np.ndarray:
-        """1.0 for every example that is right throughout, else 0.0."""
-        logits, labels = super().predict(batch)
-        check_finite(logits)
-        if labels.ndim == 2 and logits.ndim == 3 and labels.shape == logits.shape[:2]:
-            right = (logits.argmax(-1) == labels) | (labels == IGNORED)
-        else:
-            check_shape(logits, labels)
-            right = (predicted(logits, labels) == labels).reshape(len(labels), -1)
-        return np.asarray(right.all(1), dtype=np.float64)
-
-    def score(self, predictions: list[Any]) -> np.ndarray:
-        """One value per example."""
-        return np.concatenate(predictions)
-
-    def metric(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """The share of right rows."""
-        return float((predicted(logits, labels) == labels).mean())
 
 
 def _one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:

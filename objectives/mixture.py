@@ -94,6 +94,7 @@ class Mixture(Mixable):
         self.parts = [(_number(weight), _checked(part)) for weight, part in parts]
         self.maximize = _orientation(self.parts)
         self.min_rows = max(rows_needed(part) for _, part in self.parts)
+        self.joint = all(getattr(part, "joint", True) for _, part in self.parts)
         # Absent where no part has one, so that the loop does what it does for a bare function.
         if any(getattr(part, "collate", None) is not None for _, part in self.parts):
             self.collate: Callable[[list[Any]], MixedBatch] = self._collate

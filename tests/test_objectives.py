@@ -599,3 +599,33 @@ def test_unknown_reductions_and_functions_are_named() -> None:
         CausalLMLoss(tiny_model("gpt2", "causal"), reduction="mean")
     with pytest.raises(OptionError, match="cannot be called"):
         CallableObjective(3)
+
+
+def test_padding_to_a_multiple_changes_no_value() -> None:
+    model = tiny_model("bert", num_labels=3).eval()
+    examples = [
+        {"input_ids": list(range(2, 2 + n)), "token_type_ids": [0] * n, "label": n % 2}
+        for n in (3, 7, 9)
+    ]
+    loss = ClassificationLoss(model)
+    expected = loss(loss.collate(examples))
+    loss.pad_to_multiple_of = 8
+    batch = loss.collate(examples)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "input_ids": (3, 16),
+        "token_type_ids": (3, 16),
+        "attention_mask": (3, 16),
+        "labels": (3,),
+    }
+    assert batch["attention_mask"].sum(1).tolist() == [3, 7, 9]
+    assert torch.allclose(loss(batch), expected, atol=1e-6)
+    loss.pad_to_multiple_of = 1000  # no further than the model has positions
+    assert loss.collate(examples)["input_ids"].shape[1] == model.config.max_position_embeddings
+
+
+def test_labels_of_several_classes_are_not_padded() -> None:
+    loss = ClassificationLoss(tiny_model("bert", num_labels=3))
+    loss.pad_to_multiple_of = 8
+    batch = loss.collate([{"input_ids": [2, 3, 4], "labels": [0.0, 1.0, 0.0]}] * 2)
+    assert batch["input_ids"].shape == (2, 8)
+    assert batch["labels"].shape == (2, 3)

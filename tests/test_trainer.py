@@ -30,7 +30,7 @@ from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOE
 from zo_adapt.minimize import StopReason
 from zo_adapt.objective import Evaluator
 from zo_adapt.rule import Budget
-from zo_adapt.trainer_data import TrainerSamples, TrainingRows
+from zo_adapt.trainer_data import InputRows, TrainerSamples, TrainingRows
 
 pytestmark = [
     # peft reads an attribute of transformers by its former name
@@ -369,8 +369,8 @@ def test_a_stream_can_be_trained_on_but_has_no_large_batches(tmp_path: Path) -> 
 
 def test_a_batch_is_shown_in_an_order_whose_parts_are_fair_to_every_class() -> None:
     rows = sorted(toy_rows(16), key=lambda row: row["labels"])
-    samples = TrainerSamples(TrainingRows(rows, pad, dict), 0)
-    samples.receive(pad(rows))
+    samples = TrainerSamples(TrainingRows(rows, pad), 0)
+    samples.receive(InputRows(pad(rows)))
     parts = samples.minibatch().split(4)
     assert [int(part.content["labels"].sum()) for part in parts] == [2, 2, 2, 2]
     assert sorted(row for part in parts for row in part.rows) == list(range(16))
@@ -435,11 +435,10 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_weights(
 ) -> None:
     model = lora_model()
     view, good = ParameterView.trainable(model), []
-    inner, calls = ClassificationLoss(model), []
+    inner = ClassificationLoss(model)
 
     def objective(batch: Any) -> Tensor:
-        calls.append(None)
-        return inner(batch) * (math.nan if len(calls) == 6 else 1.0)
+        return inner(batch) * (math.nan if len(good) == 3 else 1.0)  # in the third step
 
     class Keep(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -462,7 +461,6 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_weights(
     assert "last good step" in message
     assert "nan" in message
     assert trainer.state.global_step == 2
-    assert len(calls) == 6
 
 
 def test_a_run_can_be_repeated_and_starts_afresh(tmp_path: Path) -> None:
@@ -603,4 +601,4 @@ else:
 def test_only_what_must_be_is_overridden() -> None:
     own = {name for name in vars(ZOTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
     state = {"_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"}
-    assert own == {"create_optimizer", "training_step", "log"} | state
+    assert own == {"create_optimizer", "get_train_dataloader", "training_step", "log"} | state

@@ -1,13 +1,9 @@
-"""A fine-tune is its trajectory: replayed and resumed bit for bit, and no damage goes unseen."""
+"""A fine-tune is its trajectory: replayed and resumed bit for bit."""
 
 import os
-import resource
-import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,106 +11,125 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trajectories import DTYPES, OPTIMIZERS, STEPS, copies, equal, run, tensors
 
 from zo_adapt import (
-    SGD,
     ZOSVRG,
     Annealing,
     Group,
     MeZO,
     MeZOSVRG,
     ParameterView,
-    Result,
-    StopReason,
-    minimize,
+    Replay,
+    Term,
+    Update,
     replay,
 )
-from zo_adapt.errors import (
-    CorruptTrajectoryError,
-    OptionError,
-    TrajectoryError,
-    TrajectoryWriteError,
-    TruncatedTrajectoryWarning,
-)
+from zo_adapt.errors import TrajectoryError
 from zo_adapt.optimizer import Optimizer
-from zo_adapt.trajectory import VERSION, Reader, columns
+from zo_adapt.replay import apply_all
+from zo_adapt.trajectory import Reader, columns
 from zo_adapt.trajectory_tools import main
 
-STEPS = 12
-OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
-    "mezo": MeZO,
-    "mezo plain": lambda: MeZO(1e-3, weight_decay=0.1, schedule="cosine"),
-    "mezo one-sided": lambda: MeZO(num_directions=3, one_sided=True),
-    "svrg": MeZOSVRG,
-    "svrg inner": lambda: MeZOSVRG(
-        1e-3, snapshot_interval=3, snapshot_size=16, one_sided=False, num_directions=4
-    ),
-    "svrg annealed": lambda: MeZOSVRG(snapshot_interval=2, annealing=Annealing(window=2)),
-    "zo-svrg": lambda: ZOSVRG(1e-3, snapshot_interval=4),
-}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-
-def tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "w": torch.randn(6, 5, generator=generator).to(dtype),
-        "b": torch.randn(5, generator=generator).to(dtype).view(5, 1).T,
+@st.composite
+def optimizers(draw: Any) -> Optimizer:
+    """Any optimizer, with any number of directions, schedule and decay."""
+    lr = draw(st.sampled_from([None, 1e-3]))
+    options: dict[str, Any] = {
+        "schedule": draw(st.sampled_from(["constant", "linear", "cosine", lambda p: 1 - p**2])),
+        "weight_decay": 0.0 if lr is None else draw(st.sampled_from([0.0, 0.1])),
     }
+    several = {"num_directions": draw(st.integers(1, 6)), "one_sided": draw(st.booleans())}
+    interval = {"snapshot_interval": draw(st.integers(1, 4))}
+    kind = draw(st.sampled_from(["mezo", "svrg", "zo-svrg"]))
+    if kind == "mezo":
+        return MeZO(lr, **options, **several)
+    if kind == "zo-svrg":
+        return ZOSVRG(lr, **options, **interval)
+    options["coupling"] = draw(st.sampled_from(["shared", "independent"]))
+    options["snapshot_size"] = draw(st.sampled_from(["batch", 16, None]))
+    options["annealing"] = draw(st.sampled_from([None, Annealing(window=2)]))
+    return MeZOSVRG(lr, **options, **several, **interval)
 
 
-def run(
-    live: dict[str, torch.Tensor],
-    path: Path,
-    optimizer: Optimizer,
-    stop: int | None = None,
-    **options: Any,
-) -> Result:
-    data = torch.randn(32, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def loss(batch: torch.Tensor) -> torch.Tensor:
-        return (batch @ live["w"].double() + live["b"].double() - 1).square().mean(1)
-
-    def callback(record: Any) -> None:
-        if record.step == stop:
-            raise StopIteration
-
-    options = {"max_steps": STEPS, "batch_size": 8, "seed": 3, "progress": False} | options
-    view = options.pop("view", None) or ParameterView(live)
-    return minimize(loss, view, data, optimizer, trajectory=path, callback=callback, **options)
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    name=st.sampled_from(sorted(OPTIMIZERS)),
+    optimizer=optimizers(),
     dtype=st.sampled_from(DTYPES),
     noise=st.sampled_from(["gaussian", "rademacher"]),
-    until=st.integers(0, STEPS),
+    groups=st.sampled_from([(), (Group("b", lr=0.5, perturbation_scale=2.0),)]),
+    visits=st.lists(st.integers(0, STEPS), min_size=1, max_size=4),
     seed=st.integers(0, 2**64 - 1),
 )
 def test_replay_gives_the_weights_of_any_step(
     tmp_path_factory: pytest.TempPathFactory,
-    name: str,
+    optimizer: Optimizer,
     dtype: torch.dtype,
     noise: str,
-    until: int,
+    groups: tuple[Group, ...],
+    visits: list[int],
     seed: int,
 ) -> None:
     path = tmp_path_factory.mktemp("replay") / "run.zot"
-    live, again = tensors(dtype), tensors(dtype)
-    view = ParameterView(live, noise=noise)
-    stopped = run(live, path, OPTIMIZERS[name](), stop=until or None, view=view, seed=seed)
-    if until:
-        assert stopped.nit == until
-        assert replay(ParameterView(again, noise=noise), path, until) == until
-        assert equal(live, again)
-    else:
-        assert replay(ParameterView(again, noise=noise), path, 0) == 0
-        assert equal(again, tensors(dtype))
+    live, again, once = tensors(dtype), tensors(dtype), tensors(dtype)
+    states = [copies(live)]
+    view = ParameterView(live, noise=noise, groups=groups)
+    watch = {"callback": lambda record: states.append(copies(live))}
+    run(live, path, optimizer, view=view, seed=seed, **watch)
+    assert len(states) == STEPS + 1
+    assert replay(ParameterView(once, noise=noise, groups=groups), path, visits[0]) == visits[0]
+    assert equal(once, states[visits[0]])
+    replayed = Replay(ParameterView(again, noise=noise, groups=groups), path)
+    for step in visits:
+        assert replayed.to(step) == replayed.step == step
+        assert equal(again, states[step])
+
+
+def test_there_is_a_way_back_only_with_a_copy_of_the_start(tmp_path: Path) -> None:
+    run(tensors(), tmp_path / "f", MeZO())
+    live = tensors()
+    replayed = Replay(ParameterView(live), tmp_path / "f", keep_start=False)
+    replayed.to(5)
+    five = copies(live)
+    with pytest.raises(TrajectoryError, match="keep_start=True"):
+        replayed.to(4)
+    with pytest.raises(TrajectoryError, match="has 12 steps, not 13"):
+        replayed.to(13)
+    assert replayed.step == 5
+    assert equal(live, five)
+
+
+def passes(dtype: torch.dtype, decay: float, steps: int) -> tuple[list[int], bool]:
+    """Terms of every pass that applies so many updates of three terms; equal to one by one?"""
+    updates = [
+        Update(tuple(Term(3 * i + k, 1e-3 * (k + 1)) for k in range(3)), decay)
+        for i in range(steps)
+    ]
+    fused, single = tensors(dtype), tensors(dtype)
+    view, counted = ParameterView(fused), []
+    apply = view.apply_in_order
+
+    def counting(terms: Sequence[Term], decay: float = 1.0) -> None:
+        if terms:
+            counted.append(len(terms))
+        apply(terms, decay)
+
+    view.apply_in_order = counting  # type: ignore[method-assign]
+    apply_all(view, updates)
+    for update in updates:
+        ParameterView(single).apply(update)
+    return counted, equal(fused, single)
+
+
+def test_many_records_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[apply_all.__module__], "WIDTH", 20)
+    for dtype in (torch.float32, torch.float64):
+        assert passes(dtype, 1.0, 25) == ([20, 20, 20, 15], True)  # 75 terms: ceil(75 / 20) passes
+        assert passes(dtype, 0.9, 4) == ([3, 3, 3, 3], True)
+    for dtype in (torch.float16, torch.bfloat16):  # every step rounds
+        assert passes(dtype, 1.0, 25) == ([3] * 25, True)
+    assert passes(torch.float32, 1.0, 7)[0] == [20, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -141,14 +156,40 @@ def test_a_finished_run_is_not_begun_again(tmp_path: Path) -> None:
     assert second == first
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_step_takes_at_most_64_bytes(tmp_path: Path, decay: float) -> None:
+def bytes_a_step(folder: Path, optimizer: Optimizer, **options: Any) -> float:
+    """Growth of the file per step, the header left out."""
     sizes = []
     for steps in (10, 20):
-        path = tmp_path / f"{steps}"
-        run(tensors(), path, MeZO(1e-3, weight_decay=decay), max_steps=steps)
+        path = folder / f"{steps}"
+        run(tensors(), path, optimizer, max_steps=steps, **options)
         sizes.append(path.stat().st_size)
-    assert 0 < (sizes[1] - sizes[0]) / 10 <= 64
+    return (sizes[1] - sizes[0]) / 10
+
+
+def test_a_step_takes_at_most_64_bytes(tmp_path: Path) -> None:
+    two = [Group("b", lr=0.5, perturbation_scale=2.0)]
+    assert bytes_a_step(tmp_path / "one", MeZO(1e-3)) == 54
+    assert bytes_a_step(tmp_path / "decay", MeZO(1e-3, weight_decay=0.1)) == 62
+    assert bytes_a_step(tmp_path / "groups", MeZO(1e-3), groups=two) == 64
+
+
+def test_a_direction_more_takes_8_bytes(tmp_path: Path) -> None:
+    # a batch of 8 is two shares of 4 rows, each with K directions
+    for k in (1, 8):
+        assert bytes_a_step(tmp_path / f"{k}", MeZOSVRG(num_directions=k)) == 38 + 8 + 2 * k * 8
+
+
+def test_the_header_says_what_the_run_was(tmp_path: Path) -> None:
+    run(tensors(), tmp_path / "f", MeZOSVRG(annealing=Annealing(window=2)))
+    header = Reader(tmp_path / "f").header
+    assert header["view"] == [["w", [6, 5], "torch.float32"], ["b", [1, 5], "torch.float32"]]
+    assert header["initial"] == ParameterView(tensors()).hash()
+    assert header["noise"] == "gaussian-philox-v1"
+    assert header["seeds"] == ["philox-words-v1", 3]
+    assert {"python", "torch", "numpy"} <= set(header["versions"])
+    told = {"optimizer": "MeZOSVRG", "schedule": "linear", "num_directions": 8, "batch_size": 8}
+    assert told.items() <= header["settings"].items()
+    assert header["settings"]["annealing"] == [5.0, 1.0, 2]
 
 
 def test_groups_and_columns(tmp_path: Path) -> None:
@@ -162,115 +203,6 @@ def test_groups_and_columns(tmp_path: Path) -> None:
     assert table["queries"][-1] == result.queries
     with pytest.raises(TrajectoryError, match="groups"):
         replay(ParameterView(tensors()), tmp_path / "f")
-
-
-def test_every_damaged_byte_is_seen_or_harmless(tmp_path: Path) -> None:
-    live = tensors()
-    run(live, tmp_path / "f", MeZO(), max_steps=3)
-    data = (tmp_path / "f").read_bytes()
-    states = []
-    for step in range(4):
-        again = tensors()
-        replay(ParameterView(again), tmp_path / "f", step)
-        states.append(again)
-    path, seen = tmp_path / "damaged", 0
-    for place in range(len(data)):
-        for flip in (0x01, 0x80, 0xFF):
-            damaged = bytearray(data)
-            damaged[place] ^= flip
-            path.write_bytes(damaged)
-            again = tensors()
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    replay(ParameterView(again), path)
-            except (TrajectoryError, TruncatedTrajectoryWarning):
-                seen += 1
-                assert equal(again, states[0])  # nothing half-applied
-            else:
-                assert any(equal(again, state) for state in states)
-    assert seen == 3 * len(data)
-
-
-def test_a_tail_that_was_cut_off_is_dropped_with_a_notice(tmp_path: Path) -> None:
-    run(tensors(), tmp_path / "f", MeZO(), max_steps=3)
-    data = (tmp_path / "f").read_bytes()
-    two = tensors()
-    replay(ParameterView(two), tmp_path / "f", 2)
-    for cut in (1, 20, 54):
-        (tmp_path / "cut").write_bytes(data[:-cut])
-        again = tensors()
-        with pytest.warns(TruncatedTrajectoryWarning, match="every step before"):
-            assert replay(ParameterView(again), tmp_path / "cut") == 2
-        assert equal(again, two)
-
-
-def test_records_that_were_exchanged_or_lost_are_seen(tmp_path: Path) -> None:
-    run(tensors(), tmp_path / "f", MeZO(), max_steps=4)
-    reader = Reader(tmp_path / "f")
-    ends = [reader.start.offset, *(position.offset for _, position in reader.steps())]
-    data = (tmp_path / "f").read_bytes()
-    one, two, three = (data[a:b] for a, b in pairwise(ends[:4]))
-    for name, body in {"exchanged": two + one + three, "lost": one + three}.items():
-        (tmp_path / name).write_bytes(data[: ends[0]] + body)
-        with pytest.raises(CorruptTrajectoryError):
-            replay(ParameterView(tensors()), tmp_path / name)
-
-
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    run(tensors(), path, MeZO())
-    with pytest.raises(TrajectoryError, match="other weights"):
-        replay(ParameterView(tensors(seed=9)), path)
-    with pytest.raises(TrajectoryError, match="noise"):
-        replay(ParameterView(tensors(), noise="rademacher"), path)
-    with pytest.raises(TrajectoryError, match="another view"):
-        replay(ParameterView(tensors(torch.float64)), path)
-    with pytest.raises(TrajectoryError, match="has 12 steps, not 13"):
-        replay(ParameterView(tensors()), path, 13)
-    with pytest.raises(TrajectoryError, match="resume=True"):
-        run(tensors(), path, MeZO())
-    with pytest.raises(TrajectoryError, match="displacement"):
-        run(tensors(), path, MeZO(displacement=0.1), resume=True)
-    with pytest.raises(OptionError, match="first-order"):
-        run(tensors(), tmp_path / "g", SGD(1e-2))
-    data = bytearray(path.read_bytes())
-    data[7] = VERSION + 1
-    path.write_bytes(data)
-    with pytest.raises(TrajectoryError, match="format version"):
-        replay(ParameterView(tensors()), path)
-    path.write_bytes(b"something else")
-    with pytest.raises(TrajectoryError, match="not a trajectory"):
-        replay(ParameterView(tensors()), path)
-
-
-def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    live = tensors()
-    with pytest.raises(TrajectoryWriteError, match="cannot write"):
-        run(live, tmp_path / "file" / "run.zot", MeZO())
-    assert equal(live, tensors())
-
-
-def test_a_full_disk_stops_the_run_with_the_last_step_safe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, live, again = tmp_path / "f", tensors(), tensors()
-    run(tensors(), tmp_path / "size", MeZO(), max_steps=5)
-    # Room for the state, and in the trajectory for five steps and a part of the sixth.
-    limit = (tmp_path / "size").stat().st_size + 20
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        result = run(live, path, MeZO())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert result.stop_reason is StopReason.CANNOT_WRITE
-    assert 0 < result.nit < STEPS
-    assert replay(ParameterView(again), path) == result.nit
-    assert equal(live, again)
 
 
 def test_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,6 +223,31 @@ def test_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_bytes(path.read_bytes()[:-3] + b"xyz")
     with pytest.raises(SystemExit, match="checksum"):
         main(["verify", str(path)])
+
+
+def test_the_tools_are_a_command(tmp_path: Path) -> None:
+    run(tensors(), tmp_path / "f", MeZO())
+    command = [sys.executable, "-W", "error", "-m", "zo_adapt.trajectory", "verify"]
+    for name, code, words in (("f", 0, "12 steps"), ("g", 1, "No such file")):
+        done = subprocess.run(
+            [*command, str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        assert done.returncode == code
+        assert words in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_columns_are_a_table(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    result = run(tensors(), tmp_path / "f", MeZOSVRG(snapshot_interval=2))
+    table = pandas.DataFrame(columns(tmp_path / "f"))
+    assert list(table.step) == list(range(1, STEPS + 1))
+    assert list(table.kind) == [record.kind for record in result.history]
+    assert table.queries.iloc[-1] == result.queries
 
 
 def test_five_kills_change_nothing(tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from zo_adapt.minimize import StopReason as StopReason
 from zo_adapt.minimize import minimize as minimize
 from zo_adapt.objective import Objective as Objective
 from zo_adapt.objective import SetObjective as SetObjective
+from zo_adapt.replay import Replay as Replay
 from zo_adapt.replay import replay as replay
 from zo_adapt.schedule import Annealing as Annealing
 from zo_adapt.scipy_method import scipy_method as scipy_method
 from zo_adapt.term import Term as Term
 from zo_adapt.term import Update as Update
+from zo_adapt.trunk import FrozenTrunk as FrozenTrunk
 from zo_adapt.view import ParameterView as ParameterView
 from zo_adapt.zo_svrg import ZOSVRG as ZOSVRG
 
@@ -32,12 +34,14 @@ __all__ = [
     "Annealing",
     "AskTell",
     "Diagnosis",
+    "FrozenTrunk",
     "Group",
     "MeZO",
     "MeZOSVRG",
     "Objective",
     "ParameterView",
     "Record",
+    "Replay",
     "Result",
     "SetObjective",
     "StopReason",

@@ -1,41 +1,184 @@
 """``out <- decay * source + sum_k c_k z(s_k)`` over many tensors: where noise is added.
 
-fp32 arithmetic, terms in order, one rounding to the tensor's dtype at the end. On the CPU the work
-goes in chunks that stay in the cache, over the cores for large tensors; on other devices small
-tensors share one evaluation of the generator. Extra memory: a chunk (CPU), or at most ``BUCKET``
-elements (elsewhere); never a vector of the view's size.
+fp32 arithmetic, terms in order, one rounding to the tensor's dtype at the end: to the nearest value
+or, for updates in half precision, stochastically. On the CPU the work goes in chunks that stay in
+the cache, over the cores for large tensors; on NVIDIA GPUs one kernel does it all
+(``triton_accumulate``); elsewhere torch operations do (``torch_accumulate``). Extra memory: a chunk
+(CPU), one record of 48 bytes for 4,096 elements (NVIDIA), a bucket of 4 M elements (elsewhere).
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zo_adapt import philox
-from zo_adapt.noise import DIRECTION_STREAM, Noise
+from zo_adapt.noise import DIRECTION_STREAM, ROUNDING_STREAM, Noise
 
 CHUNK = 1 << 16
 """Elements worked on at a time on the CPU: 256 KiB of fp32 stay in the second-level cache."""
 SPAN = 16 * CHUNK
 """Elements that one thread of the CPU works through."""
-BUCKET = 1 << 22
-"""Elements of noise made at a time on other devices."""
+PER_BLOCK = 16
+"""Elements that one block of the generator rounds: 16 bits each."""
+HEADER = 3
+"""Numbers that describe a sum to a kernel."""
 
 
-class Job(NamedTuple):
-    """One tensor's share: ``out <- decay * source + sum c z(seed, key)``.
+class Sum(NamedTuple):
+    """What is added: sum c z(seed), to ``decay`` times what was there.
+
+    Args:
+        terms: (seed, coefficient) pairs, added in this order.
+        decay: Factor on the weights.
+    """
+
+    terms: Sequence[tuple[int, float]] = ()
+    decay: float = 1.0
+
+
+class Sums:
+    """The sums of one call and how results are rounded; on a GPU, packed once for many launches.
+
+    Args:
+        sums: One for each index that places name.
+        rounding: Seed of stochastic rounding in fp16 and bf16; None rounds to the nearest.
+        memory: Where they lie on a GPU; None is wherever there is room.
+    """
+
+    def __init__(
+        self,
+        sums: Sequence[Sum],
+        rounding: int | None = None,
+        memory: "Memory | None" = None,
+    ) -> None:
+        self.sums, self.rounding = sums, rounding
+        self._memory = memory
+        self._packed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Header and terms as int64 in a device's memory.
+
+        The header holds the rounding's seed and, for each sum, its first term, the number of its
+        terms and the bits of its decay; a term is a seed and the bits of its coefficient.
+        """
+        if device not in self._packed:
+            header, terms = self._numbers()
+            numbers = torch.from_numpy(np.concatenate((header, terms))).pin_memory()
+            if self._memory is None:
+                there = numbers.to(device, non_blocking=True)
+            else:
+                there = self._memory.holding(numbers, device)
+            self._packed[device] = there[: len(header)], there[len(header) :]
+        return self._packed[device]
+
+    def _numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        header = np.zeros(1 + HEADER * len(self.sums), np.int64)
+        header[0] = philox.signed(self.rounding or 0)
+        described = header[1:].reshape(-1, HEADER)
+        counts = np.array([len(each.terms) for each in self.sums], np.int64)
+        described[:, 0] = np.cumsum(counts) - counts
+        described[:, 1] = counts
+        decays = np.array([each.decay for each in self.sums], np.float64)
+        described[:, 2] = decays.view(np.int64)
+        pairs = [pair for each in self.sums for pair in each.terms]
+        terms = np.empty((len(pairs), 2), np.int64)
+        terms[:, 0] = np.array([seed for seed, _ in pairs], np.uint64).view(np.int64)
+        terms[:, 1] = np.array([c for _, c in pairs], np.float64).view(np.int64)
+        return header, terms.reshape(-1)
+
+
+class Memory:
+    """Room on each GPU for the sums of one call after another, always at the same address.
+
+    A captured graph reads there what the next call has written. ``generation`` counts the times
+    that the room became too small and was moved.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def holding(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """The numbers on the device, in place of those of the call before."""
+        buffer = self._buffers.get(device)
+        if buffer is None or len(buffer) < len(numbers):
+            buffer = torch.empty(2 * len(numbers) + 512, dtype=torch.int64, device=device)
+            self._buffers[device] = buffer
+            self.generation += 1
+        there = buffer[: len(numbers)]
+        there.copy_(numbers, non_blocking=True)
+        return there
+
+
+class Place(NamedTuple):
+    """One tensor's share of an accumulation.
 
     Args:
         out: Where the result goes; may be ``source`` itself.
         source: The weights.
         key: The tensor's noise key.
-        terms: (seed, coefficient) pairs, added in this order.
-        decay: Factor on the weights.
+        sum: Which of the sums is added here, by its index.
     """
+
+    out: Tensor
+    source: Tensor
+    key: int
+    sum: int = 0
+
+
+class Row(NamedTuple):
+    """A place with its sum, on flat contiguous tensors."""
+
+    out: Tensor
+    source: Tensor
+    key: int
+    terms: Sequence[tuple[int, float]]
+    decay: float
+
+
+class Runner(Protocol):
+    """Runs the places of one device and dtype."""
+
+    def __call__(self, sums: Sums) -> None:
+        """Add and round."""
+
+
+class Accumulation:
+    """An accumulation whose tensors stay and whose sums change from call to call.
+
+    Args:
+        noise: Of the directions.
+        places: They may differ in device, dtype and memory layout.
+
+    Example:
+        >>> from zo_adapt.noise import RADEMACHER
+        >>> x = torch.zeros(3)
+        >>> Accumulation(RADEMACHER, [Place(x, x, key=7)])(Sums([Sum([(1, 0.5)])]))
+        >>> x.abs()
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+
+    def __init__(self, noise: Noise, places: Iterable[Place]) -> None:
+        kinds: dict[tuple[torch.device, torch.dtype], list[Place]] = {}
+        for place in places:
+            kinds.setdefault((place.out.device, place.out.dtype), []).append(place)
+        self._runners = [_runner(device)(noise, same) for (device, _), same in kinds.items()]
+
+    def __call__(self, sums: Sums) -> None:
+        """Add the sums at their places and round."""
+        with torch.no_grad():
+            for run in self._runners:
+                run(sums)
+
+
+class Job(NamedTuple):
+    """A place with a sum of its own: ``out <- decay * source + sum c z(seed, key)``."""
 
     out: Tensor
     source: Tensor
@@ -45,37 +188,23 @@ class Job(NamedTuple):
 
 
 def accumulate(noise: Noise, jobs: Iterable[Job]) -> None:
-    """Run every job; tensors may differ in device, dtype and memory layout."""
-    with torch.no_grad():
-        rows = [_row_major(job) for job in jobs]
-        on_cpu = [row for row in rows if row.out.device.type == "cpu"]
-        elsewhere = [row for row in rows if row.out.device.type != "cpu"]
-        _run_cpu(noise, on_cpu)
-        for device, dtype in {(row.out.device, row.out.dtype) for row in elsewhere}:
-            same = [r for r in elsewhere if (r.out.device, r.out.dtype) == (device, dtype)]
-            _elsewhere(device)(noise, same)
-        for row in rows:
-            if row.strided is not None:
-                row.strided.copy_(row.out.view(row.strided.shape))
+    """Run jobs once; tensors may differ in device, dtype and memory layout."""
+    listed = list(jobs)
+    places = [Place(job.out, job.source, job.key, index) for index, job in enumerate(listed)]
+    Accumulation(noise, places)(Sums([Sum(job.terms, job.decay) for job in listed]))
 
 
-class Row(NamedTuple):
-    """A job on flat, contiguous tensors; ``strided`` is where a result of other layout must go."""
+@cache
+def _runner(device: torch.device) -> type:
+    if device.type == "cpu":
+        return OnCPU
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from zo_adapt.triton_accumulate import OnCUDA
 
-    out: Tensor
-    source: Tensor
-    key: int
-    terms: Sequence[tuple[int, float]]
-    decay: float
-    strided: Tensor | None = None
+        return OnCUDA
+    from zo_adapt.torch_accumulate import Anywhere
 
-
-def _row_major(job: Job) -> Row:
-    # Elements are numbered in row-major order, whatever the memory layout.
-    source = job.source.reshape(-1)
-    if job.out.is_contiguous():
-        return Row(job.out.view(-1), source, job.key, job.terms, job.decay)
-    return Row(torch.empty_like(source), source, job.key, job.terms, job.decay, job.out)
+    return Anywhere
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -83,13 +212,53 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run_cpu(noise: Noise, rows: Sequence[Row]) -> None:
+def flat(place: Place) -> tuple[Tensor, Tensor]:
+    """Result and source in row-major order, in which elements are numbered whatever the layout.
+
+    A result of another layout is made apart; ``finish`` takes it where it belongs.
+    """
+    source = place.source.reshape(-1)
+    return (place.out.view(-1) if place.out.is_contiguous() else torch.empty_like(source)), source
+
+
+def finish(place: Place, result: Tensor) -> None:
+    """Copy a result that was made apart into its place."""
+    if not place.out.is_contiguous():
+        place.out.copy_(result.view(place.out.shape))
+
+
+def rows_of(
+    places: Sequence[Place], flats: Sequence[tuple[Tensor, Tensor]], sums: Sums
+) -> list[Row]:
+    """Places on their flat tensors, with their sums."""
+    return [
+        Row(*tensors, place.key, *sums.sums[place.sum])
+        for tensors, place in zip(flats, places, strict=True)
+    ]
+
+
+class OnCPU:
+    """Chunk by chunk in numpy, whose own generator makes the words."""
+
+    def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
+        self._noise, self._places = noise, places
+
+    def __call__(self, sums: Sums) -> None:
+        """Add and round."""
+        flats = [flat(place) for place in self._places]
+        rows = rows_of(self._places, flats, sums)
+        _run(self._noise, rows, sums.rounding)
+        for place, (result, _) in zip(self._places, flats, strict=True):
+            finish(place, result)
+
+
+def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:
     large = [row for row in rows if row.out.numel() > SPAN]
     for row in rows:
         if row.out.numel() <= SPAN:
-            _run_span(noise, row, 0, row.out.numel())
+            _run_span(noise, row, rounding, 0, row.out.numel())
     futures = [
-        _pool().submit(_run_span, noise, row, start, min(start + SPAN, row.out.numel()))
+        _pool().submit(_run_span, noise, row, rounding, start, min(start + SPAN, row.out.numel()))
         for row in large
         for start in range(0, row.out.numel(), SPAN)
     ]
@@ -109,13 +278,15 @@ def _pool() -> ThreadPoolExecutor:
 
 
 @torch.no_grad()  # A thread of the pool has an autograd mode of its own.
-def _run_span(noise: Noise, row: Row, start: int, stop: int) -> None:
+def _run_span(noise: Noise, row: Row, rounding: int | None, start: int, stop: int) -> None:
     for first in range(start, stop, CHUNK):
         part = slice(first, min(first + CHUNK, stop))
-        _run_chunk(noise, row, first // noise.per_block, row.out[part], row.source[part])
+        chunk = row._replace(out=row.out[part], source=row.source[part])
+        _run_chunk(noise, chunk, rounding, first)
 
 
-def _run_chunk(noise: Noise, row: Row, block: int, out: Tensor, source: Tensor) -> None:
+def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None:
+    out, source = row.out, row.source
     in_place = out.dtype == arithmetic(out.dtype)
     if in_place and out.data_ptr() != source.data_ptr():
         out.copy_(source)
@@ -123,105 +294,39 @@ def _run_chunk(noise: Noise, row: Row, block: int, out: Tensor, source: Tensor) 
     scalar = total.dtype.type
     if row.decay != 1.0:
         total *= scalar(row.decay)
-    blocks = -(-total.size // noise.per_block)
+    block, blocks = first // noise.per_block, -(-total.size // noise.per_block)
     for seed, coefficient in row.terms:
         words = philox.words_numpy(seed, row.key, DIRECTION_STREAM, block, blocks)
         z = noise.from_numpy_words(words)[: total.size]
         total += z * scalar(coefficient)
-    if not in_place:
-        out.copy_(torch.from_numpy(total))
+    if in_place:
+        return
+    if rounding is not None:
+        _round(total, out.dtype, _fractions(rounding, row.key, first, total.size))
+    out.copy_(torch.from_numpy(total))
 
 
-Run = Callable[[Noise, Sequence[Row]], None]
+def _fractions(seed: int, key: int, first: int, size: int) -> np.ndarray:
+    """Uniform 16-bit numbers, one an element."""
+    blocks = -(-size // PER_BLOCK)
+    words = philox.words_numpy(seed, key, ROUNDING_STREAM, first // PER_BLOCK, blocks)
+    return words.view(np.uint16)[:size]
 
 
-@cache
-def _elsewhere(device: torch.device) -> Run:
-    """The fused kernel where Triton runs, else the reference in torch operations."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from zo_adapt.triton_accumulate import accumulate_fused
+def _round(total: np.ndarray, dtype: torch.dtype, fractions: np.ndarray) -> None:
+    """Make every value one that the dtype holds: up with the probability that keeps the mean.
 
-        return accumulate_fused
-    return accumulate_reference
-
-
-def accumulate_reference(noise: Noise, rows: Sequence[Row]) -> None:
-    """The same numbers from torch operations, on any device."""
-    for bucket in _buckets(rows):
-        _run_bucket(noise, bucket)
-
-
-def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows of one device, at most ``BUCKET`` elements together (or one larger row alone)."""
-    bucket: list[Row] = []
-    for row in rows:
-        full = sum(r.out.numel() for r in bucket) + row.out.numel() > BUCKET
-        if bucket and (full or row.out.device != bucket[0].out.device):
-            yield bucket
-            bucket = []
-        bucket.append(row)
-    if bucket:
-        yield bucket
-
-
-def _run_bucket(noise: Noise, bucket: Sequence[Row]) -> None:
-    longest = max(row.out.numel() for row in bucket)
-    for start in range(0, longest, BUCKET):
-        _run_slices(noise, bucket, start, min(start + BUCKET, longest))
-
-
-def _run_slices(noise: Noise, bucket: Sequence[Row], start: int, stop: int) -> None:
-    device = bucket[0].out.device
-    outs = [row.out[start:stop] for row in bucket]
-    totals = [row.source[start:stop].to(arithmetic(row.out.dtype), copy=True) for row in bucket]
-    if any(row.decay != 1.0 for row in bucket):
-        torch._foreach_mul_(totals, [row.decay for row in bucket])
-    for seed, members in _in_order(bucket):
-        sizes = [totals[i].numel() for i, _ in members]
-        keys = [bucket[i].key for i, _ in members]
-        z = _noise_of(noise, seed, keys, sizes, start, device)
-        parts = [part.to(totals[i].dtype) for part, (i, _) in zip(z, members, strict=True)]
-        torch._foreach_mul_(parts, [coefficient for _, coefficient in members])
-        torch._foreach_add_([totals[i] for i, _ in members], parts)
-    torch._foreach_copy_(outs, totals)
-
-
-def _in_order(bucket: Sequence[Row]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """Directions in order, each with the rows and coefficients that share its launch."""
-    for place in range(max(len(row.terms) for row in bucket)):
-        members: dict[int, list[tuple[int, float]]] = {}
-        for index, row in enumerate(bucket):
-            if place < len(row.terms):
-                seed, coefficient = row.terms[place]
-                members.setdefault(seed, []).append((index, coefficient))
-        yield from members.items()
-
-
-def _noise_of(
-    noise: Noise,
-    seed: int,
-    keys: Sequence[int],
-    sizes: Sequence[int],
-    start: int,
-    device: torch.device,
-) -> list[Tensor]:
-    key, number = _lanes(
-        tuple(keys), tuple(sizes), start // noise.per_block, noise.per_block, device
-    )
-    values = noise.from_torch_words(philox.words_torch(seed, key, DIRECTION_STREAM, number))
-    padded = [-(-size // noise.per_block) * noise.per_block for size in sizes]
-    return [part[:size] for part, size in zip(torch.split(values, padded), sizes, strict=True)]
-
-
-@lru_cache(maxsize=8)
-def _lanes(
-    keys: tuple[int, ...], sizes: tuple[int, ...], block: int, per_block: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Key and block number of every block of several tensors, laid end to end."""
-    counts = torch.tensor([-(-size // per_block) for size in sizes], device=device)
-    signed = torch.tensor([philox.signed(key) for key in keys], device=device)
-    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return (
-        torch.repeat_interleave(signed, counts),
-        torch.arange(len(first), device=device) - first + block,
-    )
+    The bits that the dtype drops, and a uniform number of as many bits, are added; their carry is
+    the rounding. What the dtype holds exactly stays.
+    """
+    if dtype == torch.bfloat16:
+        bits = total.view(np.uint32)
+        bits += fractions
+        bits &= np.uint32(0xFFFF0000)
+        return
+    # Scaled by 2**-112, fp16's small numbers, evenly spaced, become those of fp32.
+    total *= np.float32(2.0**-112)
+    bits = total.view(np.uint32)
+    bits += fractions >> np.uint16(3)
+    bits &= np.uint32(0xFFFFE000)
+    total *= np.float32(2.0**112)

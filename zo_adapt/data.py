@@ -65,10 +65,17 @@ class TensorRows:
         """These rows of every tensor."""
         index = list(rows)
         if isinstance(self._tensors, Mapping):
-            return {name: value[index] for name, value in self._tensors.items()}
+            return {name: _rows(value, index) for name, value in self._tensors.items()}
         if isinstance(self._tensors, tuple):
-            return tuple(value[index] for value in self._tensors)
-        return self._tensors[index]
+            return tuple(_rows(value, index) for value in self._tensors)
+        return _rows(self._tensors, index)
+
+
+def _rows(values: Any, index: list[int]) -> Any:
+    """Some rows of a tensor or an array; on a GPU without waiting for it."""
+    if isinstance(values, Tensor) and values.is_cuda:
+        return values[torch.tensor(index).pin_memory().to(values.device, non_blocking=True)]
+    return values[index]
 
 
 class Examples:

@@ -95,7 +95,12 @@ def _percent(share: float) -> str:
 
 
 def choose_scale(scales: Sequence[Scale], usual: float) -> tuple[Scale, str]:
-    """The scale nearest to the usual one among those of the best agreement, and why."""
+    """The scale nearest to the usual one among those of the best agreement, and why.
+
+    Where most pairs are equal, two scales agree on the few directions that moved, by chance; such
+    scales count only where there are no others.
+    """
+    scales = [scale for scale in scales if not scale.equal > 0.5] or scales
     best = max(scale.agreement for scale in scales)
     if best <= 0.0:
         far = scales[-1]
@@ -142,7 +147,8 @@ def _rows_wanted(noise: Noise, equal: float, batch_size: int) -> tuple[float, st
         more = math.log(0.5) / math.log(equal) if equal < 1.0 else MOST_TIMES
         return more * batch_size, (
             f"for {equal:.0%} of the pairs are equal on {batch_size}; about {more:.0f} times as "
-            "many rows leave half of them so"
+            "many rows leave half of them so, and a metric that counts moves on any number once it "
+            "is soft: softness=..., as in Accuracy(model, softness=1.0)"
         )
     if math.isnan(noise.data):
         return batch_size, "as given: data noise cannot be told from one value a direction"

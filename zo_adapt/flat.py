@@ -52,14 +52,16 @@ class FlatWatch:
         )
         if share == 1.0:
             return (
-                f"{seen}nothing is learned: raise perturbation_scale (now {mu:.3g}), raise "
-                "batch_size if the objective counts (accuracy), or check that the view reaches "
-                "the objective; zo_adapt.diagnose(...) measures which"
+                f"{seen}nothing is learned: raise perturbation_scale (now {mu:.3g}); if the "
+                "objective counts (accuracy), raise batch_size or give it softness=..., if it has "
+                "that; or check that the view reaches the objective; zo_adapt.diagnose(...) "
+                "measures which"
             )
         # A change is as likely again at twice mu, or in twice the rows, as long as it is rare.
         further, more = 0.5 / (1.0 - share), math.log(0.5) / math.log(share)
         return (
             f"{seen}little is learned: raise perturbation_scale (now {mu:.3g}; about {further:.0f} "
             f"times that would move half of them) or the rows of a direction (about {more:.0f} "
-            "times as many); zo_adapt.diagnose(...) measures which"
+            "times as many), or give an objective that counts its softness=...; "
+            "zo_adapt.diagnose(...) measures which"
         )

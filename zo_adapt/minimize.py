@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm.auto import tqdm
 
 from zo_adapt.data import Collate, Samples, as_source, class_labels
 from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
+from zo_adapt.joint import JointRows
 from zo_adapt.monitor import Metrics, Monitor
 from zo_adapt.objective import (
     BudgetExhausted,
@@ -22,6 +23,7 @@ from zo_adapt.optimizer import Optimizer
 from zo_adapt.options import at_least_one, check_run
 from zo_adapt.rule import Budget
 from zo_adapt.run import Run
+from zo_adapt.trunk import FrozenTrunk, trunk_for
 from zo_adapt.view import ParameterView
 
 
@@ -104,12 +106,15 @@ def minimize(
     maximize: bool | None = None,
     collate: Collate | None = None,
     micro_batch_size: int | None = None,
+    joint_rows: JointRows = "auto",
     stratify: bool = True,
     metrics: Metrics | None = None,
     metrics_data: Any = None,
     metrics_every: int = 100,
     trajectory: str | Path | None = None,
     resume: bool = False,
+    reuse_trunk: bool | Literal["auto"] | FrozenTrunk = "auto",
+    cuda_graphs: bool | Literal["auto"] = "auto",
 ) -> Result:
     """Minimise an objective over a view by an optimizer of this package.
 
@@ -128,6 +133,12 @@ def minimize(
         collate: Makes a batch of a list of examples; the objective's own by default.
         micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default, so
             that a snapshot needs no more memory than a minibatch.
+        joint_rows: Most rows in a call that evaluates several points at once, each on its own
+            rows; it needs the memory of inference on so many. "auto": 8192 tokens on a GPU, 2048 on
+            a CPU, beyond which joining gains little. None: one point at a time, in the memory of
+            one. Views of linear layers, norms and embeddings (LoRA, new heads) and objectives with
+            a value per example can be joined, the others never are. Never more than
+            ``micro_batch_size``, where given.
         stratify: Spread the classes evenly over every pass, where the data have a field ``labels``
             or ``label`` of one integer an example.
         metrics: Objectives by name, measured beside the one that is minimised: after every
@@ -137,6 +148,14 @@ def minimize(
         trajectory: File that every step is appended to; see ``replay``.
         resume: Go on with the trajectory's run if the file is there, bit-identical to a run that
             was never stopped. The view must be at the weights that the run started from.
+        reuse_trunk: Run the layers below the first that the view holds weights of once for each
+            example, and keep what they put out: "auto" where it is possible, is checked to give the
+            same values, and a quarter of the layers or more are frozen (up to 1 GiB, on the model's
+            device); True: wherever it is possible, an error where the view rules it out; False:
+            never; a ``FrozenTrunk`` says how much is kept and where. Queries are counted as always.
+        cuda_graphs: Capture an evaluation's kernels on a GPU, once for each shape of a batch, and
+            replay them: "auto" for objectives that say they can be captured; True: for any; False:
+            never. Not where a trunk is reused.
 
     Returns:
         Value, steps, queries, stop reason and history.
@@ -164,8 +183,12 @@ def minimize(
         objective,
         view,
         maximize=maximize,
-        micro_batch_size=micro_batch_size or batch_size,
+        micro_batch_size=micro_batch_size,
         max_queries=max_queries,
+        joint_rows=joint_rows,
+        usual_rows=batch_size,
+        trunk=trunk_for(view, reuse_trunk),
+        cuda_graphs=cuda_graphs,
     )
     view.check_adapters()
     view.check_finite()

@@ -2,9 +2,9 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from zo_adapt.data import Batch
 from zo_adapt.errors import DropoutError, NonFiniteObjectiveError, ObjectiveError
+from zo_adapt.graphs import Graphs
+from zo_adapt.joint import Joint, JointRows
 from zo_adapt.term import Terms
+from zo_adapt.trunk import FrozenTrunk
 from zo_adapt.view import ParameterView
 
 
@@ -22,9 +25,11 @@ class Objective(Protocol):
     It is evaluated where the view is now, without gradient. A single number is taken as the mean
     over the batch; values per example let micro-batches be weighted exactly and are better.
 
-    Three optional attributes are used when present: ``collate`` (makes a batch of a list of
-    examples), ``evaluating()``, a context in which the model is ready (evaluation mode), and
-    ``maximize``: True for a reward or a metric, of which more is better.
+    Four optional attributes are used when present: ``collate`` (makes a batch of a list of
+    examples), ``evaluating()``, a context in which the model is ready (evaluation mode),
+    ``maximize``: True for a reward or a metric, of which more is better, and ``joint``: False where
+    the value of a row depends on the other rows of the batch, by random draws or otherwise, so that
+    several points must not be evaluated in one call.
     """
 
     def __call__(self, batch: Any, /) -> Any:
@@ -80,6 +85,13 @@ class Evaluator:
         maximize: Flip the sign, here and nowhere else; None: as the objective says.
         micro_batch_size: Largest number of rows in one call of the objective; None is no limit.
         max_queries: Budget; a step that does not fit is not begun.
+        joint_rows: Largest number of rows in a call that answers several probes; see ``minimize``.
+        usual_rows: Stands in for ``micro_batch_size``, except in calls that answer several probes.
+        trunk: Runs the layers below the view once for each example; None runs them every time.
+        cuda_graphs: Whether calls on a GPU are captured; "auto": where the objective allows it.
+
+    Raises:
+        OptionError: ``joint_rows`` is none of its values.
     """
 
     def __init__(
@@ -90,13 +102,30 @@ class Evaluator:
         maximize: bool | None = None,
         micro_batch_size: int | None = None,
         max_queries: int | None = None,
+        joint_rows: JointRows = "auto",
+        usual_rows: int | None = None,
+        trunk: FrozenTrunk | None = None,
+        cuda_graphs: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.objective, self.view = objective, view
+        self.objective, self.view, self.trunk = objective, view, trunk
+        captures = cuda_graphs is True or (
+            cuda_graphs == "auto" and getattr(objective, "capturable", False)
+        )
+        self._graphs = Graphs(view) if captures else None
         own = bool(getattr(objective, "maximize", False))
         self.sign = -1.0 if (own if maximize is None else maximize) else 1.0
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size or usual_rows
         self.max_queries = max_queries
         self.queries = 0
+        self._joint = Joint(
+            view,
+            self._call,
+            objective.score if isinstance(objective, SetObjective) else None,
+            joint_rows=joint_rows,
+            most_rows=micro_batch_size,
+            usual_rows=self.micro_batch_size,
+            allowed=bool(getattr(objective, "joint", True)),
+        )
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Answer every probe, in order; the weights are bit-identical afterwards.
@@ -107,7 +136,19 @@ class Evaluator:
         """
         self.reserve(sum(len(probe.batch) for probe in probes))
         with torch.no_grad(), self.ready():
-            return [self._evaluate(probe) for probe in probes]
+            together = self._joint.answers(probes)
+            returned = [
+                self._scored([together[index]], [len(probe.batch)])
+                if index in together
+                else self._evaluate(probe)
+                for index, probe in enumerate(probes)
+            ]
+        return [self._combine(*one) for one in _on_host(returned)]
+
+    @property
+    def one_at_a_time(self) -> str | None:
+        """Why probes are evaluated one after another; None: they are not, or not known yet."""
+        return self._joint.obstacle
 
     def reserve(self, queries: int) -> None:
         """Count queries that are about to be made.
@@ -127,17 +168,28 @@ class Evaluator:
         check_dropout(self.view)
         return nullcontext()
 
-    def _evaluate(self, probe: Probe) -> Evaluation:
+    def _evaluate(self, probe: Probe) -> "_Returned":
         parts = list(probe.batch.micro_batches(self.micro_batch_size))
         with self.view.shifted(probe.terms, probe.decay):
-            if isinstance(self.objective, SetObjective):
-                predictions = [self.objective.predict(part.content) for part in parts]
-                values = [_values(self.objective.score(predictions), len(probe.batch))]
-            else:
-                values = [_values(self.objective(part.content), len(part)) for part in parts]
-        return self._combine(values, [len(part) for part in parts])
+            return self._scored(list(map(self._call, parts)), [len(part) for part in parts])
 
-    def _combine(self, values: list[np.ndarray], sizes: list[int]) -> Evaluation:
+    def _call(self, part: Batch) -> Any:
+        """What the objective makes of one part: values, or predictions."""
+        asked = self.objective
+        function: Callable[[Any], Any] = asked.predict if isinstance(asked, SetObjective) else asked
+        if self.trunk is not None and self.trunk.reason is None:
+            return self.trunk.call(function, part.content)
+        if self._graphs is not None:
+            return self._graphs.call(function, part.content, self.view.way)
+        return function(part.content)
+
+    def _scored(self, returned: list[Any], sizes: list[int]) -> "_Returned":
+        if isinstance(self.objective, SetObjective):
+            return _Returned([self.objective.score(returned)], [sum(sizes)])
+        return _Returned(returned, sizes)
+
+    def _combine(self, returned: list[Any], sizes: list[int]) -> Evaluation:
+        values = [_values(*one) for one in zip(returned, sizes, strict=True)]
         if all(value.ndim == 1 for value in values):
             per_example = self.sign * np.concatenate(values)
             return Evaluation(float(per_example.mean()), per_example)
@@ -145,6 +197,32 @@ class Evaluator:
         if len(means) == 1:
             return Evaluation(self.sign * means[0])
         return Evaluation(self.sign * float(np.average(means, weights=sizes)))
+
+
+class _Returned(NamedTuple):
+    """What the objective returned for the parts of one probe, and their numbers of rows."""
+
+    values: list[Any]
+    sizes: list[int]
+
+
+def _on_host(answers: list[_Returned]) -> list[_Returned]:
+    """The same, tensors of a GPU brought over in one transfer: each one waits for the GPU."""
+    there = [
+        value
+        for answer in answers
+        for value in answer.values
+        if isinstance(value, Tensor) and value.is_cuda and not value.requires_grad
+    ]
+    if len(there) < 2 or len({value.device for value in there}) > 1:
+        return answers
+    flat = torch.cat([value.flatten().to(torch.float64) for value in there]).cpu()
+    parts = flat.split([value.numel() for value in there])
+    here = {id(t): part.view(t.shape) for t, part in zip(there, parts, strict=True)}
+    return [
+        _Returned([here.get(id(value), value) for value in answer.values], answer.sizes)
+        for answer in answers
+    ]
 
 
 def _values(returned: Any, rows: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from zo_adapt import philox
 from zo_adapt.data import Samples
 from zo_adapt.estimator import Estimate
 from zo_adapt.flat import FlatWatch
@@ -14,10 +13,10 @@ from zo_adapt.objective import Evaluation, Evaluator, Probe
 from zo_adapt.options import positive_or_none
 from zo_adapt.resolution import check_resolution, finest_perturbation
 from zo_adapt.rule import NOWHERE, Budget, Progress, StepRule
+from zo_adapt.schedule import described
+from zo_adapt.seeds import Seeds
 from zo_adapt.term import Terms, Update
 from zo_adapt.view import ParameterView
-
-SEED_STREAM = 3
 
 
 class StepInfo(NamedTuple):
@@ -138,15 +137,20 @@ class ZerothOrder(ABC):
         """The hyper-parameters in force, for a log and to compare on resuming."""
         own = {k: v for k, v in vars(self).items() if _is_setting(k, v)}
         rule = {k: v for k, v in vars(self.rule).items() if _is_setting(k, v)}
-        return {"optimizer": type(self).__name__} | rule | own
+        parts = {"schedule": described(self.rule.schedule)}
+        if self.rule.annealing is not None:
+            parts["annealing"] = self.rule.annealing.settings()
+        return {"optimizer": type(self).__name__} | rule | own | parts
+
+    @property
+    def drawn(self) -> int:
+        """How many seeds were drawn so far."""
+        return self._directions
 
     def new_seeds(self, count: int) -> list[int]:
         """Seeds of ``count`` new directions: a function of the run's seed and a counter."""
         first, self._directions = self._directions, self._directions + count
-        words = philox.words_numpy(
-            self.seed, 0, SEED_STREAM, first // 4, (first + count - 1) // 4 - first // 4 + 1
-        )
-        return [int(word) for word in words[first % 4 :][:count]]
+        return Seeds(self.seed).take(first, count)
 
     def descend(
         self,

@@ -40,6 +40,12 @@ def schedule_named(schedule: str | Schedule) -> Schedule:
     return SCHEDULES[schedule]
 
 
+def described(schedule: Schedule) -> str | list[float]:
+    """A schedule's name, or its values at the quarters of a run if it has none."""
+    names = (name for name, known in SCHEDULES.items() if known is schedule)
+    return next(names, None) or [float(schedule(quarter / 4)) for quarter in range(5)]
+
+
 class RunningScale:
     """Root of an exponential mean of squares, free of the start's bias.
 
@@ -105,6 +111,10 @@ class Annealing:
         """Forget every loss: a new run begins at the full rates."""
         self.scale = 1.0
         self._losses: deque[float] = deque(maxlen=2 * self.window)
+
+    def settings(self) -> list[float]:
+        """factor, threshold, window."""
+        return [self.factor, self.threshold, self.window]
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step."""

@@ -1,83 +1,130 @@
 """Two ways to let a model compute at ``decay * theta + sum c z(s)``, both exact afterwards.
 
-``copied``: a copy of the view is kept, the live tensors are overwritten, the copy is written back.
+``Copied``: a copy of the view is kept, the live tensors are overwritten, the copy is written back.
 Costs the view's bytes. For adapters and plain tensors.
 
-``layerwise``: the live tensors are never written. Right before a module runs, perturbed copies of
-its parameters are made, which it reads instead, and afterwards dropped. Costs the bytes of the
-largest module. For views that are as large as the model.
+``Layerwise``: the live tensors are never written. Right before a layer runs, perturbed copies of
+its parameters are made, which it reads instead. Costs the bytes of the largest repeated block, and
+of the largest module outside the blocks while it runs. For views that are as large as the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from zo_adapt.accumulate import Accumulation, Sums
+from zo_adapt.interrupt import uninterrupted
 from zo_adapt.selection import owners
 
 Tensors = Mapping[str, Tensor]
-Write = Callable[[Tensors, Tensors], None]
-"""``write(outs, sources)`` puts the shifted values of the named sources into the outputs."""
+Plan = Callable[[Tensors, Tensors], Accumulation]
+"""``plan(outs, sources)``: what puts the shifted values of the named sources into the outputs."""
 
 # These keep their parameters in a list of their own.
 _BYPASSING = (nn.RNNBase,)
+ALIGNMENT = 256
+"""Bytes; every scratch tensor begins at a multiple of it."""
+SMALL = 4 * 2**20
+"""Bytes of a module outside the blocks that still uses the scratch."""
 
 
-@contextmanager
-def copied(tensors: Tensors, write: Write) -> Iterator[None]:
-    """Overwrite the tensors by shifted values and restore every bit, whatever happens inside."""
-    with torch.no_grad():
-        kept = {
-            name: tensor.detach().clone(memory_format=torch.preserve_format)
-            for name, tensor in tensors.items()
-        }
-    try:
-        write(tensors, tensors)
-        yield
-    finally:
+class Copied:
+    """Overwrites the tensors by shifted values and restores every bit, whatever happens inside."""
+
+    def __init__(self, tensors: Tensors, plan: Plan) -> None:
+        self._tensors, self._run = list(tensors.values()), plan(tensors, tensors)
+
+    @contextmanager
+    def shifted(self, sums: Sums) -> Iterator[None]:
+        """Inside, the live tensors hold the shifted values."""
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(kept[name])
+            kept = [
+                tensor.detach().clone(memory_format=torch.preserve_format)
+                for tensor in self._tensors
+            ]
+        try:
+            self._run(sums)
+            yield
+        finally:
+            with uninterrupted(), torch.no_grad():
+                torch._foreach_copy_(self._tensors, kept)
 
 
 class Layerwise:
-    """Shifts the parameters of each module just in time.
+    """Shifts the parameters of each layer just in time.
 
     Whatever reads a parameter through its module gets the shifted one: the module's own forward,
     another module's, ``model.parameters()``. Code that holds a parameter itself does not. Values
-    made for a module's own forward live as long as it runs; those that other code reads are kept to
+    made for a layer's own forward live as long as it runs; those that other code reads are kept to
     the end of the evaluation.
+
+    A layer is one of the model's repeated blocks, whose parameters are made at once and in one
+    scratch that the blocks share, or a module outside of them; small ones use the scratch as well.
 
     Args:
         model: The model that owns the view's tensors.
         tensors: The view.
+        plan: Makes accumulations.
     """
 
-    def __init__(self, model: nn.Module, tensors: Tensors) -> None:
-        self._tensors = tensors
-        self._modules, self._rest = _plan(model, tensors)
+    def __init__(self, model: nn.Module, tensors: Tensors, plan: Plan) -> None:
+        modules, rest = _owners(model, tensors)
+        self._plan = plan
+        self._rest = Copied({name: tensors[name] for name in rest}, plan) if rest else None
+        self._kept: dict[str, Tensor] = {}  # By the view's names: tied ones stay one object.
+        self._parameters = {
+            module: _Shifted(module._parameters, names, self._value)
+            for module, names in modules.items()
+        }
+        self._sums = Sums(())
+        self._layers: list[tuple[nn.Module, _Layer]] = []
+        self._scratch = _Scratch()
+        for layer, members, is_block in _layers(model, list(modules)):
+            parts = [self._parameters[member] for member in members]
+            small = not any(layer.children()) and _bytes(parts) <= SMALL
+            shares = is_block or small
+            kind = _Sharing(parts, plan, self._scratch) if shares else _Layer(parts, plan)
+            self._layers.append((layer, kind))
 
     @contextmanager
-    def shifted(self, write: Write) -> Iterator[None]:
-        """Inside, each module computes with the parameters that ``write`` makes."""
-        before = {module: module._parameters for module in self._modules}
-        kept: dict[str, Tensor] = {}
+    def shifted(self, sums: Sums) -> Iterator[None]:
+        """Inside, each module computes with shifted parameters."""
+        self._sums = sums
         handles = []
+        before = {module: module._parameters for module in self._parameters}
         try:
-            for module, names in self._modules.items():
-                parameters = _Shifted(before[module], names, write, kept)
+            for module, parameters in self._parameters.items():
+                parameters.refer_to(before[module])
                 module.__dict__["_parameters"] = parameters
-                handles.append(module.register_forward_pre_hook(parameters.enter))
-                handles.append(module.register_forward_hook(parameters.leave, always_call=True))
-            with copied({name: self._tensors[name] for name in self._rest}, write):
+            for module, layer in self._layers:
+                handles.append(module.register_forward_pre_hook(self._entering(layer)))
+                handles.append(module.register_forward_hook(layer.leave, always_call=True))
+            if self._rest is None:
                 yield
+            else:
+                with self._rest.shifted(sums):
+                    yield
         finally:
             for handle in handles:
                 handle.remove()
             for module, live in before.items():
                 module.__dict__["_parameters"] = live
+            self._kept.clear()
+            self._scratch.owner = None
+
+    def _entering(self, layer: "_Layer") -> Callable[..., None]:
+        return lambda *_: layer.enter(self._sums, self._kept)
+
+    def _value(self, name: str, live: Tensor) -> Tensor:
+        """A parameter that is read while its layer does not run."""
+        if name not in self._kept:
+            out = torch.empty_like(live, requires_grad=False)
+            self._plan({name: out}, {name: live})(self._sums)
+            self._kept[name] = out
+        return self._kept[name]
 
 
 class _Shifted(dict[str, Tensor | None]):
@@ -87,23 +134,29 @@ class _Shifted(dict[str, Tensor | None]):
         self,
         live: Mapping[str, Tensor | None],
         names: Mapping[str, str],
-        write: Write,
-        kept: dict[str, Tensor],
+        value: Callable[[str, Tensor], Tensor],
     ) -> None:
         super().__init__(live)
-        self._live, self._names, self._write = live, names, write
-        self._kept = kept  # By the view's names and shared, so that tied ones stay one object.
-        self._running: dict[str, Tensor] = {}
+        self.names = names
+        self._live, self._value = live, value
+        self.running: dict[str, Tensor] = {}
+
+    def refer_to(self, live: Mapping[str, Tensor | None]) -> None:
+        """The module's own parameters, as they are now."""
+        self._live, self.running = live, {}
+        self.clear()
+        self.update(live)
+
+    def live(self) -> dict[str, Tensor]:
+        """The tuned parameters by the view's names."""
+        return {name: cast(Tensor, self._live[a]) for a, name in self.names.items()}
 
     def __getitem__(self, attribute: str) -> Tensor | None:
-        if attribute in self._running:
-            return self._running[attribute]
-        name = self._names.get(attribute)
-        if name is None:
-            return self._live[attribute]
-        if name not in self._kept:
-            self._kept[name] = self._made([attribute])[attribute]
-        return self._kept[name]
+        if attribute in self.running:
+            return self.running[attribute]
+        name = self.names.get(attribute)
+        live = self._live[attribute]
+        return live if name is None or live is None else self._value(name, live)
 
     def values(self) -> Iterator[Tensor | None]:  # type: ignore[override]
         return (self[attribute] for attribute in self)
@@ -111,23 +164,112 @@ class _Shifted(dict[str, Tensor | None]):
     def items(self) -> Iterator[tuple[str, Tensor | None]]:  # type: ignore[override]
         return ((attribute, self[attribute]) for attribute in self)
 
-    def enter(self, *_: object) -> None:
-        """The module's forward begins."""
-        missing = [a for a, name in self._names.items() if name not in self._kept]
-        self._running = self._made(missing)
 
-    def leave(self, *_: object) -> None:
-        """The module's forward ends."""
-        self._running = {}
+class _Layer:
+    """A layer whose values are made when it begins and dropped when it ends."""
 
-    def _made(self, attributes: Iterable[str]) -> dict[str, Tensor]:
-        sources = {self._names[a]: cast(Tensor, self._live[a]) for a in attributes}
+    def __init__(self, parts: list[_Shifted], plan: Plan) -> None:
+        self.parts, self.plan = parts, plan
+        self._captured: list[Accumulation] = []
+
+    def enter(self, sums: Sums, kept: Tensors) -> None:
+        """The forward begins."""
+        sources = {name: tensor for name, tensor in self.live().items() if name not in kept}
         outs = {name: torch.empty_like(t, requires_grad=False) for name, t in sources.items()}
-        self._write(outs, sources)
-        return {attribute: outs[self._names[attribute]] for attribute in attributes}
+        if outs:
+            run = self.plan(outs, sources)
+            run(sums)
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                self._captured.append(run)  # the graph reads its records at every replay
+        self.show(outs)
+
+    def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        """The forward ends."""
+        self.show({})
+        return output
+
+    def live(self) -> dict[str, Tensor]:
+        """The tuned parameters by the view's names."""
+        return {name: tensor for part in self.parts for name, tensor in part.live().items()}
+
+    def show(self, outs: Tensors) -> None:
+        """Let the modules see these values for the parameters of these names."""
+        for part in self.parts:
+            part.running = {a: outs[name] for a, name in part.names.items() if name in outs}
 
 
-def _plan(model: nn.Module, tensors: Tensors) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
+class _Scratch:
+    """Memory for the layer that runs."""
+
+    def __init__(self) -> None:
+        self.owner: _Sharing | None = None
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def laid_out(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Room for tensors like these, one after the other."""
+        starts: dict[str, int] = {}
+        used: dict[tuple[torch.device, torch.dtype], int] = {}
+        for name, tensor in tensors.items():
+            kind, step = (tensor.device, tensor.dtype), ALIGNMENT // tensor.element_size()
+            starts[name] = used.get(kind, 0)
+            used[kind] = starts[name] + -(-tensor.numel() // step) * step
+        for kind, wanted in used.items():
+            if kind not in self._buffers or len(self._buffers[kind]) < wanted:
+                self._buffers[kind] = torch.empty(wanted, device=kind[0], dtype=kind[1])
+        return {
+            name: self._buffers[t.device, t.dtype][starts[name] :][: t.numel()].view(t.shape)
+            for name, t in tensors.items()
+        }
+
+
+class _Sharing(_Layer):
+    """A layer whose values lie in the scratch, as no other such layer runs within it."""
+
+    def __init__(self, parts: list[_Shifted], plan: Plan, scratch: _Scratch) -> None:
+        super().__init__(parts, plan)
+        self._scratch = scratch
+        self._sources: dict[str, Tensor] = {}
+        self._outs: dict[str, Tensor] = {}
+
+    def enter(self, sums: Sums, kept: Tensors) -> None:
+        """The forward begins."""
+        live = self.live()
+        if self._scratch.owner is not None or not live.keys().isdisjoint(kept):
+            super().enter(sums, kept)
+            return
+        self._scratch.owner = self
+        if list(map(id, live.values())) != list(map(id, self._sources.values())):
+            self._sources, self._outs = live, self._scratch.laid_out(live)
+            self._run = self.plan(self._outs, live)
+            self._storages = {t.untyped_storage().data_ptr() for t in self._outs.values()}
+        self._run(sums)
+        self.show(self._outs)
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """The forward ends; what it returns outlives the scratch."""
+        super().leave(module, inputs, output)
+        if self._scratch.owner is not self:
+            return output
+        self._scratch.owner = None
+        return _apart(output, self._storages)
+
+
+def _bytes(parts: Iterable[_Shifted]) -> int:
+    return sum(t.numel() * t.element_size() for part in parts for t in part.live().values())
+
+
+def _apart(output: Any, storages: set[int]) -> Any:
+    """An output, copied where it is a view of the scratch."""
+    if type(output) is tuple:
+        return tuple(_apart(each, storages) for each in output)
+    if isinstance(output, Tensor) and output.untyped_storage().data_ptr() in storages:
+        return output.clone()
+    return output
+
+
+def _owners(
+    model: nn.Module, tensors: Tensors
+) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
     """Modules with the view's parameters they register, and the names that must be copied."""
     name_of = {id(tensor): name for name, tensor in tensors.items()}
     bypassed = [path for path, module in model.named_modules() if isinstance(module, _BYPASSING)]
@@ -146,3 +288,24 @@ def _plan(model: nn.Module, tensors: Tensors) -> tuple[dict[nn.Module, dict[str,
     for module in list(modules):
         modules[module] = {a: n for a, n in modules[module].items() if n not in rest}
     return {module: names for module, names in modules.items() if names}, rest
+
+
+def _layers(
+    model: nn.Module, owning: Iterable[nn.Module]
+) -> Iterator[tuple[nn.Module, list[nn.Module], bool]]:
+    """Layers with their members that own parameters, and whether they are repeated blocks.
+
+    A list of blocks within a block belongs to it.
+    """
+    left = dict.fromkeys(owning)
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        for block in module:
+            members = [member for member in block.modules() if member in left]
+            if members:
+                yield block, members, True
+            for member in members:
+                del left[member]
+    for module in left:
+        yield module, [module], False

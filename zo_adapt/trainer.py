@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -30,9 +31,11 @@ from zo_adapt.options import at_least_one
 from zo_adapt.rule import Budget
 from zo_adapt.run import Run
 from zo_adapt.trainer_checks import OPTIONS, check_arguments, check_choices
-from zo_adapt.trainer_data import TrainerSamples, TrainingRows
+from zo_adapt.trainer_data import Batching, TrainerSamples
 from zo_adapt.trainer_loss import TrainerLoss
-from zo_adapt.trainer_state import begin_log, save_state
+from zo_adapt.trainer_optimizer import AlreadyApplied
+from zo_adapt.trainer_state import WholeCheckpoints, begin_log, save_state
+from zo_adapt.trunk import trunk_for
 from zo_adapt.view import ParameterView
 
 logger = logging.get_logger(__name__)
@@ -63,6 +66,8 @@ class ZOConfig(TrainingArguments):
         noise: "gaussian" or "rademacher".
         max_queries: Stop before more forward passes of one sample than this.
         micro_batch_size: Most rows in one forward pass; the training batch size by default.
+        reuse_trunk: As ``minimize``'s "auto", or never.
+        cuda_graphs: As ``minimize``'s "auto", or never.
 
     Raises:
         OptionError: An option that the optimizer does not have, or gradient accumulation.
@@ -84,6 +89,8 @@ class ZOConfig(TrainingArguments):
     noise: str | None = _option(None, "gaussian or rademacher.")
     max_queries: int | None = _option(None, "Budget in forward passes of one sample.")
     micro_batch_size: int | None = _option(None, "Most rows in one forward pass.")
+    reuse_trunk: bool = _option(True, "Run frozen layers below the view once an example.")
+    cuda_graphs: bool = _option(True, "Capture evaluations that can be, on a GPU.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -114,7 +121,7 @@ class ZOConfig(TrainingArguments):
         return optimizer_named(self.optimizer, given | more)
 
 
-class ZOTrainer(Trainer):
+class ZOTrainer(WholeCheckpoints, Trainer):
     """transformers.Trainer whose training step sees losses only, never a gradient.
 
     theta <- optimizer step on f(theta) = mean loss of the training batch
@@ -128,7 +135,9 @@ class ZOTrainer(Trainer):
         model, args, ...: Trainer's own arguments; ``args`` is a ``ZOConfig``.
         view: What is tuned; every parameter with ``requires_grad`` by default.
         objective: Called with the collated batch; ``compute_loss``, in fp32, by default. One that
-            gives values per example weights micro-batches exactly.
+            gives values per example weights micro-batches exactly. Where no other
+            ``data_collator`` is given, its own ``collate`` makes the training batches, of examples
+            with all their columns (prompts, documents); evaluation stays Trainer's.
         zo_optimizer: An optimizer of this package, with its own schedule, instead of the one that
             ``args`` describes.
 
@@ -167,6 +176,8 @@ class ZOTrainer(Trainer):
         args = ZOConfig("tmp_trainer") if args is None else args
         check_arguments(args, ZOConfig)
         check_choices(args, view, objective, zo_optimizer, options)
+        collator = options.get("data_collator", positional[0] if positional else None)
+        self._batching = Batching(self, objective, collator)
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
@@ -189,8 +200,13 @@ class ZOTrainer(Trainer):
             noise = self.args.noise or "gaussian"
             self.view = view or ParameterView.trainable(self.model, noise=noise)  # type: ignore[arg-type]
             rate = {"lr": self.args.learning_rate or 0.0}
-            self.optimizer = _AlreadyApplied(list(self.view.tensors.values()), rate)
+            self.optimizer = AlreadyApplied(list(self.view.tensors.values()), rate)
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's; of examples as they are where the objective makes its own batches of them."""
+        with self._batching.loading():
+            return super().get_train_dataloader()
 
     def training_step(
         self,
@@ -203,7 +219,7 @@ class ZOTrainer(Trainer):
             raise OptionError("training_step needs a run; call train()")
         loss = 0.0
         try:
-            self._samples.receive(self._prepare_inputs(inputs))
+            self._samples.receive(self._batching.received(inputs))
             loss = self._run.evaluator.sign * self._run.step().value
         except BudgetExhausted:
             self._stop(StopReason.MAX_QUERIES, taken=False)
@@ -244,10 +260,13 @@ class ZOTrainer(Trainer):
         evaluator = Evaluator(
             objective or TrainerLoss(self, self.model_wrapped),
             self.view,
-            micro_batch_size=self.args.micro_batch_size or self.state.train_batch_size,
+            micro_batch_size=self.args.micro_batch_size,
+            usual_rows=self.state.train_batch_size,
             max_queries=self.args.max_queries,
+            trunk=trunk_for(self.view, "auto" if self.args.reuse_trunk else False),
+            cuda_graphs="auto" if self.args.cuda_graphs else False,
         )
-        source = TrainingRows(loader.dataset, loader.collate_fn, self._prepare_inputs)
+        source = self._batching.training(loader)
         samples = TrainerSamples(source, self.args.seed, rows_needed(evaluator.objective))
         budget = Budget(self.state.max_steps, self.args.max_queries)
         self._samples = samples
@@ -286,10 +305,3 @@ class _AtTrainBegin(TrainerCallback):
 
     def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
         self._trainer.begin_run(train_dataloader)
-
-
-class _AlreadyApplied(torch.optim.Optimizer):
-    """Stands where Trainer wants a torch optimizer: no state, and no step of its own."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing: the training step has moved the weights."""

@@ -1,13 +1,69 @@
 """The batches of ZOTrainer's steps: Trainer's own, and large ones from its training set."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from zo_adapt.data import Batch, Examples, Samples, class_labels, stratified
+from zo_adapt.data import Batch, Collate, Examples, Samples, class_labels, stratified
 from zo_adapt.errors import DataError
+
+EXAMPLES = "examples"
+"""Where a batch that is not collated yet has its examples."""
+
+
+class Batching:
+    """How examples become batches: by Trainer's collator, or by the objective's own ``collate``.
+
+    What an objective makes of examples need not be tensors (prompts, queries with documents), and
+    it makes them on the model's device: not in a loader's worker.
+
+    Args:
+        trainer: Whose batches they are.
+        objective: Its ``collate``, if it has one, is taken unless there is another collator.
+        collator: What the trainer was given, or None.
+    """
+
+    def __init__(self, trainer: Any, objective: object, collator: Collate | None) -> None:
+        own: Collate | None = getattr(objective, "collate", None)
+        self._trainer, self._own = trainer, own if collator in (None, own) else None
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, a data loader leaves examples for the objective whole and uncollated."""
+        trainer = self._trainer
+        changes = (
+            (trainer, "data_collator", _uncollated),
+            (trainer.args, "remove_unused_columns", False),
+            # Of a stream accelerate would concatenate batches, which only tensors can be.
+            (trainer.accelerator.dataloader_config, "dispatch_batches", False),
+        )
+        before = [getattr(owner, name) for owner, name, _ in changes]
+        try:
+            for owner, name, value in changes if self._own is not None else ():
+                setattr(owner, name, value)
+            yield
+        finally:
+            for (owner, name, _), value in zip(changes, before, strict=True):
+                setattr(owner, name, value)
+
+    def received(self, inputs: Any) -> "InputRows | TrainingRows":
+        """The rows of what the loader gave."""
+        if self._own is None:
+            return InputRows(self._trainer._prepare_inputs(inputs))
+        return TrainingRows(inputs[EXAMPLES], self._own)
+
+    def training(self, loader: Any) -> "TrainingRows":
+        """The rows of the whole training set."""
+        prepare, collate = self._trainer._prepare_inputs, loader.collate_fn
+        own = self._own or (lambda examples: prepare(collate(examples)))
+        return TrainingRows(loader.dataset, own)
+
+
+def _uncollated(examples: list[Any]) -> dict[str, list[Any]]:
+    return {EXAMPLES: examples}
 
 
 class TrainerSamples(Samples):
@@ -20,13 +76,12 @@ class TrainerSamples(Samples):
         if source.has_length:
             super().__init__(source, 1, seed, source.classes, min_rows)
 
-    def receive(self, inputs: Mapping[str, Any]) -> None:
-        """The inputs of the next step."""
-        rows = InputRows(inputs)
+    def receive(self, rows: "InputRows | TrainingRows") -> None:
+        """The rows of the next step."""
         self.batch_size = len(rows)
         if not self._training.has_length:
             self.source = rows  # of a stream this is all that there is to draw from
-        self._inputs = Batch(rows, _fair_order(inputs, len(rows)))
+        self._inputs = Batch(rows, _fair_order(rows.classes, len(rows)))
         self._training.forget()
 
     def minibatch(self, size: int | None = None) -> Batch:
@@ -57,48 +112,57 @@ class TrainerSamples(Samples):
         return super().large(size)
 
 
-def _fair_order(inputs: Mapping[str, Any], rows: int) -> list[int]:
+def _fair_order(classes: Sequence[int] | None, rows: int) -> list[int]:
     """Rows so arranged that parts of the batch are fair to every class, as those of a pass are."""
-    classes = class_labels(inputs)
     order = np.arange(rows)
     arranged = order if classes is None else stratified(order, np.asarray(classes))
     return [int(row) for row in arranged]
 
 
 class InputRows:
-    """Rows of a collated batch; what has no row for every example is handed on whole."""
+    """Rows of a collated batch; what has no row for every example is handed on whole.
+
+    Rows are those of tensors and arrays, and the items of lists (text, other columns).
+    """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
-        lengths = [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0]
-        if not lengths:
-            raise DataError(f"the batch has no tensors with rows, only {sorted(inputs)}")
-        self._inputs, self._length = inputs, lengths[0]
+        columns = [value for value in inputs.values() if _is_column(value)]
+        if not columns:
+            raise DataError(f"the batch has no tensors or lists with rows, only {sorted(inputs)}")
+        # A tensor knows better than a list how many rows there are.
+        first = next((one for one in columns if isinstance(one, Tensor)), columns[0])
+        self._inputs, self._length = inputs, len(first)
 
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def classes(self) -> list[int] | None:
+        """The class of every row where the batch says so."""
+        return class_labels(self._inputs)
+
     def take(self, rows: Sequence[int]) -> Mapping[str, Any]:
         """The batch of these rows."""
-        index = list(rows)
-        return {
-            name: value[index] if self._has_rows(value) else value
-            for name, value in self._inputs.items()
-        }
+        return {name: self._of_rows(value, list(rows)) for name, value in self._inputs.items()}
 
-    def _has_rows(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == self._length
+    def _of_rows(self, value: Any, rows: list[int]) -> Any:
+        if not (_is_column(value) and len(value) == self._length):
+            return value
+        return [value[row] for row in rows] if isinstance(value, list) else value[rows]
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
 
 
 class TrainingRows(Examples):
-    """Rows of the training set through Trainer's collator, collated once a step.
+    """Rows of examples through a collator, collated once a step.
 
     A collator may draw (masks, crops): all points of an estimate must see the same draw.
     """
 
-    def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], prepare: Callable[[Any], Any]
-    ) -> None:
-        super().__init__(dataset, lambda examples: prepare(collate(examples)))
+    def __init__(self, examples: Any, collate: Collate) -> None:
+        super().__init__(examples, collate)
         self._taken: dict[tuple[int, ...], Any] = {}
 
     def take(self, rows: Sequence[int]) -> Any:

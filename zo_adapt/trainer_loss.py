@@ -15,6 +15,8 @@ from zo_adapt.objective import evaluation_mode
 class TrainerLoss:
     """Trainer's own ``compute_loss`` as an objective: the mean over the rows it is shown."""
 
+    joint = False  # one number cannot be cut into the parts of several candidates
+
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._trainer, self._model = trainer, model
         halves = (torch.float16, torch.bfloat16)

@@ -31,6 +31,7 @@ def info(path: Path) -> str:
         "view": f"{len(header['view'])} tensors, {numel:,} scalars",
         "noise": header["noise"],
         "initial weights": f"sha256 {header['initial']}",
+        "written with": ", ".join(f"{name} {v}" for name, v in header["versions"].items()),
         "steps": len(steps),
         **header.get("settings", {}),
     }

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
 
@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt import selection
-from zo_adapt.accumulate import Job, accumulate
+from zo_adapt.accumulate import Accumulation, Memory, Place, Sum, Sums
 from zo_adapt.adapters import check_adapters
 from zo_adapt.defaults import reach_and_groups
 from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
 from zo_adapt.group import Group, assign_groups
+from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
-from zo_adapt.shifting import Layerwise, copied
+from zo_adapt.shifting import Copied, Layerwise
 from zo_adapt.tensors import tunable
 from zo_adapt.term import Term, Terms, Update, check_terms, coalesced
 
+STACKS = 8
+"""Stacks of different numbers of points that are kept."""
 ADAPTER_BYTES = 64 * 2**20
 """Up to here a view is shifted by way of a copy; above it, module by module."""
 
@@ -86,7 +89,19 @@ class ParameterView:
             raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
         large = model is not None and self.nbytes > ADAPTER_BYTES
         by_layer = scratch == "layer" or (scratch == "auto" and large)
-        self._layerwise = Layerwise(model, self.tensors) if model and by_layer else None
+        self.by_layer = model is not None and by_layer
+        """Whether it is shifted layer by layer, for want of room for a copy."""
+        self._way: Copied | Layerwise = (
+            Layerwise(model, self.tensors, self._plan)
+            if model is not None and by_layer
+            else Copied(self.tensors, self._plan)
+        )
+        self._stepping = self._plan(self.tensors, self.tensors)
+        self.way: Hashable = None
+        """How the model computes now, if not as its live tensors say."""
+        self._stacks: dict[tuple[int, frozenset[int]], tuple[dict[str, Tensor], Accumulation]] = {}
+        self.memory = Memory()
+        """Where the GPUs read the terms that the view is shifted by."""
         self.check_adapters()
 
     @classmethod
@@ -156,16 +171,67 @@ class ParameterView:
         if not checked and decay == 1.0:
             yield
             return
-
-        def write(outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-            self._accumulate(outs, sources, checked, decay)
-
-        way = self._layerwise.shifted(write) if self._layerwise else copied(self.tensors, write)
-        with way:
+        sums = Sums(self._sums(checked, decay), memory=self.memory)
+        with self._way.shifted(sums), self.computing("layer" if self.by_layer else None):
             yield
+
+    @contextmanager
+    def computing(self, way: Hashable) -> Iterator[None]:
+        """Inside, ``way`` says how the model computes: other kernels run than without."""
+        before, self.way = self.way, way
+        try:
+            yield
+        finally:
+            self.way = before
+
+    def stack(self, points: Sequence[tuple[Iterable[Term], float]]) -> dict[str, Tensor]:
+        """The tensors that n points (terms, decay) move, at all of them: name -> (n, *shape).
+
+        Row i holds the very bits that the tensor has inside ``shifted(*points[i])``. The stacks are
+        those of the call before, written anew, where as many points move the same groups.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+        """
+        sums = [
+            each
+            for terms, decay in points
+            for each in self._sums(coalesced(check_terms(terms, len(self.groups))), decay)
+        ]
+        count, groups = len(points), len(self.groups)
+        moving = {i % groups for i, each in enumerate(sums) if each.terms or each.decay != 1.0}
+        key = count, frozenset(moving)
+        if key not in self._stacks:
+            self._stacks[key] = self._room_for(count, moving)
+        while len(self._stacks) > STACKS:
+            del self._stacks[next(iter(self._stacks))]
+        stacks, run = self._stacks[key]
+        run(Sums(sums))
+        return stacks
+
+    def _room_for(
+        self, count: int, moving: Collection[int]
+    ) -> tuple[dict[str, Tensor], Accumulation]:
+        """Stacks for ``count`` points that move these groups, and what fills them."""
+        with torch.no_grad():
+            stacks = {
+                name: tensor.new_empty((count, *tensor.shape))
+                for name, tensor in self.tensors.items()
+                if self._group_of[name] in moving
+            }
+        places = [
+            Place(out, self.tensors[n], self._keys[n], row * len(self.groups) + self._group_of[n])
+            for n, stack in stacks.items()
+            for row, out in enumerate(stack)
+        ]
+        return stacks, Accumulation(self.noise, places)
 
     def apply(self, update: Update) -> None:
         """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
+
+        fp16 and bf16 are rounded stochastically, by the same generator under the first seed: on
+        average nothing of a step is lost, however small it is beside the weight's resolution.
+        Ctrl-C in the middle is raised at the end.
 
         Raises:
             TermError: A seed, coefficient or group outside its range.
@@ -187,7 +253,9 @@ class ParameterView:
     def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
         """Apply terms one after the other; a direction may come more than once."""
         if terms or decay != 1.0:
-            self._accumulate(self.tensors, self.tensors, terms, decay)
+            with uninterrupted():  # all tensors move, or none
+                rounding = terms[0].seed if terms else None
+                self._stepping(Sums(self._sums(terms, decay), rounding))
 
     def _check_room(self, terms: Sequence[Term]) -> None:
         farthest = LARGEST_VALUE * math.fsum(abs(term.coefficient) for term in terms)
@@ -198,25 +266,24 @@ class ParameterView:
                 f"{room:.3g}); use a smaller lr"
             )
 
-    def _accumulate(
-        self,
-        outs: Mapping[str, Tensor],
-        sources: Mapping[str, Tensor],
-        terms: Sequence[Term],
-        decay: float,
-    ) -> None:
-        share = {
-            index: [(t.seed, t.coefficient) for t in terms if t.group in (None, index)]
-            for index in range(len(self.groups))
-        }
-        # Weights that do not move do not shrink either.
-        factor = [decay if group.lr * group.perturbation_scale else 1.0 for group in self.groups]
-        jobs = [
-            Job(outs[name], source, self._keys[name], share[index], factor[index])
-            for name, source in sources.items()
-            for index in (self._group_of[name],)
+    def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
+        return Accumulation(
+            self.noise,
+            [
+                Place(outs[name], source, self._keys[name], self._group_of[name])
+                for name, source in sources.items()
+            ],
+        )
+
+    def _sums(self, terms: Sequence[Term], decay: float) -> list[Sum]:
+        """What each group adds. Weights that do not move do not shrink either."""
+        return [
+            Sum(
+                [(t.seed, t.coefficient) for t in terms if t.group in (None, index)],
+                decay if group.lr * group.perturbation_scale else 1.0,
+            )
+            for index, group in enumerate(self.groups)
         ]
-        accumulate(self.noise, jobs)
 
     def group_of(self, name: str) -> Group:
         """The group that a tensor of the view belongs to."""

@@ -6,10 +6,13 @@ Layout, little-endian:
     length (u32), header as JSON in UTF-8, crc32 (u32)
     one record a step: length (u16), its check (u8), payload, crc32 (u32)
 
+What a payload holds is in ``record``. The header says which view, noise, start and seeds the run
+had, so that a file is replayed without the optimizer that wrote it.
+
 A record's checksum starts from the one before it, so that a record which is changed, lost or moved
 breaks the chain. A tail that is cut off in the middle of a record (a kill while it was written) is
-dropped with a notice; everything before it is whole. A step of one term takes 55 bytes, with a
-weight decay 63.
+dropped with a notice; everything before it is whole. A step with one direction takes 54 bytes, with
+a weight decay 62; every further direction 8.
 """
 
 import errno
@@ -18,7 +21,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,67 +31,15 @@ from zo_adapt.errors import (
     TrajectoryWriteError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.term import Term, Update
+from zo_adapt.record import MOST_GROUPS, Step
+from zo_adapt.safe_file import replace_file
+from zo_adapt.seeds import NAME, Seeds
 
 MAGIC = b"zo_traj"
-VERSION = 1
-_KINDS = ("minibatch", "snapshot")
-_WHOLE_VIEW = 255  # stands for a term without a group
+VERSION = 2
 _HEAD = struct.Struct("<HB")
-_STEP = struct.Struct("<IHdddB")  # queries in 48 bits; the number of the step is its place
-_DECAY = struct.Struct("<d")
-_TERM = struct.Struct("<QdB")
+_LARGEST = 0xFFFF
 _U32 = struct.Struct("<I")
-
-
-class Step(NamedTuple):
-    """One record: what one step did.
-
-    Args:
-        step: Number of the step, from 1.
-        queries: Forwards of one sample so far.
-        value: Mean loss of the step's batch.
-        lr: Learning rate applied.
-        projected_gradient: Root mean square of the step's projected gradients.
-        update: The terms applied, and the decay.
-        kind: "minibatch" or "snapshot".
-    """
-
-    step: int
-    queries: int
-    value: float
-    lr: float
-    projected_gradient: float
-    update: Update
-    kind: str = "minibatch"
-
-    def to_bytes(self) -> bytes:
-        """The payload of the record."""
-        terms, decay = self.update
-        flags = _KINDS.index(self.kind) | (2 if decay != 1.0 else 0)
-        low, high = self.queries & 0xFFFFFFFF, self.queries >> 32
-        parts = [_STEP.pack(low, high, self.value, self.lr, self.projected_gradient, flags)]
-        if decay != 1.0:
-            parts.append(_DECAY.pack(decay))
-        for seed, coefficient, group in terms:
-            parts.append(_TERM.pack(seed, coefficient, _WHOLE_VIEW if group is None else group))
-        return b"".join(parts)
-
-    @classmethod
-    def from_bytes(cls, number: int, payload: bytes) -> "Step":
-        """Step ``number`` from a payload whose checksum was right."""
-        low, high, value, lr, projected, flags = _STEP.unpack_from(payload)
-        offset, decay = _STEP.size, 1.0
-        if flags & 2:
-            (decay,) = _DECAY.unpack_from(payload, offset)
-            offset += _DECAY.size
-        terms = tuple(
-            Term(seed, coefficient, None if group == _WHOLE_VIEW else group)
-            for seed, coefficient, group in _TERM.iter_unpack(payload[offset:])
-        )
-        update = Update(terms, decay)
-        queries = high << 32 | low
-        return cls(number, queries, value, lr, projected, update, _KINDS[flags & 1])
 
 
 class Position(NamedTuple):
@@ -103,42 +54,58 @@ class Writer:
 
     Args:
         path: The file.
-        header: Written if ``at`` is None; the file is begun anew.
-        at: Go on from here; what follows is cut off.
+        header: What ``replay.header_of`` gives, or the file's own with ``at``.
+        at: Go on from here; what follows is cut off. None: the file is begun anew.
 
     Raises:
-        TrajectoryWriteError: The folder cannot be written to, or the disk is full.
+        TrajectoryWriteError: The folder cannot be written to, the disk is full, or the view has
+            more groups than a record can name.
     """
 
     def __init__(
-        self, path: str | Path, header: dict[str, Any], at: Position | None = None
+        self, path: str | Path, header: Mapping[str, Any], at: Position | None = None
     ) -> None:
-        self.path = Path(path)
-        self.position = at or Position(0, 0)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "r+b" if at else "wb") as file:
-                file.truncate(self.position.offset)
-        except OSError as error:
+        self.path, self._seeds = Path(path), seeds_of(header, path)
+        if len(header["groups"]) > MOST_GROUPS:
             raise TrajectoryWriteError(
-                f"cannot write {self.path}: {error.strerror}; choose a folder that can be written"
-            ) from error
+                f"a view of {len(header['groups'])} groups; a trajectory can name {MOST_GROUPS}"
+            )
         if at is None:
             text = json.dumps(header, sort_keys=True).encode()
             start = MAGIC + bytes([VERSION]) + _U32.pack(len(text)) + text
-            self._write(start, zlib.crc32(start))
+            at = Position(len(start) + _U32.size, zlib.crc32(start))
+            replace_file(self.path, start + _U32.pack(at.checksum))
+        self.go_back(at)
 
-    def append(self, step: Step) -> None:
+    def go_back(self, position: Position) -> None:
+        """Drop every record after a position.
+
+        Raises:
+            TrajectoryWriteError: The file cannot be written to.
+        """
+        try:
+            os.truncate(self.path, position.offset)
+        except OSError as error:
+            raise TrajectoryWriteError(f"cannot write {self.path}: {error.strerror}") from error
+        self.position = position
+
+    def append(self, step: Step, drawn: int = 0) -> None:
         """Write one record, whole or not at all.
+
+        Args:
+            step: What the step did.
+            drawn: Seeds of the run's stream drawn so far; one that is not among the latest of them
+                takes 8 bytes more.
 
         Raises:
             TrajectoryWriteError: The disk is full; the file ends with the record before.
         """
-        payload = step.to_bytes()
-        if len(payload) > 0xFFFF:
+        fits = 8 * len(step.update.terms) <= _LARGEST
+        payload = step.to_bytes(self._seeds, drawn) if fits else b""
+        if not fits or len(payload) > _LARGEST:
             raise TrajectoryWriteError(
-                f"a step of {len(step.update.terms)} terms does not fit a record; use fewer than "
-                f"{0xFFFF // _TERM.size} directions a step"
+                f"a step of {len(step.update.terms)} terms does not fit a record of {_LARGEST} "
+                "bytes; use fewer directions a step"
             )
         head = _HEAD.pack(len(payload), _length_check(len(payload)))
         self._write(head + payload, zlib.crc32(head + payload, self.position.checksum))
@@ -146,19 +113,37 @@ class Writer:
     def _write(self, data: bytes, checksum: int) -> None:
         data += _U32.pack(checksum)
         offset = self.position.offset
-        # Opened for every record (20 us): no handle is left behind, however a run ends.
-        with open(self.path, "r+b", buffering=0) as file:
-            try:
+        try:
+            # Opened for every record (20 us): no handle is left behind, however a run ends.
+            with open(self.path, "r+b", buffering=0) as file:
                 file.seek(offset)
-                if file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(offset)
-                raise TrajectoryWriteError(
-                    f"cannot write {self.path}: {error.strerror}; the steps before are safe. Free "
-                    "some room and resume"
-                ) from error
+                try:
+                    if file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(offset)
+                    raise
+        except OSError as error:
+            raise TrajectoryWriteError(
+                f"cannot write {self.path}: {error.strerror}; the steps before are safe. Free "
+                "some room and resume"
+            ) from error
         self.position = Position(offset + len(data), checksum)
+
+
+def seeds_of(header: Mapping[str, Any], path: str | Path) -> Seeds:
+    """The stream that the records' counters refer to.
+
+    Raises:
+        TrajectoryError: Of a kind that is not known.
+    """
+    name, key = header["seeds"]
+    if name != NAME:
+        raise TrajectoryError(
+            f"{path} draws its seeds by {name!r}, this package by {NAME!r}; use the version of "
+            "zo_adapt that wrote it"
+        )
+    return Seeds(key)
 
 
 class Reader:
@@ -176,6 +161,7 @@ class Reader:
         self.path = Path(path)
         with open(self.path, "rb") as file:
             self.header, self.start = self._read_header(file)
+        self._seeds = seeds_of(self.header, self.path)
 
     def _read_header(self, file: BinaryIO) -> tuple[dict[str, Any], Position]:
         start = file.read(len(MAGIC) + 1 + _U32.size)
@@ -206,7 +192,7 @@ class Reader:
             while (record := self._read_record(file, position)) is not None:
                 payload, position = record
                 number += 1
-                yield Step.from_bytes(number, payload), position
+                yield Step.from_bytes(number, payload, self._seeds), position
 
     def _read_record(self, file: BinaryIO, at: Position) -> tuple[bytes, Position] | None:
         head = file.read(_HEAD.size)
@@ -258,9 +244,3 @@ def columns(path: str | Path) -> dict[str, list[Any]]:
         "kind": [s.kind for s in steps],
         "terms": [len(s.update.terms) for s in steps],
     }
-
-
-if __name__ == "__main__":
-    from zo_adapt.trajectory_tools import main
-
-    main()

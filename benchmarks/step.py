@@ -1,0 +1,343 @@
+"""What a step costs beside its forwards, in time and in memory.
+
+Floor: MeZO asks two forwards, a minibatch step of MeZO-SVRG four, and each step moves the weights
+three times (two shifts and the update; a minibatch step five times): 2 * bytes / bandwidth each.
+
+Every ratio is against the same forwards, run the same way (eager or captured) in the same process;
+"plain" is the textbook MeZO step, in place, with torch's generator. ``--reference PATH`` times the
+steps of the published code (a checkout of github.com/amazon-science/mezo_svrg) on the same model.
+
+    python benchmarks/step.py --sizes roberta-large distilbert --output step.json
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from objectives import ClassificationLoss
+from zo_adapt import MeZO, MeZOSVRG, ParameterView
+from zo_adapt.data import Samples, as_source
+from zo_adapt.objective import Evaluator
+from zo_adapt.optimizer import Optimizer
+from zo_adapt.rule import Budget
+from zo_adapt.run import Run
+
+LR = 1e-9
+
+
+class Size(NamedTuple):
+    """Of an encoder."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+
+
+SIZES = {
+    "roberta-large": Size(24, 1024, 16, 50265),
+    "distilbert": Size(6, 768, 12, 30522),
+    "minilm": Size(6, 384, 12, 30522),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def encoder(size: Size, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Random weights."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+    )
+    return transformers.RobertaForSequenceClassification(config).to(device, dtype).eval()
+
+
+def rows(batch: int, tokens: int, device: str) -> dict[str, Tensor]:
+    """Random tokens, no padding."""
+    generator = torch.Generator().manual_seed(0)
+    made = {
+        "input_ids": torch.randint(1000, 30000, (batch, tokens), generator=generator),
+        "attention_mask": torch.ones(batch, tokens, dtype=torch.long),
+        "labels": torch.randint(0, 2, (batch,), generator=generator),
+    }
+    return {name: value.to(device) for name, value in made.items()}
+
+
+class Timed(NamedTuple):
+    """Median seconds of a call and the peak of allocated memory."""
+
+    seconds: float
+    peak: int
+
+
+def timed(call: Callable[[], object], device: str, repeats: int) -> Timed:
+    """A call's time, with whatever it has asked of the device done; four calls to warm up."""
+    seconds = []
+    for index in range(4 + repeats):
+        if index == 4 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return Timed(statistics.median(seconds[4:]), peak)
+
+
+def stepper(
+    loss: ClassificationLoss,
+    data: dict[str, Tensor],
+    optimizer: Optimizer,
+    noise: str,
+    graphs: bool,
+) -> Callable[[], object]:
+    """One step of a run over all weights on one and the same batch."""
+    view = ParameterView.full(loss.model, noise=noise)
+    evaluator = Evaluator(loss, view, joint_rows=None, cuda_graphs=graphs)
+    size = len(data["labels"])
+    samples = Samples(as_source(data), size, 0)
+    return Run(optimizer, evaluator, samples, Budget(10**9, None), 0).step
+
+
+def svrg() -> MeZOSVRG:
+    """Algorithm 1 as published: two-sided, one direction, a snapshot at every other step."""
+    return MeZOSVRG(LR, snapshot_interval=2, one_sided=False, num_directions=1)
+
+
+def pairs(step: Callable[[], object], device: str, repeats: int) -> tuple[Timed, Timed]:
+    """A snapshot step and the minibatch step after it, each timed apart."""
+    halves: tuple[list[float], list[float]] = ([], [])
+    for index in range(2 * (6 + repeats)):
+        if index == 12 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        halves[index % 2].append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return Timed(statistics.median(halves[0][6:]), peak), Timed(
+        statistics.median(halves[1][6:]), peak
+    )
+
+
+def forwards(
+    loss: ClassificationLoss, data: dict[str, Tensor], graphs: bool
+) -> Callable[[], object]:
+    """One forward as an evaluation of the engine makes it, at the weights themselves."""
+    if not graphs:
+
+        def forward() -> None:
+            with torch.no_grad(), loss.evaluating():
+                loss(data)
+
+        return forward
+    with torch.no_grad(), loss.evaluating():
+        for _ in range(3):
+            loss(data)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = loss(data)
+    graph.kept = kept  # type: ignore[attr-defined]  # the graph writes there
+    return graph.replay
+
+
+def plain(loss: ClassificationLoss, data: dict[str, Tensor]) -> Callable[[], object]:
+    """The textbook step: +mu z, -2 mu z, +mu z in place, then the update, z drawn four times."""
+    parameters = list(loss.model.parameters())
+    mu = 1e-3
+
+    def move(coefficient: Any) -> None:
+        torch.manual_seed(1)
+        for parameter in parameters:
+            parameter.data.add_(torch.randn_like(parameter), alpha=coefficient)
+
+    def step() -> None:
+        with torch.no_grad(), loss.evaluating():
+            move(mu)
+            up = float(loss(data).mean())
+            move(-2 * mu)
+            down = float(loss(data).mean())
+            move(mu)
+            move(-LR * (up - down) / (2 * mu))
+
+    return step
+
+
+class Published:
+    """The steps of the published code, its own source run as it is on a given model."""
+
+    def __init__(self, path: Path, model: torch.nn.Module, data: dict[str, Tensor]) -> None:
+        for name in (
+            "datasets",
+            "pytorch_lightning",
+            "mezo_src.models",
+            "mezo_src.modeling_roberta",
+        ):
+            if name not in sys.modules:  # imported by that file, but not used by its steps
+                sys.modules[name] = types.ModuleType(name)
+        lightning = sys.modules["pytorch_lightning"]
+        lightning.LightningModule = torch.nn.Module  # type: ignore[attr-defined]
+        for name in ("LightningDataModule", "Trainer", "seed_everything"):
+            setattr(lightning, name, None)
+        sys.modules["mezo_src.models"].RobertaModelForPromptFinetuning = None  # type: ignore[attr-defined]
+        sys.modules["mezo_src.modeling_roberta"].RobertaConfig = None  # type: ignore[attr-defined]
+        file = path / "models/llm_module.py"
+        spec = importlib.util.spec_from_file_location("published", file)
+        if spec is None or spec.loader is None or not file.exists():
+            raise SystemExit(f"--reference {path} is no checkout of the published code: no {file}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        # It seeds torch with an array of one number, which newer versions of numpy refuse.
+        drawn = types.SimpleNamespace(randint=lambda high, size=1: int(np.random.randint(high)))  # noqa: NPY002
+        module.np = types.SimpleNamespace(random=drawn)
+        solver = module.GLUETransformer.__new__(module.GLUETransformer)
+        torch.nn.Module.__init__(solver)
+        solver.model, solver.params = model, list(model.named_parameters())
+        solver.zero_order_eps, solver.learning_rate, solver.learning_rate_aux = 1e-3, LR, LR
+        solver.z_std, solver.q, solver.lr_anneal = 1.0, 2, 1.0
+        solver.batchsize_limit = len(data["labels"])
+        for name in ("tr_loss", "tr_loss_minibatch", "time", "query", "proj_val", "lr_list"):
+            setattr(solver, name, [])
+        solver.memory_usage = []
+        self._solver, self._data, self._count = solver, data, 0
+
+    def mezo(self) -> None:
+        """One step of MeZO, with the forward that it logs."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._solver.training_step_ZO(self._solver.model, self._data)
+
+    def svrg(self) -> None:
+        """One step of MeZO-SVRG, snapshot and minibatch steps in turn."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._solver.training_step_MeZO_SVRG(
+                self._solver.model, self._data, 0, self._count, 10**9
+            )
+        self._count += 1
+
+
+def measure(name: str, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one model."""
+    device, repeats = args.device, args.repeats
+    data = rows(args.batch, args.tokens, device)
+    found: list[dict[str, Any]] = []
+    bare: dict[bool, Timed] = {}
+
+    def note(step: str, way: str, result: Timed, count: int, base: Timed) -> None:
+        row = {
+            "model": name,
+            "dtype": dtype,
+            "step": step,
+            "way": way,
+            "seconds": result.seconds,
+            "ratio": result.seconds / (count * base.seconds),
+            "peak GiB": result.peak / 2**30,
+            "memory ratio": result.peak / base.peak if base.peak else None,
+        }
+        found.append(row)
+        print(json.dumps(row), flush=True)
+
+    for graphs in (False, True) if device == "cuda" else (False,):
+        way = "captured" if graphs else "eager"
+        loss = ClassificationLoss(encoder(SIZES[name], DTYPES[dtype], device))
+        bare[graphs] = timed(forwards(loss, data, graphs), device, repeats)
+        note("forward", way, bare[graphs], 1, bare[graphs])
+        for noise in ("gaussian", "rademacher"):
+            step = stepper(loss, data, MeZO(LR), noise, graphs)
+            note(f"MeZO {noise}", way, timed(step, device, repeats), 2, bare[graphs])
+            step = stepper(loss, data, svrg(), noise, graphs)
+            snapshot, minibatch = pairs(step, device, repeats)
+            note(f"MeZO-SVRG {noise}, snapshot step", way, snapshot, 2, bare[graphs])
+            note(f"MeZO-SVRG {noise}, minibatch step", way, minibatch, 4, bare[graphs])
+            del step
+            free()
+    note("MeZO, textbook", "plain", timed(plain(loss, data), device, repeats), 2, bare[False])
+    if args.reference:
+        published = Published(args.reference, loss.model, data)
+        note("MeZO", "published", timed(published.mezo, device, repeats), 2, bare[False])
+        snapshot, minibatch = pairs(published.svrg, device, repeats)
+        note("MeZO-SVRG, snapshot step", "published", snapshot, 2, bare[False])
+        note("MeZO-SVRG, minibatch step", "published", minibatch, 4, bare[False])
+    free()
+    return found
+
+
+def free() -> None:
+    """Give back what is no longer referred to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    usual = ["roberta-large", "distilbert"] if on_gpu else ["minilm"]
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=usual)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"][: 1 + on_gpu]
+    )
+    parser.add_argument("--batch", type=int, default=64 if on_gpu else 16)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--reference", type=Path, help="checkout of the published code")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    found = [
+        row for size in args.sizes for dtype in args.dtypes for row in measure(size, dtype, args)
+    ]
+    result = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "batch": args.batch,
+        "tokens": args.tokens,
+        "rows": found,
+    }
+    print("\n| model | dtype | step | way | ms | / forwards | peak GiB | / forward's |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in found:
+        memory = (
+            f"{row['peak GiB']:.2f} | {row['memory ratio']:.2f}" if row["memory ratio"] else "- | -"
+        )
+        print(
+            f"| {row['model']} | {row['dtype']} | {row['step']} | {row['way']} | "
+            f"{1000 * row['seconds']:.1f} | {row['ratio']:.3f} | {memory} |"
+        )
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""CUDA graphs: off where they cannot be, and the same values where they are."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model, token_rows
+from torch import Tensor
+
+from objectives import ClassificationLoss
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, minimize
+from zo_adapt.data import Batch, as_source
+from zo_adapt.graphs import CALLS_BEFORE, Graphs
+from zo_adapt.objective import Evaluator, Probe
+
+ON_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason=f"torch.cuda.is_available() is False (torch {torch.__version__})",
+)
+
+
+def examples(count: int) -> list[dict[str, Any]]:
+    return [{"input_ids": ids, "labels": i % 3} for i, ids in enumerate(token_rows(count, 12))]
+
+
+def lora_model(device: str = "cpu") -> Any:
+    config = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    torch.manual_seed(1)
+    return get_peft_model(tiny_model("bert", num_labels=3), config).to(device).eval()
+
+
+def test_off_the_gpu_the_function_is_called() -> None:
+    view = ParameterView({"x": torch.zeros(2)})
+    graphs = Graphs(view)
+    assert graphs.obstacle == "the view is not on a GPU"
+    for _ in range(CALLS_BEFORE + 2):
+        assert graphs.call(lambda content: content["x"] + 1, {"x": torch.ones(1)}, None) == 2
+
+
+def test_only_objectives_that_allow_it_are_captured() -> None:
+    model = lora_model()
+    view = ParameterView.trainable(model)
+    assert Evaluator(ClassificationLoss(model), view)._graphs is not None
+    assert Evaluator(lambda _: 0.0, view)._graphs is None
+    assert Evaluator(ClassificationLoss(model), view, cuda_graphs=False)._graphs is None
+
+
+def values(evaluator: Evaluator, source: Any, seeds: range) -> list[Tensor]:
+    """Values per example at several points, step after step with changing weights."""
+    found = []
+    for seed in seeds:
+        batch = Batch(source, range(8))
+        probes = [Probe((Term(seed, c),), batch) for c in (0.02, -0.02)]
+        answers = evaluator.evaluate([Probe((), batch), *probes])
+        found += [torch.tensor(answer.per_example) for answer in answers]
+        evaluator.view.apply_in_order([Term(seed, 1e-3)])
+    return found
+
+
+@pytest.mark.cuda
+@ON_GPU
+@pytest.mark.parametrize("scratch", ["copy", "layer"])
+@pytest.mark.parametrize("joint_rows", [None, 64])
+def test_captured_values_are_those_of_plain_calls(scratch: Any, joint_rows: int | None) -> None:
+    runs = []
+    for graphs in (False, True):
+        model = lora_model("cuda")
+        view = ParameterView.trainable(model, scratch=scratch)
+        loss = ClassificationLoss(model)
+        evaluator = Evaluator(loss, view, cuda_graphs=graphs, joint_rows=joint_rows)
+        source = as_source(examples(8), loss.collate)
+        runs.append(values(evaluator, source, range(6)))
+        assert (evaluator._graphs is not None and len(evaluator._graphs._graphs) > 0) == graphs
+        assert evaluator._graphs is None or evaluator._graphs.obstacle is None
+    for plain, captured in zip(*runs, strict=True):
+        assert torch.allclose(plain, captured, atol=1e-6)
+
+
+@pytest.mark.cuda
+@ON_GPU
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("make", [MeZO, MeZOSVRG])
+def test_a_run_is_the_same_with_graphs(make: Any, full: bool) -> None:
+    losses = []
+    for graphs in (False, True):
+        model = lora_model("cuda")
+        view = ParameterView.full(model) if full else ParameterView.trainable(model)
+        result = minimize(
+            ClassificationLoss(model),
+            view,
+            examples(48),
+            make(),
+            batch_size=16,
+            max_steps=12,
+            progress=False,
+            cuda_graphs=graphs,
+        )
+        losses.append(torch.tensor([record.value for record in result.history]))
+    assert torch.allclose(*losses, atol=1e-4)
+
+
+@pytest.mark.cuda
+@ON_GPU
+def test_what_cannot_be_captured_runs_without() -> None:
+    model = lora_model("cuda")
+    loss = ClassificationLoss(model)
+
+    def objective(batch: Any) -> Tensor:
+        found = loss(batch)
+        return found if found.max().item() > -1 else found * 0  # waits for the GPU
+
+    evaluator = Evaluator(objective, ParameterView.trainable(model), cuda_graphs=True)
+    source = as_source(examples(8), loss.collate)
+    before = evaluator.view.hash()
+    batch = Batch(source, range(8))
+    answers = [evaluator.evaluate([Probe((Term(1, 0.1),), batch)])[0].value for _ in range(5)]
+    assert len(set(answers)) == 1
+    assert evaluator._graphs is not None
+    assert "capturing failed" in (evaluator._graphs.obstacle or "")
+    assert evaluator.view.hash() == before

@@ -1,0 +1,117 @@
+"""CUDA graphs: an evaluation of fixed shape is recorded once and then replayed.
+
+A small model's forward on a GPU is bound by the time that Python takes to launch its kernels. A
+graph holds the launches; a replay costs none of them. Weights are changed in place, and shifted
+layers read the terms where ``ParameterView.memory`` holds them, so a graph stays valid from step to
+step. Batches of other shapes get graphs of their own: ``pad_to_multiple_of`` of the objectives of a
+model keeps their number small.
+
+Memory: the activations of the largest shape (all graphs share one pool), and each shape's inputs.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_adapt.view import ParameterView
+
+CALLS_BEFORE = 2
+"""Calls of a shape before it is captured: they warm up, and a shape that never recurs costs
+nothing."""
+MOST = 64
+"""Graphs that are kept; further shapes run without."""
+
+logger = logging.getLogger(__name__)
+
+
+class Graphs:
+    """Calls a function of a batch by way of CUDA graphs, where that is possible.
+
+    Args:
+        view: Its tensors, and its model's, lie on a GPU.
+
+    Attributes:
+        obstacle: Why nothing is captured; None: it is, or not known yet.
+    """
+
+    def __init__(self, view: ParameterView) -> None:
+        self._view = view
+        self._seen: dict[Hashable, int] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._pool: Any = None
+        on_gpu = all(tensor.is_cuda for tensor in view.tensors.values())
+        self.obstacle = None if on_gpu else "the view is not on a GPU"
+
+    def call(self, function: Callable[[Any], Any], content: Any, way: Hashable) -> Any:
+        """``function(content)``.
+
+        Args:
+            function: Runs kernels that depend on the tensors of the content alone.
+            content: A mapping of tensors on a GPU; anything else is handed on.
+            way: What else decides which kernels run.
+        """
+        if self.obstacle is not None or not _is_capturable(content):
+            return function(content)
+        key = (way, self._places(), _signature(content))
+        if key in self._graphs:
+            return self._graphs[key].replay(content)
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] <= CALLS_BEFORE or len(self._graphs) >= MOST:
+            return function(content)
+        try:
+            self._graphs[key] = self._captured(function, content)
+        except RuntimeError as error:
+            self.obstacle = f"capturing failed: {str(error).splitlines()[0]}"
+            logger.warning(f"evaluations run without CUDA graphs: {self.obstacle}")
+            torch.cuda.synchronize()
+            return function(content)
+        return self._graphs[key].replay(content)
+
+    def _places(self) -> Hashable:
+        """Where the weights lie: a graph holds their addresses."""
+        tensors = self._view.tensors.values() if self._view.model is None else None
+        parameters = tensors or self._view.model.parameters()  # type: ignore[union-attr]
+        return hash(tuple(p.data_ptr() for p in parameters)), self._view.memory.generation
+
+    def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
+        inputs = {name: tensor.clone() for name, tensor in content.items()}
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Relaxed: tables of a layer's addresses are copied on a stream that is not captured.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+            returned = function(inputs)
+        if not isinstance(returned, Tensor):
+            raise RuntimeError(f"the objective returned {type(returned).__name__}, not a tensor")
+        self._pool = self._pool or graph.pool()
+        return _Graph(graph, inputs, returned)
+
+
+class _Graph:
+    """One shape."""
+
+    def __init__(
+        self, graph: "torch.cuda.CUDAGraph", inputs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        self._graph, self._inputs, self._output = graph, inputs, output
+
+    def replay(self, content: Mapping[str, Tensor]) -> Tensor:
+        """What the function returns for these inputs."""
+        names = list(self._inputs)
+        torch._foreach_copy_([self._inputs[n] for n in names], [content[n] for n in names])
+        self._graph.replay()
+        return self._output.clone()
+
+
+def _is_capturable(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(value, Tensor) and value.is_cuda for value in content.values())
+    )
+
+
+def _signature(content: Mapping[str, Tensor]) -> Hashable:
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in content.items())

@@ -1,0 +1,73 @@
+"""The rows of several candidates as one batch."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from zo_adapt.data import Batch
+from zo_adapt.rows import second_sizes, taken
+
+
+class JointBatch(Batch):
+    """The rows of several batches of one source, in blocks of one size.
+
+    A batch that comes several times is read once: a collate function may draw, and all points of an
+    estimate must see the same draw.
+
+    Args:
+        batches: One for every candidate.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.sizes = [len(batch) for batch in batches]
+        self.block = max(self.sizes)
+        self._distinct: dict[tuple[int, ...], Batch] = {}
+        for batch in batches:
+            self._distinct.setdefault(batch.rows, batch)
+        self._read = [row for rows in self._distinct for row in rows]
+        ends = accumulate(map(len, self._distinct), initial=0)
+        start = dict(zip(self._distinct, ends, strict=False))
+        self._index = [
+            start[batch.rows] + min(row, len(batch) - 1)
+            for batch in batches
+            for row in range(self.block)
+        ]
+        super().__init__(batches[0].source, [self._read[index] for index in self._index])
+
+    @cached_property
+    def content(self) -> Any:
+        """What the objective is called with.
+
+        Raises:
+            NoRowsError: The rows of the source's batches cannot be told.
+        """
+        only = next(iter(self._distinct.values())) if len(self._distinct) == 1 else None
+        whole = only or Batch(self.source, self._read)
+        return taken(whole.content, self._index, len(whole))
+
+    @property
+    def leads(self) -> set[int]:
+        """First sizes of a tensor that has these rows: one by one, or flattened with positions.
+
+        Rows without padding have as many positions as the widest tensor, or fewer in all.
+        """
+        return {len(self), len(self) * max(second_sizes(self.content), default=1)}
+
+    def cut(self, tree: Any) -> list[Any]:
+        """The rows of every candidate."""
+        tree = tree.to("cpu") if isinstance(tree, Tensor) else tree  # one transfer for all
+        starts = range(0, len(self), self.block)
+        return [
+            taken(tree, slice(start, start + size), len(self))
+            for start, size in zip(starts, self.sizes, strict=True)
+        ]
+
+    def part(self, index: int) -> Batch:
+        """One candidate's rows, as they are read here."""
+        rows = slice(index * self.block, (index + 1) * self.block)
+        part = Batch(self.source, self.rows[rows])
+        part.content = taken(self.content, rows, len(self))
+        return part

@@ -1,0 +1,152 @@
+"""What a model is asked, row by row: equal keys mean equal activations of the frozen layers.
+
+A key is a digest of everything that the model is called with for a row: its tokens up to the last
+one that the attention mask lets through, its mask, its positions, and the arguments that all rows
+share. So a collator that draws anew, a repeated row and a row with more padding all come out right.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REMEMBERED = 1 << 20
+"""Bytes of calls' tensors that are held, so that their keys are known; at least one call's are."""
+Leaf = Tensor | str
+Leaves = list[tuple[str, Leaf]]
+
+
+class ForeignArgumentError(Exception):
+    """A call has an argument whose content cannot be told, such as a cache of keys and values."""
+
+
+class Rows(NamedTuple):
+    """The rows of one call.
+
+    Args:
+        keys: One for each row.
+        starts: First position that counts; None: all of every row.
+        stops: One past the last.
+        width: Positions of a row, where there are ``starts``.
+    """
+
+    keys: tuple[bytes, ...]
+    starts: np.ndarray | None = None
+    stops: np.ndarray | None = None
+    width: int = 0
+
+    @property
+    def padded(self) -> bool:
+        """Whether some row is shorter than the batch."""
+        return self.starts is not None and bool((self.stops - self.starts < self.width).any())
+
+    def span(self, row: int, width: int) -> tuple[int, int]:
+        """The positions of a row that count, of ``width``."""
+        if self.starts is None or self.stops is None:
+            return 0, width
+        return int(self.starts[row]), int(self.stops[row])
+
+
+class Keys:
+    """Makes the keys of calls; remembers those of the latest.
+
+    Args:
+        trims: Leave out what the attention mask hides at either end of a row.
+    """
+
+    def __init__(self, trims: bool) -> None:
+        self.trims = trims
+        self._known: dict[tuple[Any, ...], tuple[list[Tensor], Rows]] = {}
+
+    def of(self, arguments: Mapping[str, Any]) -> Rows:
+        """The rows of a call.
+
+        Raises:
+            ForeignArgumentError: An argument is not made of tensors and plain values.
+        """
+        leaves = list(_leaves("", arguments))
+        leaves.append(("autocast", _autocast()))
+        tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+        if any(tensor.is_inference() for tensor in tensors):
+            return _rows(leaves, self.trims)
+        same = tuple(
+            (label, id(leaf), leaf._version) if isinstance(leaf, Tensor) else (label, leaf)
+            for label, leaf in leaves
+        )
+        if same not in self._known:
+            while self._known and self._bytes() + sum(t.nbytes for t in tensors) > REMEMBERED:
+                del self._known[next(iter(self._known))]
+            # The tensors are kept too, so that no other gets their id.
+            self._known[same] = tensors, _rows(leaves, self.trims)
+        return self._known[same][1]
+
+    def _bytes(self) -> int:
+        return sum(t.nbytes for tensors, _ in self._known.values() for t in tensors)
+
+
+def _leaves(label: str, value: Any) -> Iterator[tuple[str, Leaf]]:
+    if isinstance(value, Tensor):
+        yield label, value
+    elif isinstance(value, Mapping):
+        for name in value:
+            yield from _leaves(f"{label}.{name}", value[name])
+    elif type(value) in (tuple, list):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{label}.{index}", item)
+    elif value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        yield label, repr(value)
+    else:
+        raise ForeignArgumentError(type(value).__name__)
+
+
+def _autocast() -> str:
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return repr([(kind, torch.get_autocast_dtype(kind)) for kind in kinds])
+
+
+def _rows(leaves: Leaves, trims: bool) -> Rows:
+    size = max((len(t) for _, t in leaves if isinstance(t, Tensor) and t.dim() > 1), default=0)
+    mask = dict(leaves).get(".attention_mask") if trims else None
+    starts, stops, width = _spans(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    common, columns = hashlib.blake2b(digest_size=16), []
+    for label, leaf in leaves:
+        if isinstance(leaf, str):
+            common.update(f"{label}={leaf};".encode())
+            continue
+        bits = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        by_row = leaf.dim() > 0 and len(leaf) == size
+        cut = stops is not None and leaf.shape[:2] == (size, width)
+        shape = tuple(leaf.shape[2 if cut else 1 if by_row else 0 :])
+        common.update(f"{label}:{leaf.dtype}{by_row}{shape};".encode())
+        if by_row:
+            columns.append((bits.reshape(size, bits.size // size), cut))
+        else:
+            common.update(bits.data)
+    keys = []
+    for row in range(size):
+        key = common.copy()
+        for column, cut in columns:
+            used = (
+                column.shape[1] * int(stops[row]) // width
+                if cut and stops is not None
+                else column.shape[1]
+            )
+            key.update(used.to_bytes(8, "little"))
+            key.update(column[row, :used].data)
+        keys.append(key.digest())
+    return Rows(tuple(keys), starts, stops, width)
+
+
+def _spans(mask: Tensor | None) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+    """First and one past the last position that counts; a row without any counts whole."""
+    if mask is None:
+        return None, None, 0
+    counts = mask.detach().cpu().numpy() != 0
+    width = counts.shape[1]
+    empty = ~counts.any(1)
+    starts = np.where(empty, 0, counts.argmax(1))
+    stops = np.where(empty, width, width - counts[:, ::-1].argmax(1))
+    return starts, stops, width
