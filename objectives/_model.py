@@ -33,6 +33,7 @@ class ModelRunner:
         self.model = model
         self._accepted = accepted_arguments(model)
         self._is_evaluating = False
+        self._device: torch.device | None = None
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -40,12 +41,12 @@ class ModelRunner:
         if self._is_evaluating:  # walking over all modules once per step is enough
             yield
             return
-        self._is_evaluating = True
+        self._is_evaluating, self._device = True, self.device
         try:
             with evaluation_mode(self.model):
                 yield
         finally:
-            self._is_evaluating = False
+            self._is_evaluating, self._device = False, None
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """A batch on the model's device from a list of examples of any length.
@@ -68,6 +69,8 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs belong."""
+        if self._device is not None:  # while layers are shifted, reading makes one
+            return self._device
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property

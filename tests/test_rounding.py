@@ -66,7 +66,7 @@ def test_torch_operations_round_alike(dtype: torch.dtype, noise: object, seed: i
     results = []
     for runner in (OnCPU, Anywhere):
         place = Place(torch.empty_like(x), x, key=3)
-        runner(noise, [place])(sums)  # type: ignore[arg-type]
+        runner(noise, [place])(sums, [place.out])  # type: ignore[arg-type]
         results.append(bits(place.out))
     assert torch.equal(*results)
 

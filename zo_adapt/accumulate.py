@@ -145,8 +145,8 @@ class Row(NamedTuple):
 class Runner(Protocol):
     """Runs the places of one device and dtype."""
 
-    def __call__(self, sums: Sums) -> None:
-        """Add and round."""
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
+        """Add and round; the results go to ``outs``, one for each place."""
 
 
 class Accumulation:
@@ -165,16 +165,25 @@ class Accumulation:
     """
 
     def __init__(self, noise: Noise, places: Iterable[Place]) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype], list[Place]] = {}
-        for place in places:
-            kinds.setdefault((place.out.device, place.out.dtype), []).append(place)
-        self._runners = [_runner(device)(noise, same) for (device, _), same in kinds.items()]
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._places = list(places)
+        for index, place in enumerate(self._places):
+            kinds.setdefault((place.out.device, place.out.dtype), []).append(index)
+        self._runners: list[tuple[Runner, list[int]]] = [
+            (_runner(device)(noise, [self._places[i] for i in same]), same)
+            for (device, _), same in kinds.items()
+        ]
 
-    def __call__(self, sums: Sums) -> None:
-        """Add the sums at their places and round."""
+    def __call__(self, sums: Sums, outs: Sequence[Tensor] | None = None) -> None:
+        """Add the sums at their places and round.
+
+        Args:
+            sums: What is added.
+            outs: Where the results go, one for each place; None: where the places say.
+        """
         with torch.no_grad():
-            for run in self._runners:
-                run(sums)
+            for run, same in self._runners:
+                run(sums, [self._places[i].out if outs is None else outs[i] for i in same])
 
 
 class Job(NamedTuple):
@@ -212,19 +221,19 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def flat(place: Place) -> tuple[Tensor, Tensor]:
+def flat(out: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
     """Result and source in row-major order, in which elements are numbered whatever the layout.
 
     A result of another layout is made apart; ``finish`` takes it where it belongs.
     """
-    source = place.source.reshape(-1)
-    return (place.out.view(-1) if place.out.is_contiguous() else torch.empty_like(source)), source
+    row_major = source.reshape(-1)
+    return (out.view(-1) if out.is_contiguous() else torch.empty_like(row_major)), row_major
 
 
-def finish(place: Place, result: Tensor) -> None:
-    """Copy a result that was made apart into its place."""
-    if not place.out.is_contiguous():
-        place.out.copy_(result.view(place.out.shape))
+def finish(out: Tensor, result: Tensor) -> None:
+    """Copy a result that was made apart to where it belongs."""
+    if not out.is_contiguous():
+        out.copy_(result.view(out.shape))
 
 
 def rows_of(
@@ -243,13 +252,12 @@ class OnCPU:
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
         self._noise, self._places = noise, places
 
-    def __call__(self, sums: Sums) -> None:
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
-        flats = [flat(place) for place in self._places]
-        rows = rows_of(self._places, flats, sums)
-        _run(self._noise, rows, sums.rounding)
-        for place, (result, _) in zip(self._places, flats, strict=True):
-            finish(place, result)
+        flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
+        _run(self._noise, rows_of(self._places, flats, sums), sums.rounding)
+        for out, (result, _) in zip(outs, flats, strict=True):
+            finish(out, result)
 
 
 def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:

@@ -42,6 +42,9 @@ class Graphs:
         self._seen: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool: Any = None
+        # Listed now: while layers are shifted, reading a parameter through its module makes it.
+        parameters = [] if view.model is None else view.model.parameters()
+        self._weights = [*view.tensors.values(), *parameters]
         on_gpu = all(tensor.is_cuda for tensor in view.tensors.values())
         self.obstacle = None if on_gpu else "the view is not on a GPU"
 
@@ -72,9 +75,7 @@ class Graphs:
 
     def _places(self) -> Hashable:
         """Where the weights lie: a graph holds their addresses."""
-        tensors = self._view.tensors.values() if self._view.model is None else None
-        parameters = tensors or self._view.model.parameters()  # type: ignore[union-attr]
-        return hash(tuple(p.data_ptr() for p in parameters)), self._view.memory.generation
+        return hash(tuple(w.data_ptr() for w in self._weights)), self._view.memory.generation
 
     def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in content.items()}

@@ -10,6 +10,7 @@ of the largest module outside the blocks while it runs. For views that are as la
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ _BYPASSING = (nn.RNNBase,)
 ALIGNMENT = 256
 """Bytes; every scratch tensor begins at a multiple of it."""
 SMALL = 4 * 2**20
-"""Bytes of a module outside the blocks that still uses the scratch."""
+"""Bytes of the modules outside the blocks whose values are made at once, for all of a forward."""
 
 
 class Copied:
@@ -62,7 +63,8 @@ class Layerwise:
     the end of the evaluation.
 
     A layer is one of the model's repeated blocks, whose parameters are made at once and in one
-    scratch that the blocks share, or a module outside of them; small ones use the scratch as well.
+    scratch that the blocks share, or a module outside of them. A few small ones of these, norms and
+    heads, are made together before the forward.
 
     Args:
         model: The model that owns the view's tensors.
@@ -80,14 +82,21 @@ class Layerwise:
             for module, names in modules.items()
         }
         self._sums = Sums(())
-        self._layers: list[tuple[nn.Module, _Layer]] = []
         self._scratch = _Scratch()
+        self._layers: list[tuple[nn.Module, _Layer]] = []
+        small: list[_Shifted] = []
         for layer, members, is_block in _layers(model, list(modules)):
             parts = [self._parameters[member] for member in members]
-            small = not any(layer.children()) and _bytes(parts) <= SMALL
-            shares = is_block or small
-            kind = _Sharing(parts, plan, self._scratch) if shares else _Layer(parts, plan)
-            self._layers.append((layer, kind))
+            if is_block:
+                self._layers.append((layer, _Sharing(parts, plan, self._scratch)))
+            elif _bytes(parts) > SMALL:
+                self._layers.append((layer, _Layer(parts, plan)))
+            elif _bytes(small) + _bytes(parts) <= SMALL:
+                small += parts
+            else:
+                kind = _Layer if any(layer.children()) else partial(_Sharing, scratch=self._scratch)
+                self._layers.append((layer, kind(parts, plan)))
+        self._small = _Layer(small, plan)
 
     @contextmanager
     def shifted(self, sums: Sums) -> Iterator[None]:
@@ -102,6 +111,7 @@ class Layerwise:
             for module, layer in self._layers:
                 handles.append(module.register_forward_pre_hook(self._entering(layer)))
                 handles.append(module.register_forward_hook(layer.leave, always_call=True))
+            self._small.enter(sums, {})
             if self._rest is None:
                 yield
             else:
@@ -113,6 +123,7 @@ class Layerwise:
             for module, live in before.items():
                 module.__dict__["_parameters"] = live
             self._kept.clear()
+            self._small.show({})
             self._scratch.owner = None
 
     def _entering(self, layer: "_Layer") -> Callable[..., None]:
@@ -143,9 +154,14 @@ class _Shifted(dict[str, Tensor | None]):
 
     def refer_to(self, live: Mapping[str, Tensor | None]) -> None:
         """The module's own parameters, as they are now."""
+        if live.keys() != self.keys():
+            self.clear()
+            self.update(live)
         self._live, self.running = live, {}
-        self.clear()
-        self.update(live)
+
+    def holds(self, attribute: str, tensor: Tensor) -> bool:
+        """Whether a parameter is still this tensor."""
+        return self._live[attribute] is tensor
 
     def live(self) -> dict[str, Tensor]:
         """The tuned parameters by the view's names."""
@@ -170,32 +186,33 @@ class _Layer:
 
     def __init__(self, parts: list[_Shifted], plan: Plan) -> None:
         self.parts, self.plan = parts, plan
-        self._captured: list[Accumulation] = []
+        self.sources: dict[str, Tensor] = {}
+        self._names: list[tuple[_Shifted, str, str]] = []
 
     def enter(self, sums: Sums, kept: Tensors) -> None:
         """The forward begins."""
-        sources = {name: tensor for name, tensor in self.live().items() if name not in kept}
-        outs = {name: torch.empty_like(t, requires_grad=False) for name, t in sources.items()}
-        if outs:
-            run = self.plan(outs, sources)
-            run(sums)
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                self._captured.append(run)  # the graph reads its records at every replay
-        self.show(outs)
+        self.locate()
+        outs = {name: torch.empty_like(t, requires_grad=False) for name, t in self.sources.items()}
+        self.run(sums, list(outs.values()))
+        self.show({name: kept.get(name, out) for name, out in outs.items()} if kept else outs)
 
     def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """The forward ends."""
         self.show({})
         return output
 
-    def live(self) -> dict[str, Tensor]:
-        """The tuned parameters by the view's names."""
-        return {name: tensor for part in self.parts for name, tensor in part.live().items()}
+    def locate(self) -> None:
+        """Find the live tensors, if they are not those of the last time."""
+        if self.sources and all(part.holds(a, self.sources[n]) for part, a, n in self._names):
+            return
+        self._names = [(part, a, name) for part in self.parts for a, name in part.names.items()]
+        self.sources = {name: t for part in self.parts for name, t in part.live().items()}
+        self.run = self.plan(self.sources, self.sources)
 
     def show(self, outs: Tensors) -> None:
         """Let the modules see these values for the parameters of these names."""
         for part in self.parts:
-            part.running = {a: outs[name] for a, name in part.names.items() if name in outs}
+            part.running = {a: outs[name] for a, name in part.names.items()} if outs else {}
 
 
 class _Scratch:
@@ -228,26 +245,28 @@ class _Sharing(_Layer):
     def __init__(self, parts: list[_Shifted], plan: Plan, scratch: _Scratch) -> None:
         super().__init__(parts, plan)
         self._scratch = scratch
-        self._sources: dict[str, Tensor] = {}
-        self._outs: dict[str, Tensor] = {}
+        self._laid_out: dict[str, Tensor] | None = None
 
     def enter(self, sums: Sums, kept: Tensors) -> None:
         """The forward begins."""
-        live = self.live()
-        if self._scratch.owner is not None or not live.keys().isdisjoint(kept):
+        self.locate()
+        if self._scratch.owner is not None or not self.sources.keys().isdisjoint(kept):
             super().enter(sums, kept)
             return
         self._scratch.owner = self
-        if list(map(id, live.values())) != list(map(id, self._sources.values())):
-            self._sources, self._outs = live, self._scratch.laid_out(live)
-            self._run = self.plan(self._outs, live)
-            self._storages = {t.untyped_storage().data_ptr() for t in self._outs.values()}
-        self._run(sums)
-        self.show(self._outs)
+        if self._laid_out is not self.sources:
+            self._laid_out, outs = self.sources, self._scratch.laid_out(self.sources)
+            self._outs = list(outs.values())
+            self._storages = {out.untyped_storage().data_ptr() for out in self._outs}
+            self._shown = [(p, {a: outs[n] for a, n in p.names.items()}) for p in self.parts]
+        self.run(sums, self._outs)
+        for part, values in self._shown:
+            part.running = values
 
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         """The forward ends; what it returns outlives the scratch."""
-        super().leave(module, inputs, output)
+        for part in self.parts:
+            part.running = {}
         if self._scratch.owner is not self:
             return output
         self._scratch.owner = None

@@ -23,16 +23,16 @@ class Anywhere:
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
         self._noise, self._places = noise, places
 
-    def __call__(self, sums: Sums) -> None:
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
-        flats = [flat(place) for place in self._places]
+        flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
         for bucket in _buckets(rows_of(self._places, flats, sums)):
             longest = max(row.out.numel() for row in bucket)
             for start in range(0, longest, BUCKET):
                 stop = min(start + BUCKET, longest)
                 _run_slices(self._noise, bucket, sums.rounding, start, stop)
-        for place, (result, _) in zip(self._places, flats, strict=True):
-            finish(place, result)
+        for out, (result, _) in zip(outs, flats, strict=True):
+            finish(out, result)
 
 
 def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:

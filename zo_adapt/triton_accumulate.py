@@ -131,33 +131,40 @@ class OnCUDA:
         self._noise, self._places = noise, places
         self._device, self._dtype = places[0].out.device, places[0].out.dtype
         self._addresses: list[tuple[int, int]] = []
+        self._captured: list[Tensor] = []
 
-    def __call__(self, sums: Sums) -> None:
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
-        addresses = [(place.out.data_ptr(), place.source.data_ptr()) for place in self._places]
+        sources = [place.source for place in self._places]
+        addresses = [(o.data_ptr(), s.data_ptr()) for o, s in zip(outs, sources, strict=True)]
         if addresses != self._addresses:
-            self._locate(addresses)
+            self._locate(addresses, outs)
         if len(self._records):
             self._launch(self._records, self._aligned, sums)
-        for place in self._strided:
-            result, source = flat(place)
-            record = place._replace(out=result, source=source)
-            OnCUDA(self._noise, [record])(sums)
-            finish(place, result)
+        for index in self._strided:
+            result, source = flat(outs[index], sources[index])
+            place = self._places[index]._replace(out=result, source=source)
+            OnCUDA(self._noise, [place])(sums, [result])
+            finish(outs[index], result)
 
-    def _locate(self, addresses: list[tuple[int, int]]) -> None:
+    def _locate(self, addresses: list[tuple[int, int]], outs: Sequence[Tensor]) -> None:
         """Write down where the tensors lie now."""
         self._addresses = addresses
-        dense = [p.out.is_contiguous() and p.source.is_contiguous() for p in self._places]
-        self._strided = [place for place, yes in zip(self._places, dense, strict=True) if not yes]
-        places = [place for place, yes in zip(self._places, dense, strict=True) if yes]
-        kept = [pair for pair, yes in zip(addresses, dense, strict=True) if yes]
+        strided = [
+            not (out.is_contiguous() and place.source.is_contiguous())
+            for out, place in zip(outs, self._places, strict=True)
+        ]
+        self._strided = [index for index, yes in enumerate(strided) if yes]
+        places = [place for place, apart in zip(self._places, strided, strict=True) if not apart]
+        kept = [pair for pair, apart in zip(addresses, strided, strict=True) if not apart]
         self._aligned = all(a % ALIGNMENT == 0 for pair in kept for a in pair)
         records = _records(places, kept) if places else np.empty((0, 6), np.int64)
         # What is copied from here must not become part of a captured graph.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         with torch.cuda.stream(torch.cuda.Stream(self._device) if capturing else None):
             self._records = torch.from_numpy(records).to(self._device)
+        if capturing:
+            self._captured.append(self._records)  # a graph reads them at every replay
 
     def _launch(self, records: Tensor, aligned: bool, sums: Sums) -> None:
         dtype = self._dtype
@@ -185,11 +192,11 @@ class OnCUDA:
 
 def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> np.ndarray:
     """One record for each block of each tensor."""
-    sizes = np.array([place.out.numel() for place in places], np.int64)
+    sizes = np.array([place.source.numel() for place in places], np.int64)
     counts = -(-sizes // BLOCK)
     row = np.repeat(np.arange(len(places)), counts)
     start = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK
-    at = np.array(addresses, np.int64)[row] + (start * places[0].out.element_size())[:, None]
+    at = np.array(addresses, np.int64)[row] + (start * places[0].source.element_size())[:, None]
     keys = np.array([philox.signed(place.key) for place in places], np.int64)
     which = np.array([place.sum for place in places], np.int64)
     return np.column_stack((at, sizes[row] - start, keys[row], start, which[row]))
