@@ -273,6 +273,8 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> list[dict[str, A
         for noise in ("gaussian", "rademacher"):
             step = stepper(loss, data, MeZO(LR), noise, graphs)
             note(f"MeZO {noise}", way, timed(step, device, repeats), 2, bare[graphs])
+            del step
+            free()
             step = stepper(loss, data, svrg(), noise, graphs)
             snapshot, minibatch = pairs(step, device, repeats)
             note(f"MeZO-SVRG {noise}, snapshot step", way, snapshot, 2, bare[graphs])

@@ -80,7 +80,11 @@ class Check:
         return None
 
     def _far(self, part: Batch, base: np.ndarray) -> tuple[Terms, np.ndarray]:
-        """A shift whose effect is far beyond rounding, and the values there."""
+        """A shift whose effect is far beyond rounding, and the values there.
+
+        No farther than that: where weights are huge, rounding itself changes the values.
+        """
+        beyond = 0.5 if _coarsest(self.view) > 1e-4 else 0.05
         best: tuple[Terms, np.ndarray] = (), base
         for power in range(TRIES):
             terms = (Term(CHECK_SEED, self.view.reach * FARTHER**power),)
@@ -92,7 +96,7 @@ class Check:
                 break
             if _rms(values - base) > _rms(best[1] - base):
                 best = terms, values
-            if _rms(values - base) >= max(_rms(values), _rms(base)) / 2:
+            if _rms(values - base) >= beyond * max(_rms(values), _rms(base)):
                 break
         return best
 

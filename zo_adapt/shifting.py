@@ -96,7 +96,7 @@ class Layerwise:
             else:
                 kind = _Layer if any(layer.children()) else partial(_Sharing, scratch=self._scratch)
                 self._layers.append((layer, kind(parts, plan)))
-        self._small = _Layer(small, plan)
+        self._small = _Sharing(small, plan, _Scratch())  # always in one place, for graphs
 
     @contextmanager
     def shifted(self, sums: Sums) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Layerwise:
             for module, live in before.items():
                 module.__dict__["_parameters"] = live
             self._kept.clear()
-            self._small.show({})
+            self._small.leave(None, None, None)
             self._scratch.owner = None
 
     def _entering(self, layer: "_Layer") -> Callable[..., None]:
@@ -196,7 +196,7 @@ class _Layer:
         self.run(sums, list(outs.values()))
         self.show({name: kept.get(name, out) for name, out in outs.items()} if kept else outs)
 
-    def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def leave(self, _module: nn.Module | None, _inputs: Any, output: Any) -> Any:
         """The forward ends."""
         self.show({})
         return output
@@ -263,7 +263,7 @@ class _Sharing(_Layer):
         for part, values in self._shown:
             part.running = values
 
-    def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def leave(self, _module: nn.Module | None, _inputs: Any, output: Any) -> Any:
         """The forward ends; what it returns outlives the scratch."""
         for part in self.parts:
             part.running = {}

@@ -172,6 +172,8 @@ class ParameterView:
             yield
             return
         sums = Sums(self._sums(checked, decay), memory=self.memory)
+        for device in {t.device for t in self.tensors.values() if t.is_cuda}:
+            sums.on(device)  # now: a graph that is captured inside must not copy them
         with self._way.shifted(sums), self.computing("layer" if self.by_layer else None):
             yield
 
