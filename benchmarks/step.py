@@ -71,7 +71,9 @@ def encoder(size: Size, dtype: torch.dtype, device: str) -> torch.nn.Module:
         max_position_embeddings=514,
         type_vocab_size=1,
     )
-    return transformers.RobertaForSequenceClassification(config).to(device, dtype).eval()
+    with torch.device(device):  # random numbers are drawn faster there
+        model = transformers.RobertaForSequenceClassification(config)
+    return model.to(device, dtype).eval()
 
 
 def rows(batch: int, tokens: int, device: str) -> dict[str, Tensor]:
