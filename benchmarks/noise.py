@@ -1,7 +1,8 @@
 """What the noise costs: numbers a second, and its share of a step.
 
 Floor on a CPU: a number needs 16 bits of the generator, a look-up in a 256 KiB table, and one read
-and one write of its weight; the plain baseline is torch's own ``normal_`` followed by ``add_``.
+and one write of its weight; on a GPU, where it is computed, the read and the write alone, which is
+what a copy of the same bytes costs. The plain baseline is torch's own ``normal_`` and ``add_``.
 
     python benchmarks/noise.py --output noise.json
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -46,26 +48,34 @@ def throughput(numel: int, device: str) -> dict[str, float]:
     """Numbers a second of one update, beside torch's generator and an addition."""
     x = torch.zeros(numel, device=device)
     rates = {"torch normal_ + add_": numel / seconds(lambda: x.add_(torch.empty_like(x).normal_()))}
+    y = torch.empty_like(x)
+    rates["copy of the weights"] = numel / seconds(lambda: y.copy_(x))
     for noise in ("gaussian", "rademacher"):
         view = ParameterView({"x": x}, noise=noise)
-        update = Update((Term(1, 1e-3),))
-        rates[noise] = numel / seconds(lambda view=view, update=update: view.apply(update))
+        for count in (1, 8):
+            update = Update(tuple(Term(seed, 1e-3) for seed in range(count)))
+            name = noise if count == 1 else f"{noise}, {count} directions at once"
+            rates[name] = numel / seconds(lambda view=view, update=update: view.apply(update))
     return rates
 
 
-def share_of_step(noise: str, device: str) -> dict[str, float]:
-    """Time of a MeZO step on all weights of a 22.7M encoder, and of its two forwards alone."""
+def share_of_step(noise: str, device: str, adapter: bool) -> dict[str, float]:
+    """Time of a MeZO step on a 22.7M encoder, or on its LoRA adapter, and of its forwards alone."""
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
-    model = BertForSequenceClassification(config).to(device).eval()
+    model: Any = BertForSequenceClassification(config)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8))
+    model = model.to(device).eval()
     generator = torch.Generator().manual_seed(0)
     rows = {
         "input_ids": torch.randint(1000, 30000, (BATCH, TOKENS), generator=generator).to(device),
         "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long, device=device),
         "labels": torch.randint(0, 2, (BATCH,), generator=generator).to(device),
     }
-    view, loss = ParameterView.full(model, noise=noise), ClassificationLoss(model)
+    view = (ParameterView.trainable if adapter else ParameterView.full)(model, noise=noise)
+    loss = ClassificationLoss(model)
 
     def forwards() -> None:
         with torch.no_grad():
@@ -88,6 +98,8 @@ def share_of_step(noise: str, device: str) -> dict[str, float]:
         max_steps=2 + REPEATS,
         callback=note,
         progress=False,
+        joint_rows=None,
+        cuda_graphs=False,
     )
     whole = statistics.median(b - a for a, b in pairwise(ends[1:]))
     bare = seconds(forwards)
@@ -98,7 +110,8 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--numel", type=int, default=22_000_000)
+    usual = 355_000_000 if torch.cuda.is_available() else 22_000_000
+    parser.add_argument("--numel", type=int, default=usual)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {
@@ -106,14 +119,22 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "numbers per second": throughput(args.numel, args.device),
-        "step": {noise: share_of_step(noise, args.device) for noise in ("gaussian", "rademacher")},
+        "step": {
+            f"{noise}, {'LoRA' if adapter else 'all weights'}": share_of_step(
+                noise, args.device, adapter
+            )
+            for noise in ("gaussian", "rademacher")
+            for adapter in (False, True)
+        },
     }
     rates = result["numbers per second"]
     base = rates["torch normal_ + add_"]
-    print("| noise | million numbers/s | times torch |\n|---|---|---|")
+    copy = rates["copy of the weights"]
+    print("| pass over the weights | million weights/s | times torch | share of the copy |")
+    print("|---|---|---|---|")
     for name, rate in rates.items():
-        print(f"| {name} | {rate / 1e6:.0f} | {rate / base:.2f} |")
-    print("\n| noise | step, s | two forwards, s | share of the step |\n|---|---|---|---|")
+        print(f"| {name} | {rate / 1e6:.0f} | {rate / base:.2f} | {rate / copy:.2f} |")
+    print("\n| noise and view | step, s | two forwards, s | share of the step |\n|---|---|---|---|")
     for name, row in result["step"].items():
         print(f"| {name} | {row['step']:.3f} | {row['forwards']:.3f} | {row['noise share']:.1%} |")
     if args.output:

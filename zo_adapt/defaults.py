@@ -9,11 +9,11 @@ moving as far as B). Pretrained weights may travel a tenth of their root mean sq
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from zo_adapt.adapters import lora_a_names, tuner_names
 from zo_adapt.group import REACH, Group, exactly
+from zo_adapt.tensors import norm
 
 PRETRAINED_SHARE = 0.1
 """Reach of a pretrained weight as a share of the view's root mean square."""
@@ -47,11 +47,10 @@ def reach_and_groups(
 
 
 def _root_mean_square(tensors: Mapping[str, Tensor]) -> float:
-    norms = [
-        float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
-        for tensor in tensors.values()
-    ]
-    return math.hypot(*norms) / math.sqrt(sum(tensor.numel() for tensor in tensors.values()))
+    """To three digits: it becomes part of the view's fingerprint, the same on every device."""
+    norms = [norm(tensor) for tensor in tensors.values()]
+    numel = sum(tensor.numel() for tensor in tensors.values())
+    return float(f"{math.hypot(*norms) / math.sqrt(numel):.3g}")
 
 
 def _new_head(model: nn.Module) -> set[str]:

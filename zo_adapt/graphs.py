@@ -58,7 +58,7 @@ class Graphs:
         """
         if self.obstacle is not None or not _is_capturable(content):
             return function(content)
-        key = (way, self._places(), _signature(content))
+        key = self._key(content, way)
         if key in self._graphs:
             return self._graphs[key].replay(content)
         self._seen[key] = self._seen.get(key, 0) + 1
@@ -73,9 +73,18 @@ class Graphs:
             return function(content)
         return self._graphs[key].replay(content)
 
-    def _places(self) -> Hashable:
-        """Where the weights lie: a graph holds their addresses."""
-        return hash(tuple(w.data_ptr() for w in self._weights)), self._view.memory.generation
+    def holds(self, content: Any, way: Hashable) -> bool:
+        """Whether a call would be a replay."""
+        return (
+            self.obstacle is None
+            and _is_capturable(content)
+            and self._key(content, way) in self._graphs
+        )
+
+    def _key(self, content: Mapping[str, Tensor], way: Hashable) -> Hashable:
+        # A graph holds the addresses of the weights and of what moves them.
+        places = hash(tuple(w.data_ptr() for w in self._weights)), self._view.memory.generation
+        return way, places, _signature(content)
 
     def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in content.items()}
@@ -97,11 +106,14 @@ class _Graph:
         self, graph: "torch.cuda.CUDAGraph", inputs: dict[str, Tensor], output: Tensor
     ) -> None:
         self._graph, self._inputs, self._output = graph, inputs, output
+        self._loaded: Mapping[str, Tensor] | None = None
 
     def replay(self, content: Mapping[str, Tensor]) -> Tensor:
         """What the function returns for these inputs."""
-        names = list(self._inputs)
-        torch._foreach_copy_([self._inputs[n] for n in names], [content[n] for n in names])
+        if content is not self._loaded:
+            names = list(self._inputs)
+            torch._foreach_copy_([self._inputs[n] for n in names], [content[n] for n in names])
+            self._loaded = content
         self._graph.replay()
         return self._output.clone()
 

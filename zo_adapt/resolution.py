@@ -5,6 +5,7 @@ import math
 import torch
 
 from zo_adapt.errors import PerturbationError
+from zo_adapt.tensors import norm
 from zo_adapt.view import ParameterView
 
 
@@ -42,8 +43,7 @@ def _finest(view: ParameterView) -> list[tuple[float, int]]:
     rows = []
     for name, tensor in view.tensors.items():
         factor = view.group_of(name).perturbation_scale
-        norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
-        rms = float(norm) / math.sqrt(tensor.numel())
+        rms = norm(tensor) / math.sqrt(tensor.numel())
         if factor > 0:
             rows.append((0.5 * torch.finfo(tensor.dtype).eps * rms / factor, tensor.numel()))
     return rows

@@ -53,6 +53,12 @@ class Copied:
             with uninterrupted(), torch.no_grad():
                 torch._foreach_copy_(self._tensors, kept)
 
+    @contextmanager
+    def loaded(self, sums: Sums) -> Iterator[None]:
+        """As ``shifted``: a graph reads the live tensors."""
+        with self.shifted(sums):
+            yield
+
 
 class Layerwise:
     """Shifts the parameters of each layer just in time.
@@ -125,6 +131,19 @@ class Layerwise:
             self._kept.clear()
             self._small.leave(None, None, None)
             self._scratch.owner = None
+
+    @contextmanager
+    def loaded(self, sums: Sums) -> Iterator[None]:
+        """Inside, a graph that was captured inside ``shifted`` computes with shifted parameters."""
+        self._small.enter(sums, {})
+        try:
+            if self._rest is None:
+                yield
+            else:
+                with self._rest.shifted(sums):
+                    yield
+        finally:
+            self._small.leave(None, None, None)
 
     def _entering(self, layer: "_Layer") -> Callable[..., None]:
         return lambda *_: layer.enter(self._sums, self._kept)

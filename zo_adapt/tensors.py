@@ -1,5 +1,6 @@
 """What a view can hold: dense floating-point tensors, each once, and numpy arrays as tensors."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,21 @@ from torch import Tensor
 from zo_adapt.errors import ViewError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+PART = 1 << 20
+"""Elements looked at together: a test or a sum makes temporary tensors of that size."""
+
+
+def norm(tensor: Tensor) -> float:
+    """Euclidean norm, summed in fp64 part by part."""
+    parts = tensor.detach().flatten().split(PART)
+    return math.hypot(*(float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in parts))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, looked at part by part."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().flatten().split(PART))
 
 
 def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
 
@@ -20,7 +20,7 @@ from zo_adapt.group import Group, assign_groups
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.shifting import Copied, Layerwise
-from zo_adapt.tensors import tunable
+from zo_adapt.tensors import is_finite, tunable
 from zo_adapt.term import Term, Terms, Update, check_terms, coalesced
 
 STACKS = 8
@@ -97,6 +97,8 @@ class ParameterView:
             else Copied(self.tensors, self._plan)
         )
         self._stepping = self._plan(self.tensors, self.tensors)
+        self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
+        self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
         self.way: Hashable = None
         """How the model computes now, if not as its live tensors say."""
         self._stacks: dict[tuple[int, frozenset[int]], tuple[dict[str, Tensor], Accumulation]] = {}
@@ -154,7 +156,12 @@ class ParameterView:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @contextmanager
-    def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
+    def shifted(
+        self,
+        terms: Iterable[Term],
+        decay: float = 1.0,
+        captured: Callable[[Hashable], bool] = lambda way: False,
+    ) -> Iterator[None]:
         """Inside, the model computes at ``decay * theta + sum_k c_k z(s_k)``.
 
         Afterwards every tensor is bit-identical to before, also when the body raises or is
@@ -163,6 +170,8 @@ class ParameterView:
         Args:
             terms: Seeds and coefficients; empty is theta itself.
             decay: Factor on theta.
+            captured: Whether the body only replays graphs that were captured in this way of
+                computing: these shift the layers by themselves.
 
         Raises:
             TermError: A seed, coefficient or group outside its range.
@@ -172,9 +181,11 @@ class ParameterView:
             yield
             return
         sums = Sums(self._sums(checked, decay), memory=self.memory)
-        for device in {t.device for t in self.tensors.values() if t.is_cuda}:
+        for device in self._gpus:
             sums.on(device)  # now: a graph that is captured inside must not copy them
-        with self._way.shifted(sums), self.computing("layer" if self.by_layer else None):
+        way = "layer" if self.by_layer else None
+        shift = self._way.loaded if captured(way) else self._way.shifted
+        with shift(sums), self.computing(way):
             yield
 
     @contextmanager
@@ -261,11 +272,10 @@ class ParameterView:
 
     def _check_room(self, terms: Sequence[Term]) -> None:
         farthest = LARGEST_VALUE * math.fsum(abs(term.coefficient) for term in terms)
-        room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
-        if farthest > room:
+        if farthest > self._room:
             raise StepTooLargeError(
                 f"a step of up to {farthest:.3g} does not fit the view's dtype (at most "
-                f"{room:.3g}); use a smaller lr"
+                f"{self._room:.3g}); use a smaller lr"
             )
 
     def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
@@ -335,5 +345,5 @@ class ParameterView:
             ViewError: Names the first such tensor.
         """
         for name, tensor in self.tensors.items():
-            if not bool(torch.isfinite(tensor.detach()).all()):
+            if not is_finite(tensor):
                 raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
