@@ -44,7 +44,8 @@ class Graphs:
         self._pool: Any = None
         # Listed now: while layers are shifted, reading a parameter through its module makes it.
         parameters = [] if view.model is None else view.model.parameters()
-        self._weights = [*view.tensors.values(), *parameters]
+        self._weights = list({id(w): w for w in (*view.tensors.values(), *parameters)}.values())
+        self._places = 0
         on_gpu = all(tensor.is_cuda for tensor in view.tensors.values())
         self.obstacle = None if on_gpu else "the view is not on a GPU"
 
@@ -73,6 +74,10 @@ class Graphs:
             return function(content)
         return self._graphs[key].replay(content)
 
+    def begin(self) -> None:
+        """Look where the weights are now: a graph holds their addresses."""
+        self._places = hash(tuple([w.data_ptr() for w in self._weights]))
+
     def holds(self, content: Any, way: Hashable) -> bool:
         """Whether a call would be a replay."""
         return (
@@ -82,9 +87,7 @@ class Graphs:
         )
 
     def _key(self, content: Mapping[str, Tensor], way: Hashable) -> Hashable:
-        # A graph holds the addresses of the weights and of what moves them.
-        places = hash(tuple(w.data_ptr() for w in self._weights)), self._view.memory.generation
-        return way, places, _signature(content)
+        return way, self._places, self._view.memory.generation, _signature(content)
 
     def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in content.items()}

@@ -136,6 +136,8 @@ class Evaluator:
             ObjectiveError: The objective returned something that is not a loss.
         """
         self.reserve(sum(len(probe.batch) for probe in probes))
+        if self._graphs is not None:
+            self._graphs.begin()
         with torch.no_grad(), self.ready():
             together = self._joint.answers(probes)
             returned = [
