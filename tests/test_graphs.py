@@ -38,11 +38,14 @@ def test_off_the_gpu_the_function_is_called() -> None:
         assert graphs.call(lambda content: content["x"] + 1, {"x": torch.ones(1)}, None) == 2
 
 
-def test_only_objectives_that_allow_it_are_captured() -> None:
+def test_only_what_allows_it_is_captured() -> None:
     model = lora_model()
     view = ParameterView.trainable(model)
     assert Evaluator(ClassificationLoss(model), view)._graphs is not None
     assert Evaluator(lambda _: 0.0, view)._graphs is None
+    by_layer = ParameterView.trainable(model, scratch="layer")
+    assert Evaluator(ClassificationLoss(model), by_layer)._graphs is None
+    assert Evaluator(ClassificationLoss(model), by_layer, cuda_graphs=True)._graphs is not None
     assert Evaluator(ClassificationLoss(model), view, cuda_graphs=False)._graphs is None
 
 
@@ -119,3 +122,28 @@ def test_what_cannot_be_captured_runs_without() -> None:
     assert evaluator._graphs is not None
     assert "capturing failed" in (evaluator._graphs.obstacle or "")
     assert evaluator.view.hash() == before
+
+
+@pytest.mark.cuda
+@ON_GPU
+def test_graphs_of_many_shapes_keep_what_they_read() -> None:
+    """Layers that lie outside the scratch get other places whenever another shape runs."""
+    model = lora_model("cuda")
+    wide = torch.nn.Embedding(60_000, 32).cuda()  # more than is kept in the scratch
+    model.get_base_model().bert.embeddings.word_embeddings = wide
+    loss = ClassificationLoss(model)
+    loss.pad_to_multiple_of = 1
+    view = ParameterView.full(model, scratch="layer")
+    source = as_source(examples(40), loss.collate)
+    plain = Evaluator(loss, view, cuda_graphs=False, joint_rows=None)
+    captured = Evaluator(loss, view, cuda_graphs=True, joint_rows=None)
+    for turn in range(8):
+        for first in range(0, 40, 5):  # batches of many lengths, each again and again
+            batch = Batch(source, range(first, first + 3 + turn % 2))
+            probe = Probe((Term(turn, 0.02),), batch)
+            expected, found = (e.evaluate([probe])[0].value for e in (plain, captured))
+            assert found == pytest.approx(expected, abs=1e-6)
+            torch.cuda.empty_cache()
+    assert captured._graphs is not None
+    assert captured._graphs.obstacle is None
+    assert len(captured._graphs._graphs) > 1

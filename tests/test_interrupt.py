@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from zo_adapt import MeZOSVRG, ParameterView, Replay, Term, Update, philox, repl
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import DIRECTION_STREAM
 from zo_adapt.trajectory import Writer
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Python's own handler: a job in the background begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt() -> None:

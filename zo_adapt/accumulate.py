@@ -10,6 +10,7 @@ the cache, over the cores for large tensors; on NVIDIA GPUs one kernel does it a
 import importlib.util
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -91,6 +92,10 @@ class Sums:
         terms[:, 0] = np.array([seed for seed, _ in pairs], np.uint64).view(np.int64)
         terms[:, 1] = np.array([c for _, c in pairs], np.float64).view(np.int64)
         return header, terms.reshape(-1)
+
+
+GRAPH_TABLES: ContextVar[list[Tensor] | None] = ContextVar("graph_tables", default=None)
+"""While a graph is captured: what its kernels read at every replay, for the graph to keep."""
 
 
 class Memory:

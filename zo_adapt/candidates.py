@@ -87,7 +87,8 @@ class Candidates:
         """
         stacks = self.view.stack(points)
         used: set[str] = set()
-        way = "candidates", len(points), frozenset(leads), frozenset(stacks)
+        places = tuple((name, stack.data_ptr()) for name, stack in stacks.items())
+        way = "candidates", len(points), frozenset(leads), places
         with ExitStack() as undo, self.view.computing(way):
             for module, names in self._modules.items():
                 own = {a: stacks[name] for a, name in names.items() if name in stacks}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_adapt.accumulate import GRAPH_TABLES
 from zo_adapt.view import ParameterView
 
 CALLS_BEFORE = 2
@@ -92,23 +93,31 @@ class Graphs:
     def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in content.items()}
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Relaxed: tables of a layer's addresses are copied on a stream that is not captured.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
-            returned = function(inputs)
+        graph, tables = torch.cuda.CUDAGraph(), list[Tensor]()
+        token = GRAPH_TABLES.set(tables)
+        try:
+            # Relaxed: tables of a layer's addresses are copied on a stream that is not captured.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+                returned = function(inputs)
+        finally:
+            GRAPH_TABLES.reset(token)
         if not isinstance(returned, Tensor):
             raise RuntimeError(f"the objective returned {type(returned).__name__}, not a tensor")
         self._pool = self._pool or graph.pool()
-        return _Graph(graph, inputs, returned)
+        return _Graph(graph, inputs, returned, tables)
 
 
 class _Graph:
-    """One shape."""
+    """One shape, with all that its kernels read."""
 
     def __init__(
-        self, graph: "torch.cuda.CUDAGraph", inputs: dict[str, Tensor], output: Tensor
+        self,
+        graph: "torch.cuda.CUDAGraph",
+        inputs: dict[str, Tensor],
+        output: Tensor,
+        tables: list[Tensor],
     ) -> None:
-        self._graph, self._inputs, self._output = graph, inputs, output
+        self._graph, self._inputs, self._output, self._tables = graph, inputs, output, tables
         self._loaded: Mapping[str, Tensor] | None = None
 
     def replay(self, content: Mapping[str, Tensor]) -> Tensor:

@@ -88,7 +88,8 @@ class Evaluator:
         joint_rows: Largest number of rows in a call that answers several probes; see ``minimize``.
         usual_rows: Stands in for ``micro_batch_size``, except in calls that answer several probes.
         trunk: Runs the layers below the view once for each example; None runs them every time.
-        cuda_graphs: Whether calls on a GPU are captured; "auto": where the objective allows it.
+        cuda_graphs: Whether calls on a GPU are captured; "auto": where the objective allows it and
+            the view is not shifted layer by layer.
 
     Raises:
         OptionError: ``joint_rows`` is none of its values.
@@ -110,7 +111,7 @@ class Evaluator:
         self.objective, self.view, self.trunk = objective, view, trunk
         self._is_scored = isinstance(objective, SetObjective)
         captures = cuda_graphs is True or (
-            cuda_graphs == "auto" and getattr(objective, "capturable", False)
+            cuda_graphs == "auto" and getattr(objective, "capturable", False) and not view.by_layer
         )
         self._graphs = Graphs(view) if captures else None
         own = bool(getattr(objective, "maximize", False))

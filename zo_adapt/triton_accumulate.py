@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.random import philox_impl
 
 from zo_adapt import philox
-from zo_adapt.accumulate import HEADER, Place, Sums, arithmetic, finish, flat
+from zo_adapt.accumulate import GRAPH_TABLES, HEADER, Place, Sums, arithmetic, finish, flat
 from zo_adapt.noise import QUANTILE, ROUNDING_STREAM, Noise
 
 BLOCK = 4096
@@ -131,7 +131,6 @@ class OnCUDA:
         self._noise, self._places = noise, places
         self._device, self._dtype = places[0].out.device, places[0].out.dtype
         self._addresses: list[tuple[int, int]] = []
-        self._captured: list[Tensor] = []
 
     def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
@@ -160,14 +159,16 @@ class OnCUDA:
         self._aligned = all(a % ALIGNMENT == 0 for pair in kept for a in pair)
         records = _records(places, kept) if places else np.empty((0, 6), np.int64)
         # What is copied from here must not become part of a captured graph.
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = GRAPH_TABLES.get() is not None
         with torch.cuda.stream(torch.cuda.Stream(self._device) if capturing else None):
             self._records = torch.from_numpy(records).to(self._device)
-        if capturing:
-            self._captured.append(self._records)  # a graph reads them at every replay
 
     def _launch(self, records: Tensor, aligned: bool, sums: Sums) -> None:
         dtype = self._dtype
+        tables = GRAPH_TABLES.get()
+        if tables is not None:
+            # Also where they were there before: the next call may move them elsewhere.
+            tables.append(records)
         header, terms = sums.on(self._device)
         half = dtype in (torch.float16, torch.bfloat16)
         with torch.cuda.device(self._device):
