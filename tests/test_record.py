@@ -41,6 +41,8 @@ def runs(draw: st.DrawFn) -> list[Term]:
     queries=st.integers(0, 2**48 - 1),
     numbers=st.tuples(NUMBERS, NUMBERS, NUMBERS),
     kind=st.sampled_from(["minibatch", "snapshot"]),
+    rate=st.sampled_from([0.0, 0.1]),
+    at_rate=st.booleans(),
 )
 def test_a_step_comes_back(
     terms: list[list[Term]],
@@ -48,10 +50,13 @@ def test_a_step_comes_back(
     queries: int,
     numbers: tuple[float, float, float],
     kind: str,
+    rate: float,
+    at_rate: bool,
 ) -> None:
+    decay = 1.0 - numbers[1] * rate if at_rate else decay
     update = Update(tuple(term for run in terms for term in run), decay)
     step = Step(7, queries, *numbers, update, kind)
-    again = Step.from_bytes(7, step.to_bytes(STREAM, DRAWN), STREAM)
+    again = Step.from_bytes(7, step.to_bytes(STREAM, DRAWN, rate), STREAM, rate)
     assert again == step
     # -0.0 equals 0.0, and is not the same coefficient
     for one, other in zip(step.update.terms, again.update.terms, strict=True):

@@ -2,8 +2,9 @@
 
 Payload, little-endian:
 
-    queries (u48), value, lr, projected gradient (f64 each), flags (u8): 1 snapshot, 2 with decay
-    decay (f64), with that flag
+    queries (u48), value, lr, projected gradient (f64 each)
+    flags (u8): 1 snapshot; 2 a decay follows; 4 the decay is 1 - lr * rate, the header's rate
+    decay (f64), with its flag; 1 without either
     blocks of terms, to the end:
         directions n (u16), groups m (u8), counter of the first direction's seed (u40)
         the m groups (u8) that every direction has a term for, 255 the whole view; m = 0 is that
@@ -27,6 +28,7 @@ _DECAY = struct.Struct("<d")
 _BLOCK = struct.Struct("<HBBI")
 _GIVEN = 2**40 - 1
 _WHOLE_VIEW = 255
+_SNAPSHOT, _DECAYS, _DECAYS_AT_RATE = 1, 2, 4
 MOST_GROUPS = 255
 """Groups that a record can tell apart."""
 
@@ -52,28 +54,32 @@ class Step(NamedTuple):
     update: Update
     kind: str = "minibatch"
 
-    def to_bytes(self, seeds: Seeds, drawn: int) -> bytes:
+    def to_bytes(self, seeds: Seeds, drawn: int, rate: float = 0.0) -> bytes:
         """The payload.
 
         Args:
             seeds: The stream that the header names.
             drawn: How many seeds of it were drawn up to this step.
+            rate: The weight decay that the header names.
         """
         terms, decay = self.update
-        flags = _KINDS.index(self.kind) | (2 if decay != 1.0 else 0)
+        at_rate = decay == 1.0 - self.lr * rate
+        flags = _KINDS.index(self.kind) * _SNAPSHOT
+        if decay != 1.0:
+            flags |= _DECAYS_AT_RATE if at_rate else _DECAYS
         low, high = self.queries & 0xFFFFFFFF, self.queries >> 32
         parts = [_STEP.pack(low, high, self.value, self.lr, self.projected_gradient, flags)]
-        if decay != 1.0:
+        if flags & _DECAYS:
             parts.append(_DECAY.pack(decay))
         parts += [block.to_bytes() for block in _blocks(terms, seeds, drawn)]
         return b"".join(parts)
 
     @classmethod
-    def from_bytes(cls, number: int, payload: bytes, seeds: Seeds) -> "Step":
+    def from_bytes(cls, number: int, payload: bytes, seeds: Seeds, rate: float = 0.0) -> "Step":
         """Step ``number`` from a payload whose checksum was right."""
         low, high, value, lr, projected, flags = _STEP.unpack_from(payload)
-        offset, decay = _STEP.size, 1.0
-        if flags & 2:
+        offset, decay = _STEP.size, 1.0 - lr * rate if flags & _DECAYS_AT_RATE else 1.0
+        if flags & _DECAYS:
             (decay,) = _DECAY.unpack_from(payload, offset)
             offset += _DECAY.size
         terms: list[Term] = []
@@ -82,7 +88,7 @@ class Step(NamedTuple):
             terms += block.terms()
         update = Update(tuple(terms), decay)
         queries = high << 32 | low
-        return cls(number, queries, value, lr, projected, update, _KINDS[flags & 1])
+        return cls(number, queries, value, lr, projected, update, _KINDS[flags & _SNAPSHOT])
 
 
 class _Block(NamedTuple):

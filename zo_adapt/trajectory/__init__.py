@@ -66,6 +66,7 @@ class Writer:
         self, path: str | Path, header: Mapping[str, Any], at: Position | None = None
     ) -> None:
         self.path, self._seeds = Path(path), seeds_of(header, path)
+        self._rate = decay_rate(header)
         if len(header["groups"]) > MOST_GROUPS:
             raise TrajectoryWriteError(
                 f"a view of {len(header['groups'])} groups; a trajectory can name {MOST_GROUPS}"
@@ -101,7 +102,7 @@ class Writer:
             TrajectoryWriteError: The disk is full; the file ends with the record before.
         """
         fits = 8 * len(step.update.terms) <= _LARGEST
-        payload = step.to_bytes(self._seeds, drawn) if fits else b""
+        payload = step.to_bytes(self._seeds, drawn, self._rate) if fits else b""
         if not fits or len(payload) > _LARGEST:
             raise TrajectoryWriteError(
                 f"a step of {len(step.update.terms)} terms does not fit a record of {_LARGEST} "
@@ -146,6 +147,11 @@ def seeds_of(header: Mapping[str, Any], path: str | Path) -> Seeds:
     return Seeds(key)
 
 
+def decay_rate(header: Mapping[str, Any]) -> float:
+    """The weight decay of the run: a step's decay is 1 - lr * rate, or is written down."""
+    return float(header.get("settings", {}).get("weight_decay", 0.0))
+
+
 class Reader:
     """The header of a trajectory and its records, verified as they are read.
 
@@ -186,13 +192,13 @@ class Reader:
         Raises:
             CorruptTrajectoryError: A record is damaged, missing or out of order.
         """
-        number, position = 0, self.start
+        number, position, rate = 0, self.start, decay_rate(self.header)
         with open(self.path, "rb") as file:
             file.seek(position.offset)
             while (record := self._read_record(file, position)) is not None:
                 payload, position = record
                 number += 1
-                yield Step.from_bytes(number, payload, self._seeds), position
+                yield Step.from_bytes(number, payload, self._seeds, rate), position
 
     def _read_record(self, file: BinaryIO, at: Position) -> tuple[bytes, Position] | None:
         head = file.read(_HEAD.size)
