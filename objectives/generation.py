@@ -126,12 +126,13 @@ class GenerationReward(Mixable):
         self._encode = PromptEncoder(tokenizer, chat_template_kwargs)
         self._ends, self._pad = _special_tokens(model, tokenizer)
         sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
+        more = _checked_options(generation_kwargs or {})
         self._config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             pad_token_id=self._pad,
             eos_token_id=self._ends or None,
-            **sampling | dict(generation_kwargs or {}),
+            **sampling | more,
         )
         # What is drawn for a prompt depends on the prompts beside it.
         self.joint = not self._config.do_sample
@@ -250,3 +251,24 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
     if not isinstance(top_k, int) or top_k < 0:
         raise OptionError(f"top_k={top_k}; choose an integer >= 0, 0 for no limit")
     return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+_OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
+
+
+def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """More options of the generation.
+
+    Raises:
+        OptionError: One that this class sets itself, or that ``GenerationConfig`` does not have.
+    """
+    known = vars(GenerationConfig())
+    for name in given:
+        if name in _OWN:
+            raise OptionError(
+                f"generation_kwargs has {name!r}, which GenerationReward sets itself: by its "
+                "arguments, and by the tokens of the tokenizer and the model"
+            )
+        if name not in known:
+            raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
+    return dict(given)

@@ -4,7 +4,7 @@ A count stands still as long as no example flips, and at a small ``perturbation_
 does. Softened, every example says how far it is from flipping.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from objectives._set_metric import (
 from objectives.causal_lm import CausalLMLoss
 from zo_adapt.options import positive_or_none
 
+ROWS_OF_A_COUNT = 32
+"""Fewest rows on which a hard count is asked for: on four, hardly any difference is not zero."""
+MinRows = int | Literal["auto"] | None
+
 
 class Accuracy(SetMetric):
     r"""The share of examples whose label is predicted; with several labels at once, all of them.
@@ -42,8 +46,8 @@ class Accuracy(SetMetric):
         model: A model with a classification head, or an objective with logits, ``VerbalizerLoss``.
         softness: tau, in units of the logits; about as large as most margins is a good choice.
             None: the accuracy itself.
-        min_rows: Fewest rows of the part of a batch that one direction sees. An accuracy is a mean
-            over examples, so any number is right.
+        min_rows: Fewest rows of the part of a batch that one direction sees; None: all of it. Any
+            number is right for a mean over examples; "auto" is 32, and 1 where it is soft.
 
     Raises:
         OptionError: softness <= 0.
@@ -62,9 +66,9 @@ class Accuracy(SetMetric):
         model: nn.Module | Classifier,
         *,
         softness: float | None = None,
-        min_rows: int | None = 1,
+        min_rows: MinRows = "auto",
     ) -> None:
-        super().__init__(model, min_rows=min_rows)
+        super().__init__(model, min_rows=_rows(min_rows, softness))
         self.softness = positive_or_none("softness", softness)
 
     def score(self, predictions: list[Any]) -> Any:
@@ -102,8 +106,7 @@ class ExactMatch(SetMetric):
         model: A causal language model, a model with a classification head for texts or tokens, or
             an objective with logits (``VerbalizerLoss``, ``CausalLMLoss``).
         softness: As in ``Accuracy``; None: the exact match itself.
-        min_rows: Fewest rows of the part of a batch that one direction sees. This is a mean over
-            examples, so any number is right.
+        min_rows: As in ``Accuracy``.
 
     Raises:
         OptionError: softness <= 0.
@@ -125,9 +128,9 @@ class ExactMatch(SetMetric):
         model: nn.Module | Classifier | CausalLMLoss,
         *,
         softness: float | None = None,
-        min_rows: int | None = 1,
+        min_rows: MinRows = "auto",
     ) -> None:
-        super().__init__(_classifier(model), min_rows=min_rows)
+        super().__init__(_classifier(model), min_rows=_rows(min_rows, softness))
         self.softness = positive_or_none("softness", softness)
 
     def predict(self, batch: Any) -> np.ndarray:
@@ -211,3 +214,10 @@ def _margins(logits: Tensor, labels: Tensor) -> Tensor:
 def _of_examples(right: Tensor) -> np.ndarray:
     """Of the labels of an example, (n,) or (n, ...), the least right one, (n,)."""
     return array(right.reshape(len(right), -1).amin(1))
+
+
+def _rows(given: MinRows, softness: float | None) -> int | None:
+    """Fewest rows of a direction."""
+    if given == "auto":
+        return ROWS_OF_A_COUNT if softness is None else 1
+    return given

@@ -277,3 +277,12 @@ def test_arrays_that_cannot_be_shared_are_named() -> None:
         ParameterView({"x": frozen})
     with pytest.raises(ViewError, match="cannot be shared with torch"):
         ParameterView({"x": np.zeros(3)[::-1]})
+
+
+@pytest.mark.parametrize("told", [1.0, None, {0: 1.0}, np.array(1.0)])
+def test_what_is_no_list_of_values_is_named(told: Any) -> None:
+    asker = AskTell(MeZO(lr=0.1), {"x": np.zeros(2)}, max_steps=3)
+    candidates = asker.ask()
+    with pytest.raises(ObjectiveError, match="one number for each candidate"):
+        asker.tell(told)
+    asker.tell([0.0] * len(candidates))

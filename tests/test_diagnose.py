@@ -258,7 +258,6 @@ def test_the_rules_of_the_advice() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"batch_size": None}, DataError, "batch_size is needed"),
         ({"batch_size": 65}, DataError, "batch_size=65"),
         ({"batch_size": 1}, OptionError, "choose at least 2"),
         ({"num_directions": 0}, OptionError, "num_directions=0"),
@@ -283,3 +282,35 @@ def test_a_scale_below_the_resolution_is_named() -> None:
 def test_a_base_point_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(NonFiniteObjectiveError):
         diagnose(lambda batch: math.nan, ParameterView({"x": torch.zeros(3)}))
+
+
+def test_without_a_batch_size_a_usual_one_is_taken() -> None:
+    x, rows = torch.zeros(4, dtype=torch.float64), gradients(64, 0.5, 1.0)[:, :4]
+    found = diagnose(lambda batch: batch @ x, ParameterView({"x": x}), rows)
+    assert found.queries == diagnose(
+        lambda batch: batch @ x, ParameterView({"x": x}), rows, batch_size=16
+    ).queries  # fmt: skip
+
+
+def test_scales_where_most_pairs_are_equal_are_not_recommended() -> None:
+    """Two of them agree on the few directions that moved, by chance."""
+    table = [
+        Scale(mu, 1.0, equal, 0.1, agreement)
+        for mu, equal, agreement in [(1e-3, 0.95, 1.0), (1e-2, 0.7, 0.9), (1e-1, 0.2, 0.8)]
+    ]
+    assert choose_scale(table, 1e-3)[0].perturbation_scale == 1e-1
+    assert choose_scale(table[:2], 1e-3)[0].perturbation_scale == 1e-3
+
+
+def test_batches_are_fair_to_the_classes_as_those_of_minimize() -> None:
+    """120 rows of one class and 8 of the other: without passes by class a batch has one alone."""
+    x = torch.zeros(3, dtype=torch.float64)
+    rows = {"x": torch.randn(128, 3, dtype=torch.float64), "labels": torch.arange(128) // 120}
+    seen = []
+
+    def objective(batch: dict[str, Tensor]) -> Tensor:
+        seen.append(len(batch["labels"].unique()))
+        return batch["x"] @ x
+
+    diagnose(objective, ParameterView({"x": x}), rows, batch_size=16)
+    assert set(seen) == {2}

@@ -551,3 +551,11 @@ def test_it_is_one_objective_among_others() -> None:
     view = ParameterView.matching(reward.model, "norm")
     result = minimize(mixed, view, examples, MeZOSVRG(), batch_size=4, max_steps=2, progress=False)
     assert result.nit == 2
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "max_new_tokens", "do_sample", "foo"])
+def test_generation_options_that_cannot_be_are_named(name: str) -> None:
+    with pytest.raises(OptionError, match=name):
+        GenerationReward(
+            tiny_model("gpt2", "causal"), a_tokenizer(), mean_id, generation_kwargs={name: 1}
+        )

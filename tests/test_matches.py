@@ -392,3 +392,24 @@ def test_same_seed_same_run() -> None:
         values.append([record.value for record in result.history])
     assert values[0] == values[1]
     assert len(set(values[0])) == 4
+
+
+@COUNTING
+@pytest.mark.parametrize(("options", "rows"), [({}, 32), ({"softness": 1.0}, 4)])
+def test_the_default_optimizer_asks_a_hard_count_on_enough_rows(
+    metric: Any, options: dict[str, Any], rows: int
+) -> None:
+    sizes = []
+
+    class Counted(metric):  # type: ignore[misc]
+        def predict(self, batch: Any) -> Any:
+            sizes.append(len(batch["labels"]))
+            return super().predict(batch)
+
+    objective = Counted(Table(), **options)
+    data = table(torch.randn(64, 2), torch.arange(64) % 2)
+    view = ParameterView.full(objective.model)
+    minimize(
+        objective, view, data, MeZOSVRG(), batch_size=64, max_steps=1, joint_rows=None, **QUIET
+    )
+    assert set(sizes) == {rows}

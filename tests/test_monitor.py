@@ -9,7 +9,8 @@ import torch
 from problems import Problem, flat, logistic, problem
 from torch import Tensor
 
-from zo_adapt import MeZO, Record, Result, StopReason, minimize
+from objectives import ROCAUC, Accuracy
+from zo_adapt import MeZO, ParameterView, Record, Result, StopReason, minimize
 from zo_adapt.errors import DataError, OptionError
 
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05}
@@ -89,6 +90,19 @@ def test_an_undefined_metric_does_not_stop_the_run() -> None:
     assert result.stop_reason is StopReason.MAX_STEPS
     assert result.metrics is not None
     assert math.isnan(result.metrics["odd"])
+
+
+def test_a_metric_of_one_class_does_not_stop_the_run() -> None:
+    model = torch.nn.Linear(2, 2)
+    rows = {"input": torch.randn(16, 2), "labels": torch.arange(16) % 2}
+    one_class = {"input": rows["input"], "labels": torch.zeros(16, dtype=torch.long)}
+    result = minimize(
+        Accuracy(model), ParameterView.full(model), rows, MeZO(), batch_size=16, max_steps=3,
+        progress=False, metrics={"auc": ROCAUC(model)}, metrics_data=one_class,
+    )  # fmt: skip
+    assert result.nit == 3
+    assert result.metrics is not None
+    assert math.isnan(result.metrics["auc"])
 
 
 def test_a_function_without_data_has_metrics_too() -> None:

@@ -185,6 +185,7 @@ def test_a_function_that_gives_no_number_is_named(value: Any) -> None:
     [
         {"bounds": [(0, 1)] * 3},
         {"bounds": Bounds(0, 1)},
+        {"bounds": np.array([[0, 1]] * 3)},
         {"constraints": {"type": "eq", "fun": np.sum}},
         {"constraints": [{"type": "eq", "fun": np.sum}]},
         {"constraints": LinearConstraint(np.eye(3), 0, 1)},

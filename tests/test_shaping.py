@@ -306,7 +306,7 @@ def test_a_signal_that_is_nearly_always_flat_is_named_with_figures() -> None:
 
 
 def test_with_many_directions_it_is_named_sooner() -> None:
-    with pytest.warns(FlatObjectiveWarning, match="of 160 differences in 20 steps"):
+    with pytest.warns(FlatObjectiveWarning, match="of 104 differences in 13 steps"):
         run(rarely(50), num_directions=8)
 
 

@@ -146,6 +146,10 @@ class AskTell:
     def _checked(self, values: Any) -> list[Evaluation]:
         if not self._asked:
             raise ObjectiveError("tell without ask; call ask() for the candidates first")
+        if not isinstance(values, Sequence | np.ndarray) or getattr(values, "ndim", 1) == 0:
+            raise ObjectiveError(
+                f"told {values!r:.80}; give a list of one number for each candidate"
+            )
         numbers = np.array([number(value) for value in values])
         if len(numbers) != len(self._asked):
             raise ObjectiveError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zo_adapt import philox
-from zo_adapt.data import Batch, Collate, NoData, Samples, as_source
+from zo_adapt.data import Batch, Collate, NoData, Samples, as_source, class_labels
 from zo_adapt.diagnosis import (
     Diagnosis,
     Noise,
@@ -25,6 +25,8 @@ from zo_adapt.resolution import check_resolution, finest_perturbation
 from zo_adapt.view import ParameterView
 
 PROBE_STREAM = 4
+USUAL_ROWS = 16
+"""Rows of a direction where the caller names none."""
 FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 """Scales to try, in units of the default one."""
 PARTS = 4
@@ -42,6 +44,7 @@ def diagnose(
     seed: int = 0,
     collate: Collate | None = None,
     micro_batch_size: int | None = None,
+    stratify: bool = True,
 ) -> Diagnosis:
     """How much an objective tells at the current weights, and what to do about it.
 
@@ -54,12 +57,14 @@ def diagnose(
         objective: As for ``minimize``.
         view: As for ``minimize``; bit-identical afterwards.
         data: As for ``minimize``; None for a function without data.
-        batch_size: Rows that a direction is measured on; at least 2; not needed without data.
+        batch_size: Rows that a direction is measured on, at least 2; None: 16, or the fewest that
+            the objective needs.
         num_directions: K; the relative error of G is about sqrt(2 / K).
         perturbation_scales: mu to try, at least two; 1/16, 1/4, 1, 4, 16 times the default if None.
         seed: Of directions and rows.
         collate: Makes a batch of a list of examples; the objective's own by default.
         micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default.
+        stratify: As for ``minimize``.
 
     Returns:
         The table, the noise and the advice; it cost (2 scales + 1) K b queries.
@@ -79,7 +84,10 @@ def diagnose(
     """
     check_run(at_least_one("num_directions", num_directions), None, seed)
     source = as_source(data, collate or getattr(objective, "collate", None))
-    samples = Samples(source, batch_size, seed)
+    if batch_size is None and not isinstance(source, NoData):
+        least = min(rows_needed(objective), len(source))
+        batch_size = min(max(USUAL_ROWS, least), len(source))
+    samples = Samples(source, batch_size, seed, class_labels(data) if stratify else None)
     rows = samples.batch_size
     if rows < 2 and not isinstance(source, NoData):
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")

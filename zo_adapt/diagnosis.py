@@ -134,9 +134,10 @@ def choose_batch(
     limit = "" if each >= wanted else f" (no further than {each} from one probe of {rows} rows)"
     reasons = {
         "batch_size": f"{batch}, {why}{limit}",
-        "num_directions": f"{directions}, each on its own part of the batch: on more rows a "
-        "direction the same queries buy fewer directions, on fewer data noise leaves nothing to "
-        "gain",
+        "num_directions": f"{directions}, each on its own part of the batch, as "
+        "MeZO(num_directions=...) and MeZOSVRG(one_sided=False, num_directions=...) deal it, or "
+        f"the objective's min_rows={each} beside MeZOSVRG's defaults: on more rows a direction the "
+        "same queries buy fewer directions, on fewer data noise leaves nothing to gain",
     }
     return batch, directions, reasons
 

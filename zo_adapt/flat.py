@@ -8,8 +8,8 @@ from zo_adapt.errors import FlatObjectiveWarning
 
 FLAT_STEPS = 20
 """Steps after which the user is warned, if none of them saw any difference."""
-FLAT_SHARE, FLAT_DIRECTIONS = 0.9, 100
-"""Or this share of zeros, judged on so many directions at least."""
+FLAT_SHARE, FLAT_DIRECTIONS, FEWEST_STEPS = 0.9, 100, 3
+"""Or this share of zeros, judged on so many directions of so many steps at least."""
 
 
 class FlatWatch:
@@ -36,8 +36,9 @@ class FlatWatch:
         self._steps += 1
         self._zeros += sum(p == 0.0 for p in projected)
         self._total += len(projected)
-        everywhere = self._zeros == self._total
-        if self._steps < FLAT_STEPS or not (everywhere or self._total >= FLAT_DIRECTIONS):
+        many = self._total >= FLAT_DIRECTIONS and self._steps >= FEWEST_STEPS
+        everywhere = self._steps >= FLAT_STEPS and self._zeros == self._total
+        if not (many or everywhere):
             return
         self._judged = True
         share = self._zeros / self._total
@@ -53,15 +54,16 @@ class FlatWatch:
         if share == 1.0:
             return (
                 f"{seen}nothing is learned: raise perturbation_scale (now {mu:.3g}); if the "
-                "objective counts (accuracy), raise batch_size or give it softness=..., if it has "
-                "that; or check that the view reaches the objective; zo_adapt.diagnose(...) "
-                "measures which"
+                "objective counts (accuracy), give it softness=... where it has that, or every "
+                "direction more rows (batch_size together with the objective's min_rows); or "
+                "check that the view reaches the objective; zo_adapt.diagnose(...) measures which"
             )
         # A change is as likely again at twice mu, or in twice the rows, as long as it is rare.
         further, more = 0.5 / (1.0 - share), math.log(0.5) / math.log(share)
         return (
             f"{seen}little is learned: raise perturbation_scale (now {mu:.3g}; about {further:.0f} "
             f"times that would move half of them) or the rows of a direction (about {more:.0f} "
-            "times as many), or give an objective that counts its softness=...; "
+            "times as many: batch_size together with the objective's min_rows), or give an "
+            "objective that counts its softness=...; "
             "zo_adapt.diagnose(...) measures which"
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zo_adapt.data import Batch, Collate, as_source
-from zo_adapt.errors import NonFiniteObjectiveError
+from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.objective import Evaluator, Objective, Probe, SetObjective
 from zo_adapt.options import at_least_one
 from zo_adapt.view import ParameterView
@@ -65,5 +65,5 @@ def _measured(evaluator: Evaluator, probe: Probe) -> float:
     """NaN where a metric is undefined (one class only): no reason to stop a run."""
     try:
         return evaluator.evaluate([probe])[0].value
-    except NonFiniteObjectiveError:
+    except (NonFiniteObjectiveError, UndefinedMetricError):
         return math.nan

@@ -20,7 +20,7 @@ from zo_adapt.errors import OptionError
 
 LARGEST_VALUE = 4.5
 """No |z| is larger, whatever the noise."""
-DIRECTION_STREAM, ROUNDING_STREAM = 0, 4
+DIRECTION_STREAM, ROUNDING_STREAM = 0, 5
 """Counter words of directions and of stochastic rounding; every other use takes another."""
 
 

@@ -190,7 +190,7 @@ def _parameters(callback: Callable[..., Any]) -> set[str]:
 
 def _refuse(**limits: Any) -> None:
     for name, limit in limits.items():
-        if limit is not None and limit != () and limit != []:
+        if limit is not None and not (isinstance(limit, list | tuple) and len(limit) == 0):
             raise OptionError(
                 f"{name}={limit!r}: this method has none; let fun clip or transform its argument"
             )
