@@ -154,3 +154,29 @@ def test_the_trainer_logs_a_reward_with_its_own_sign(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(5.0, abs=0.5)
     assert losses[-1] > losses[0] + 0.1, "climbed"
     assert trainer.zo_optimizer.shaping == "ranks"  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_the_trainer_logs_metrics_beside_its_loss(tmp_path: Path) -> None:
+    import transformers as hf
+    from families import ENCODER
+
+    from zo_adapt import ZOConfig, ZOTrainer
+
+    model = hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)).eval()
+    args = ZOConfig(
+        str(tmp_path), max_steps=6, optimizer="mezo", learning_rate=1e-2, logging_steps=2,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    data = [{"input_ids": [2, 5 + i % 2, 7], "labels": i % 2} for i in range(24)]
+    held_out, accuracy = data[:10], Accuracy(model)
+    trainer = ZOTrainer(
+        model, args, train_dataset=data, metrics={"right": accuracy}, metrics_data=held_out
+    )
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in logged] == [2, 4, 6]
+    assert all(0 <= line["right"] <= 1 for line in logged)
+    with torch.no_grad():
+        assert logged[-1]["right"] == pytest.approx(accuracy(accuracy.collate(held_out)))
+    assert trainer.queries == 6 * 2 * 8  # the metrics' own do not count

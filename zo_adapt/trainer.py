@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from zo_adapt.errors import OptionError
 from zo_adapt.minimize import FAULTS, StopReason
+from zo_adapt.monitor import Metrics, Monitor
 from zo_adapt.named import optimizer_named
 from zo_adapt.noise import noise_named
 from zo_adapt.objective import (
@@ -140,6 +141,9 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             with all their columns (prompts, documents); evaluation stays Trainer's.
         zo_optimizer: An optimizer of this package, with its own schedule, instead of the one that
             ``args`` describes.
+        metrics: Objectives by name, measured and logged beside the loss at every logging step.
+        metrics_data: What they are measured on, all of it; ``eval_dataset`` by default, or else
+            ``train_dataset``.
 
     Attributes:
         stop_reason: Why training ended before its last step, or None. See ``StopReason``.
@@ -171,6 +175,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         view: ParameterView | None = None,
         objective: Objective | SetObjective | None = None,
         zo_optimizer: Optimizer | None = None,
+        metrics: Metrics | None = None,
+        metrics_data: Any = None,
         **options: Any,
     ) -> None:
         args = ZOConfig("tmp_trainer") if args is None else args
@@ -183,6 +189,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, objective, zo_optimizer)
+        self._metrics, self._metrics_data = metrics or {}, metrics_data
+        self._monitor: Monitor | None = None
         self._run: Run | None = None
         self._checkpoint: Path | None = None
         self.stop_reason: StopReason | None = None
@@ -240,7 +248,13 @@ class ZOTrainer(WholeCheckpoints, Trainer):
                 logs.pop("grad_norm", None)  # there is no gradient: it would read 0
                 logs["learning_rate"] = self._run.last.lr
                 logs["projected_gradient"] = self._run.last.projected_gradient
+                logs.update(self._measured())
         super().log(logs, start_time)
+
+    def _measured(self) -> dict[str, float]:
+        """The metrics at the weights as they are."""
+        found = None if self._monitor is None else self._monitor.at(self.state.global_step)
+        return found or {}
 
     def begin_run(self, loader: Any) -> None:
         """Forget the last run and start one on what ``train_dataset`` gives; Trainer calls this.
@@ -271,6 +285,17 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         budget = Budget(self.state.max_steps, self.args.max_queries)
         self._samples = samples
         self._run = Run(self.zo_optimizer, evaluator, samples, budget, self.args.seed)
+        self._monitor = Monitor(
+            self._metrics,
+            self.view,
+            next(
+                data
+                for data in (self._metrics_data, self.eval_dataset, self.train_dataset)
+                if data is not None
+            ),
+            every=1,
+            micro_batch_size=self.args.micro_batch_size or self.args.eval_batch_size,
+        )
         self.stop_reason = None
         begin_log(self._run, Path(self.args.output_dir or "."), self.args.seed, self._checkpoint)
         self._checkpoint = None
