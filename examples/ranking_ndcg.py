@@ -3,7 +3,7 @@
 Web search queries of MSLR-WEB with about a hundred documents each, 136 features and relevance 0..4.
 A linear scorer starts at zero, where all documents are tied, and sees nothing but the metric.
 
-    python examples/ranking_ndcg.py    # about a minute
+    python examples/ranking_ndcg.py    # seconds, once the data are fetched
 """
 
 import argparse
