@@ -3,9 +3,9 @@
     minimize(F1(model), view, train, MeZOSVRG(), batch_size=128, max_queries=50_000)
 
 climbs. A metric counts: on a few rows it hardly moves when the weights do. More rows for every
-direction (``min_rows``, in batches as large) and a larger ``perturbation_scale`` than for a loss make
-a signal of it; those that count right examples (``objectives.matches``) can be softened, which does
-more.
+direction (``min_rows``, in batches as large) and a larger ``perturbation_scale`` than for a loss
+make a signal of it; those that count right examples (``objectives.matches``) can be softened, which
+does more.
 """
 
 import warnings
