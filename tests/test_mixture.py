@@ -184,7 +184,8 @@ def test_loss_and_metric_together_in_a_run() -> None:
         max_queries=5_000,        **QUIET,
     )  # fmt: skip
     assert float(mixed(data)) < before - 0.3
-    assert mixed.min_rows == 1
+    assert mixed.min_rows == accuracy.min_rows == 32  # what the part that counts needs
+    assert (loss - 0.5 * Accuracy(model, softness=1.0)).min_rows == 1
     assert (loss - F1(model)).min_rows > 64
 
 
