@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.special import ndtri
 
 from zo_adapt import ParameterView, Term, Update, philox
-from zo_adapt.accumulate import Job, accumulate
+from zo_adapt.accumulate import Accumulation, Place, Sum, Sums
 from zo_adapt.errors import OptionError
 from zo_adapt.noise import GAUSSIAN, RADEMACHER, Noise, draw, noise_named, tensor_key
 
@@ -234,6 +234,6 @@ def test_global_generators_are_not_touched(noise: Noise) -> None:
 def test_output_apart_from_the_source(noise: Noise, seed: int) -> None:
     source, out = torch.arange(300.0), torch.full((300,), torch.nan)
     kept = source.clone()
-    accumulate(noise, [Job(out, source, tensor_key("w"), [(seed, 0.5)], 0.25)])
+    Accumulation(noise, [Place(out, source, tensor_key("w"))])(Sums([Sum([(seed, 0.5)], 0.25)]))
     assert torch.equal(bits(source), bits(kept))
     assert torch.equal(out, kept * 0.25 + draw(noise, seed, "w", 300, CPU) * 0.5)

@@ -191,23 +191,6 @@ class Accumulation:
                 run(sums, [self._places[i].out if outs is None else outs[i] for i in same])
 
 
-class Job(NamedTuple):
-    """A place with a sum of its own: ``out <- decay * source + sum c z(seed, key)``."""
-
-    out: Tensor
-    source: Tensor
-    key: int
-    terms: Sequence[tuple[int, float]]
-    decay: float = 1.0
-
-
-def accumulate(noise: Noise, jobs: Iterable[Job]) -> None:
-    """Run jobs once; tensors may differ in device, dtype and memory layout."""
-    listed = list(jobs)
-    places = [Place(job.out, job.source, job.key, index) for index, job in enumerate(listed)]
-    Accumulation(noise, places)(Sums([Sum(job.terms, job.decay) for job in listed]))
-
-
 @cache
 def _runner(device: torch.device) -> type:
     if device.type == "cpu":
