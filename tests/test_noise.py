@@ -15,9 +15,10 @@ from scipy import stats
 from scipy.special import ndtri
 
 from zo_adapt import ParameterView, Term, Update, philox
-from zo_adapt.accumulate import Accumulation, Place, Sum, Sums
+from zo_adapt.accumulate import Accumulation, Place
 from zo_adapt.errors import OptionError
 from zo_adapt.noise import GAUSSIAN, RADEMACHER, Noise, draw, noise_named, tensor_key
+from zo_adapt.sums import Sum, Sums
 
 CPU = torch.device("cpu")
 MASK = 2**64 - 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_adapt.accumulate import GRAPH_TABLES
+from zo_adapt.sums import GRAPH_TABLES
 from zo_adapt.view import ParameterView
 
 CALLS_BEFORE = 2

@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.accumulate import Accumulation, Sums
+from zo_adapt.accumulate import Accumulation
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.selection import owners
+from zo_adapt.sums import Sums
 
 Tensors = Mapping[str, Tensor]
 Plan = Callable[[Tensors, Tensors], Accumulation]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zo_adapt import philox
-from zo_adapt.accumulate import PER_BLOCK, Place, Row, Sums, arithmetic, finish, flat, rows_of
+from zo_adapt.accumulate import PER_BLOCK, Place, Row, arithmetic, finish, flat, rows_of
 from zo_adapt.noise import DIRECTION_STREAM, ROUNDING_STREAM, Noise
+from zo_adapt.sums import Sums
 
 BUCKET = 1 << 22
 """Elements of noise made at a time."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from triton.language.random import philox_impl
 
 from zo_adapt import philox
-from zo_adapt.accumulate import GRAPH_TABLES, HEADER, Place, Sums, arithmetic, finish, flat
+from zo_adapt.accumulate import Place, arithmetic, finish, flat
 from zo_adapt.noise import QUANTILE, ROUNDING_STREAM, Noise
+from zo_adapt.sums import GRAPH_TABLES, HEADER, Sums
 
 BLOCK = 4096
 """Elements of one program; a multiple of every noise's elements per block."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt import selection
-from zo_adapt.accumulate import Accumulation, Memory, Place, Sum, Sums
+from zo_adapt.accumulate import Accumulation, Place
 from zo_adapt.adapters import check_adapters
 from zo_adapt.defaults import reach_and_groups
 from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
@@ -20,6 +20,7 @@ from zo_adapt.group import Group, assign_groups
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.shifting import Copied, Layerwise
+from zo_adapt.sums import Memory, Sum, Sums
 from zo_adapt.tensors import is_finite, tunable
 from zo_adapt.term import Term, Terms, Update, check_terms, coalesced
 
