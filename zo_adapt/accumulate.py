@@ -71,6 +71,7 @@ class Accumulation:
 
     Example:
         >>> from zo_adapt.noise import RADEMACHER
+        >>> from zo_adapt.sums import Sum, Sums
         >>> x = torch.zeros(3)
         >>> Accumulation(RADEMACHER, [Place(x, x, key=7)])(Sums([Sum([(1, 0.5)])]))
         >>> x.abs()
