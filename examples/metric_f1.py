@@ -77,7 +77,6 @@ def main() -> None:
     add = parser.add_argument
     add("--max-queries", type=int, default=20_000, help="forward passes of one text")
     add("--batch-size", type=int, default=32, help="texts that one value of F1 is made of")
-    add("--perturbation-scale", type=float, default=0.1, help="mu")
     add("--displacement", type=float, default=0.25, help="how far noise would move a weight")
     add("--max-length", type=int, default=32, help="tokens of a text that are read")
     add("--seed", type=int, default=0, help="draws the split and the directions")
@@ -100,8 +99,8 @@ def main() -> None:
         f1,
         ParameterView.trainable(model),
         train,
-        # A metric counts: a perturbation ten times that for a loss makes some answers change.
-        MeZO(displacement=args.displacement, perturbation_scale=args.perturbation_scale),
+        # A metric counts: mu is ten times that for a loss, so that some answers change.
+        MeZO(displacement=args.displacement),
         batch_size=args.batch_size,
         max_queries=args.max_queries,
         seed=args.seed,

@@ -56,7 +56,7 @@ def standardised(data: list[Query], like: list[Query]) -> list[Query]:
 def main() -> None:
     """Fetch, tune, report."""
     parser = argparse.ArgumentParser(description="Tune a scorer on NDCG@10 itself.")
-    parser.add_argument("--steps", type=int, default=250, help="steps of 9 evaluations")
+    parser.add_argument("--steps", type=int, default=500, help="steps of 9 evaluations")
     parser.add_argument("--seed", type=int, default=0, help="of the directions")
     args = parser.parse_args()
     raw = queries("train")
@@ -72,8 +72,7 @@ def main() -> None:
         ndcg,
         ParameterView.full(scorer),
         train,
-        # The ranks change in steps: a perturbation that swaps some documents, not one.
-        MeZOSVRG(num_directions=8, displacement=0.25, perturbation_scale=0.1),
+        MeZOSVRG(),
         batch_size=16,
         max_steps=args.steps,
         seed=args.seed,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from objectives import _collate, _shared
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, ObjectiveError
-from zo_adapt.objective import evaluation_mode
+from zo_adapt.evaluation_mode import EvaluationMode
 
 Batch = dict[str, Tensor]
 
@@ -32,6 +32,7 @@ class ModelRunner:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._accepted = accepted_arguments(model)
+        self._evaluation_mode = EvaluationMode(model)
         self._is_evaluating = False
         self._device: torch.device | None = None
 
@@ -43,7 +44,7 @@ class ModelRunner:
             return
         self._is_evaluating, self._device = True, self.device
         try:
-            with evaluation_mode(self.model):
+            with self._evaluation_mode():
                 yield
         finally:
             self._is_evaluating, self._device = False, None

@@ -43,6 +43,7 @@ class RankingMetric(Mixable, ABC):
     """
 
     maximize = True
+    step_like = True
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,17 +19,30 @@ GIVEN = ("prompts", "completions", "completion_ids")
 """What every reward is called with; all else is a column of the data."""
 
 
+class Rewarded(NamedTuple):
+    """Rewards of some examples.
+
+    Args:
+        values: (b,), float64; 0 where all functions returned None.
+        counted: (b,), whether one of them did not.
+    """
+
+    values: np.ndarray
+    counted: np.ndarray
+
+
 class Rewards:
     """The weighted sum of reward functions, one number per example.
 
-    r_i = sum_k w_k f_k(i), over the functions that do not return None for example i; 0 where all do
+    r_i = sum_k w_k f_k(i), over the functions that do not return None for example i
 
     Args:
         functions: One reward function or several.
         weights: One for each; None: 1 each.
 
     Raises:
-        OptionError: No function, something that cannot be called, weights that do not fit.
+        OptionError: No function, something that cannot be called, or not by keywords; weights that
+            do not fit.
     """
 
     def __init__(
@@ -51,7 +65,10 @@ class Rewards:
             )
         if not np.isfinite(self.weights).all():
             raise OptionError(f"reward_weights={self.weights}; choose finite numbers")
-        self._accepted = [_parameters(function) for function in self.functions]
+        self._accepted = [
+            _parameters(name, function)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
         self._loop: _Loop | None = None
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
@@ -75,41 +92,72 @@ class Rewards:
         completions: list[Any],
         completion_ids: list[list[int]],
         columns: Mapping[str, list[Any]],
-    ) -> np.ndarray:
-        """Rewards of shape (b,), float64.
+    ) -> Rewarded:
+        """The sums, and which examples have one.
 
         Raises:
+            DataError: A function read a column that the examples have not.
             ObjectiveError: A function did not return a list of numbers and None, one per example.
             NonFiniteObjectiveError: It returned NaN or infinity.
         """
         given = dict(zip(GIVEN, (prompts, completions, completion_ids), strict=True))
         arguments = {**columns, **given}
-        total = np.zeros(len(prompts))
+        total = Rewarded(np.zeros(len(prompts)), np.zeros(len(prompts), bool))
         for name, weight, returned in zip(
             self.names, self.weights, self._returned(arguments), strict=True
         ):
-            total += weight * _checked(name, returned, len(prompts))
+            own = _checked(name, returned, len(prompts))
+            total = Rewarded(total.values + weight * own.values, total.counted | own.counted)
         return total
 
     def _returned(self, arguments: Mapping[str, Any]) -> list[Any]:
         """What every function returns; those that are async wait at the same time."""
         returned: list[Any] = []
         try:
-            for function, (accepted, _) in zip(self.functions, self._accepted, strict=True):
+            for name, function, (accepted, _) in zip(
+                self.names, self.functions, self._accepted, strict=True
+            ):
                 chosen = arguments.keys() if accepted is None else accepted & arguments.keys()
                 # Lists of its own: a function that changes them changes nothing for the next.
-                returned.append(function(**{key: list(arguments[key]) for key in chosen}))
+                own = {key: list(arguments[key]) for key in chosen}
+                with _absent_columns_named(name, arguments):
+                    returned.append(function(**own))
         except BaseException:
             for result in returned:
                 if inspect.iscoroutine(result):
                     result.close()
             raise
-        waiting = [result for result in returned if inspect.isawaitable(result)]
+        waiting = [
+            _awaited(name, result, arguments)
+            for name, result in zip(self.names, returned, strict=True)
+            if inspect.isawaitable(result)
+        ]
         if not waiting:
             return returned
         self._loop = self._loop or _Loop()
         done = iter(self._loop.results(waiting))
         return [next(done) if inspect.isawaitable(result) else result for result in returned]
+
+
+async def _awaited(name: str, result: Awaitable[Any], arguments: Mapping[str, Any]) -> Any:
+    with _absent_columns_named(name, arguments):
+        return await result
+
+
+@contextmanager
+def _absent_columns_named(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, a KeyError of a name that is no column becomes a DataError."""
+    try:
+        yield
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if not isinstance(key, str) or key in arguments:
+            raise
+        raise DataError(
+            f"the reward function {name!r} raised KeyError: {key!r}; if that is a column, the "
+            f"examples have {sorted(arguments.keys() - set(GIVEN))} beside the prompt: add it to "
+            "every example"
+        ) from error
 
 
 class _Loop:
@@ -155,12 +203,24 @@ def _name(function: RewardFunction) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _parameters(function: RewardFunction) -> tuple[frozenset[str] | None, frozenset[str]]:
-    """Names of the arguments a function takes, None for any, and of those it cannot do without."""
+def _parameters(
+    name: str, function: RewardFunction
+) -> tuple[frozenset[str] | None, frozenset[str]]:
+    """Names of the arguments a function takes, None for any, and of those it cannot do without.
+
+    Raises:
+        OptionError: One of them cannot be given by its name.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins have none
         return None, frozenset()
+    unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    if unnamed:
+        raise OptionError(
+            f"the reward function {name!r} takes {unnamed} by position only, and all is given by "
+            "name; remove the / from its parameters"
+        )
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     required = frozenset(p.name for p in named if p.default is p.empty)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -168,8 +228,8 @@ def _parameters(function: RewardFunction) -> tuple[frozenset[str] | None, frozen
     return frozenset(p.name for p in named), required
 
 
-def _checked(name: str, returned: Any, rows: int) -> np.ndarray:
-    """What a function returned, (b,) float64, with 0 for None."""
+def _checked(name: str, returned: Any, rows: int) -> Rewarded:
+    """What a function returned."""
     try:
         rewards = list(returned)
     except TypeError as error:
@@ -194,4 +254,4 @@ def _checked(name: str, returned: Any, rows: int) -> np.ndarray:
             f"the reward function {name!r} returned {values[bad[0]]} for example {bad[0]} of the "
             "batch; return None to skip an example"
         )
-    return values
+    return Rewarded(values, np.array([reward is not None for reward in rewards], bool))

@@ -62,6 +62,7 @@ class SetMetric(Mixable, ABC):
     """
 
     maximize: bool = True
+    step_like: bool = True
 
     def __init__(self, model: nn.Module | Classifier, *, min_rows: int | None = None) -> None:
         self.classifier: Classifier = (
@@ -131,13 +132,38 @@ def joined(predictions: Sequence[Predictions]) -> Predictions:
 
 
 def predicted(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The classes that the logits say: (n,), or (n, C) of 0 and 1 for several labels at once."""
+    """The classes that the logits say: (n,), or (n, C) of 0 and 1 for several labels at once.
+
+    Raises:
+        DataError: Labels of something else.
+    """
+    check_labels(labels, logits.shape)
     if labels.shape == logits.shape:
         return (logits > 0).astype(int)
     if logits.shape[1] == 1:
         return (logits[:, 0] > 0).astype(int)
     classes: np.ndarray = logits.argmax(1)
     return classes
+
+
+def check_labels(labels: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse labels that name no class.
+
+    Args:
+        labels: (n,), or (n, C) for several labels at once.
+        shape: Of the logits, (n, C).
+
+    Raises:
+        DataError: Names them.
+    """
+    yes_or_no = labels.shape == shape or shape[-1] == 1
+    is_class = np.isin(labels, (0, 1)) if yes_or_no else labels == np.round(labels)
+    if not is_class.all():
+        kind = "0 and 1, for one logit says yes or no" if yes_or_no else "whole numbers"
+        raise DataError(
+            f"labels {np.unique(labels[~is_class]).tolist()[:8]} for logits of shape {shape}: "
+            f"these must be {kind}; relabel them, or give the model a logit for each class"
+        )
 
 
 def check_finite(logits: np.ndarray) -> None:

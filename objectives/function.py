@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from objectives.mixture import Mixable
 from zo_adapt.data import Collate
 from zo_adapt.errors import OptionError
-from zo_adapt.objective import evaluation_mode
+from zo_adapt.evaluation_mode import EvaluationMode
 
 
 class CallableObjective(Mixable):
@@ -24,6 +23,8 @@ class CallableObjective(Mixable):
         model: Put into evaluation mode during a step, each module's own mode restored afterwards.
         collate: Makes a batch of a list of examples; torch's default when None.
         maximize: True for a reward: more is better.
+        step_like: True where the value changes in jumps, as a count does: the optimizers' own
+            perturbation is then ten times as large.
 
     Raises:
         OptionError: ``function`` cannot be called.
@@ -43,16 +44,15 @@ class CallableObjective(Mixable):
         model: nn.Module | None = None,
         collate: Collate | None = None,
         maximize: bool = False,
+        step_like: bool = False,
     ) -> None:
         if not callable(function):
             raise OptionError(f"{function!r} cannot be called; give a function of a batch")
         self.function, self.model, self.collate = function, model, collate
-        self.maximize = maximize
+        self.maximize, self.step_like = maximize, step_like
         if model is not None:
             # Absent without a model, so that the loop itself looks for dropout that is on.
-            self.evaluating: Callable[[], AbstractContextManager[None]] = partial(
-                evaluation_mode, model
-            )
+            self.evaluating: Callable[[], AbstractContextManager[None]] = EvaluationMode(model)
 
     def __call__(self, batch: Any) -> Any:
         """What the function returns."""

@@ -1,36 +1,21 @@
 """Rewards of generated text."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import nn
 
 from objectives._encoded import PromptBatch, PromptEncoder, columns_of, is_chat, left_padded
-from objectives._rewards import RewardFunction, Rewards
+from objectives._generator import Generated, Generator
+from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives.mixture import Mixable
-from zo_adapt.errors import DataError, OptionError
-from zo_adapt.objective import evaluation_mode
-from zo_adapt.options import at_least_one, positive
-
-_GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-"""What counts as not set: a model's own settings would be reported as unused."""
-
-
-class Generated(NamedTuple):
-    """What the model wrote.
-
-    Args:
-        texts: Without special tokens; "" where it ended at once.
-        ids: Up to and with the token that ended it.
-    """
-
-    texts: list[str]
-    ids: list[list[int]]
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation_mode import EvaluationMode
 
 
 class GenerationReward(Mixable):
@@ -44,15 +29,19 @@ class GenerationReward(Mixable):
     ``**columns`` is given those that it names. To prompts that are messages belong completions that
     are messages, ``[{"role": "assistant", "content": text}]``.
 
-    **None** leaves a function out of the sum of that example; an example that all leave out has the
-    value 0 at every point: it adds nothing to a difference, and the mean stays one over b. So
-    whether a function gives None should depend on the example, not on the completion.
+    **None** leaves a function out of the sum of that example. An example that all leave out is
+    skipped: R is the mean over the others of the batch (however it is cut into micro-batches), and
+    so is every difference of two points. The skipped one's own value is that mean; 0 where all are
+    skipped. Whether a function gives None should depend on the example, not on the completion, lest
+    the two points of a difference be means over different examples.
 
     **Sampling** (``do_sample=True``) draws from a seed that is a function of ``seed`` and of the
-    batch's prompts, in their order. All points of an estimate have the same batch, hence common
-    random numbers: the same noise at every position. The next step has other prompts, or the same
-    in another order, hence fresh numbers. So a batch that recurs recurs with its numbers; data of
-    one or two prompts are better repeated. The global random generators are never touched.
+    batch's prompts and columns, in their order. All points of an estimate have the same batch,
+    hence common random numbers: the same noise at every position. The next step has other examples,
+    or the same in another order, hence fresh numbers. A batch that recurs recurs with its numbers,
+    so equal examples draw the same at every step: where one prompt is repeated, a column that
+    differs (``"id": 0, 1, ...``) gives each step its own. The global random generators are never
+    touched.
 
     Args:
         model: A causal or encoder-decoder language model with ``generate``, or a peft one.
@@ -66,13 +55,15 @@ class GenerationReward(Mixable):
         seed: Of sampling, 0 <= seed < 2**64.
         prompt_field: Name of the field with the prompt: a text, or a list of messages.
         chat_template_kwargs: More for the tokenizer's chat template.
-        generation_kwargs: More for ``GenerationConfig`` (``repetition_penalty``, ``num_beams``);
-            what is not given here is as ``model.generation_config`` has it.
+        generation_kwargs: More for ``GenerationConfig`` (``repetition_penalty``, ``num_beams``,
+            ``stop_strings``); what is not given here is as ``model.generation_config`` has it.
 
     Raises:
-        OptionError: A number outside its range; a model that cannot generate; no reward functions.
+        OptionError: A number outside its range; a model that cannot generate; no reward functions,
+            or one that cannot be called by keywords.
         DataError: (when called) The prompt, or a column that a reward needs, is missing: named
-            before anything is generated. A prompt too long for the model.
+            before anything is generated, unless it is read from ``**columns``. A prompt too long
+            for the model.
         ObjectiveError: (when called) A reward function returned a list of another length, or
             something else than numbers and None; NaN is a NonFiniteObjectiveError.
 
@@ -95,6 +86,9 @@ class GenerationReward(Mixable):
     """
 
     maximize = True
+    step_like = True
+    min_rows = 1
+    """A mean over examples: a batch may be cut over directions."""
 
     def __init__(
         self,
@@ -113,38 +107,44 @@ class GenerationReward(Mixable):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         generation_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if not hasattr(model, "generate"):
-            raise OptionError(
-                f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
-            )
         if not 0 <= seed < 2**64:
             raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.prompt_field = prompt_field
+        self._evaluating = EvaluationMode(model)
         self.reward_funcs = Rewards(reward_funcs, reward_weights)
-        self.max_new_tokens = at_least_one("max_new_tokens", max_new_tokens)
         self._encode = PromptEncoder(tokenizer, chat_template_kwargs)
-        self._ends, self._pad = _special_tokens(model, tokenizer)
-        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
-        more = _checked_options(generation_kwargs or {})
-        self._config = GenerationConfig(
+        self._generator = Generator(
+            model,
+            tokenizer,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            pad_token_id=self._pad,
-            eos_token_id=self._ends or None,
-            **sampling | more,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            options=generation_kwargs or {},
         )
         # What is drawn for a prompt depends on the prompts beside it.
-        self.joint = not self._config.do_sample
+        self.joint = not self._generator.draws
 
     def __call__(self, batch: Any) -> np.ndarray:
         """Rewards of shape (b,), float64, of a collated batch or a list of examples."""
+        return self.score([self.predict(batch)])
+
+    def predict(self, batch: Any) -> Rewarded:
+        """Rewards of one micro-batch, and which of its examples have one."""
         prepared = self._prepared(batch)
-        return self.rewards(prepared, self.generate(prepared))
+        return self._rewarded(prepared, self.generate(prepared))
+
+    def score(self, predictions: list[Rewarded]) -> np.ndarray:
+        """Rewards of all micro-batches, (n,), float64; the mean of the others where skipped."""
+        values, counted = (np.concatenate(part) for part in zip(*predictions, strict=True))
+        mean = values[counted].mean() if counted.any() else 0.0
+        return np.where(counted, values, mean)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Every module in evaluation mode inside; each module's own mode restored afterwards."""
-        return evaluation_mode(self.model)
+        return self._evaluating()
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> PromptBatch:
         """Encoded prompts on the model's device, and the columns, from a list of examples.
@@ -155,8 +155,8 @@ class GenerationReward(Mixable):
         columns = columns_of(examples, self.prompt_field)
         prompts = columns.pop(self.prompt_field)
         self.reward_funcs.check_columns(columns)
-        ids, mask = left_padded([self._encode(prompt) for prompt in prompts], self._pad)
-        self._check_length(ids.shape[1])
+        ids, mask = left_padded([self._encode(prompt) for prompt in prompts], self._generator.pad)
+        self._generator.check_length(ids.shape[1])
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return PromptBatch(prompts, ids.to(device), mask.to(device), columns)
 
@@ -165,21 +165,14 @@ class GenerationReward(Mixable):
         """What the model writes after each prompt, where its weights are now."""
         prepared = self._prepared(batch)
         ids, mask = prepared.input_ids, prepared.attention_mask
-        with self.evaluating(), _own_randomness(self._sampling_seed(prepared), self.model):
-            output: Tensor = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=self._config
-            )
-        if len(output) != len(ids):
-            raise OptionError(
-                f"generate returned {len(output)} texts for {len(ids)} prompts; leave "
-                "num_return_sequences=1"
-            )
-        written = [self._until_end(row) for row in self._without_prompt(output, ids).tolist()]
-        return Generated(self.tokenizer.batch_decode(written, skip_special_tokens=True), written)
+        with self.evaluating():
+            return self._generator(ids, mask, self._sampling_seed(prepared))
 
     def rewards(self, batch: Any, generated: Generated) -> np.ndarray:
         """Rewards of given completions, (b,), float64."""
-        prepared = self._prepared(batch)
+        return self.score([self._rewarded(self._prepared(batch), generated)])
+
+    def _rewarded(self, prepared: PromptBatch, generated: Generated) -> Rewarded:
         completions = [
             [{"role": "assistant", "content": text}] if is_chat(prompt) else text
             for prompt, text in zip(prepared.prompts, generated.texts, strict=True)
@@ -189,86 +182,13 @@ class GenerationReward(Mixable):
     def _prepared(self, batch: Any) -> PromptBatch:
         return batch if isinstance(batch, PromptBatch) else self.collate(batch)
 
-    def _configured(self, name: str) -> Any:
-        return getattr(getattr(self.model, "config", None), name, None)
-
-    def _check_length(self, width: int) -> None:
-        limit = self._configured("max_position_embeddings")
-        used = width if self._configured("is_encoder_decoder") else width + self.max_new_tokens - 1
-        if limit is not None and used > limit:
-            raise DataError(
-                f"a prompt has {width} tokens, and with max_new_tokens={self.max_new_tokens} that "
-                f"takes {used} positions of the model's {limit}; shorten the prompts or the "
-                "completions"
-            )
-
     def _sampling_seed(self, batch: PromptBatch) -> int:
         """Of the batch's content alone: the same at all points, in any process and micro-batch."""
-        text = repr((self.seed, batch.input_ids.tolist(), batch.attention_mask.tolist()))
+        ids, mask = batch.input_ids.tolist(), batch.attention_mask.tolist()
+        text = json.dumps([self.seed, ids, mask, batch.columns], default=_told, skipkeys=True)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
-    def _without_prompt(self, output: Tensor, prompt: Tensor) -> Tensor:
-        if self._configured("is_encoder_decoder"):
-            return output[:, 1:]  # the token that starts the decoder
-        width = prompt.shape[1]
-        # peft's prompt tuning generates from embeddings, and then there is no prompt to leave out.
-        begins_with_it = torch.equal(output[:, :width], prompt)
-        return output[:, width:] if begins_with_it else output
 
-    def _until_end(self, ids: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(ids) if token in self._ends]
-        return ids[: ends[0] + 1] if ends else ids
-
-
-@contextmanager
-def _own_randomness(seed: int, model: nn.Module) -> Iterator[None]:
-    """The global generators of the CPU and of the model's GPUs seeded; put back afterwards."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed: it seeds every GPU, also those that are not put back.
-        torch.default_generator.manual_seed(seed)
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
-
-
-def _special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that end a text, and one to pad with: any will do, since the mask is read."""
-    config = getattr(model, "generation_config", None)
-    end = getattr(config, "eos_token_id", None)
-    end = tokenizer.eos_token_id if end is None else end
-    ends = [] if end is None else [end] if isinstance(end, int) else [int(token) for token in end]
-    for pad in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), *ends):
-        if pad is not None:
-            return ends, int(pad)
-    return ends, 0
-
-
-def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    positive("temperature", temperature)
-    if not 0 < top_p <= 1:
-        raise OptionError(f"top_p={top_p}; choose 0 < top_p <= 1")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise OptionError(f"top_k={top_k}; choose an integer >= 0, 0 for no limit")
-    return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-
-_OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
-
-
-def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """More options of the generation.
-
-    Raises:
-        OptionError: One that this class sets itself, or that ``GenerationConfig`` does not have.
-    """
-    known = vars(GenerationConfig())
-    for name in given:
-        if name in _OWN:
-            raise OptionError(
-                f"generation_kwargs has {name!r}, which GenerationReward sets itself: by its "
-                "arguments, and by the tokens of the tokenizer and the model"
-            )
-        if name not in known:
-            raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
-    return dict(given)
+def _told(value: Any) -> Any:
+    """What tells a column's entry apart in every process: its numbers, or else its type alone."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__

@@ -19,6 +19,7 @@ from objectives._set_metric import (
     SetMetric,
     array,
     check_finite,
+    check_labels,
     check_shape,
     joined,
     predicted,
@@ -70,6 +71,7 @@ class Accuracy(SetMetric):
     ) -> None:
         super().__init__(model, min_rows=_rows(min_rows, softness))
         self.softness = positive_or_none("softness", softness)
+        self.step_like = softness is None
 
     def score(self, predictions: list[Any]) -> Any:
         """The share of right rows; soft, one value per example."""
@@ -132,6 +134,7 @@ class ExactMatch(SetMetric):
     ) -> None:
         super().__init__(_classifier(model), min_rows=_rows(min_rows, softness))
         self.softness = positive_or_none("softness", softness)
+        self.step_like = softness is None
 
     def predict(self, batch: Any) -> np.ndarray:
         """One value for every example: 1.0 if it is right throughout, else 0.0, or between them."""
@@ -182,9 +185,12 @@ def _rightness(logits: Tensor, labels: Tensor, softness: float | None) -> Tensor
     from scipy.special import expit
 
     logits = logits.detach()
-    if logits.shape == (*labels.shape, 1):
+    shape = tuple(logits.shape)
+    if shape == (*labels.shape, 1):
         logits = logits[..., 0]
     yes_or_no = logits.shape == labels.shape
+    if yes_or_no or labels.is_floating_point():
+        check_labels(array(labels), shape)
     if softness is None:
         said = (logits > 0).to(labels.dtype) if yes_or_no else _likeliest(logits)
         return (said == labels).cpu().double()

@@ -65,6 +65,7 @@ class MetricObjective(SetMetric):
         self.preprocess = preprocess_logits_for_metrics
         inferred = not metric_for_best_model.endswith("loss")
         self.maximize = inferred if greater_is_better is None else greater_is_better
+        self.step_like = inferred  # a loss is smooth
 
     def predict(self, batch: Any) -> Predictions:
         """Predictions and labels of one micro-batch.

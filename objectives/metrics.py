@@ -2,10 +2,9 @@
 
     minimize(F1(model), view, train, MeZOSVRG(), batch_size=128, max_queries=50_000)
 
-climbs. A metric counts: on a few rows it hardly moves when the weights do. More rows for every
-direction (``min_rows``, in batches as large) and a larger ``perturbation_scale`` than for a loss
-make a signal of it; those that count right examples (``objectives.matches``) can be softened, which
-does more.
+climbs. A metric counts: on a few rows it hardly moves when the weights do. The optimizers perturb
+ten times as far as for a loss (``step_like``) and ask about many rows at a time (``min_rows``);
+those that count right examples (``objectives.matches``) can be softened, which does more.
 """
 
 import warnings
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from objectives._set_metric import Classifier, SetMetric, predicted
+from objectives._set_metric import Classifier, SetMetric, check_labels, predicted
 from zo_adapt.errors import DataError, OptionError, UndefinedMetricError
 
 Average = Literal["macro", "micro", "binary", "weighted"]
@@ -146,6 +145,7 @@ class ROCAUC(SetMetric):
         """The area by scikit-learn."""
         from sklearn.metrics import roc_auc_score
 
+        check_labels(labels, logits.shape)
         _check_classes(labels, max(2, logits.shape[1]))
         if labels.ndim == 2 or logits.shape[1] <= 2:
             return float(roc_auc_score(labels, _scores(logits, labels), average=self.average))

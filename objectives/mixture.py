@@ -22,7 +22,7 @@ from torch import Tensor
 
 from objectives._shared import shared_forwards
 from zo_adapt.errors import DataError, ObjectiveError, OptionError
-from zo_adapt.objective import SetObjective, rows_needed
+from zo_adapt.objective import SetObjective, is_step_like, rows_needed
 
 Part = tuple[float, Any]
 """A weight and an objective."""
@@ -94,6 +94,8 @@ class Mixture(Mixable):
         self.parts = [(_number(weight), _checked(part)) for weight, part in parts]
         self.maximize = _orientation(self.parts)
         self.min_rows = max(rows_needed(part) for _, part in self.parts)
+        # One smooth part gives a signal at the usual perturbation.
+        self.step_like = all(is_step_like(part) for _, part in self.parts)
         self.joint = all(getattr(part, "joint", True) for _, part in self.parts)
         # Absent where no part has one, so that the loop does what it does for a bare function.
         if any(getattr(part, "collate", None) is not None for _, part in self.parts):

@@ -22,7 +22,13 @@ from zo_adapt import (
     StopReason,
     minimize,
 )
-from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, OptionError, ViewError
+from zo_adapt.errors import (
+    NonFiniteObjectiveError,
+    ObjectiveError,
+    OptionError,
+    StepTooLargeError,
+    ViewError,
+)
 
 EVERY = pytest.mark.parametrize("row", ZEROTH_ORDER.values(), ids=ZEROTH_ORDER)
 DATA = labelled(24, 10)
@@ -191,6 +197,25 @@ def test_after_bad_values_the_same_candidates_can_be_told(
     assert asker.queries == 0
     first = asker.tell(np.array([[loss(x)] for x in candidates]))  # arrays of one number do
     assert [first, *talk(asker, loss)[1]] == expected
+
+
+@pytest.mark.parametrize("row", ["MeZO", "MeZOSVRG"])
+@pytest.mark.parametrize("huge", [1e200, 1.7e308])
+def test_a_step_beyond_every_number_ends_the_run_where_it_was(row: str, huge: float) -> None:
+    """The coefficient overflows, or already the estimate does: 1e200 squared."""
+    optimizer = MeZO(lr=1e200) if row == "MeZO" else MeZOSVRG(lr=1e200)
+    asker = AskTell(optimizer, start(), max_steps=9)
+    while asker.steps < 2:
+        asker.tell([0.0] * len(asker.ask()))
+    before = asker.x
+    with pytest.raises(StepTooLargeError):
+        for _ in range(7):
+            count = len(asker.ask())
+            asker.tell([huge * (-1) ** k / (k + 1) for k in range(count)])
+    assert asker.stop_reason is StopReason.STEP_TOO_LARGE
+    assert same(asker.x, before)
+    assert asker.steps == 2
+    assert asker.ask() == []
 
 
 def test_tell_needs_ask() -> None:

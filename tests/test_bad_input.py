@@ -182,6 +182,15 @@ def test_a_loss_that_is_not_finite_is_explained(value: float) -> None:
     assert (result.nit, math.isnan(result.value)) == (0, True)
 
 
+def test_a_step_beyond_every_number_stops_at_the_last_good_one() -> None:
+    view, values = one(), iter([1.0, 1.0, 1e200, -1e200])
+    before = view.hash()
+    result = minimize(lambda batch: next(values), view, None, mezo(lr=1e200), max_steps=3, **QUIET)
+    assert result.stop_reason is StopReason.STEP_TOO_LARGE
+    assert "use a smaller lr" in result.message
+    assert (result.nit, view.hash()) == (1, before)
+
+
 @pytest.mark.parametrize(
     "kind", [float, np.float32, np.float64, torch.tensor], ids=lambda k: k.__name__
 )

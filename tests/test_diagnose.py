@@ -11,9 +11,17 @@ import torch
 from problems import bits
 from torch import Tensor
 
+from objectives import F1, ROCAUC, Accuracy, CallableObjective, MatthewsCorrelation
 from zo_adapt import Diagnosis, Group, ParameterView, diagnose
 from zo_adapt.diagnosis import Noise, Scale, choose_batch, choose_scale, judge_snapshot
-from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError, PerturbationError
+from zo_adapt.errors import (
+    DataError,
+    NonFiniteObjectiveError,
+    OptionError,
+    PerturbationError,
+    UndefinedMetricError,
+)
+from zo_adapt.jackknife import MOST
 
 TWO = [0.01, 0.02]
 
@@ -88,16 +96,125 @@ class Scored:
         return float(joined.mean())
 
 
-@pytest.mark.parametrize(("min_rows", "smallest"), [(None, 16), (8, 8), (2, 4)])
-def test_a_set_is_not_cut_below_what_it_needs(min_rows: int | None, smallest: int) -> None:
+@pytest.mark.parametrize("min_rows", [None, 8, 2])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 5])
+def test_a_set_is_scored_without_each_row_and_never_cut(
+    min_rows: int | None, micro_batch_size: int | None
+) -> None:
     x = torch.zeros(6, dtype=torch.float64)
     objective = Scored(x, min_rows)
     rows = gradients(64, 0.5, 1.0)
-    found = diagnose(objective, ParameterView({"x": x}), rows, batch_size=16)
-    assert min(objective.sizes) == smallest
-    assert math.isnan(found.noise.data) == (min_rows is None)
+    options = {"batch_size": 16, "micro_batch_size": micro_batch_size}
+    found = diagnose(objective, ParameterView({"x": x}), rows, **options)
+    assert set(objective.sizes) == {16, 15}
+    by_row = diagnose(linear(x), ParameterView({"x": x}), rows, **options)
+    assert found.queries == by_row.queries == 16 * 16 * (2 * 5 + 1)
+    assert found.noise == pytest.approx(by_row.noise, rel=1e-9)
+    for one, other in zip(found.scales, by_row.scales, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
+    assert found.reasons["snapshot"] == by_row.reasons["snapshot"]
+
+
+def test_of_many_rows_several_are_left_out_together() -> None:
+    x = torch.zeros(6, dtype=torch.float64)
+    objective = Scored(x)
+    rows = gradients(600, 0.5, 1.0)
+    options = {"batch_size": 600, "num_directions": 4, "perturbation_scales": TWO}
+    found = diagnose(objective, ParameterView({"x": x}), rows, **options)
+    assert len(objective.sizes) == 4 * 5 * (1 + MOST)
+    by_row = diagnose(linear(x), ParameterView({"x": x}), rows, **options)
+    assert found.noise.data == pytest.approx(by_row.noise.data, rel=0.2)
+    assert found.noise.direction == pytest.approx(by_row.noise.direction, rel=1e-9)
+
+
+def test_the_data_noise_of_a_set_is_that_of_its_values() -> None:
+    """A score that is no mean, exp of one: its variance over batches of 32 rows is known by far."""
+    x = torch.zeros(6, dtype=torch.float64)
+
+    class Exponential(Scored):
+        def score(self, predictions: list[Tensor]) -> float:
+            return math.exp(super().score(predictions))
+
+    rows = gradients(4000, mean=0.5, spread=1.0)
+    options = {"batch_size": 32, "num_directions": 300, "perturbation_scales": [1e-4, 2e-4]}
+    found = diagnose(Exponential(x), ParameterView({"x": x}), rows, **options)
+    assert found.noise.data == pytest.approx(6.0, rel=0.2)
+    assert found.noise.direction == pytest.approx(6 * 0.25, rel=0.4)
+
+
+class Undefined(Scored):
+    """No value on fewer rows than a batch has."""
+
+    def score(self, predictions: list[Tensor]) -> float:
+        value = super().score(predictions)
+        if self.sizes[-1] < 16:
+            raise UndefinedMetricError("too few rows")
+        return value
+
+
+class Unsplit(Scored):
+    """Predictions whose rows cannot be told."""
+
+    def predict(self, batch: Tensor) -> Any:
+        return {"sum": super().predict(batch).sum(), "count": len(batch)}
+
+    def score(self, predictions: list[Any]) -> float:
+        counts = sum(part["count"] for part in predictions)
+        return float(sum(part["sum"] for part in predictions)) / counts
+
+
+@pytest.mark.parametrize("kind", [Undefined, Unsplit])
+def test_a_set_without_a_value_for_fewer_rows_has_no_data_noise_to_tell(kind: Any) -> None:
+    x = torch.zeros(6, dtype=torch.float64)
+    found = diagnose(kind(x), ParameterView({"x": x}), gradients(64, 0.5, 1.0), batch_size=16)
+    assert math.isnan(found.noise.data)
+    assert found.noise.direction > 0
+    assert found.queries == 16 * 16 * (2 * 5 + 1)
     assert found.batch_size >= 16
     assert not found.snapshot_helps
+    assert "cannot be told" in found.reasons["snapshot"]
+
+
+def labelled_texts(n: int = 96) -> tuple[torch.nn.Linear, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 3
+    x = torch.randn(n, 5, generator=generator)
+    x[torch.arange(n), labels] += 0.5
+    model = torch.nn.Linear(5, 3)
+    with torch.no_grad():
+        model.weight.normal_(generator=generator)
+        model.bias.zero_()
+    return model, {"input": x, "labels": labels}
+
+
+@pytest.mark.parametrize("batch_size", [32, 64])
+def test_a_share_of_right_rows_has_the_noise_of_its_rows(batch_size: int) -> None:
+    model, data = labelled_texts()
+    view = ParameterView.trainable(model)
+
+    def right(batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["input"]).argmax(1) == batch["labels"]).double()
+
+    options = {"batch_size": batch_size, "num_directions": 12, "seed": 3}
+    found = diagnose(Accuracy(model), view, data, **options)
+    rows = CallableObjective(right, maximize=True, step_like=True)
+    by_row = diagnose(rows, view, data, **options)
+    assert found.noise.data == pytest.approx(by_row.noise.data, rel=1e-9)
+    assert found.noise.direction == pytest.approx(by_row.noise.direction, rel=1e-9)
+    assert [s.equal for s in found.scales] == [s.equal for s in by_row.scales]
+    assert found.scales[0].equal > 0, "the test has no power"
+    assert (found.batch_size, found.num_directions) == (by_row.batch_size, by_row.num_directions)
+
+
+@pytest.mark.parametrize("metric", [F1, MatthewsCorrelation, ROCAUC])
+def test_data_noise_of_a_metric_is_told_and_costs_no_queries(metric: Any) -> None:
+    model, data = labelled_texts()
+    found = diagnose(
+        metric(model), ParameterView.trainable(model), data, batch_size=24, num_directions=3
+    )
+    assert found.noise.data > 0
+    assert found.queries == (2 * len(found.scales) + 1) * 3 * 24
+    assert all(0 <= scale.equal <= 1 for scale in found.scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -133,6 +133,21 @@ def test_completions_end_with_the_token_that_ends_them_and_may_be_empty() -> Non
     assert recorder.calls[1]["ids"] == [[END], [END]]
 
 
+def test_stop_strings_end_a_text_alone_as_among_others() -> None:
+    plain = a_reward().generate(prompts(3)).ids
+    stop = f"w{plain[0][2]}"
+    assert plain[0].index(plain[0][2]) == 2
+    assert all(plain[0][2] not in ids for ids in plain[1:]), "the others go on"
+    tokenizer = a_tokenizer()
+    tokenizer.add_tokens("abcdef")  # transformers looks at how this text goes on with each token
+    for stops in (stop, [stop, "never"]):
+        reward = a_reward(tokenizer=tokenizer, generation_kwargs={"stop_strings": stops})
+        written = reward.generate(prompts(3))
+        assert written.ids == [plain[0][:3], *plain[1:]]
+        assert written.texts[0].endswith(stop)
+        assert reward.generate(prompts(1)).ids == written.ids[:1]
+
+
 def test_an_encoder_decoder_writes_from_its_start_token() -> None:
     config = T5Config(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
@@ -259,6 +274,16 @@ def test_a_prompt_among_other_prompts_gets_other_numbers() -> None:
     assert one.ids[0] != other.ids[0]
 
 
+def test_where_one_prompt_is_repeated_a_column_tells_the_batches_apart() -> None:
+    reward = a_reward(do_sample=True, temperature=1.5)
+    same = [{"prompt": "w5 w6", "id": i, "more": (np.array([i]), object())} for i in range(4)]
+    first, second = same[:2], same[2:]
+    assert reward.generate(first).ids != reward.generate(second).ids
+    assert reward.generate(first) == reward.generate([{**example} for example in first])
+    bare = [{"prompt": "w5 w6"}] * 2
+    assert reward.generate(bare) == reward.generate(bare), "nothing tells them apart"
+
+
 def test_dropout_is_off_while_it_writes_and_each_modules_mode_restored() -> None:
     model = tiny_model("gpt2", "causal")
     expected = a_reward(model=model).generate(prompts())
@@ -315,14 +340,68 @@ def test_weights_columns_and_values_per_example() -> None:
     ])  # fmt: skip
 
 
-def test_none_leaves_a_function_out_and_an_example_that_all_leave_out_is_zero() -> None:
+def test_none_leaves_a_function_out_and_an_example_that_all_leave_out_is_skipped() -> None:
     def some(completions: list[str], **_: Any) -> list[float | None]:
         return [1.0, None, None, 4.0]
 
     def others(completions: list[str], **_: Any) -> list[float | None]:
         return [None, 2.0, None, 8.0]
 
-    assert a_reward([some, others], reward_weights=[1.0, 0.5])(prompts(4)).tolist() == [1, 1, 0, 8]
+    values = a_reward([some, others], reward_weights=[1.0, 0.5])(prompts(4))
+    np.testing.assert_allclose(values, [1, 1, 10 / 3, 8])
+    assert a_reward(lambda prompts, **_: [None] * len(prompts))(prompts(2)).tolist() == [0, 0]
+
+
+def scored_only(
+    completion_ids: list[list[int]], counts: list[bool], **_: Any
+) -> list[float | None]:
+    return [
+        value if one else None for value, one in zip(mean_id(completion_ids), counts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 4])
+def test_skipped_examples_change_neither_the_value_nor_the_estimate(
+    micro_batch_size: int | None,
+) -> None:
+    """Half of them skipped, and one micro-batch of them all: as if they were not there."""
+    counts = [True, False, True, True, False, False]
+    examples = prompts(6, counts=counts)
+    alone = [example for example in examples if example["counts"]]
+
+    def histories(data: list[dict[str, Any]], size: int | None) -> Any:
+        reward = a_reward(scored_only)
+        return minimize(
+            reward, ParameterView.full(reward.model), data,
+            MeZO(lr=1e-4, perturbation_scale=0.05), batch_size=len(data), max_steps=4,
+            micro_batch_size=size, progress=False,
+        ).history  # fmt: skip
+
+    found, expected = histories(examples, micro_batch_size), histories(alone, None)
+    assert any(record.projected_gradient for record in expected), "the test has no power"
+    for one, other in zip(found, expected, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-12)
+        assert one.projected_gradient == pytest.approx(other.projected_gradient, rel=1e-9)
+
+
+def test_a_column_that_a_function_reads_and_the_data_lack_is_named() -> None:
+    def reads(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(answer)) for answer in columns["answer"]]
+
+    async def waits(completions: list[str], **columns: Any) -> list[float]:
+        return reads(completions, **columns)
+
+    for function, name in ((reads, "reads"), (waits, "waits")):
+        message = f"'{name}' raised KeyError: 'answer'.*have \\['question'\\] beside the prompt"
+        with pytest.raises(DataError, match=message) as caught:
+            a_reward([mean_id, function])(prompts(2, question=["w5", "w6"]))
+        assert isinstance(caught.value.__cause__, KeyError)
+
+    def own_table(completions: list[str], answer: list[str]) -> list[float]:
+        return [{"a": 1.0}[one] for one in answer] + [{0: 1.0}[1]]
+
+    with pytest.raises(KeyError, match="1"):
+        a_reward(own_table)(prompts(1, answer=["a"]))
 
 
 def test_async_rewards_wait_together_and_keep_their_loop() -> None:
@@ -349,15 +428,15 @@ def test_async_rewards_wait_together_and_keep_their_loop() -> None:
     assert len(set(map(id, loops))) == 1
 
     async def fails(**_: Any) -> list[float]:
-        raise KeyError("async")
+        raise ArithmeticError("async")
 
-    with pytest.raises(KeyError, match="async"):
+    with pytest.raises(ArithmeticError, match="async"):
         a_reward([mean_id, fails])(prompts())
 
     def sync_fails(**_: Any) -> list[float]:
-        raise KeyError("sync")
+        raise ArithmeticError("sync")
 
-    with pytest.raises(KeyError, match="sync"):
+    with pytest.raises(ArithmeticError, match="sync"):
         a_reward([fails, sync_fails])(prompts())
 
 
@@ -443,6 +522,10 @@ def test_what_a_reward_must_not_return(
         a_reward([mean_id, returning(returned)])(prompts(3))
 
 
+def by_position(prompts: list[str], /, completions: list[str], **_: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
 @pytest.mark.parametrize(
     ("functions", "options", "message"),
     [
@@ -450,6 +533,7 @@ def test_what_a_reward_must_not_return(
         ("a-model", {}, "reward_funcs='a-model'"),
         ([mean_id], {"reward_weights": [1.0, 2.0]}, "2 reward_weights for 1 reward functions"),
         ([mean_id], {"reward_weights": [float("nan")]}, "choose finite"),
+        ([mean_id, by_position], {}, r"'by_position' takes \['prompts'\] by position only"),
         (mean_id, {"max_new_tokens": 0}, "max_new_tokens=0"),
         (mean_id, {"do_sample": True, "temperature": 0.0}, "temperature=0.0"),
         (mean_id, {"do_sample": True, "top_p": 0.0}, "top_p=0.0"),
@@ -541,7 +625,7 @@ def test_minimize_raises_the_reward_and_counts_one_query_a_text(
 def test_it_is_one_objective_among_others() -> None:
     reward = a_reward()
     assert reward.maximize
-    assert not isinstance(reward, SetObjective)
+    assert isinstance(reward, SetObjective), "what is skipped is known of the whole batch alone"
     examples = [{"prompt": text(row), "input_ids": row} for row in token_rows(8)]
     mixed = CausalLMLoss(reward.model) - 0.01 * reward
     batch = mixed.collate(examples)

@@ -14,7 +14,15 @@ from tiny_models import DECODERS, VOCABULARY, tiny_config, tiny_model, token_row
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, T5Config, T5ForConditionalGeneration
 
-from objectives import Accuracy, CausalLMLoss, ExactMatch, VerbalizerLoss
+from objectives import (
+    F1,
+    Accuracy,
+    CallableObjective,
+    CausalLMLoss,
+    ClassificationLoss,
+    ExactMatch,
+    VerbalizerLoss,
+)
 from objectives.causal_lm import LabelTokens
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, diagnose, minimize
 from zo_adapt.data import Batch, as_source
@@ -413,3 +421,32 @@ def test_the_default_optimizer_asks_a_hard_count_on_enough_rows(
         objective, view, data, MeZOSVRG(), batch_size=64, max_steps=1, joint_rows=None, **QUIET
     )
     assert set(sizes) == {rows}
+
+
+# --- the perturbation of a count ----------------------------------------------------------------
+
+
+def perturbation_for(objective: Any, optimizer: Any) -> float:
+    """mu in a run of one step."""
+    data = table(torch.randn(8, 3), torch.arange(8) % 3)
+    view = ParameterView.full(Table())
+    minimize(objective, view, data, optimizer, batch_size=8, max_steps=1, progress=False)
+    return float(optimizer.perturbation_scale)
+
+
+@pytest.mark.parametrize("make", [MeZO, MeZOSVRG])
+def test_what_changes_in_jumps_is_perturbed_further(make: Any) -> None:
+    smooth = perturbation_for(Accuracy(Table(), softness=1.0), make())
+    assert perturbation_for(ClassificationLoss(Table()), make()) == smooth
+    for counting in (
+        Accuracy(Table()),
+        ExactMatch(Table()),
+        F1(Table()),
+        2.0 * Accuracy(Table()),
+        CallableObjective(lambda batch: 0.0, maximize=True, step_like=True),
+    ):
+        assert perturbation_for(counting, make()) == pytest.approx(10 * smooth)
+    # One smooth part shows the way to the others, too.
+    mixed = 0.5 * ClassificationLoss(Table()) - 0.5 * Accuracy(Table())
+    assert perturbation_for(mixed, make()) == smooth
+    assert perturbation_for(Accuracy(Table()), make(perturbation_scale=0.02)) == 0.02

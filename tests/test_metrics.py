@@ -156,6 +156,31 @@ def test_several_labels_at_once(size: int | None) -> None:
         assert in_parts(metric(Table()), logits, labels, size) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("metric", [Accuracy, ExactMatch, F1, MatthewsCorrelation, ROCAUC])
+@pytest.mark.parametrize(
+    ("columns", "labels", "message"),
+    [
+        (1, [0, 2, 1, -1], r"labels \[-1, 2\] .*0 and 1, for one logit"),
+        (1, [0.0, 0.5, 1.0, 1.0], r"labels \[0.5\]"),
+        (3, [0.0, 0.5, 1.0, 1.0], r"labels \[0.5\] .*whole numbers"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(
+    metric: Any, columns: int, labels: list[float], message: str
+) -> None:
+    logits = np.zeros((4, columns), np.float32)
+    size = None if metric is ExactMatch else 3  # it judges each part apart
+    with pytest.raises(DataError, match=message):
+        in_parts(metric(Table()), logits, np.array(labels), size)
+
+
+def test_labels_of_one_logit_may_be_floats_and_truth_values() -> None:
+    logits = np.array([[1.0], [-1.0], [2.0]], np.float32)
+    for labels in ([1.0, 0.0, 0.0], [True, False, False], [1, 0, 0]):
+        assert in_parts(Accuracy(Table()), logits, np.array(labels), 2) == pytest.approx(2 / 3)
+        assert in_parts(F1(Table(), average="binary"), logits, np.array(labels), None) > 0.6
+
+
 def test_binary_f1_is_that_of_class_one() -> None:
     logits = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], dtype=np.float32)
     labels = np.array([1, 0, 1, 0])

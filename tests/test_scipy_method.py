@@ -77,6 +77,18 @@ def test_options_of_the_call_win() -> None:
     assert np.allclose(slow.x, X0, atol=1e-5)
 
 
+def test_a_step_beyond_every_number_is_a_failure_not_an_error() -> None:
+    fun = Bowl()
+
+    def cliff(x: np.ndarray) -> float:
+        return 1e200 * fun(x)
+
+    result = minimize(cliff, X0, method=scipy_method("mezo", lr=1e200, maxiter=5))
+    assert (result.success, result.status, result.nit, result.nfev) == (False, 3, 0, 3)
+    assert "left the dtype's range" in result.message
+    assert np.array_equal(result.x, X0)
+
+
 def test_an_optimizer_of_the_package_and_a_pickle_of_the_method() -> None:
     optimizer = MeZO(lr=1e-2, num_directions=2)
     method = scipy_method(optimizer, maxiter=5)

@@ -86,13 +86,8 @@ class AskTell:
         self._budget = Budget(max_steps, max_queries)
         self._sign = -1.0 if maximize else 1.0
         self._asked: list[Probe] = []
-        self.queries = 0
+        self.queries = self.steps = 0
         self.stop_reason: StopReason | None = None
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        return self._optimizer.steps
 
     @property
     def x(self) -> Any:
@@ -112,19 +107,21 @@ class AskTell:
             ObjectiveError: Not one number for every candidate, or nothing was asked.
             NonFiniteObjectiveError: NaN or infinity. As with the others, nothing has changed and
                 the same candidates can be told again.
-            StepTooLargeError: The step would leave the range of the dtype. It is not taken.
+            StepTooLargeError: The step would leave the range of the dtype. It is not taken, and
+                the run ends with the variables as they were.
         """
         evaluations = self._checked(values)
         done = self._budget.used(self.steps, self.queries)
         self.queries += len(evaluations)
         share = self._budget.used(self.steps + 1, self.queries) - done
-        info = self._optimizer.tell(evaluations, Progress(done, share))
         self._asked = []
         try:
+            info = self._optimizer.told(evaluations, Progress(done, share))
             self._view.apply(info.update)
         except StepTooLargeError:
             self.stop_reason = StopReason.STEP_TOO_LARGE
             raise
+        self.steps += 1
         value = self._sign * info.value
         return Record(self.steps, self.queries, value, info.lr, info.projected_gradient, info.kind)
 

@@ -19,7 +19,16 @@ from zo_adapt.diagnosis import (
 )
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.estimator import direction
-from zo_adapt.objective import Evaluation, Evaluator, Objective, Probe, SetObjective, rows_needed
+from zo_adapt.jackknife import Jackknife
+from zo_adapt.objective import (
+    Evaluator,
+    Objective,
+    Probe,
+    SetObjective,
+    is_step_like,
+    rows_needed,
+)
+from zo_adapt.optimizer import usual_perturbation
 from zo_adapt.options import at_least_one, check_run, positive
 from zo_adapt.resolution import check_resolution, finest_perturbation
 from zo_adapt.view import ParameterView
@@ -31,6 +40,8 @@ FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 """Scales to try, in units of the default one."""
 PARTS = 4
 """Parts of a batch that stand for examples where the objective gives one number a batch."""
+ROUNDING = 1e-13
+"""Means of a batch that are as near as this, relative to the largest value, are equal."""
 
 
 def diagnose(
@@ -51,7 +62,8 @@ def diagnose(
     K directions, each on a batch of its own, at several perturbation scales. With p_ki the
     projected gradient of example i along direction k, a random-effects analysis of variance splits
     Var p_ki = G + sigma^2: between directions G = |grad f|^2, within one sigma^2, of the data.
-    An objective that gives one number a batch is asked on four parts of it instead.
+    Of an objective that gives one number a batch, a set objective (F1, ROC-AUC) is scored without
+    each row in turn (the jackknife: no further queries); another is asked on four parts of it.
 
     Args:
         objective: As for ``minimize``.
@@ -93,7 +105,9 @@ def diagnose(
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
     view.check_adapters()
     view.check_finite()
-    usual, scales = _scales(view, perturbation_scales)
+    usual, scales = _scales(view, is_step_like(objective), perturbation_scales)
+    if isinstance(objective, SetObjective):
+        objective = Jackknife(objective)
     evaluator = Evaluator(objective, view, micro_batch_size=micro_batch_size or batch_size)
     survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
@@ -113,12 +127,14 @@ class Differences(NamedTuple):
 
     Args:
         projected: Projected gradients of the parts.
+        mean: Their means, (K,): exactly 0 where the two values are equal.
         equal: Share of directions whose two values are equal.
         curvature: rms(f+ + f- - 2 f0) / rms(f+ - f-).
         part: Rows of a part, on average.
     """
 
     projected: np.ndarray
+    mean: np.ndarray
     equal: float
     curvature: float
     part: float
@@ -146,10 +162,14 @@ class _Survey:
             up, down = self._values(self._asked(mu)), self._values(self._asked(-mu))
         except NonFiniteObjectiveError:
             return None
-        change, bend = (up - down).mean(1), (up + down - 2 * self.base).mean(1)
+        up, down, base = _alike(up, down, self.base)
+        change, bend = (up - down).mean(1), (up + down - 2 * base).mean(1)
+        equal = abs(change) <= ROUNDING * np.maximum(abs(up), abs(down)).max(1)
+        change[equal] = 0.0
         part = len(self.batches[0]) / up.shape[1]
         curvature = _rms(bend) / _rms(change) if change.any() else math.nan
-        return Differences((up - down) / (2 * mu), float((change == 0).mean()), curvature, part)
+        projected, mean = (up - down) / (2 * mu), change / (2 * mu)
+        return Differences(projected, mean, float(equal.mean()), curvature, part)
 
     def _asked(self, mu: float) -> list[list[Probe]]:
         groups = self.evaluator.view.groups
@@ -159,19 +179,27 @@ class _Survey:
         ]
 
     def _values(self, probes: Sequence[Sequence[Probe]]) -> np.ndarray:
-        return np.array([_per_part(self.evaluator.evaluate(of_one)) for of_one in probes])
+        """Values per example where all batches have them; else one for every part."""
+        answers = [self.evaluator.evaluate(of_one) for of_one in probes]
+        rows = [one[0].per_example if len(one) == 1 else None for one in answers]
+        if any(values is None for values in rows):
+            return np.array([[part.value for part in one] for one in answers])
+        return np.array(rows)
 
 
-def _per_part(evaluations: Sequence[Evaluation]) -> np.ndarray:
-    """Values per example where there are any; else one for every part."""
-    only = evaluations[0].per_example if len(evaluations) == 1 else None
-    return np.array([e.value for e in evaluations]) if only is None else only
+def _alike(*values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same, or their means where not all have as many parts: not all scores were defined."""
+    if len({one.shape for one in values}) == 1:
+        return values
+    return tuple(one.mean(1, keepdims=True) for one in values)
 
 
-def _scales(view: ParameterView, given: Sequence[float] | None) -> tuple[float, list[float]]:
+def _scales(
+    view: ParameterView, step_like: bool, given: Sequence[float] | None
+) -> tuple[float, list[float]]:
     """The optimizers' default, and the scales to try, in ascending order."""
     finest = finest_perturbation(view)
-    usual = max(view.reach / 25, 4 * finest)
+    usual = usual_perturbation(view.reach, finest, step_like)
     if given is None:
         return usual, [usual * factor for factor in FACTORS if usual * factor >= finest]
     scales = sorted({positive("perturbation_scales", mu) for mu in given})
@@ -182,7 +210,7 @@ def _scales(view: ParameterView, given: Sequence[float] | None) -> tuple[float, 
 
 
 def _table(scales: Sequence[float], found: Sequence[Differences | None]) -> tuple[Scale, ...]:
-    means = [None if d is None else d.projected.mean(1) for d in found]
+    means = [None if d is None else d.mean for d in found]
     agreements = [_cosine(a, b) for a, b in pairwise(means)]
     table = []
     for k, (mu, d) in enumerate(zip(scales, found, strict=True)):
@@ -190,8 +218,7 @@ def _table(scales: Sequence[float], found: Sequence[Differences | None]) -> tupl
         if d is None:
             table.append(Scale(mu, math.nan, math.nan, math.nan, agreement))
         else:
-            signal = _rms(d.projected.mean(1))
-            table.append(Scale(mu, signal, d.equal, d.curvature, agreement))
+            table.append(Scale(mu, _rms(d.mean), d.equal, d.curvature, agreement))
     return tuple(table)
 
 
@@ -199,7 +226,7 @@ def _anova(found: Differences | None, batch_size: int, rows: int) -> Noise:
     """Between and within directions. The mean over all directions is known: zero."""
     if found is None:
         return Noise(math.nan, math.nan, math.nan)
-    squares = found.projected.mean(1) ** 2
+    squares = found.mean**2
     error = float(squares.std(ddof=1)) / math.sqrt(len(squares)) if len(squares) > 1 else math.nan
     if found.projected.shape[1] == 1:
         data = 0.0 if rows == 1 else math.nan

@@ -18,7 +18,7 @@ class Scale(NamedTuple):
     Args:
         perturbation_scale: mu.
         signal: Root mean square of the projected gradients; NaN if the objective was not finite.
-        equal: Share of pairs whose two values are exactly equal.
+        equal: Share of pairs whose two values are equal, but for rounding.
         curvature: Error of a one-sided difference as a share of the signal.
         agreement: Cosine of the projected gradients with those at the next scales, the smaller one:
             low where rounding or steps rule, and where the function is no longer linear.
@@ -37,7 +37,8 @@ class Noise(NamedTuple):
     Args:
         direction: G, variance between directions: the squared norm of the gradient.
         error: Standard error of G.
-        data: sigma^2, variance within a direction, of one example; NaN if it cannot be told.
+        data: sigma^2, variance within a direction, of one example; NaN if it cannot be told: a
+            batch has one value, and can neither be cut nor be scored without some of its rows.
     """
 
     direction: float
@@ -152,7 +153,7 @@ def _rows_wanted(noise: Noise, equal: float, batch_size: int) -> tuple[float, st
             "is soft: softness=..., as in Accuracy(model, softness=1.0)"
         )
     if math.isnan(noise.data):
-        return batch_size, "as given: data noise cannot be told from one value a direction"
+        return batch_size, "as given: data noise cannot be told from the one value of a whole batch"
     if math.isnan(noise.rows):
         return 4 * batch_size, (
             f"at least, for on {batch_size} rows the gradient does not show above the noise"
@@ -168,7 +169,7 @@ def judge_snapshot(noise: Noise, rows: int) -> tuple[bool, str]:
     sigma^2 / G > n.
     """
     if math.isnan(noise.data):
-        return False, "cannot be told without values per example"
+        return False, "cannot be told from the one value of a whole batch"
     # An unlucky sample of directions should not advise it: two standard errors.
     most = max(noise.direction, 0.0) + 2 * noise.error
     if noise.data > rows * most:

@@ -42,7 +42,7 @@ class FirstOrder:
         self.schedule = schedule_named(schedule)
         self.weight_decay = weight_decay
 
-    def start(self, view: ParameterView, seed: int) -> None:
+    def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view."""
         self._steps = 0
         self._tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}

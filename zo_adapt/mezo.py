@@ -5,7 +5,6 @@ from typing import Literal
 
 from zo_adapt.data import Samples
 from zo_adapt.estimator import HERE, dealt
-from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo, ZerothOrder
 from zo_adapt.options import at_least_one
@@ -28,7 +27,8 @@ class MeZO(ZerothOrder):
             plain step at that rate.
         displacement: How far noise alone would move a weight over the run (rho); only for lr=None.
             None: as the view says.
-        perturbation_scale: mu; None: displacement / 25.
+        perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
+            ``step_like``.
         num_directions: K.
         one_sided: Forward differences, K directions for each share of the batch.
         shaping: For rewards that are steps or have outliers: K >= 2 directions compared with each
@@ -78,11 +78,8 @@ class MeZO(ZerothOrder):
         self.shaping = checked_shaping(shaping, num_directions, one_sided)
         super().__init__(rule, perturbation_scale, displacement)
 
-    def begin(
-        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
-    ) -> None:
-        """Forget everything."""
-        super().begin(groups, seed, reach, finest)
+    def reset(self) -> None:
+        """The estimate at this run's mu."""
         self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
 
     def ask(self, samples: Samples) -> list[Probe]:

@@ -6,7 +6,6 @@ from typing import Literal
 from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.estimator import HERE, Estimate, dealt
-from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo
 from zo_adapt.options import at_least_one, positive
@@ -46,7 +45,8 @@ class MeZOSVRG(VarianceReduced):
         one_sided: Forward differences with a shared base point, or the paper's pair.
         shaping: As in ``MeZO``; with ``snapshot_interval=1``, as minibatch steps have no shape.
         displacement: rho of the step by distance; None: as the view says.
-        perturbation_scale: mu; None: displacement / 25.
+        perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
+            ``step_like``.
         coupling: "shared" uses one z for both estimates of a minibatch step, as the proof does;
             "independent" draws two, as the paper's text does.
         annealing: Algorithm 4, or None.
@@ -109,11 +109,9 @@ class MeZOSVRG(VarianceReduced):
             raise OptionError(f"shaping={shaping!r} needs snapshot_interval=1")
         super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
 
-    def begin(
-        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
-    ) -> None:
-        """Forget everything, the snapshot too."""
-        super().begin(groups, seed, reach, finest)
+    def reset(self) -> None:
+        """No snapshot, and the estimate at this run's mu."""
+        super().reset()
         self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
 
     def ask(self, samples: Samples) -> list[Probe]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from zo_adapt.data import Samples
+from zo_adapt.errors import StepTooLargeError
 from zo_adapt.estimator import Estimate
 from zo_adapt.flat import FlatWatch
 from zo_adapt.group import REACH, Group
@@ -17,6 +18,9 @@ from zo_adapt.schedule import described
 from zo_adapt.seeds import Seeds
 from zo_adapt.term import Terms, Update
 from zo_adapt.view import ParameterView
+
+SHARE, STEP_LIKE_SHARE = 1 / 25, 1 / 2.5
+"""Of the way that a run goes: what a difference spans, on a smooth objective and on a count."""
 
 
 class StepInfo(NamedTuple):
@@ -40,8 +44,14 @@ class StepInfo(NamedTuple):
 class Optimizer(Protocol):
     """Anything the loops can drive."""
 
-    def start(self, view: ParameterView, seed: int) -> None:
-        """Forget everything and begin a run: same seed, same run."""
+    def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
+        """Forget everything and begin a run: same seed, same run.
+
+        Args:
+            view: What will move.
+            seed: Of the directions.
+            step_like: Whether the objective changes in jumps, as ``Objective`` has it.
+        """
 
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
         """Evaluate and say how to move; the loop applies ``StepInfo.update`` to the view.
@@ -57,7 +67,8 @@ class ZerothOrder(ABC):
     Args:
         rule: How an estimate is applied.
         perturbation_scale: mu, in the parameters' units; None: displacement / 25, so that a
-            difference spans a small part of the way that the run goes.
+            difference spans a small part of the way that the run goes, and ten times that for an
+            objective that changes in jumps, so that it sees some.
         displacement: rho of the rule by distance; None: the view's (``ParameterView.reach``).
 
     Raises:
@@ -75,17 +86,22 @@ class ZerothOrder(ABC):
         self._displacement = positive_or_none("displacement", displacement)
         self.begin((Group(""),), 0)
 
-    def start(self, view: ParameterView, seed: int) -> None:
+    def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view.
 
         Raises:
             PerturbationError: mu is below the resolution of a tensor's dtype.
         """
-        self.begin(view.groups, seed, view.reach, finest_perturbation(view))
+        self.begin(view.groups, seed, view.reach, finest_perturbation(view), step_like)
         check_resolution(view, self.perturbation_scale)
 
     def begin(
-        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
+        self,
+        groups: Sequence[Group],
+        seed: int,
+        reach: float = REACH,
+        finest: float = 0.0,
+        step_like: bool = False,
     ) -> None:
         """Forget everything; ``start`` without a view.
 
@@ -94,14 +110,21 @@ class ZerothOrder(ABC):
             seed: Of the directions.
             reach: Displacement where none was given.
             finest: The smallest perturbation that the dtype resolves.
+            step_like: Whether the objective changes in jumps.
         """
         self.groups, self.seed = tuple(groups), seed
         displacement = self._displacement or reach
-        self.perturbation_scale = self._perturbation_scale or max(displacement / 25, 4 * finest)
+        usual = usual_perturbation(displacement, finest, step_like)
+        self.perturbation_scale = self._perturbation_scale or usual
         self.rule.restart(displacement)
         self.steps = 0
         self._directions = 0
         self._flat = FlatWatch()
+        self.reset()
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget what only this kind of optimizer has."""
 
     @abstractmethod
     def ask(self, samples: Samples) -> list[Probe]:
@@ -116,7 +139,21 @@ class ZerothOrder(ABC):
         done = budget.used(self.steps, evaluator.queries)
         evaluations = evaluator.evaluate(self.ask(samples))
         share = budget.used(self.steps + 1, evaluator.queries) - done
-        return self.tell(evaluations, Progress(done, share))
+        return self.told(evaluations, Progress(done, share))
+
+    def told(self, evaluations: Sequence[Evaluation], progress: Progress) -> StepInfo:
+        """``tell``, with a named error where numbers overflow.
+
+        Raises:
+            StepTooLargeError: The values' differences or squares are beyond any float.
+        """
+        try:
+            return self.tell(evaluations, progress)
+        except OverflowError as error:
+            largest = max(abs(evaluation.value) for evaluation in evaluations)
+            raise StepTooLargeError(
+                f"the estimate from values up to {largest:.3g} is beyond any float; scale them down"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, as JSON can hold it exactly; between two steps only."""
@@ -183,6 +220,17 @@ class ZerothOrder(ABC):
         update = self.rule.update(terms, here.projected, rate, self.groups)
         rms = math.sqrt(math.fsum(p * p for p in here.projected) / len(here.projected))
         return StepInfo(here.value, rate, rms, update, kind)
+
+
+def usual_perturbation(displacement: float, finest: float, step_like: bool) -> float:
+    """The mu of a run that is told none.
+
+    Counting right answers of LoRA on texts from four shares of 32 rows, 20,000 queries, accuracy at
+    1, 3, 6, 10 and 20 times the scale for a loss: 0.22, 0.33, 0.28, 0.38, 0.34 (two seeds); F1 and
+    NDCG are best at ten times, too.
+    """
+    share = STEP_LIKE_SHARE if step_like else SHARE
+    return max(share * displacement, 4 * finest)
 
 
 def _is_setting(name: str, value: object) -> bool:

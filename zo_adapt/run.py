@@ -7,7 +7,7 @@ from typing import Any
 from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError, TrajectoryError, TrajectoryWriteError
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.objective import Evaluator
+from zo_adapt.objective import Evaluator, is_step_like
 from zo_adapt.optimizer import Optimizer, StepInfo, ZerothOrder
 from zo_adapt.record import Step
 from zo_adapt.replay import apply_all, check_header, header_of
@@ -54,7 +54,8 @@ class Run:
         self.last: StepInfo | None = None
         self.logged: list[Step] = []
         """Steps of the run that were made before this process; filled by resuming."""
-        optimizer.start(evaluator.view, seed)
+        step_like = is_step_like(evaluator.objective)
+        optimizer.start(evaluator.view, seed, step_like=step_like)
         self._writer: Writer | None = None
         self._state_path: Path | None = None
         if trajectory is not None:

@@ -67,18 +67,29 @@ def coalesced(terms: Iterable[Term]) -> Terms:
     return tuple(Term(seed, value, group) for (seed, group), value in total.items())
 
 
+def check_directions(terms: Iterable[Term], groups: int) -> Terms:
+    """Return the terms as a tuple after checking what they name, whatever their coefficients.
+
+    Raises:
+        TermError: A seed outside [0, 2**64), an unknown group.
+    """
+    checked = tuple(Term(*term) for term in terms)
+    for term in checked:
+        if not 0 <= term.seed < SEED_LIMIT:
+            raise TermError(f"seed {term.seed} is outside 0 <= seed < 2**64")
+        if term.group is not None and not 0 <= term.group < groups:
+            raise TermError(f"group {term.group} is not one of the view's groups 0..{groups - 1}")
+    return checked
+
+
 def check_terms(terms: Iterable[Term], groups: int) -> Terms:
     """Return the terms as a tuple after checking their ranges.
 
     Raises:
         TermError: A seed outside [0, 2**64), a coefficient that is not finite, an unknown group.
     """
-    checked = tuple(Term(*term) for term in terms)
+    checked = check_directions(terms, groups)
     for term in checked:
-        if not 0 <= term.seed < SEED_LIMIT:
-            raise TermError(f"seed {term.seed} is outside 0 <= seed < 2**64")
         if not math.isfinite(term.coefficient):
             raise TermError(f"coefficient {term.coefficient} of seed {term.seed} is not finite")
-        if term.group is not None and not 0 <= term.group < groups:
-            raise TermError(f"group {term.group} is not one of the view's groups 0..{groups - 1}")
     return checked

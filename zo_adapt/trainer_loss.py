@@ -1,6 +1,6 @@
 """What ZOTrainer minimises by default: Trainer's own loss, in fp32."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zo_adapt.objective import evaluation_mode
+from zo_adapt.evaluation_mode import EvaluationMode
 
 
 class TrainerLoss:
@@ -19,6 +19,7 @@ class TrainerLoss:
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._trainer, self._model = trainer, model
+        self.evaluating: Callable[[], AbstractContextManager[None]] = EvaluationMode(model)
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
 
@@ -28,10 +29,6 @@ class TrainerLoss:
         with self._trainer.compute_loss_context_manager(), precision:
             loss: Tensor = self._trainer.compute_loss(self._model, dict(inputs))
         return loss
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Every module in evaluation mode."""
-        return evaluation_mode(self._model)
 
 
 class Float32Losses(TorchFunctionMode):

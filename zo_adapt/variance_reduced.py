@@ -1,10 +1,9 @@
 """What the SVRG optimizers share: the snapshot, kept as terms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from zo_adapt.estimator import HERE, Estimate, Point
-from zo_adapt.group import REACH, Group
 from zo_adapt.optimizer import StepInfo, ZerothOrder
 from zo_adapt.options import at_least_one
 from zo_adapt.rule import Progress, StepRule
@@ -33,11 +32,8 @@ class VarianceReduced(ZerothOrder):
         self.snapshot_interval = at_least_one("snapshot_interval", snapshot_interval)
         super().__init__(rule, perturbation_scale, displacement)
 
-    def begin(
-        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
-    ) -> None:
-        """Forget everything, the snapshot too."""
-        super().begin(groups, seed, reach, finest)
+    def reset(self) -> None:
+        """No snapshot."""
         self._gradient: Terms = ()
         self._directions_of_snapshot = 1
         self._since = HERE

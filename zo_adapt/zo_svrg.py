@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from zo_adapt.data import Batch, Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.estimator import HERE, Estimate, TwoSided
-from zo_adapt.group import REACH, Group
 from zo_adapt.objective import Evaluation, Probe
 from zo_adapt.optimizer import StepInfo
 from zo_adapt.options import at_least_one
@@ -31,7 +30,8 @@ class ZOSVRG(VarianceReduced):
         snapshot_interval: q >= 1.
         snapshot_size: Rows of the large batch; None is the whole set.
         displacement: rho of the step by distance; None: as the view says.
-        perturbation_scale: mu; None: displacement / 25.
+        perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
+            ``step_like``.
         normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
 
     Raises:
@@ -75,11 +75,9 @@ class ZOSVRG(VarianceReduced):
         self.snapshot_size = snapshot_size
         super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
 
-    def begin(
-        self, groups: Sequence[Group], seed: int, reach: float = REACH, finest: float = 0.0
-    ) -> None:
-        """Forget everything, the snapshot too."""
-        super().begin(groups, seed, reach, finest)
+    def reset(self) -> None:
+        """No snapshot, and the estimate at this run's mu."""
+        super().reset()
         self.estimator = TwoSided(self.perturbation_scale)
 
     def ask(self, samples: Samples) -> list[Probe]:

@@ -1,0 +1,180 @@
+"""What a model writes after prompts: one configuration, randomness of its own."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from zo_adapt.errors import DataError, OptionError
+from zo_adapt.options import at_least_one, positive
+
+_GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""What counts as not set: a model's own settings would be reported as unused."""
+_OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
+
+
+class Generated(NamedTuple):
+    """What the model wrote.
+
+    Args:
+        texts: Without special tokens; "" where it ended at once.
+        ids: Up to and with the token that ended it, or completed a stop string.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+
+
+class Generator:
+    """Writes completions of encoded prompts; the arguments are those of ``GenerationReward``.
+
+    Attributes:
+        draws: Whether it samples.
+        pad: A token to pad prompts with.
+
+    Raises:
+        OptionError: A number outside its range, or a model that cannot generate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        if not hasattr(model, "generate"):
+            raise OptionError(
+                f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
+            )
+        self._model, self._tokenizer = model, tokenizer
+        self._longest = at_least_one("max_new_tokens", max_new_tokens)
+        self._ends, self.pad = _special_tokens(model, tokenizer)
+        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
+        more = _checked_options(options)
+        self._config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            pad_token_id=self.pad,
+            eos_token_id=self._ends or None,
+            **sampling | more,
+        )
+        self.draws = bool(self._config.do_sample)
+        stops = self._config.stop_strings or []
+        self._stops = [stops] if isinstance(stops, str) else list(stops)
+
+    def __call__(self, ids: Tensor, mask: Tensor, seed: int) -> Generated:
+        """Completions of left-padded prompts (b, t); what is drawn is a function of the seed."""
+        # It is the tokenizer that knows which tokens spell a stop string.
+        spelling = {"tokenizer": self._tokenizer} if self._stops else {}
+        with _own_randomness(seed, self._model):
+            output: Tensor = self._model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=self._config, **spelling
+            )
+        if len(output) != len(ids):
+            raise OptionError(
+                f"generate returned {len(output)} texts for {len(ids)} prompts; leave "
+                "num_return_sequences=1"
+            )
+        written = [self._until_end(row) for row in self._without_prompt(output, ids).tolist()]
+        return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
+
+    def check_length(self, width: int) -> None:
+        """Refuse prompts of a width that leaves no room for completions.
+
+        Raises:
+            DataError: Gives the model's limit.
+        """
+        limit = self._configured("max_position_embeddings")
+        used = width if self._configured("is_encoder_decoder") else width + self._longest - 1
+        if limit is not None and used > limit:
+            raise DataError(
+                f"a prompt has {width} tokens, and with max_new_tokens={self._longest} that "
+                f"takes {used} positions of the model's {limit}; shorten the prompts or the "
+                "completions"
+            )
+
+    def _configured(self, name: str) -> Any:
+        return getattr(getattr(self._model, "config", None), name, None)
+
+    def _without_prompt(self, output: Tensor, prompt: Tensor) -> Tensor:
+        if self._configured("is_encoder_decoder"):
+            return output[:, 1:]  # the token that starts the decoder
+        width = prompt.shape[1]
+        # peft's prompt tuning generates from embeddings, and then there is no prompt to leave out.
+        begins_with_it = torch.equal(output[:, :width], prompt)
+        return output[:, width:] if begins_with_it else output
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = [place for place, token in enumerate(ids) if token in self._ends]
+        ids = ids[: ends[0] + 1] if ends else ids
+        return self._until_stopped(ids) if self._stops else ids
+
+    def _until_stopped(self, ids: list[int]) -> list[int]:
+        """Without what was written while other texts of the batch went on."""
+
+        def stopped(length: int) -> bool:
+            text = self._tokenizer.decode(ids[:length])
+            return any(stop in text for stop in self._stops)
+
+        return ids[: bisect_left(range(len(ids)), True, key=stopped)]
+
+
+@contextmanager
+def _own_randomness(seed: int, model: nn.Module) -> Iterator[None]:
+    """The global generators of the CPU and of the model's GPUs seeded; put back afterwards."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed: it seeds every GPU, also those that are not put back.
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+def _special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens that end a text, and one to pad with: any will do, since the mask is read."""
+    config = getattr(model, "generation_config", None)
+    end = getattr(config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    ends = [] if end is None else [end] if isinstance(end, int) else [int(token) for token in end]
+    for pad in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), *ends):
+        if pad is not None:
+            return ends, int(pad)
+    return ends, 0
+
+
+def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
+    positive("temperature", temperature)
+    if not 0 < top_p <= 1:
+        raise OptionError(f"top_p={top_p}; choose 0 < top_p <= 1")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise OptionError(f"top_k={top_k}; choose an integer >= 0, 0 for no limit")
+    return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """More options of the generation.
+
+    Raises:
+        OptionError: One that this class sets itself, or that ``GenerationConfig`` does not have.
+    """
+    known = vars(GenerationConfig())
+    for name in given:
+        if name in _OWN:
+            raise OptionError(
+                f"generation_kwargs has {name!r}, which GenerationReward sets itself: by its "
+                "arguments, and by the tokens of the tokenizer and the model"
+            )
+        if name not in known:
+            raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
+    return dict(given)
