@@ -170,3 +170,24 @@ def test_a_fused_replay_has_the_bits_of_single_steps() -> None:
     for view in (on_cpu, fused):
         apply_all(view, updates)
         assert view.hash() == single.hash()
+
+
+@DTYPES
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("width", [24, 256, 300])
+@torch.no_grad()
+def test_rows_of_an_embedding_are_those_of_the_cpu(
+    noise: str, dtype: torch.dtype, width: int
+) -> None:
+    """More than 4 MiB: what is looked up is shifted, not the table."""
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(100_000 * 24 // width, width, dtype=dtype)
+    ids = torch.tensor([[0, 1, 5, table.num_embeddings - 1], [5, 5, 1, 77]])
+    found = []
+    for device in (CPU, GPU):
+        view = ParameterView.full(table.to(device), noise=noise, scratch="layer")
+        whole = ParameterView.full(table, noise=noise, scratch="copy")
+        for each in (view, whole):
+            with each.shifted(TERMS, 0.9):
+                found += [table(ids.to(device)), table(ids.int().to(device))]
+    assert all(same_bits(each, found[0].cpu()) for each in found)

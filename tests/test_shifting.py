@@ -1,11 +1,15 @@
 """Shifting layer by layer: what the blocks share, and what must not be shared."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES, tokens
 from torch import Tensor, nn
 
-from zo_adapt import ParameterView, Term
+from zo_adapt import ParameterView, Term, philox
 
 TERMS = [Term(1, 0.05), Term(9, -0.02)]
 
@@ -105,3 +109,84 @@ def test_weights_that_were_replaced_are_the_ones_shifted() -> None:
         expected = model(x)
     with view.shifted(TERMS):
         assert torch.equal(model(x), expected)
+
+
+class Texts(nn.Module):
+    """A large embedding, read as a table as well, or looked up by keyword."""
+
+    def __init__(self, width: int = 24, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50_000, width, dtype=dtype)  # 4.8 MB in fp32
+        self.head = nn.Linear(width, 3, dtype=dtype)
+        self.tied = False
+        self.by_keyword = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.embedding(input=ids) if self.by_keyword else self.embedding(ids)
+        if self.tied:
+            return found @ self.embedding.weight[:7].T
+        return self.head(found).sin() + self.embedding(ids[:, :1]).sum(-1, keepdim=True)
+
+
+IDS = torch.tensor([[0, 7, 49_999], [7, 7, 3]])
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("width", [24, 32, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_rows_of_an_embedding_are_those_of_the_whole(
+    noise: str, width: int, dtype: torch.dtype
+) -> None:
+    model = Texts(width, dtype)
+    copied = ParameterView.full(model, noise=noise, scratch="copy")
+    layer = ParameterView.full(model, noise=noise, scratch="layer")
+    for decay in (1.0, 0.9):
+        with copied.shifted(TERMS, decay):
+            expected = model.embedding(IDS)
+        with layer.shifted(TERMS, decay):
+            assert torch.equal(model.embedding(IDS), expected)
+            assert torch.equal(model.embedding(IDS[0, 0]), expected[0, 0])
+
+
+@pytest.mark.parametrize("way", ["tied", "by_keyword"])
+@torch.no_grad()
+def test_an_embedding_that_is_read_otherwise_is_made_whole(way: str) -> None:
+    model = Texts()
+    setattr(model, way, True)
+    with ParameterView.full(model, scratch="copy").shifted(TERMS):
+        expected = model(IDS)
+    with ParameterView.full(model, scratch="layer").shifted(TERMS):
+        assert torch.equal(model(IDS), expected)
+        assert torch.equal(model(IDS), expected)
+
+
+@torch.no_grad()
+def test_noise_is_made_for_the_rows_that_are_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Texts()
+    view = ParameterView.full(model, scratch="layer")
+    made: list[int] = []
+
+    def counting(words: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            found = words(*arguments)
+            made.append(math.prod(found.shape))
+            return found
+
+        return counted
+
+    monkeypatch.setattr(philox, "words_numpy", counting(philox.words_numpy))
+    monkeypatch.setattr(philox, "words_torch", counting(philox.words_torch))
+    with view.shifted(TERMS):
+        model(IDS)
+    assert 0 < 4 * sum(made) < model.embedding.weight.numel() / 100
+
+
+@torch.no_grad()
+def test_hooks_of_an_embedding_see_the_shifted_rows() -> None:
+    model = Texts()
+    model.embedding.register_forward_hook(lambda module, inputs, output: output * 2)
+    with ParameterView.full(model, scratch="copy").shifted(TERMS):
+        expected = model(IDS)
+    with ParameterView.full(model, scratch="layer").shifted(TERMS):
+        assert torch.equal(model(IDS), expected)

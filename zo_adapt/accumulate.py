@@ -80,11 +80,11 @@ class Accumulation:
 
     def __init__(self, noise: Noise, places: Iterable[Place]) -> None:
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        self._places = list(places)
-        for index, place in enumerate(self._places):
+        places = list(places)
+        for index, place in enumerate(places):
             kinds.setdefault((place.out.device, place.out.dtype), []).append(index)
-        self._runners: list[tuple[Runner, list[int]]] = [
-            (_runner(device)(noise, [self._places[i] for i in same]), same)
+        self._runners: list[tuple[Runner, list[int], list[Tensor]]] = [
+            (_runner(device)(noise, [places[i] for i in same]), same, [places[i].out for i in same])
             for (device, _), same in kinds.items()
         ]
 
@@ -96,8 +96,8 @@ class Accumulation:
             outs: Where the results go, one for each place; None: where the places say.
         """
         with torch.no_grad():
-            for run, same in self._runners:
-                run(sums, [self._places[i].out if outs is None else outs[i] for i in same])
+            for run, same, own in self._runners:
+                run(sums, own if outs is None else [outs[i] for i in same])
 
 
 @cache

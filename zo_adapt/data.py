@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zo_adapt import philox
 from zo_adapt.errors import DataError
+from zo_adapt.tensors import sendable
 
 Collate = Callable[[list[Any]], Any]
 MINIBATCH_STREAM, LARGE_BATCH_STREAM = 1, 2
@@ -63,19 +64,30 @@ class TensorRows:
 
     def take(self, rows: Sequence[int]) -> Any:
         """These rows of every tensor."""
-        index = list(rows)
+        index = _Index(rows)
         if isinstance(self._tensors, Mapping):
-            return {name: _rows(value, index) for name, value in self._tensors.items()}
+            return {name: index.of(value) for name, value in self._tensors.items()}
         if isinstance(self._tensors, tuple):
-            return tuple(_rows(value, index) for value in self._tensors)
-        return _rows(self._tensors, index)
+            return tuple(index.of(value) for value in self._tensors)
+        return index.of(self._tensors)
 
 
-def _rows(values: Any, index: list[int]) -> Any:
-    """Some rows of a tensor or an array; on a GPU without waiting for it."""
-    if isinstance(values, Tensor) and values.is_cuda:
-        return values[torch.tensor(index).pin_memory().to(values.device, non_blocking=True)]
-    return values[index]
+class _Index:
+    """Takes rows of tensors and arrays; on a GPU it is copied there once, without waiting."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._rows = list(rows)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def of(self, values: Any) -> Any:
+        """The rows of a tensor or an array."""
+        if not (isinstance(values, Tensor) and values.is_cuda):
+            return values[self._rows]
+        device = values.device
+        if device not in self._on:
+            rows = sendable(np.array(self._rows), device)
+            self._on[device] = rows.to(device, non_blocking=True)
+        return values.index_select(0, self._on[device])
 
 
 class Examples:

@@ -4,8 +4,9 @@
 Costs the view's bytes. For adapters and plain tensors.
 
 ``Layerwise``: the live tensors are never written. Right before a layer runs, perturbed copies of
-its parameters are made, which it reads instead. Costs the bytes of the largest repeated block, and
-of the largest module outside the blocks while it runs. For views that are as large as the model.
+its parameters are made, which it reads instead; of an embedding, just the rows that are looked up.
+Costs the bytes of the largest repeated block, and of the largest module outside the blocks while it
+runs. For views that are as large as the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.accumulate import Accumulation
+from zo_adapt.gathered import Gathered
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.selection import owners
 from zo_adapt.sums import Sums
@@ -24,6 +26,8 @@ from zo_adapt.sums import Sums
 Tensors = Mapping[str, Tensor]
 Plan = Callable[[Tensors, Tensors], Accumulation]
 """``plan(outs, sources)``: what puts the shifted values of the named sources into the outputs."""
+Rows = Callable[[str, Tensor], Gathered]
+"""``rows(name, table)``: what makes shifted rows of a tensor of the view."""
 
 # These keep their parameters in a list of their own.
 _BYPASSING = (nn.RNNBase,)
@@ -60,6 +64,11 @@ class Copied:
         with self.shifted(sums):
             yield
 
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Inside, a graph is captured."""
+        yield
+
 
 class Layerwise:
     """Shifts the parameters of each layer just in time.
@@ -71,15 +80,16 @@ class Layerwise:
 
     A layer is one of the model's repeated blocks, whose parameters are made at once and in one
     scratch that the blocks share, or a module outside of them. A few small ones of these, norms and
-    heads, are made together before the forward.
+    heads, are made together before the forward; a large embedding is never made as a whole.
 
     Args:
         model: The model that owns the view's tensors.
         tensors: The view.
         plan: Makes accumulations.
+        rows: Makes shifted rows.
     """
 
-    def __init__(self, model: nn.Module, tensors: Tensors, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, tensors: Tensors, plan: Plan, rows: Rows) -> None:
         modules, rest = _owners(model, tensors)
         self._plan = plan
         self._rest = Copied({name: tensors[name] for name in rest}, plan) if rest else None
@@ -96,6 +106,8 @@ class Layerwise:
             parts = [self._parameters[member] for member in members]
             if is_block:
                 self._layers.append((layer, _Sharing(parts, plan, self._scratch)))
+            elif _bytes(parts) > SMALL and _looks_up(layer):
+                self._layers.append((layer, _Table(parts, plan, rows)))
             elif _bytes(parts) > SMALL:
                 self._layers.append((layer, _Layer(parts, plan)))
             elif _bytes(small) + _bytes(parts) <= SMALL:
@@ -117,8 +129,9 @@ class Layerwise:
                 module.__dict__["_parameters"] = parameters
             for module, layer in self._layers:
                 handles.append(module.register_forward_pre_hook(self._entering(layer)))
-                handles.append(module.register_forward_hook(layer.leave, always_call=True))
-            self._small.enter(sums, {})
+                leaving = module.register_forward_hook
+                handles.append(leaving(layer.leave, prepend=layer.is_first, always_call=True))
+            self._small.enter(sums, {}, ())
             if self._rest is None:
                 yield
             else:
@@ -136,7 +149,7 @@ class Layerwise:
     @contextmanager
     def loaded(self, sums: Sums) -> Iterator[None]:
         """Inside, a graph that was captured inside ``shifted`` computes with shifted parameters."""
-        self._small.enter(sums, {})
+        self._small.enter(sums, {}, ())
         try:
             if self._rest is None:
                 yield
@@ -146,8 +159,17 @@ class Layerwise:
         finally:
             self._small.leave(None, None, None)
 
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Inside, a graph is captured: values that are kept from before are not read by it."""
+        before, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = before
+
     def _entering(self, layer: "_Layer") -> Callable[..., None]:
-        return lambda *_: layer.enter(self._sums, self._kept)
+        return lambda _, inputs: layer.enter(self._sums, self._kept, inputs)
 
     def _value(self, name: str, live: Tensor) -> Tensor:
         """A parameter that is read while its layer does not run."""
@@ -204,12 +226,15 @@ class _Shifted(dict[str, Tensor | None]):
 class _Layer:
     """A layer whose values are made when it begins and dropped when it ends."""
 
+    is_first = False
+    """Whether the other hooks of its module come after it, and see what it returns."""
+
     def __init__(self, parts: list[_Shifted], plan: Plan) -> None:
         self.parts, self.plan = parts, plan
         self.sources: dict[str, Tensor] = {}
         self._names: list[tuple[_Shifted, str, str]] = []
 
-    def enter(self, sums: Sums, kept: Tensors) -> None:
+    def enter(self, sums: Sums, kept: Tensors, inputs: Any) -> None:
         """The forward begins."""
         self.locate()
         outs = {name: torch.empty_like(t, requires_grad=False) for name, t in self.sources.items()}
@@ -233,6 +258,42 @@ class _Layer:
         """Let the modules see these values for the parameters of these names."""
         for part in self.parts:
             part.running = {a: outs[name] for a, name in part.names.items()} if outs else {}
+
+
+class _Table(_Layer):
+    """An embedding: what it looks up in the live table is replaced by shifted rows."""
+
+    is_first = True
+
+    def __init__(self, parts: list[_Shifted], plan: Plan, rows: Rows) -> None:
+        super().__init__(parts, plan)
+        self._rows = rows
+        self._gathered: Gathered | None = None
+        self._sums: Sums | None = None
+
+    def enter(self, sums: Sums, kept: Tensors, inputs: Any) -> None:
+        """The forward begins."""
+        ((name, live),) = self.parts[0].live().items()
+        if name in kept or not inputs:  # there is a whole one, or no telling what is looked up
+            super().enter(sums, kept, inputs)
+            return
+        if self._gathered is None or self._gathered.weight is not live:
+            self._gathered = self._rows(name, live)
+        self._sums = sums
+        self.show({name: live})
+
+    def leave(self, module: nn.Module | None, inputs: Any, output: Any) -> Any:
+        """The forward ends."""
+        sums, self._sums = self._sums, None
+        super().leave(module, inputs, output)
+        if sums is None or output is None or self._gathered is None:
+            return output
+        return self._gathered(inputs[0], sums)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether a module only takes rows of its weight."""
+    return type(module) is nn.Embedding and module.max_norm is None
 
 
 class _Scratch:
@@ -267,11 +328,11 @@ class _Sharing(_Layer):
         self._scratch = scratch
         self._laid_out: dict[str, Tensor] | None = None
 
-    def enter(self, sums: Sums, kept: Tensors) -> None:
+    def enter(self, sums: Sums, kept: Tensors, inputs: Any) -> None:
         """The forward begins."""
         self.locate()
         if self._scratch.owner is not None or not self.sources.keys().isdisjoint(kept):
-            super().enter(sums, kept)
+            super().enter(sums, kept, inputs)
             return
         self._scratch.owner = self
         if self._laid_out is not self.sources:

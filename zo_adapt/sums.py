@@ -1,14 +1,16 @@
 """What is added to the weights in one call, on the host and as a GPU reads it."""
 
+import struct
 from collections.abc import Sequence
 from contextvars import ContextVar
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt import philox
+from zo_adapt.tensors import sendable
 
 HEADER = 3
 """Numbers that describe a sum to a kernel."""
@@ -52,29 +54,23 @@ class Sums:
         terms and the bits of its decay; a term is a seed and the bits of its coefficient.
         """
         if device not in self._packed:
-            header, terms = self._numbers()
-            numbers = torch.from_numpy(np.concatenate((header, terms))).pin_memory()
+            numbers = sendable(np.frombuffer(self._numbers(), np.int64), device)
             if self._memory is None:
                 there = numbers.to(device, non_blocking=True)
             else:
                 there = self._memory.holding(numbers, device)
-            self._packed[device] = there[: len(header)], there[len(header) :]
+            first_term = 1 + HEADER * len(self.sums)
+            self._packed[device] = there[:first_term], there[first_term:]
         return self._packed[device]
 
-    def _numbers(self) -> tuple[np.ndarray, np.ndarray]:
-        header = np.zeros(1 + HEADER * len(self.sums), np.int64)
-        header[0] = philox.signed(self.rounding or 0)
-        described = header[1:].reshape(-1, HEADER)
-        counts = np.array([len(each.terms) for each in self.sums], np.int64)
-        described[:, 0] = np.cumsum(counts) - counts
-        described[:, 1] = counts
-        decays = np.array([each.decay for each in self.sums], np.float64)
-        described[:, 2] = decays.view(np.int64)
-        pairs = [pair for each in self.sums for pair in each.terms]
-        terms = np.empty((len(pairs), 2), np.int64)
-        terms[:, 0] = np.array([seed for seed, _ in pairs], np.uint64).view(np.int64)
-        terms[:, 1] = np.array([c for _, c in pairs], np.float64).view(np.int64)
-        return header, terms.reshape(-1)
+    def _numbers(self) -> bytes:
+        described: list[int | float] = []
+        terms: list[int | float] = []
+        for pairs, decay in self.sums:
+            described += (len(terms) // 2, len(pairs), decay)
+            terms += chain.from_iterable(pairs)
+        layout = f"=Q{len(self.sums) * 'qqd'}{len(terms) // 2 * 'Qd'}"
+        return struct.pack(layout, self.rounding or 0, *described, *terms)
 
 
 GRAPH_TABLES: ContextVar[list[Tensor] | None] = ContextVar("graph_tables", default=None)

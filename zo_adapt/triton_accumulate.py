@@ -6,8 +6,11 @@ bit for bit. Floor: one read and one write of the view, 2 * bytes / bandwidth; t
 quantile cost about half of that in fp32, beside it.
 """
 
+import operator
+import os
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +26,18 @@ from zo_adapt.sums import GRAPH_TABLES, HEADER, Sums
 
 BLOCK = 4096
 """Elements of one program; a multiple of every noise's elements per block."""
-WARPS = 8
+WARPS, WARPS_OF_HALVES = 8, 4
+"""Of a program. Half precision is bound by the generator, not by memory: with two of its blocks a
+thread, the key schedule serves both."""
 ALIGNMENT = 16
 """Bytes; tensors that begin at a multiple of it are read 16 bytes at a time."""
+_ROW = tl.constexpr(
+    "{ .reg .u32 row; .reg .u64 at; shr.u32 row, $4, 23; mul.wide.u32 at, row, 16;"
+    " add.s64 at, at, $5; ld.global.nc.v4.f32 {$0, $1, $2, $3}, [at + -2032]; }"
+)
+"""The constants of a row in one load: in Triton, whose widest number has 64 bits, it takes two."""
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Triton's interpreter runs no PTX."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -37,26 +49,73 @@ def _fields(start, seed, key, STREAM: tl.constexpr, BITS: tl.constexpr, BLOCK: t
     zero = tl.zeros_like(counter)
     w0, w1, w2, w3 = philox_impl(counter, zero, zero, zero + STREAM, seed, key)
     # Joined so that word 2i + j lies at [i, j]: row-major order is the words' order.
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (counters, 4, 1))
-    shift = (tl.arange(0, 64 // BITS) * BITS).to(tl.uint64)
-    field = (words >> shift[None, None, :]) & ((1 << BITS) - 1)
-    return tl.reshape(field, (BLOCK,)).to(tl.int32)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    # Halves first: a shift of 64 bits is two of 32.
+    halves = tl.join(words.to(tl.uint32), (words >> 32).to(tl.uint32))
+    shift = tl.arange(0, 32 // BITS) * BITS
+    field = tl.reshape(halves, (counters, 8, 1)) >> shift[None, None, :]
+    return tl.reshape(field & ((1 << BITS) - 1), (BLOCK,)).to(tl.int32)
+
+
+@triton.jit
+def _row(t, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The constants for t's exponent."""
+    bits = t.to(tl.uint32, bitcast=True)
+    if _INTERPRETED:
+        row = quantile + 4 * ((bits >> 23).to(tl.int32) - 127)
+        return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return tl.inline_asm_elementwise(
+        _ROW,
+        "=f,=f,=f,=f,r,l",
+        [bits, quantile],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
 def _gaussian(field, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """The value of a 16-bit field: as the table of ``noise`` is made, in the same fp32 steps."""
-    # 2**23 + k has the bits 0x4B000000 + k; subtracting 2**23 - 1/2 leaves k + 1/2, exactly.
-    rank = ((field >> 1) | 0x4B000000).to(tl.float32, bitcast=True) - 8388607.5
-    bits = rank.to(tl.int32, bitcast=True)
-    row = quantile + ((bits >> 23) - 126)
-    m = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
-    size = tl.load(row + 48) * m + tl.load(row + 32)
-    size = (size * m + tl.load(row + 16)) * m + tl.load(row)
-    return (size.to(tl.int32, bitcast=True) ^ (field << 31)).to(tl.float32, bitcast=True)
+    # 2k + 1 of the field 2k + sign: twice the k + 1/2 that the table is made from.
+    t = (field | 1).to(tl.uint16).to(tl.float32)
+    c0, c1, c2, c3 = _row(t, quantile)
+    size = ((c3 * t + c2) * t + c1) * t + c0
+    # An addition to the highest bit is its exclusive or, and one instruction with the shift.
+    return (size.to(tl.int32, bitcast=True) + (field << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def summed(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    before,  # noqa: ANN001
+    this,  # noqa: ANN001
+    terms,  # noqa: ANN001
+    start,  # noqa: ANN001
+    key,  # noqa: ANN001
+    quantile,  # noqa: ANN001
+    FIELD_BITS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elements start .. start + BLOCK of a tensor, with the sum at ``this`` added."""
+    decay = tl.load(this + 2).to(tl.float64, bitcast=True).to(ARITHMETIC)
+    total = before.to(ARITHMETIC)
+    if decay != 1.0:
+        total *= decay
+    first = tl.load(this)
+    for term in range(first, first + tl.load(this + 1)):
+        seed = tl.load(terms + 2 * term).to(tl.uint64, bitcast=True)
+        c = tl.load(terms + 2 * term + 1).to(tl.float64, bitcast=True).to(ARITHMETIC)
+        field = _fields(start, seed, key, 0, FIELD_BITS, BLOCK)
+        if FIELD_BITS == 1:
+            total += tl.where(field == 1, c, -c)
+        else:
+            total += _gaussian(field, quantile).to(ARITHMETIC) * c
+    return total
+
+
+# Slices of one table: their alignment differs from call to call.
+@triton.jit(do_not_specialize_on_alignment=["sums", "terms"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     programs,  # noqa: ANN001
     sums,  # noqa: ANN001
@@ -89,35 +148,27 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         before = tl.load(source + element)
     else:
         before = tl.load(source + element, mask=element < left, other=0.0)
-    decay = tl.load(this + 2).to(tl.float64, bitcast=True).to(ARITHMETIC)
-    total = before.to(ARITHMETIC) * decay
-    first = tl.load(this)
-    for term in range(first, first + tl.load(this + 1)):
-        seed = tl.load(terms + 2 * term).to(tl.uint64, bitcast=True)
-        c = tl.load(terms + 2 * term + 1).to(tl.float64, bitcast=True).to(ARITHMETIC)
-        field = _fields(start, seed, key, 0, FIELD_BITS, BLOCK)
-        if FIELD_BITS == 1:
-            total += tl.where(field == 1, c, -c)
-        else:
-            total += _gaussian(field, quantile).to(ARITHMETIC) * c
+    total = summed(before, this, terms, start, key, quantile, FIELD_BITS, ARITHMETIC, BLOCK)
     if ROUNDING:
         seed = tl.load(sums).to(tl.uint64, bitcast=True)
         fraction = _fields(start, seed, key, STREAM, 16, BLOCK)
         if tl.bfloat16 == DTYPE:
-            bits = (total.to(tl.int32, bitcast=True) + fraction) & -0x10000
-            total = bits.to(tl.float32, bitcast=True)
+            # The upper half of fp32 is bf16: taken as it is, with no conversion.
+            bits = total.to(tl.int32, bitcast=True) + fraction
+            result = (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         else:
             scaled = total * 1.9259299443872359e-34  # 2**-112
             bits = (scaled.to(tl.int32, bitcast=True) + (fraction >> 3)) & -0x2000
-            total = bits.to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2**112
-    result = total.to(DTYPE)
+            result = (bits.to(tl.float32, bitcast=True) * 5.192296858534828e33).to(DTYPE)  # 2**112
+    else:
+        result = total.to(DTYPE)
     if left >= BLOCK:
         tl.store(out + element, result)
     else:
         tl.store(out + element, result, mask=element < left)
 
 
-_TRITON_DTYPES = {
+TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.float16: tl.float16,
@@ -131,32 +182,40 @@ class OnCUDA:
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
         self._noise, self._places = noise, places
         self._device, self._dtype = places[0].out.device, places[0].out.dtype
-        self._addresses: list[tuple[int, int]] = []
+        self._sources = [place.source for place in places]
+        self._outs: Sequence[Tensor] = ()
+        self._read: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._compiled: dict[tuple[bool, bool], Any] = {}
 
     def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
-        sources = [place.source for place in self._places]
-        addresses = [(o.data_ptr(), s.data_ptr()) for o, s in zip(outs, sources, strict=True)]
+        if outs is not self._outs:
+            in_place = all(map(operator.is_, outs, self._sources))
+            self._outs, self._read = outs, self._sources if in_place else [*self._sources, *outs]
+        addresses = list(map(Tensor.data_ptr, self._read))
         if addresses != self._addresses:
             self._locate(addresses, outs)
         if len(self._records):
             self._launch(self._records, self._aligned, sums)
         for index in self._strided:
-            result, source = flat(outs[index], sources[index])
+            result, source = flat(outs[index], self._sources[index])
             place = self._places[index]._replace(out=result, source=source)
             OnCUDA(self._noise, [place])(sums, [result])
             finish(outs[index], result)
 
-    def _locate(self, addresses: list[tuple[int, int]], outs: Sequence[Tensor]) -> None:
+    def _locate(self, addresses: list[int], outs: Sequence[Tensor]) -> None:
         """Write down where the tensors lie now."""
         self._addresses = addresses
+        count = len(outs)
+        pairs = list(zip(addresses[-count:], addresses[:count], strict=True))
         strided = [
             not (out.is_contiguous() and place.source.is_contiguous())
             for out, place in zip(outs, self._places, strict=True)
         ]
         self._strided = [index for index, yes in enumerate(strided) if yes]
         places = [place for place, apart in zip(self._places, strided, strict=True) if not apart]
-        kept = [pair for pair, apart in zip(addresses, strided, strict=True) if not apart]
+        kept = [pair for pair, apart in zip(pairs, strided, strict=True) if not apart]
         self._aligned = all(a % ALIGNMENT == 0 for pair in kept for a in pair)
         records = _records(places, kept) if places else np.empty((0, 6), np.int64)
         # What is copied from here must not become part of a captured graph.
@@ -171,25 +230,32 @@ class OnCUDA:
             # Also where they were there before: the next call may move them elsewhere.
             tables.append(records)
         header, terms = sums.on(self._device)
-        half = dtype in (torch.float16, torch.bfloat16)
+        rounding = dtype in (torch.float16, torch.bfloat16) and sums.rounding is not None
+        arguments = (
+            records,
+            header,
+            terms,
+            quantile_table(self._device),
+            256 // self._noise.per_block,
+            TRITON_DTYPES[dtype],
+            TRITON_DTYPES[arithmetic(dtype)],
+            rounding,
+            ROUNDING_STREAM,
+            aligned,
+            HEADER,
+            BLOCK,
+        )
+        grid = len(records), 1, 1
         with torch.cuda.device(self._device):
-            _kernel[(len(records),)](
-                records,
-                header,
-                terms,
-                _quantile(self._device),
-                FIELD_BITS=256 // self._noise.per_block,
-                DTYPE=_TRITON_DTYPES[dtype],
-                ARITHMETIC=_TRITON_DTYPES[arithmetic(dtype)],
-                ROUNDING=half and sums.rounding is not None,
-                STREAM=ROUNDING_STREAM,
-                ALIGNED=aligned,
-                HEADER=HEADER,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-                # A fused multiply-add rounds once where the reference rounds twice.
-                enable_fp_fusion=False,
-            )
+            compiled = self._compiled.get((rounding, aligned))
+            if compiled is not None:
+                # A third of the time of finding it again by its arguments.
+                compiled[grid](*arguments)
+                return
+            # A fused multiply-add rounds once where the reference rounds twice.
+            warps = WARPS if dtype.itemsize > 2 else WARPS_OF_HALVES
+            launched = _kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+            self._compiled[rounding, aligned] = launched  # None in Triton's interpreter
 
 
 def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -205,6 +271,10 @@ def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> n
 
 
 @cache
-def _quantile(device: torch.device) -> Tensor:
-    """The constants, column by column."""
-    return torch.tensor(QUANTILE, device=device).T.contiguous()
+def quantile_table(device: torch.device) -> Tensor:
+    """The constants c_j 2^(-j (e + 1)) of row e: for t 2^(e + 1) in the place of the mantissa.
+
+    Powers of two change no rounding, so the values keep their bits.
+    """
+    scales = -np.outer(np.arange(1, 17), np.arange(4))
+    return torch.from_numpy(np.ldexp(np.array(QUANTILE, np.float32), scales)).to(device)

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Self
 
 import numpy as np
@@ -16,13 +15,14 @@ from zo_adapt.accumulate import Accumulation, Place
 from zo_adapt.adapters import check_adapters
 from zo_adapt.defaults import reach_and_groups
 from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
+from zo_adapt.gathered import Gathered
 from zo_adapt.group import Group, assign_groups
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.shifting import Copied, Layerwise
 from zo_adapt.sums import Memory, Sum, Sums
 from zo_adapt.tensors import is_finite, tunable
-from zo_adapt.term import Term, Terms, Update, check_terms, coalesced
+from zo_adapt.term import Term, Terms, Update, check_directions, check_terms, coalesced
 
 STACKS = 8
 """Stacks of different numbers of points that are kept."""
@@ -93,7 +93,7 @@ class ParameterView:
         self.by_layer = model is not None and by_layer
         """Whether it is shifted layer by layer, for want of room for a copy."""
         self._way: Copied | Layerwise = (
-            Layerwise(model, self.tensors, self._plan)
+            Layerwise(model, self.tensors, self._plan, self._rows)
             if model is not None and by_layer
             else Copied(self.tensors, self._plan)
         )
@@ -103,8 +103,8 @@ class ParameterView:
         self.way: Hashable = None
         """How the model computes now, if not as its live tensors say."""
         self._stacks: dict[tuple[int, frozenset[int]], tuple[dict[str, Tensor], Accumulation]] = {}
-        self.memory = Memory()
-        """Where the GPUs read the terms that the view is shifted by."""
+        self.memory, self._memory_of_steps = Memory(), Memory()
+        """Where the GPUs read the terms that the view is shifted by, and those of steps."""
         self.check_adapters()
 
     @classmethod
@@ -198,6 +198,10 @@ class ParameterView:
         finally:
             self.way = before
 
+    def recorded(self) -> AbstractContextManager[None]:
+        """Inside, a graph is captured that reads what is computed in it, and the live tensors."""
+        return self._way.recorded()
+
     def stack(self, points: Sequence[tuple[Iterable[Term], float]]) -> dict[str, Tensor]:
         """The tensors that n points (terms, decay) move, at all of them: name -> (n, *shape).
 
@@ -248,8 +252,9 @@ class ParameterView:
         Ctrl-C in the middle is raised at the end.
 
         Raises:
-            TermError: A seed, coefficient or group outside its range.
-            StepTooLargeError: The dtype cannot hold the result; nothing is changed.
+            TermError: A seed or group outside its range.
+            StepTooLargeError: The dtype cannot hold the result, or a coefficient is not finite;
+                nothing is changed.
         """
         self.apply_in_order(self.checked(update), update.decay)
 
@@ -257,10 +262,10 @@ class ParameterView:
         """The terms that ``apply`` will apply, each direction once.
 
         Raises:
-            TermError: A seed, coefficient or group outside its range.
-            StepTooLargeError: The dtype cannot hold the result.
+            TermError: A seed or group outside its range.
+            StepTooLargeError: The dtype cannot hold the result, or a coefficient is not finite.
         """
-        terms = coalesced(check_terms(update.terms, len(self.groups)))
+        terms = coalesced(check_directions(update.terms, len(self.groups)))
         self._check_room(terms)
         return terms
 
@@ -269,11 +274,12 @@ class ParameterView:
         if terms or decay != 1.0:
             with uninterrupted():  # all tensors move, or none
                 rounding = terms[0].seed if terms else None
-                self._stepping(Sums(self._sums(terms, decay), rounding))
+                self._stepping(Sums(self._sums(terms, decay), rounding, self._memory_of_steps))
 
     def _check_room(self, terms: Sequence[Term]) -> None:
-        farthest = LARGEST_VALUE * math.fsum(abs(term.coefficient) for term in terms)
-        if farthest > self._room:
+        # Not fsum, which raises where the sum overflows; and NaN is not within any room.
+        farthest = LARGEST_VALUE * sum(abs(term.coefficient) for term in terms)
+        if not farthest <= self._room:
             raise StepTooLargeError(
                 f"a step of up to {farthest:.3g} does not fit the view's dtype (at most "
                 f"{self._room:.3g}); use a smaller lr"
@@ -287,6 +293,9 @@ class ParameterView:
                 for name, source in sources.items()
             ],
         )
+
+    def _rows(self, name: str, table: Tensor) -> Gathered:
+        return Gathered(self.noise, table, self._keys[name], self._group_of[name])
 
     def _sums(self, terms: Sequence[Term], decay: float) -> list[Sum]:
         """What each group adds. Weights that do not move do not shrink either."""
