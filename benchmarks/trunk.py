@@ -2,7 +2,9 @@
 
 Bound: with layers of equal cost and a head that costs nothing, 24 / 4 = 6 times. Bytes moved
 besides: the kept activations once, batch x tokens x width numbers. The plain baseline is the same
-call of the same evaluator on the same model, without a trunk, in the same process.
+call of the same evaluator on the same model, without a trunk, in the same process. On a GPU both
+are also captured in CUDA graphs, where the objective allows it; a captured one is compared with the
+captured baseline, and with the eager one.
 
     python benchmarks/trunk.py --output trunk.json
 """
@@ -30,7 +32,32 @@ from zo_adapt.objective import Evaluator, Probe
 
 LAYERS, TUNED = 24, 4
 REPEATS = 5
+WARM = 7
+"""Calls before: recorded, checked, warmed up, captured."""
 VOCABULARY = 50265
+
+
+class Kind(NamedTuple):
+    """A way to evaluate."""
+
+    reused: bool
+    captured: bool
+
+
+KINDS = {
+    "plain": Kind(reused=False, captured=False),
+    "reused": Kind(reused=True, captured=False),
+    "plain, captured": Kind(reused=False, captured=True),
+    "reused, captured": Kind(reused=True, captured=True),
+}
+
+
+COMPARED = {
+    "eager": ("plain", "reused"),
+    "captured": ("plain, captured", "reused, captured"),
+    "captured, against eager": ("plain", "reused, captured"),
+}
+"""A baseline, and what is held against it."""
 
 
 class Size(NamedTuple):
@@ -109,7 +136,7 @@ def times(calls: dict[str, Callable[[], object]], device: str) -> dict[str, floa
     return {name: statistics.median(one) for name, one in taken.items()}
 
 
-def step(loss: Any, view: ParameterView, data: Any, size: Size, device: str, reuse: Any) -> float:
+def step(loss: Any, view: ParameterView, data: Any, size: Size, device: str, kind: Kind) -> float:
     """Median seconds of a MeZO step: two forwards, the noise of three shifts."""
     ends: list[float] = []
 
@@ -123,12 +150,22 @@ def step(loss: Any, view: ParameterView, data: Any, size: Size, device: str, reu
         data,
         MeZO(lr=1e-9),
         batch_size=size.batch,
-        max_steps=3 + REPEATS,
+        max_steps=WARM + REPEATS + 1,
         callback=note,
         progress=False,
-        reuse_trunk=reuse,
+        reuse_trunk=kind.reused,
+        cuda_graphs=kind.captured,
     )
-    return statistics.median(b - a for a, b in pairwise(ends[2:]))
+    return statistics.median(b - a for a, b in pairwise(ends[WARM:]))
+
+
+def faster(seconds: dict[str, float]) -> dict[str, float]:
+    """By how much the trunk is, in each comparison that was made."""
+    return {
+        title: seconds[plain] / seconds[reused]
+        for title, (plain, reused) in COMPARED.items()
+        if reused in seconds
+    }
 
 
 def measure(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -143,30 +180,35 @@ def measure(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     if loss_of is CausalLMLoss:
         data = [{"input_ids": row["input_ids"]} for row in data]
     trunk = FrozenTrunk(view)
-    evaluators = {"plain": Evaluator(loss, view), "reused": Evaluator(loss, view, trunk=trunk)}
+    capturable = device == "cuda" and getattr(loss, "capturable", False)
+    kinds = {title: kind for title, kind in KINDS.items() if capturable or not kind.captured}
+    evaluators = {
+        title: Evaluator(
+            loss, view, trunk=trunk if kind.reused else None, cuda_graphs=kind.captured
+        )
+        for title, kind in kinds.items()
+    }
     probe = Probe((), Batch(as_source(data, loss.collate), range(len(data))))
-    calls = {kind: lambda e=e: e.evaluate([probe]) for kind, e in evaluators.items()}
-    values: dict[str, float] = {}
-    for kind, call in calls.items():
-        call()  # record, then check, then measure
-        call()
-        values[kind] = call()[0].value
+    calls = {title: lambda e=e: e.evaluate([probe]) for title, e in evaluators.items()}
+    values = {title: [call()[0].value for _ in range(WARM)][-1] for title, call in calls.items()}
     if trunk.reason is not None:
         raise RuntimeError(f"{name}: {trunk.reason}")
+    for title, evaluator in evaluators.items():
+        if kinds[title].captured and not (evaluator._graphs and evaluator._graphs._graphs):
+            raise RuntimeError(f"{name}: {title}: nothing was captured")
     seconds = times(calls, device)
-    steps = {
-        "plain": step(loss, view, data, size, device, False),
-        "reused": step(loss, view, data, size, device, True),
-    }
+    steps = {title: step(loss, view, data, size, device, kind) for title, kind in kinds.items()}
     return {
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
         "size": size._asdict(),
         "evaluation, s": seconds,
-        "evaluation, times faster": seconds["plain"] / seconds["reused"],
+        "evaluation, times faster": faster(seconds),
         "MeZO step, s": steps,
-        "MeZO step, times faster": steps["plain"] / steps["reused"],
-        "relative difference of the values": abs(values["reused"] / values["plain"] - 1),
+        "MeZO step, times faster": faster(steps),
+        "relative difference of the values": {
+            title: abs(value / values["plain"] - 1) for title, value in values.items()
+        },
         "bytes taken": trunk.nbytes,
     }
 
@@ -190,15 +232,20 @@ def main() -> None:
         "rows": found,
     }
     print(f"last {TUNED} of {LAYERS} layers tuned, {result['device']}\n")
-    print("| model | dtype | plain, ms | reused, ms | evaluation | MeZO step | difference |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | dtype | compared | plain, ms | reused, ms | evaluation | MeZO step | off by |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in found:
-        plain, reused = (1e3 * row["evaluation, s"][kind] for kind in ("plain", "reused"))
-        print(
-            f"| {row['model']} | {row['dtype']} | {plain:.1f} | {reused:.1f} "
-            f"| {row['evaluation, times faster']:.2f} x | {row['MeZO step, times faster']:.2f} x "
-            f"| {row['relative difference of the values']:.1e} |"
-        )
+        for compared, (plain, reused) in COMPARED.items():
+            if compared not in row["evaluation, times faster"]:
+                continue
+            seconds = row["evaluation, s"]
+            print(
+                f"| {row['model']} | {row['dtype']} | {compared} "
+                f"| {1e3 * seconds[plain]:.1f} | {1e3 * seconds[reused]:.1f} "
+                f"| {row['evaluation, times faster'][compared]:.2f} x "
+                f"| {row['MeZO step, times faster'][compared]:.2f} x "
+                f"| {row['relative difference of the values'][reused]:.1e} |"
+            )
     if args.output:
         args.output.write_text(json.dumps(result, indent=1))
 

@@ -5,21 +5,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from families import ENCODER, FAMILIES
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from objectives import CausalLMLoss, ClassificationLoss
-from zo_adapt import FrozenTrunk, MeZO, MeZOSVRG, ParameterView, SetObjective, Term, minimize
+from zo_adapt import (
+    FrozenTrunk,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    SetObjective,
+    Term,
+    minimize,
+    trunk_keys,
+)
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import OptionError
 from zo_adapt.objective import Evaluator, Probe
 from zo_adapt.selection import _block_list
+from zo_adapt.trunk_calls import Call
+from zo_adapt.trunk_cut import RefusedError
+from zo_adapt.trunk_form import form_of
+from zo_adapt.trunk_graphs import ENTERING
 from zo_adapt.trunk_store import Storage
 
+ON_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason=f"torch.cuda.is_available() is False (torch {torch.__version__})",
+)
 LENGTHS = (6, 3, 5, 2, 6, 4)
 CLASSIFIERS = ("bert", "roberta", "distilbert")
 
@@ -659,8 +678,204 @@ def test_auto_wants_a_quarter_of_the_layers_and_true_wants_any() -> None:
     assert minimize(loss, full, examples(), MeZO(lr=1e-3), **options).nit == 1
 
 
+def calls_of(trunk: FrozenTrunk, objective: Callable[[Any], Any], batch: Any) -> list[Call]:
+    """What a trunk says of the model's calls, asked until it trusts itself."""
+    calls: list[Call] = []
+    with torch.no_grad():
+        for _ in range(4):
+            trunk.call(objective, batch, calls.append)
+    return calls
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_evaluation_in_the_two_parts_of_which_one_is_captured(family: str, side: str) -> None:
+    model = made(family)
+    view, objective = ParameterView.last_layers(model, 1), logits_of(model)
+    trunk, rows = FrozenTrunk(view), examples()
+    batch, other = padded(rows[:3], side), padded(rows[3:], side)
+    form = form_of(batch, calls_of(trunk, objective, batch)[-1])
+    assert form is not None
+    with torch.no_grad(), view.shifted([Term(3, 0.05)]):
+        for ran_before in ({0, 1}, set()):  # new rows run as far as the frozen layers
+            with counted(model) as ran:
+                entering = trunk.entering(objective, other, form)
+            assert entering is not None
+            assert set(ran) == ran_before
+            with counted(model) as ran, trunk.skipping(entering):
+                value = objective(other)
+            assert set(ran) == {2}
+            assert_equal((value, objective(other)))
+    assert (trunk.reason, trunk.rows) == (None, len(rows))
+    assert trunk.entering(objective, other, form) is None, "gradients are enabled"
+
+
+def test_rows_without_room_are_not_answered() -> None:
+    model = made("bert")
+    view, objective = ParameterView.last_layers(model, 1), logits_of(model)
+    trunk, rows = FrozenTrunk(view, max_bytes=32 * 15), examples()
+    small, large = padded(rows[1:4], "right"), padded([rows[0], rows[2], rows[4]], "right")
+    form = form_of(small, calls_of(trunk, objective, small)[-1])
+    assert form is not None
+    with torch.no_grad(), pytest.raises(RefusedError, match="no room"):
+        trunk.entering(objective, large, form)
+
+
+def test_frozen_tensors_that_never_rest_end_the_reuse_in_two_parts_too() -> None:
+    model = made("bert")
+    view, objective = ParameterView.last_layers(model, 1), logits_of(model)
+    trunk, batch = FrozenTrunk(view), padded(examples(), "right")
+    form = form_of(batch, calls_of(trunk, objective, batch)[-1])
+    assert form is not None
+    with torch.no_grad():
+        for _ in range(6):
+            model.get_submodule("bert.embeddings.LayerNorm").weight.mul_(1.1)
+            trunk.entering(objective, batch, form)
+    assert trunk.reason == "frozen tensors change from one evaluation to the next"
+
+
+def test_calls_that_a_batch_does_not_tell_of_have_no_form() -> None:
+    model = made("bert")
+    view, objective = ParameterView.last_layers(model, 1), logits_of(model)
+    batch = padded(examples(), "right")
+
+    def derived(batch: Any) -> Tensor:
+        return objective(batch | {"input_ids": batch["input_ids"].clamp(min=2)})
+
+    assert form_of(batch, calls_of(FrozenTrunk(view), derived, batch)[-1]) is None
+    twin = batch | {"twin": batch["input_ids"]}
+    plain = calls_of(FrozenTrunk(view), objective, batch)[-1]
+    assert form_of(batch, plain) is not None
+    assert form_of(twin, plain) is None
+    assert calls_of(FrozenTrunk(view), lambda b: objective(b) + objective(b), batch) == []
+
+
+def test_a_batch_is_told_by_its_content_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("bert")
+    view, loss = ParameterView.last_layers(model, 1), ClassificationLoss(model)
+    read, rows_of = [], trunk_keys._rows
+    monkeypatch.setattr(trunk_keys, "_rows", lambda *a: read.append(None) or rows_of(*a))
+    evaluator = Evaluator(loss, view, trunk=FrozenTrunk(view), joint_rows=None)
+    source = as_source(examples(), loss.collate)
+    for pick in ([0, 1, 2], [3, 4]):
+        batch = Batch(source, pick)
+        for seed in range(3):
+            evaluator.evaluate([Probe((Term(seed, c),), batch) for c in (0.1, -0.1)])
+    assert len(read) == 2
+
+
+def captured_and_plain(
+    family: str, *, scratch: Any = "copy", joint_rows: int | None = None, **options: Any
+) -> tuple[Evaluator, Evaluator]:
+    """Of two equal models on a GPU, one with a trunk and graphs, one with neither."""
+    found = []
+    for captured in (True, False):
+        layers = {"n_layer": 3} if family == "gpt2" else {"num_hidden_layers": 3}
+        model = tiny_model(family, num_labels=2, **layers).cuda()
+        view = ParameterView.last_layers(model, 1, scratch=scratch)
+        trunk = FrozenTrunk(view, **options) if captured else None
+        loss = ClassificationLoss(model)
+        loss.pad_to_multiple_of = 4
+        found.append(
+            Evaluator(loss, view, trunk=trunk, cuda_graphs=captured, joint_rows=joint_rows)
+        )
+    return found[0], found[1]
+
+
+def assert_answers_equal(pair: tuple[Evaluator, Evaluator], pick: list[int], seed: int) -> None:
+    """At three points on a batch of these rows; the weights move afterwards."""
+    answers = []
+    for evaluator in pair:
+        batch = Batch(as_source(examples(), evaluator.objective.collate), pick)  # type: ignore[union-attr]
+        probes = [Probe((Term(seed, c),), batch) for c in (0.02, -0.02)]
+        answers.append(evaluator.evaluate([Probe((), batch), *probes]))
+        evaluator.view.apply_in_order([Term(seed, 1e-3)])
+    for captured, plain in zip(*answers, strict=True):
+        assert captured.per_example is not None
+        assert plain.per_example is not None
+        np.testing.assert_allclose(captured.per_example, plain.per_example, rtol=1e-5, atol=1e-6)
+
+
+def graphs_of(evaluator: Evaluator) -> list[str]:
+    assert evaluator._graphs is not None
+    assert evaluator._graphs.obstacle is None
+    return [str(key) for key in evaluator._graphs._graphs]
+
+
+def change_frozen(pair: tuple[Evaluator, Evaluator]) -> None:
+    for evaluator in pair:
+        assert evaluator.view.model is not None
+        first = _block_list(evaluator.view.model)[1][0]
+        with torch.no_grad():
+            for parameter in first.parameters():
+                parameter.mul_(1.2)
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+@ON_GPU
+@pytest.mark.parametrize("joint_rows", [None, 64])
+@pytest.mark.parametrize("scratch", ["copy", "layer"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_captured_values_are_those_of_plain_calls(
+    family: str, scratch: Any, joint_rows: int | None
+) -> None:
+    pair = captured_and_plain(family, scratch=scratch, joint_rows=joint_rows)
+    picks = [[0, 1, 2, 3, 4, 5], [3, 1, 5], [1, 3], [2, 2, 5]]
+    for turn in range(12):
+        if turn == 7:
+            change_frozen(pair)
+        for index, pick in enumerate(picks):
+            assert_answers_equal(pair, pick, 10 * turn + index)
+    trunk, model = pair[0].trunk, pair[0].view.model
+    assert trunk is not None and model is not None
+    assert (trunk.reason, trunk.rows) == (None, len(LENGTHS))
+    kept = graphs_of(pair[0])
+    assert len(kept) > 1
+    assert all(ENTERING in key for key in kept)
+    with counted(model) as ran:
+        for index, pick in enumerate(picks):
+            assert_answers_equal(pair, pick, index)
+    assert ran == [], "not all of it was replayed"
+    assert graphs_of(pair[0]) == kept
+
+
+@pytest.mark.cuda
+@ON_GPU
+@pytest.mark.parametrize("storage", ["device", "host"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_captured_values_of_rows_that_come_and_go(family: str, storage: Storage) -> None:
+    """There is room for 17 of 26 tokens, and every row is in batches with others."""
+    pair = captured_and_plain(family, storage=storage, max_bytes=64 * 17)
+    generator = torch.Generator().manual_seed(1)
+    for turn in range(24):
+        pick = torch.randint(0, len(LENGTHS), (3,), generator=generator).tolist()
+        assert_answers_equal(pair, pick, turn)
+    trunk = pair[0].trunk
+    assert trunk is not None
+    assert trunk.reason is None
+    assert 0 < trunk.rows < len(LENGTHS)
+    kept = graphs_of(pair[0])
+    assert kept and all(ENTERING in key for key in kept)
+
+
+@pytest.mark.cuda
+@ON_GPU
+def test_what_was_captured_with_a_trunk_is_not_replayed_without() -> None:
+    pair = captured_and_plain("bert")
+    pick = [0, 1, 2, 3]
+    for turn in range(4):
+        assert_answers_equal(pair, pick, turn)
+    assert all(ENTERING in key for key in graphs_of(pair[0]))
+    assert pair[0].trunk is not None
+    pair[0].trunk.reason = "refused for this test"
+    change_frozen(pair)
+    for turn in range(4):
+        assert_answers_equal(pair, pick, turn)
+    assert sum(ENTERING in key for key in graphs_of(pair[0])) < len(graphs_of(pair[0]))
+
+
+@pytest.mark.cuda
+@ON_GPU
 @pytest.mark.parametrize("storage", ["device", "host", "disk"])
 @pytest.mark.parametrize("family", ["roberta", "llama"])
 def test_on_a_gpu(family: str, storage: Storage) -> None:

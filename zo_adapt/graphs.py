@@ -58,7 +58,7 @@ class Graphs:
             content: A mapping of tensors on a GPU; anything else is handed on.
             way: What else decides which kernels run.
         """
-        if self.obstacle is not None or not _is_capturable(content):
+        if self.obstacle is not None or not is_capturable(content):
             return function(content)
         key = self._key(content, way)
         if key in self._graphs:
@@ -83,12 +83,12 @@ class Graphs:
         """Whether a call would be a replay."""
         return (
             self.obstacle is None
-            and _is_capturable(content)
+            and is_capturable(content)
             and self._key(content, way) in self._graphs
         )
 
     def _key(self, content: Mapping[str, Tensor], way: Hashable) -> Hashable:
-        return way, self._places, self._view.memory.generation, _signature(content)
+        return way, self._places, self._view.memory.generation, signature(content)
 
     def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in content.items()}
@@ -97,7 +97,10 @@ class Graphs:
         token = GRAPH_TABLES.set(tables)
         try:
             # Relaxed: tables of a layer's addresses are copied on a stream that is not captured.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+            with (
+                self._view.recorded(),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"),
+            ):
                 returned = function(inputs)
         finally:
             GRAPH_TABLES.reset(token)
@@ -130,7 +133,8 @@ class _Graph:
         return self._output.clone()
 
 
-def _is_capturable(content: Any) -> bool:
+def is_capturable(content: Any) -> bool:
+    """Whether it is a mapping of tensors on a GPU."""
     return (
         isinstance(content, Mapping)
         and len(content) > 0
@@ -138,5 +142,6 @@ def _is_capturable(content: Any) -> bool:
     )
 
 
-def _signature(content: Mapping[str, Tensor]) -> Hashable:
+def signature(content: Mapping[str, Tensor]) -> Hashable:
+    """What a graph is captured for: names, shapes and dtypes."""
     return tuple((name, tuple(value.shape), value.dtype) for name, value in content.items())

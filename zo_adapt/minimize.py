@@ -154,8 +154,8 @@ def minimize(
             device); True: wherever it is possible, an error where the view rules it out; False:
             never; a ``FrozenTrunk`` says how much is kept and where. Queries are counted as always.
         cuda_graphs: Capture an evaluation's kernels on a GPU, once for each shape of a batch, and
-            replay them: "auto" for objectives that say they can be captured and views up to 64 MiB;
-            True: for any; False: never. Not where a trunk is reused.
+            replay them: "auto" for objectives that say they can be captured; True: for any; False:
+            never. Where a trunk is reused, the frozen layers are not captured.
 
     Returns:
         Value, steps, queries, stop reason and history.

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from zo_adapt.data import Batch
-from zo_adapt.errors import DropoutError, NonFiniteObjectiveError, ObjectiveError
+from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
+from zo_adapt.evaluation_mode import check_dropout
 from zo_adapt.graphs import Graphs
 from zo_adapt.joint import Joint, JointRows
 from zo_adapt.term import Terms
 from zo_adapt.trunk import FrozenTrunk
+from zo_adapt.trunk_graphs import TrunkGraphs
 from zo_adapt.view import ParameterView
 
 
@@ -25,11 +27,12 @@ class Objective(Protocol):
     It is evaluated where the view is now, without gradient. A single number is taken as the mean
     over the batch; values per example let micro-batches be weighted exactly and are better.
 
-    Four optional attributes are used when present: ``collate`` (makes a batch of a list of
+    Five optional attributes are used when present: ``collate`` (makes a batch of a list of
     examples), ``evaluating()``, a context in which the model is ready (evaluation mode),
-    ``maximize``: True for a reward or a metric, of which more is better, and ``joint``: False where
+    ``maximize``: True for a reward or a metric, of which more is better, ``joint``: False where
     the value of a row depends on the other rows of the batch, by random draws or otherwise, so that
-    several points must not be evaluated in one call.
+    several points must not be evaluated in one call, and ``step_like``: True where the value
+    changes in jumps, as a count does, and the usual perturbation is too small to see any.
     """
 
     def __call__(self, batch: Any, /) -> Any:
@@ -55,6 +58,11 @@ def rows_needed(objective: Objective | SetObjective) -> int:
     """Fewest rows that the objective has a meaningful value on; ``sys.maxsize``: all of a batch."""
     rows = getattr(objective, "min_rows", None if isinstance(objective, SetObjective) else 1)
     return sys.maxsize if rows is None else int(rows)
+
+
+def is_step_like(objective: Objective | SetObjective) -> bool:
+    """Whether the objective says that it changes in jumps."""
+    return bool(getattr(objective, "step_like", False))
 
 
 class Probe(NamedTuple):
@@ -88,8 +96,7 @@ class Evaluator:
         joint_rows: Largest number of rows in a call that answers several probes; see ``minimize``.
         usual_rows: Stands in for ``micro_batch_size``, except in calls that answer several probes.
         trunk: Runs the layers below the view once for each example; None runs them every time.
-        cuda_graphs: Whether calls on a GPU are captured; "auto": where the objective allows it and
-            the view is not shifted layer by layer.
+        cuda_graphs: Whether calls on a GPU are captured; "auto": where the objective allows it.
 
     Raises:
         OptionError: ``joint_rows`` is none of its values.
@@ -111,9 +118,12 @@ class Evaluator:
         self.objective, self.view, self.trunk = objective, view, trunk
         self._is_scored = isinstance(objective, SetObjective)
         captures = cuda_graphs is True or (
-            cuda_graphs == "auto" and getattr(objective, "capturable", False) and not view.by_layer
+            cuda_graphs == "auto" and getattr(objective, "capturable", False)
         )
         self._graphs = Graphs(view) if captures else None
+        self._trunk_graphs = (
+            None if trunk is None or self._graphs is None else TrunkGraphs(trunk, self._graphs)
+        )
         own = bool(getattr(objective, "maximize", False))
         self.sign = -1.0 if (own if maximize is None else maximize) else 1.0
         self.micro_batch_size = micro_batch_size or usual_rows
@@ -169,7 +179,8 @@ class Evaluator:
         if hasattr(self.objective, "evaluating"):
             context: AbstractContextManager[Any] = self.objective.evaluating()
             return context
-        check_dropout(self.view)
+        if self.view.model is not None:
+            check_dropout(self.view.model)
         return nullcontext()
 
     def _evaluate(self, probe: Probe) -> "_Returned":
@@ -180,6 +191,8 @@ class Evaluator:
     def _call(self, part: Batch) -> Any:
         """What the objective makes of one part: values, or predictions."""
         if self.trunk is not None and self.trunk.reason is None:
+            if self._trunk_graphs is not None:
+                return self._trunk_graphs.call(self._function, part.content, self.view.way)
             return self.trunk.call(self._function, part.content)
         if self._graphs is not None:
             return self._graphs.call(self._function, part.content, self.view.way)
@@ -193,7 +206,10 @@ class Evaluator:
         return function
 
     def _captured(self, parts: list[Batch], way: Hashable) -> bool:
-        """Whether none of the parts runs the model's own code."""
+        """Whether none of the parts runs the model's own code.
+
+        With a trunk they may have to, and a replay is right in either case.
+        """
         trunk = self.trunk is not None and self.trunk.reason is None
         graphs = None if trunk else self._graphs
         return graphs is not None and all(graphs.holds(part.content, way) for part in parts)
@@ -278,63 +294,6 @@ def _values(returned: Any, rows: int) -> np.ndarray:
             f"{values.size} values; a smaller lr or perturbation_scale keeps it finite"
         )
     return values if values.shape == (rows,) else values.reshape(())
-
-
-def check_dropout(view: ParameterView) -> None:
-    """Refuse a model that would draw a dropout mask.
-
-    Raises:
-        DropoutError: A module in training mode has dropout with p > 0.
-    """
-    if view.model is None:
-        return
-    for name, module in view.model.named_modules():
-        rate = _dropout_rate(module) if module.training else 0.0
-        if rate > 0:
-            raise DropoutError(
-                f"dropout of {name!r} (p={rate}) is on; call model.eval() before tuning"
-            )
-
-
-def _dropout_rate(module: torch.nn.Module) -> float:
-    """The largest rate of a dropout module, or of one that calls the function (OPT, LSTM do)."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        return float(module.p)
-    rates = [rate for name, rate in vars(module).items() if "drop" in name]
-    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside; each module's own mode restored afterwards.
-
-    Example:
-        >>> layer = torch.nn.Dropout(0.5)
-        >>> with evaluation_mode(layer):
-        ...     layer.training
-        False
-        >>> layer.training
-        True
-    """
-    training = [module for module in _modules(model) if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _modules(model: torch.nn.Module) -> Iterable[torch.nn.Module]:
-    """As ``model.modules()``, several times as fast: it is walked at every step."""
-    found = {model: None}
-    waiting = [model]
-    while waiting:
-        below = [m for m in waiting.pop()._modules.values() if m is not None and m not in found]
-        found.update(dict.fromkeys(below))
-        waiting += below
-    return found
 
 
 def mean_value(evaluations: Sequence[Evaluation], weights: Sequence[int]) -> float:

@@ -10,17 +10,20 @@ Masks, position tables, norms and heads stay the model's own code, run as always
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from zo_adapt.errors import OptionError
 from zo_adapt.options import at_least_one
-from zo_adapt.trunk_calls import Calls
+from zo_adapt.trunk_calls import Call, Calls, Recorded, kind_of, skipped
 from zo_adapt.trunk_checks import alike, close, tolerance_of
 from zo_adapt.trunk_cut import RefusedError, can_trim, cut
-from zo_adapt.trunk_keys import Keys
+from zo_adapt.trunk_form import Form
+from zo_adapt.trunk_keys import Keys, Rows
 from zo_adapt.trunk_store import Storage, Store
 from zo_adapt.view import ParameterView
 
@@ -122,12 +125,18 @@ class FrozenTrunk:
         """Drop all activations; they are made anew when they are asked for."""
         self._store.clear()
 
-    def call(self, function: Callable[[Any], Any], content: Any) -> Any:
+    def call(
+        self,
+        function: Callable[[Any], Any],
+        content: Any,
+        note: Callable[[Call], None] = lambda call: None,
+    ) -> Any:
         """``function(content)``, without running the frozen layers on what they have seen.
 
         Args:
             function: Runs the model in evaluation mode; with gradients enabled, all of it.
             content: A batch.
+            note: Told of the model's call, where there was one and it was answered.
         """
         if self.reason is None:
             self._notice_changes()
@@ -150,7 +159,46 @@ class FrozenTrunk:
             self._refuse(refusal)
         elif served:
             self._believe(served)
+            if len(calls.done) == 1:
+                note(calls.done[0])
         return value
+
+    def entering(
+        self, function: Callable[[Any], Any], content: Mapping[str, Tensor], form: Form
+    ) -> Tensor | None:
+        """What enters the first tuned layer; None where calls like it were not checked yet.
+
+        Args:
+            function: Runs the model; called as far as the frozen layers, for rows that are new.
+            content: What it is called with.
+            form: How it calls the model.
+
+        Raises:
+            RefusedError: The rows cannot be kept.
+        """
+        if self.reason is None:
+            self._notice_changes()
+        if self.reason is not None or torch.is_grad_enabled():
+            return None
+        rows = self.rows_of(form, content)
+        if not rows.keys or kind_of(rows) not in self._verified:
+            return None
+        if self._store.holds(rows.keys):
+            self._fruitless = 0
+        else:
+            with suppress(Recorded), self._calls(serving=False, ending=True).observed():
+                function(content)
+            if not self._store.holds(rows.keys):
+                raise RefusedError("there is no room for these rows")
+        return self._store.get(rows, form.width, form.device)
+
+    def rows_of(self, form: Form, content: Mapping[str, Tensor]) -> Rows:
+        """The rows of a call of the model that is made here and now."""
+        return self._keys.of(form.arguments(content))
+
+    def skipping(self, entering: Tensor) -> AbstractContextManager[None]:
+        """Inside, the frozen layers are not run: ``entering`` enters the first tuned one."""
+        return skipped(self._cut, self._shapes, entering)
 
     def _checked(
         self,
@@ -196,7 +244,7 @@ class FrozenTrunk:
         logger.info("the frozen layers are run every time: %s", reason)
         self.reason = reason
 
-    def _calls(self, *, serving: bool) -> Calls:
+    def _calls(self, *, serving: bool, ending: bool = False) -> Calls:
         return Calls(
             self._cut,
             self._store,
@@ -204,6 +252,7 @@ class FrozenTrunk:
             self._shapes,
             serving=serving,
             verified=frozenset(self._verified),
+            ending=ending,
         )
 
     def _now(self) -> list[int]:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from zo_adapt.trunk_keys import ForeignArgumentError, Keys, Rows
 from zo_adapt.trunk_store import Store
 
 
+class Recorded(Exception):
+    """A signal to the caller: the frozen layers have run, and no more was wanted."""
+
+
 class Call:
     """One call of the model: answered from the store, or run and recorded.
 
@@ -24,10 +29,23 @@ class Call:
         rows: Its rows; None where the layers run as they are.
         served: Whether all its rows are in the store.
         watched: Note what enters the tuned blocks, too.
+        arguments: What the model is called with, by position or name.
+
+    Attributes:
+        entry: Where it is served: how many positions enter the first tuned block, and on what
+            device.
     """
 
-    def __init__(self, rows: Rows | None, served: bool, watched: bool) -> None:
+    def __init__(
+        self,
+        rows: Rows | None,
+        served: bool,
+        watched: bool,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.rows, self.served, self.watched = rows, served, watched
+        self.arguments = arguments
+        self.entry: tuple[int, torch.device] | None = None
         self.order: list[int] = []
         self.outputs: list[weakref.ref[Tensor]] = []
         self.entering: Tensor | None = None
@@ -57,6 +75,7 @@ class Calls:
             where it returns a tensor. Filled as calls are recorded.
         serving: Answer what the store holds.
         verified: Kinds of calls that were checked.
+        ending: Raise ``Recorded`` when the frozen blocks have run and were recorded.
     """
 
     def __init__(
@@ -68,9 +87,10 @@ class Calls:
         *,
         serving: bool,
         verified: Container[str],
+        ending: bool = False,
     ) -> None:
         self.where, self.store, self.keys, self.shapes = where, store, keys, shapes
-        self.serving, self.verified = serving, verified
+        self.serving, self.verified, self.ending = serving, verified, ending
         self.refusal: str | None = None
         self.done: list[Call] = []
         self._now: Call | None = None
@@ -119,7 +139,8 @@ class Calls:
             return Call(None, served=False, watched=False)
         known = bool(rows.keys) and self.refusal is None
         served = known and self.serving and self.store.holds(rows.keys)
-        return Call(rows if known else None, served, kind_of(rows) not in self.verified)
+        watched = kind_of(rows) not in self.verified
+        return Call(rows if known else None, served, watched, arguments)
 
     def _frozen(self, forward: Callable[..., Any], index: int, /, *args: Any, **kwargs: Any) -> Any:
         call = self._now
@@ -130,12 +151,14 @@ class Calls:
         if not call.served:
             returned = forward(*args, **kwargs)
             self._record(call, index, returned, last)
+            if last and self.ending and self.refusal is None:
+                raise Recorded
             return returned
         hidden = hidden_of(args, kwargs)
         if last and hidden is not None:
-            hidden = self.store.get(call.rows, hidden.shape[1], hidden.device)
-        more = self.shapes[index]
-        return hidden if more is None else (hidden, *more)
+            call.entry = hidden.shape[1], hidden.device
+            hidden = self.store.get(call.rows, *call.entry)
+        return _output(hidden, self.shapes[index])
 
     def _record(self, call: Call, index: int, returned: Any, last: bool) -> None:
         whole = isinstance(returned, Tensor)
@@ -195,6 +218,40 @@ class Calls:
 
     def _refuse(self, reason: str) -> None:
         self.refusal = self.refusal or reason
+
+
+@contextmanager
+def skipped(
+    where: Cut, shapes: Mapping[int, tuple[Any, ...] | None], entering: Tensor
+) -> Iterator[None]:
+    """Inside, the frozen blocks are not run: ``entering`` enters the first tuned one.
+
+    Nothing is looked up or checked here, so this can be captured.
+
+    Args:
+        where: The cut model.
+        shapes: As of ``Calls``.
+        entering: Hidden states, (batch, positions, ...).
+    """
+    last = len(where.frozen) - 1
+
+    def skip(_: Callable[..., Any], index: int, /, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_of(args, kwargs)
+        if index == last:
+            if hidden is None or hidden.shape[:2] != entering.shape[:2]:
+                raise ValueError("the hidden states have another shape than those that are kept")
+            hidden = entering
+        return _output(hidden, shapes[index])
+
+    with ExitStack() as stack:
+        for index, block in enumerate(where.frozen):
+            stack.enter_context(_replaced(block, skip, index))
+        yield
+
+
+def _output(hidden: Tensor | None, more: tuple[Any, ...] | None) -> Any:
+    """What a block returns that puts out these hidden states."""
+    return hidden if more is None else (hidden, *more)
 
 
 def _captured() -> bool:

@@ -49,7 +49,7 @@ class Store:
     def clear(self) -> None:
         """Forget every row and give the room back."""
         self._parts: list[Tensor] = []
-        self._slots: dict[bytes, list[int]] = {}
+        self._slots: dict[bytes, np.ndarray] = {}
         self._free: list[int] = []
         self._places: dict[tuple[object, ...], list[_Piece]] = {}
         self._limit: int | None = None
@@ -77,8 +77,8 @@ class Store:
         """
         self._begin(hidden)
         width, used = hidden.shape[1], set(rows.keys)
-        slots: list[int] = []
-        positions: list[int] = []
+        slots: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
         for row, key in enumerate(rows.keys):
             if key in self._slots:
                 continue
@@ -88,10 +88,10 @@ class Store:
                 self._tell()
                 continue
             self._slots[key] = found
-            slots += found
-            positions += range(row * width + start, row * width + stop)
+            slots.append(found)
+            positions.append(np.arange(row * width + start, row * width + stop))
         flat = hidden.reshape(hidden.shape[0] * width, -1)
-        for piece in self._pieces(slots, positions, hidden.device):
+        for piece in self._pieces(slots, positions):
             values = flat.index_select(0, piece.positions.to(flat.device))
             part = self._parts[piece.part]
             part.index_copy_(0, piece.slots, values.to(part.device))
@@ -103,10 +103,10 @@ class Store:
         if place not in self._places:
             if len(self._places) >= REMEMBERED:
                 self._places.clear()
-            slots = [slot for key in rows.keys for slot in self._slots[key]]
+            slots = [self._slots[key] for key in rows.keys]
             spans = [rows.span(row, width) for row in range(len(rows.keys))]
-            positions = [r * width + p for r, span in enumerate(spans) for p in range(*span)]
-            self._places[place] = self._pieces(slots, positions, self._parts[0].device)
+            positions = [np.arange(r * width + a, r * width + b) for r, (a, b) in enumerate(spans)]
+            self._places[place] = self._pieces(slots, positions)
         size, first = len(rows.keys) * width, self._parts[0]
         pinned = first.device.type == "cpu" and device.type == "cuda"
         flat = torch.zeros(
@@ -131,7 +131,7 @@ class Store:
         if made != (self._shape, self._dtype, self._device):
             raise ValueError(f"activations of {made} after {self._shape, self._dtype}")
 
-    def _take(self, count: int, used: set[bytes]) -> list[int] | None:
+    def _take(self, count: int, used: set[bytes]) -> np.ndarray | None:
         """Slots for a row; room is made by dropping rows that the batch does not use."""
         while len(self._free) < count and self._grow():
             pass
@@ -140,10 +140,10 @@ class Store:
             oldest = next((key for key in self._slots if key not in used), None)
             if oldest is None:
                 return None
-            self._free += self._slots.pop(oldest)
+            self._free += self._slots.pop(oldest).tolist()
             self._places.clear()
             self._tell()
-        found = self._free[len(self._free) - count :]
+        found = np.array(self._free[len(self._free) - count :], dtype=np.int64)
         del self._free[len(self._free) - count :]
         return found
 
@@ -177,11 +177,12 @@ class Store:
             mapped = torch.from_file(name, shared=True, size=size * width, dtype=self._dtype)
         return mapped.view(size, width)
 
-    def _pieces(self, slots: list[int], positions: list[int], device: torch.device) -> list[_Piece]:
+    def _pieces(self, slots: list[np.ndarray], positions: list[np.ndarray]) -> list[_Piece]:
         """The places of slots, part by part; the parts are equal but for the last."""
         if not slots:
             return []
-        size, slot, position = len(self._parts[0]), np.asarray(slots), np.asarray(positions)
+        size = len(self._parts[0])
+        slot, position = np.concatenate(slots), np.concatenate(positions)
         pieces = []
         for part in np.unique(slot // size).tolist():
             here = slot // size == part
