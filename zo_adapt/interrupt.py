@@ -18,16 +18,26 @@ def uninterrupted() -> Iterator[None]:
         >>> with uninterrupted():
         ...     pass
     """
+    if threading.current_thread() is not threading.main_thread() or _Waiting.begun:
+        yield
+        return
     handler = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not callable(handler):
+    if not callable(handler):
         yield
         return
     waiting: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda *received: waiting.append(received))
+    _Waiting.begun = True
     try:
         yield
     finally:
+        _Waiting.begun = False
         signal.signal(signal.SIGINT, handler)
         if waiting:
             handler(*waiting[0])
+
+
+class _Waiting:
+    """Whether interrupts of the main thread wait already: what is within need not see to it."""
+
+    begun = False

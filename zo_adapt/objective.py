@@ -8,16 +8,15 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from zo_adapt.data import Batch
-from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.evaluation_mode import check_dropout
 from zo_adapt.graphs import Graphs
 from zo_adapt.joint import Joint, JointRows
 from zo_adapt.term import Terms
 from zo_adapt.trunk import FrozenTrunk
 from zo_adapt.trunk_graphs import TrunkGraphs
+from zo_adapt.values import Returned, checked_values, on_host
 from zo_adapt.view import ParameterView
 
 
@@ -157,7 +156,7 @@ class Evaluator:
                 else self._evaluate(probe)
                 for index, probe in enumerate(probes)
             ]
-        return [self._combine(*one) for one in _on_host(returned)]
+        return [self._combine(*one) for one in on_host(returned)]
 
     @property
     def one_at_a_time(self) -> str | None:
@@ -183,7 +182,7 @@ class Evaluator:
             check_dropout(self.view.model)
         return nullcontext()
 
-    def _evaluate(self, probe: Probe) -> "_Returned":
+    def _evaluate(self, probe: Probe) -> Returned:
         parts = list(probe.batch.micro_batches(self.micro_batch_size))
         with self.view.shifted(probe.terms, probe.decay, lambda way: self._captured(parts, way)):
             return self._scored(list(map(self._call, parts)), [len(part) for part in parts])
@@ -214,86 +213,21 @@ class Evaluator:
         graphs = None if trunk else self._graphs
         return graphs is not None and all(graphs.holds(part.content, way) for part in parts)
 
-    def _scored(self, returned: list[Any], sizes: list[int]) -> "_Returned":
+    def _scored(self, returned: list[Any], sizes: list[int]) -> Returned:
         if self._is_scored:
             score: Callable[[list[Any]], Any] = self.objective.score  # type: ignore[union-attr]
-            return _Returned([score(returned)], [sum(sizes)])
-        return _Returned(returned, sizes)
+            return Returned([score(returned)], [sum(sizes)])
+        return Returned(returned, sizes)
 
     def _combine(self, returned: list[Any], sizes: list[int]) -> Evaluation:
-        values = [_values(*one) for one in zip(returned, sizes, strict=True)]
+        values = [checked_values(*one) for one in zip(returned, sizes, strict=True)]
         if all(value.ndim == 1 for value in values):
-            per_example = self.sign * np.concatenate(values)
+            per_example = self.sign * (values[0] if len(values) == 1 else np.concatenate(values))
             return Evaluation(float(per_example.mean()), per_example)
         means = [float(value.mean()) for value in values]
         if len(means) == 1:
             return Evaluation(self.sign * means[0])
         return Evaluation(self.sign * float(np.average(means, weights=sizes)))
-
-
-class _Returned(NamedTuple):
-    """What the objective returned for the parts of one probe, and their numbers of rows."""
-
-    values: list[Any]
-    sizes: list[int]
-
-
-def _on_host(answers: list[_Returned]) -> list[_Returned]:
-    """The same, tensors of a GPU brought over in one transfer: each one waits for the GPU."""
-    there = [
-        value
-        for answer in answers
-        for value in answer.values
-        if isinstance(value, Tensor) and value.is_cuda and not value.requires_grad
-    ]
-    if len(there) < 2 or len({value.device for value in there}) > 1:
-        return answers
-    flat = torch.cat([value.flatten().to(torch.float64) for value in there]).cpu()
-    parts = flat.split([value.numel() for value in there])
-    here = {id(t): part.view(t.shape) for t, part in zip(there, parts, strict=True)}
-    return [
-        _Returned([here.get(id(value), value) for value in answer.values], answer.sizes)
-        for answer in answers
-    ]
-
-
-def _values(returned: Any, rows: int) -> np.ndarray:
-    """What the objective returned, as float64 of shape () or (rows,).
-
-    Raises:
-        ObjectiveError: It requires grad, has another shape, or is not a number.
-        NonFiniteObjectiveError: NaN or infinity.
-    """
-    if returned is None:
-        raise ObjectiveError(
-            "the objective returned NoneType; return a float or one per example (is the return "
-            "statement missing?)"
-        )
-    if isinstance(returned, Tensor):
-        if returned.requires_grad:
-            raise ObjectiveError(
-                "the objective returned a tensor that requires grad: it was computed outside "
-                "no_grad, which costs memory; remove enable_grad(), or return .detach()"
-            )
-        returned = returned.to("cpu", torch.float64).numpy()
-    try:
-        values = np.asarray(returned, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ObjectiveError(
-            f"the objective returned {type(returned).__name__}; return a float or one per example"
-        ) from error
-    if values.shape not in ((), (1,), (rows,)):
-        raise ObjectiveError(
-            f"the objective returned shape {values.shape} for {rows} examples; return a float "
-            f"or shape ({rows},)"
-        )
-    if not np.isfinite(values).all():
-        bad = np.flatnonzero(~np.isfinite(np.atleast_1d(values)))
-        raise NonFiniteObjectiveError(
-            f"the objective returned {np.atleast_1d(values)[bad[0]]} for {len(bad)} of "
-            f"{values.size} values; a smaller lr or perturbation_scale keeps it finite"
-        )
-    return values if values.shape == (rows,) else values.reshape(())
 
 
 def mean_value(evaluations: Sequence[Evaluation], weights: Sequence[int]) -> float:
