@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from objectives import F1, Accuracy, ClassificationLoss
 from zo_adapt import Adam, MeZO, MeZOSVRG, ParameterView, minimize
-from zo_adapt.optimizer import Optimizer
+from zo_adapt.optimizers.optimizer import Optimizer
 
 TRAIN, TEST = 512, 1024
 PREPARED_SEEDS = range(5)

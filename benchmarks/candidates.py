@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import ParameterView, Term
 from zo_adapt.data import Batch, as_source
-from zo_adapt.joint import JointRows
+from zo_adapt.joint.joint import JointRows
 from zo_adapt.objective import Evaluation, Evaluator, Probe
 
 MU = 1e-3

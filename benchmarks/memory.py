@@ -21,7 +21,7 @@ from step import DTYPES, LR, SIZES, encoder, rows, svrg
 
 from objectives import ClassificationLoss
 from zo_adapt import SGD, Adam, MeZO, ParameterView, minimize
-from zo_adapt.optimizer import Optimizer
+from zo_adapt.optimizers.optimizer import Optimizer
 
 SHAPES = [(16, 128), (32, 128), (64, 128), (64, 256), (64, 512)]
 METHODS = ["forward", "MeZO", "MeZO-SVRG", "SGD", "Adam"]

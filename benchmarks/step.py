@@ -35,8 +35,8 @@ from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
 from zo_adapt.data import Samples, as_source
 from zo_adapt.objective import Evaluator
-from zo_adapt.optimizer import Optimizer
-from zo_adapt.rule import Budget
+from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.rule import Budget
 from zo_adapt.run import Run
 
 LR = 1e-9

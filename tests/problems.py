@@ -8,10 +8,10 @@ from torch import Tensor
 
 from zo_adapt import ParameterView
 from zo_adapt.data import Samples, as_source
-from zo_adapt.noise import Noise, draw
+from zo_adapt.noise.distributions import Noise, draw
 from zo_adapt.objective import Evaluator
-from zo_adapt.optimizer import StepInfo
-from zo_adapt.rule import Budget
+from zo_adapt.optimizers.optimizer import StepInfo
+from zo_adapt.optimizers.rule import Budget
 from zo_adapt.term import Term, Update
 
 Rowwise = Callable[[Tensor, Tensor], Tensor]

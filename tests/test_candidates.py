@@ -27,7 +27,7 @@ from objectives import (
 from zo_adapt import Group, MeZO, MeZOSVRG, ParameterView, Term, diagnose, minimize
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
-from zo_adapt.joint_batch import JointBatch
+from zo_adapt.joint.batch import JointBatch
 from zo_adapt.objective import Evaluation, Evaluator, Probe
 
 TARGETS = {

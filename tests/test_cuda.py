@@ -10,8 +10,8 @@ from problems import bits, flat, labelled, logistic
 from torch import Tensor
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Term, Update, minimize
-from zo_adapt.noise import GAUSSIAN, RADEMACHER, Noise, draw
-from zo_adapt.replay import apply_all
+from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw
+from zo_adapt.trajectory.replay import apply_all
 
 pytestmark = [
     pytest.mark.cuda,

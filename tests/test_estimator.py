@@ -11,8 +11,8 @@ from torch import Tensor
 
 from zo_adapt import Group, Term, Update
 from zo_adapt.data import Batch, as_source
-from zo_adapt.estimator import HERE, Estimate, OneSided, Point, TwoSided, dealt
 from zo_adapt.objective import Evaluator
+from zo_adapt.optimizers.estimator import HERE, Estimate, OneSided, Point, TwoSided, dealt
 from zo_adapt.term import Terms
 
 NOISES = pytest.mark.parametrize("noise", ["gaussian", "rademacher"])

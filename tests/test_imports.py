@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENGINE = sorted((ROOT / "zo_adapt").rglob("*.py"))
 LIGHT = {"torch", "numpy", "tqdm", "zo_adapt", *sys.stdlib_module_names}
-INTEGRATION = sorted((ROOT / "zo_adapt").glob("trainer*.py"))
+INTEGRATION = sorted((ROOT / "zo_adapt" / "trainer").glob("*.py"))
 OPTIONAL = {"triton_accumulate.py": {"triton"}, "triton_gathered.py": {"triton"}}
 """Loaded on the first use of a CUDA view alone."""
 LIGHT_FILES = [path for path in ENGINE if path not in INTEGRATION]

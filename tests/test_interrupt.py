@@ -11,9 +11,10 @@ import pytest
 import torch
 from trajectories import STEPS, copies, equal, run, tensors
 
-from zo_adapt import MeZOSVRG, ParameterView, Replay, Term, Update, philox, replay
+from zo_adapt import MeZOSVRG, ParameterView, Replay, Term, Update, replay
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.noise import DIRECTION_STREAM
+from zo_adapt.noise import philox
+from zo_adapt.noise.distributions import DIRECTION_STREAM
 from zo_adapt.trajectory import Writer
 
 

@@ -14,11 +14,12 @@ from problems import bits
 from scipy import stats
 from scipy.special import ndtri
 
-from zo_adapt import ParameterView, Term, Update, philox
-from zo_adapt.accumulate import Accumulation, Place
+from zo_adapt import ParameterView, Term, Update
 from zo_adapt.errors import OptionError
-from zo_adapt.noise import GAUSSIAN, RADEMACHER, Noise, draw, noise_named, tensor_key
-from zo_adapt.sums import Sum, Sums
+from zo_adapt.noise import philox
+from zo_adapt.noise.accumulate import Accumulation, Place
+from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw, noise_named, tensor_key
+from zo_adapt.noise.sums import Sum, Sums
 
 CPU = torch.device("cpu")
 MASK = 2**64 - 1
@@ -135,7 +136,7 @@ def test_threads_give_what_one_thread_gives(
 ) -> None:
     numel = 2_500_007  # Three spans, the last one ragged.
     with ThreadPoolExecutor(4) as pool:
-        monkeypatch.setattr("zo_adapt.accumulate._pool", lambda: pool)
+        monkeypatch.setattr("zo_adapt.noise.accumulate._pool", lambda: pool)
         parallel = noise_of_view(noise, seed, "weight", torch.zeros(numel))
     assert torch.equal(parallel, draw(noise, seed, "weight", numel, CPU))
 

@@ -14,7 +14,7 @@ from zo_adapt import Group, ParameterView, Result, StopReason, Update, minimize
 from zo_adapt.data import Samples, as_source
 from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.objective import Evaluator
-from zo_adapt.rule import Budget, Progress
+from zo_adapt.optimizers.rule import Budget, Progress
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str

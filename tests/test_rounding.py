@@ -6,10 +6,10 @@ from problems import bits
 from torch import Tensor
 
 from zo_adapt import MeZO, ParameterView, Term, Update, minimize
-from zo_adapt.accumulate import Accumulation, OnCPU, Place
-from zo_adapt.noise import GAUSSIAN, RADEMACHER
-from zo_adapt.sums import Sum, Sums
-from zo_adapt.torch_accumulate import Anywhere
+from zo_adapt.noise.accumulate import Accumulation, OnCPU, Place
+from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER
+from zo_adapt.noise.sums import Sum, Sums
+from zo_adapt.noise.torch_accumulate import Anywhere
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 

@@ -14,9 +14,9 @@ from scipy import stats
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, Update, minimize
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
-from zo_adapt.estimator import HERE, OneSided, TwoSided
 from zo_adapt.objective import Evaluator
-from zo_adapt.shaping import SHAPES, ShapedOneSided, ShapedTwoSided, estimator
+from zo_adapt.optimizers.estimator import HERE, OneSided, TwoSided
+from zo_adapt.optimizers.shaping import SHAPES, ShapedOneSided, ShapedTwoSided, estimator
 
 MU, BATCH = 0.05, 6
 SETTINGS = {

@@ -9,7 +9,8 @@ import torch
 from families import FAMILIES, tokens
 from torch import Tensor, nn
 
-from zo_adapt import ParameterView, Term, philox
+from zo_adapt import ParameterView, Term
+from zo_adapt.noise import philox
 
 TERMS = [Term(1, 0.05), Term(9, -0.02)]
 

@@ -29,8 +29,8 @@ from zo_adapt.data import Batch, Samples, TensorRows
 from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOError
 from zo_adapt.minimize import StopReason
 from zo_adapt.objective import Evaluator
-from zo_adapt.rule import Budget
-from zo_adapt.trainer_data import InputRows, TrainerSamples, TrainingRows
+from zo_adapt.optimizers.rule import Budget
+from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
 
 pytestmark = [
     # peft reads an attribute of transformers by its former name
@@ -444,7 +444,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_weights(
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             good.append(view.hash())
 
-    monkeypatch.setattr("zo_adapt.trainer.logger.error", good.append)
+    monkeypatch.setattr("zo_adapt.trainer.trainer.logger.error", good.append)
     trainer = trainer_of(
         tmp_path,
         model.eval(),

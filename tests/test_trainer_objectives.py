@@ -26,8 +26,8 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer
 from zo_adapt.data import Batch, Examples, Samples
 from zo_adapt.errors import DataError
 from zo_adapt.objective import Evaluator
-from zo_adapt.rule import Budget
-from zo_adapt.trainer_data import InputRows
+from zo_adapt.optimizers.rule import Budget
+from zo_adapt.trainer.data import InputRows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),

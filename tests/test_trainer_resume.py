@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, replay
 from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
-from zo_adapt.trainer_state import STATE, TRAJECTORY, last_whole_checkpoint, set_aside
-from zo_adapt.trajectory_tools import main
+from zo_adapt.trainer.state import STATE, TRAJECTORY, last_whole_checkpoint, set_aside
+from zo_adapt.trajectory.tools import main
 
 pytestmark = [
     # peft reads an attribute of transformers by its former name

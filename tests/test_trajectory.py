@@ -26,10 +26,10 @@ from zo_adapt import (
     replay,
 )
 from zo_adapt.errors import TrajectoryError
-from zo_adapt.optimizer import Optimizer
-from zo_adapt.replay import apply_all
+from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.trajectory import Reader, columns
-from zo_adapt.trajectory_tools import main
+from zo_adapt.trajectory.replay import apply_all
+from zo_adapt.trajectory.tools import main
 
 
 @st.composite

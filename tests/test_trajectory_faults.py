@@ -36,7 +36,7 @@ from zo_adapt.errors import (
     TrajectoryWriteError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.optimizer import Optimizer
+from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.trajectory import VERSION, Reader, Writer
 
 SEEN = (TrajectoryError, TruncatedTrajectoryWarning)

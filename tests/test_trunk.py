@@ -23,17 +23,17 @@ from zo_adapt import (
     SetObjective,
     Term,
     minimize,
-    trunk_keys,
 )
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import OptionError
 from zo_adapt.objective import Evaluator, Probe
-from zo_adapt.selection import _block_list
-from zo_adapt.trunk_calls import Call
-from zo_adapt.trunk_cut import RefusedError
-from zo_adapt.trunk_form import form_of
-from zo_adapt.trunk_graphs import ENTERING
-from zo_adapt.trunk_store import Storage
+from zo_adapt.trunk import keys
+from zo_adapt.trunk.calls import Call
+from zo_adapt.trunk.cut import RefusedError
+from zo_adapt.trunk.form import form_of
+from zo_adapt.trunk.graphs import ENTERING
+from zo_adapt.trunk.store import Storage
+from zo_adapt.view.selection import _block_list
 
 ON_GPU = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -652,7 +652,7 @@ def test_an_objective_that_raises_leaves_the_model_as_it_was() -> None:
 
 
 def test_what_is_reused_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "zo_adapt.trunk"):
+    with caplog.at_level(logging.INFO, "zo_adapt.trunk.frozen_trunk"):
         run("bert", "auto", MeZO(lr=1e-3))
     assert [record.message for record in caplog.records] == [
         "the first 2 of 3 layers of 'bert.encoder.layer' run once for each example, kept on device "
@@ -753,8 +753,8 @@ def test_calls_that_a_batch_does_not_tell_of_have_no_form() -> None:
 def test_a_batch_is_told_by_its_content_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("bert")
     view, loss = ParameterView.last_layers(model, 1), ClassificationLoss(model)
-    read, rows_of = [], trunk_keys._rows
-    monkeypatch.setattr(trunk_keys, "_rows", lambda *a: read.append(None) or rows_of(*a))
+    read, rows_of = [], keys._rows
+    monkeypatch.setattr(keys, "_rows", lambda *a: read.append(None) or rows_of(*a))
     evaluator = Evaluator(loss, view, trunk=FrozenTrunk(view), joint_rows=None)
     source = as_source(examples(), loss.collate)
     for pick in ([0, 1, 2], [3, 4]):

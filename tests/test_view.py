@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zo_adapt import Group, ParameterView, Term, Update
 from zo_adapt.errors import StepTooLargeError, TermError
-from zo_adapt.noise import GAUSSIAN
+from zo_adapt.noise.distributions import GAUSSIAN
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from zo_adapt import ZOSVRG, Annealing, MeZO, MeZOSVRG, ParameterView, Result, minimize
-from zo_adapt.optimizer import Optimizer
+from zo_adapt.optimizers.optimizer import Optimizer
 
 STEPS = 12
 OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {

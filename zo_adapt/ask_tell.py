@@ -14,13 +14,13 @@ from zo_adapt.errors import (
     OptionError,
     StepTooLargeError,
 )
-from zo_adapt.group import Group
 from zo_adapt.minimize import Record, StopReason
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizer import ZerothOrder
+from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.rule import Budget, Progress
 from zo_adapt.options import check_run
-from zo_adapt.rule import Budget, Progress
-from zo_adapt.view import ParameterView
+from zo_adapt.view.group import Group
+from zo_adapt.view.view import ParameterView
 
 
 class AskTell:

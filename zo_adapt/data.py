@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt import philox
 from zo_adapt.errors import DataError
-from zo_adapt.tensors import sendable
+from zo_adapt.noise import philox
+from zo_adapt.transfer import sendable
 
 Collate = Callable[[list[Any]], Any]
 MINIBATCH_STREAM, LARGE_BATCH_STREAM = 1, 2

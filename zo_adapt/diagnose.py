@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zo_adapt import philox
 from zo_adapt.data import Batch, Collate, NoData, Samples, as_source, class_labels
 from zo_adapt.diagnosis import (
     Diagnosis,
@@ -18,8 +17,8 @@ from zo_adapt.diagnosis import (
     judge_snapshot,
 )
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
-from zo_adapt.estimator import direction
 from zo_adapt.jackknife import Jackknife
+from zo_adapt.noise import philox
 from zo_adapt.objective import (
     Evaluator,
     Objective,
@@ -28,10 +27,11 @@ from zo_adapt.objective import (
     is_step_like,
     rows_needed,
 )
-from zo_adapt.optimizer import usual_perturbation
+from zo_adapt.optimizers.estimator import direction
+from zo_adapt.optimizers.optimizer import usual_perturbation
+from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
 from zo_adapt.options import at_least_one, check_run, positive
-from zo_adapt.resolution import check_resolution, finest_perturbation
-from zo_adapt.view import ParameterView
+from zo_adapt.view.view import ParameterView
 
 PROBE_STREAM = 4
 USUAL_ROWS = 16

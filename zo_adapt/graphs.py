@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_adapt.sums import GRAPH_TABLES
-from zo_adapt.view import ParameterView
+from zo_adapt.noise.sums import GRAPH_TABLES
+from zo_adapt.view.view import ParameterView
 
 CALLS_BEFORE = 2
 """Calls of a shape before it is captured: they warm up, and a shape that never recurs costs

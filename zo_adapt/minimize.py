@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from zo_adapt.data import Collate, Samples, as_source, class_labels
 from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
-from zo_adapt.joint import JointRows
+from zo_adapt.joint.joint import JointRows
 from zo_adapt.monitor import Metrics, Monitor
 from zo_adapt.objective import (
     BudgetExhausted,
@@ -19,12 +19,12 @@ from zo_adapt.objective import (
     SetObjective,
     rows_needed,
 )
-from zo_adapt.optimizer import Optimizer
+from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.rule import Budget
 from zo_adapt.options import at_least_one, check_run
-from zo_adapt.rule import Budget
 from zo_adapt.run import Run
-from zo_adapt.trunk import FrozenTrunk, trunk_for
-from zo_adapt.view import ParameterView
+from zo_adapt.trunk.frozen_trunk import FrozenTrunk, trunk_for
+from zo_adapt.view.view import ParameterView
 
 
 class StopReason(StrEnum):

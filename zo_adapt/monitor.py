@@ -8,7 +8,7 @@ from zo_adapt.data import Batch, Collate, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.objective import Evaluator, Objective, Probe, SetObjective
 from zo_adapt.options import at_least_one
-from zo_adapt.view import ParameterView
+from zo_adapt.view.view import ParameterView
 
 Metrics = Mapping[str, Objective | SetObjective]
 

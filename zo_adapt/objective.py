@@ -12,12 +12,12 @@ import torch
 from zo_adapt.data import Batch
 from zo_adapt.evaluation_mode import check_dropout
 from zo_adapt.graphs import Graphs
-from zo_adapt.joint import Joint, JointRows
+from zo_adapt.joint.joint import Joint, JointRows
 from zo_adapt.term import Terms
-from zo_adapt.trunk import FrozenTrunk
-from zo_adapt.trunk_graphs import TrunkGraphs
+from zo_adapt.trunk.frozen_trunk import FrozenTrunk
+from zo_adapt.trunk.graphs import TrunkGraphs
 from zo_adapt.values import Returned, checked_values, on_host
-from zo_adapt.view import ParameterView
+from zo_adapt.view.view import ParameterView
 
 
 class Objective(Protocol):

@@ -8,13 +8,13 @@ from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError, TrajectoryError, TrajectoryWriteError
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.objective import Evaluator, is_step_like
-from zo_adapt.optimizer import Optimizer, StepInfo, ZerothOrder
-from zo_adapt.record import Step
-from zo_adapt.replay import apply_all, check_header, header_of
-from zo_adapt.rule import Budget
-from zo_adapt.safe_file import read_state, write_state
+from zo_adapt.optimizers.optimizer import Optimizer, StepInfo, ZerothOrder
+from zo_adapt.optimizers.rule import Budget
 from zo_adapt.term import Update
 from zo_adapt.trajectory import Position, Reader, Writer
+from zo_adapt.trajectory.record import Step
+from zo_adapt.trajectory.replay import apply_all, check_header, header_of
+from zo_adapt.trajectory.safe_file import read_state, write_state
 
 
 class Run:

@@ -10,8 +10,8 @@ import numpy as np
 from zo_adapt.ask_tell import AskTell, number
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.minimize import StopReason
-from zo_adapt.named import optimizer_named
-from zo_adapt.optimizer import ZerothOrder
+from zo_adapt.optimizers.named import optimizer_named
+from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.options import at_least_one
 
 LOOP: dict[str, Any] = {

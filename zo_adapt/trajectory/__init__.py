@@ -31,9 +31,9 @@ from zo_adapt.errors import (
     TrajectoryWriteError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.record import MOST_GROUPS, Step
-from zo_adapt.safe_file import replace_file
-from zo_adapt.seeds import NAME, Seeds
+from zo_adapt.noise.seeds import NAME, Seeds
+from zo_adapt.trajectory.record import MOST_GROUPS, Step
+from zo_adapt.trajectory.safe_file import replace_file
 
 MAGIC = b"zo_traj"
 VERSION = 2

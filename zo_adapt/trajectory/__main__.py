@@ -1,6 +1,6 @@
-"""``python -m zo_adapt.trajectory``; see ``trajectory_tools``."""
+"""``python -m zo_adapt.trajectory``; see ``tools``."""
 
-from zo_adapt.trajectory_tools import main
+from zo_adapt.trajectory.tools import main
 
 if __name__ == "__main__":
     main()

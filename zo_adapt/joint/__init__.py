@@ -1,0 +1,1 @@
+"""Several points evaluated in one forward."""

@@ -1,0 +1,237 @@
+"""``out <- decay * source + sum_k c_k z(s_k)`` over many tensors: where noise is added.
+
+fp32 arithmetic, terms in order, one rounding to the tensor's dtype at the end: to the nearest value
+or, for updates in half precision, stochastically. On the CPU the work goes in chunks that stay in
+the cache, over the cores for large tensors; on NVIDIA GPUs one kernel does it all
+(``triton_accumulate``); elsewhere torch operations do (``torch_accumulate``). Extra memory: a chunk
+(CPU), one record of 48 bytes for 4,096 elements (NVIDIA), a bucket of 4 M elements (elsewhere).
+"""
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt.noise import philox
+from zo_adapt.noise.distributions import DIRECTION_STREAM, ROUNDING_STREAM, Noise
+from zo_adapt.noise.sums import Sums
+
+CHUNK = 1 << 16
+"""Elements worked on at a time on the CPU: 256 KiB of fp32 stay in the second-level cache."""
+SPAN = 16 * CHUNK
+"""Elements that one thread of the CPU works through."""
+PER_BLOCK = 16
+"""Elements that one block of the generator rounds: 16 bits each."""
+
+
+class Place(NamedTuple):
+    """One tensor's share of an accumulation.
+
+    Args:
+        out: Where the result goes; may be ``source`` itself.
+        source: The weights.
+        key: The tensor's noise key.
+        sum: Which of the sums is added here, by its index.
+    """
+
+    out: Tensor
+    source: Tensor
+    key: int
+    sum: int = 0
+
+
+class Row(NamedTuple):
+    """A place with its sum, on flat contiguous tensors."""
+
+    out: Tensor
+    source: Tensor
+    key: int
+    terms: Sequence[tuple[int, float]]
+    decay: float
+
+
+class Runner(Protocol):
+    """Runs the places of one device and dtype."""
+
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
+        """Add and round; the results go to ``outs``, one for each place."""
+
+
+class Accumulation:
+    """An accumulation whose tensors stay and whose sums change from call to call.
+
+    Args:
+        noise: Of the directions.
+        places: They may differ in device, dtype and memory layout.
+
+    Example:
+        >>> from zo_adapt.noise.distributions import RADEMACHER
+        >>> from zo_adapt.noise.sums import Sum, Sums
+        >>> x = torch.zeros(3)
+        >>> Accumulation(RADEMACHER, [Place(x, x, key=7)])(Sums([Sum([(1, 0.5)])]))
+        >>> x.abs()
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+
+    def __init__(self, noise: Noise, places: Iterable[Place]) -> None:
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        places = list(places)
+        for index, place in enumerate(places):
+            kinds.setdefault((place.out.device, place.out.dtype), []).append(index)
+        self._runners: list[tuple[Runner, list[int], list[Tensor]]] = [
+            (_runner(device)(noise, [places[i] for i in same]), same, [places[i].out for i in same])
+            for (device, _), same in kinds.items()
+        ]
+
+    def __call__(self, sums: Sums, outs: Sequence[Tensor] | None = None) -> None:
+        """Add the sums at their places and round.
+
+        Args:
+            sums: What is added.
+            outs: Where the results go, one for each place; None: where the places say.
+        """
+        with torch.no_grad():
+            for run, same, own in self._runners:
+                run(sums, own if outs is None else [outs[i] for i in same])
+
+
+@cache
+def _runner(device: torch.device) -> type:
+    if device.type == "cpu":
+        return OnCPU
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from zo_adapt.noise.triton_accumulate import OnCUDA
+
+        return OnCUDA
+    from zo_adapt.noise.torch_accumulate import Anywhere
+
+    return Anywhere
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def flat(out: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Result and source in row-major order, in which elements are numbered whatever the layout.
+
+    A result of another layout is made apart; ``finish`` takes it where it belongs.
+    """
+    row_major = source.reshape(-1)
+    return (out.view(-1) if out.is_contiguous() else torch.empty_like(row_major)), row_major
+
+
+def finish(out: Tensor, result: Tensor) -> None:
+    """Copy a result that was made apart to where it belongs."""
+    if not out.is_contiguous():
+        out.copy_(result.view(out.shape))
+
+
+def rows_of(
+    places: Sequence[Place], flats: Sequence[tuple[Tensor, Tensor]], sums: Sums
+) -> list[Row]:
+    """Places on their flat tensors, with their sums."""
+    return [
+        Row(*tensors, place.key, *sums.sums[place.sum])
+        for tensors, place in zip(flats, places, strict=True)
+    ]
+
+
+class OnCPU:
+    """Chunk by chunk in numpy, whose own generator makes the words."""
+
+    def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
+        self._noise, self._places = noise, places
+
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
+        """Add and round."""
+        flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
+        _run(self._noise, rows_of(self._places, flats, sums), sums.rounding)
+        for out, (result, _) in zip(outs, flats, strict=True):
+            finish(out, result)
+
+
+def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:
+    large = [row for row in rows if row.out.numel() > SPAN]
+    for row in rows:
+        if row.out.numel() <= SPAN:
+            _run_span(noise, row, rounding, 0, row.out.numel())
+    futures = [
+        _pool().submit(_run_span, noise, row, rounding, start, min(start + SPAN, row.out.numel()))
+        for row in large
+        for start in range(0, row.out.numel(), SPAN)
+    ]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        # An interrupted caller restores the tensors: no thread may write to them after that.
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="zo_adapt-noise")
+
+
+@torch.no_grad()  # A thread of the pool has an autograd mode of its own.
+def _run_span(noise: Noise, row: Row, rounding: int | None, start: int, stop: int) -> None:
+    for first in range(start, stop, CHUNK):
+        part = slice(first, min(first + CHUNK, stop))
+        chunk = row._replace(out=row.out[part], source=row.source[part])
+        _run_chunk(noise, chunk, rounding, first)
+
+
+def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None:
+    out, source = row.out, row.source
+    in_place = out.dtype == arithmetic(out.dtype)
+    if in_place and out.data_ptr() != source.data_ptr():
+        out.copy_(source)
+    total = (out if in_place else source.to(arithmetic(out.dtype))).detach().numpy()
+    scalar = total.dtype.type
+    if row.decay != 1.0:
+        total *= scalar(row.decay)
+    block, blocks = first // noise.per_block, -(-total.size // noise.per_block)
+    for seed, coefficient in row.terms:
+        words = philox.words_numpy(seed, row.key, DIRECTION_STREAM, block, blocks)
+        z = noise.from_numpy_words(words)[: total.size]
+        total += z * scalar(coefficient)
+    if in_place:
+        return
+    if rounding is not None:
+        _round(total, out.dtype, _fractions(rounding, row.key, first, total.size))
+    out.copy_(torch.from_numpy(total))
+
+
+def _fractions(seed: int, key: int, first: int, size: int) -> np.ndarray:
+    """Uniform 16-bit numbers, one an element."""
+    blocks = -(-size // PER_BLOCK)
+    words = philox.words_numpy(seed, key, ROUNDING_STREAM, first // PER_BLOCK, blocks)
+    return words.view(np.uint16)[:size]
+
+
+def _round(total: np.ndarray, dtype: torch.dtype, fractions: np.ndarray) -> None:
+    """Make every value one that the dtype holds: up with the probability that keeps the mean.
+
+    The bits that the dtype drops, and a uniform number of as many bits, are added; their carry is
+    the rounding. What the dtype holds exactly stays.
+    """
+    if dtype == torch.bfloat16:
+        bits = total.view(np.uint32)
+        bits += fractions
+        bits &= np.uint32(0xFFFF0000)
+        return
+    # Scaled by 2**-112, fp16's small numbers, evenly spaced, become those of fp32.
+    total *= np.float32(2.0**-112)
+    bits = total.view(np.uint32)
+    bits += fractions >> np.uint16(3)
+    bits &= np.uint32(0xFFFFE000)
+    total *= np.float32(2.0**112)

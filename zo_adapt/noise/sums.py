@@ -1,0 +1,100 @@
+"""What is added to the weights in one call, on the host and as a GPU reads it."""
+
+import struct
+from collections.abc import Sequence
+from contextvars import ContextVar
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt.transfer import sendable
+
+HEADER = 3
+"""Numbers that describe a sum to a kernel."""
+
+
+class Sum(NamedTuple):
+    """What is added: sum c z(seed), to ``decay`` times what was there.
+
+    Args:
+        terms: (seed, coefficient) pairs, added in this order.
+        decay: Factor on the weights.
+    """
+
+    terms: Sequence[tuple[int, float]] = ()
+    decay: float = 1.0
+
+
+class Sums:
+    """The sums of one call and how results are rounded; on a GPU, packed once for many launches.
+
+    Args:
+        sums: One for each index that places name.
+        rounding: Seed of stochastic rounding in fp16 and bf16; None rounds to the nearest.
+        memory: Where they lie on a GPU; None is wherever there is room.
+    """
+
+    def __init__(
+        self,
+        sums: Sequence[Sum],
+        rounding: int | None = None,
+        memory: "Memory | None" = None,
+    ) -> None:
+        self.sums, self.rounding = sums, rounding
+        self._memory = memory
+        self._packed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Header and terms as int64 in a device's memory.
+
+        The header holds the rounding's seed and, for each sum, its first term, the number of its
+        terms and the bits of its decay; a term is a seed and the bits of its coefficient.
+        """
+        if device not in self._packed:
+            numbers = sendable(np.frombuffer(self._numbers(), np.int64), device)
+            if self._memory is None:
+                there = numbers.to(device, non_blocking=True)
+            else:
+                there = self._memory.holding(numbers, device)
+            first_term = 1 + HEADER * len(self.sums)
+            self._packed[device] = there[:first_term], there[first_term:]
+        return self._packed[device]
+
+    def _numbers(self) -> bytes:
+        described: list[int | float] = []
+        terms: list[int | float] = []
+        for pairs, decay in self.sums:
+            described += (len(terms) // 2, len(pairs), decay)
+            terms += chain.from_iterable(pairs)
+        layout = f"=Q{len(self.sums) * 'qqd'}{len(terms) // 2 * 'Qd'}"
+        return struct.pack(layout, self.rounding or 0, *described, *terms)
+
+
+GRAPH_TABLES: ContextVar[list[Tensor] | None] = ContextVar("graph_tables", default=None)
+"""While a graph is captured: what its kernels read at every replay, for the graph to keep."""
+
+
+class Memory:
+    """Room on each GPU for the sums of one call after another, always at the same address.
+
+    A captured graph reads there what the next call has written. ``generation`` counts the times
+    that the room became too small and was moved.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def holding(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """The numbers on the device, in place of those of the call before."""
+        buffer = self._buffers.get(device)
+        if buffer is None or len(buffer) < len(numbers):
+            buffer = torch.empty(2 * len(numbers) + 512, dtype=torch.int64, device=device)
+            self._buffers[device] = buffer
+            self.generation += 1
+        there = buffer[: len(numbers)]
+        there.copy_(numbers, non_blocking=True)
+        return there

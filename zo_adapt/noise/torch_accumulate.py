@@ -1,0 +1,131 @@
+"""``accumulate`` in torch operations, for devices without a kernel of their own, and its reference.
+
+Small tensors share one evaluation of the generator. Extra memory: at most ``BUCKET`` elements.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from zo_adapt.noise import philox
+from zo_adapt.noise.accumulate import PER_BLOCK, Place, Row, arithmetic, finish, flat, rows_of
+from zo_adapt.noise.distributions import DIRECTION_STREAM, ROUNDING_STREAM, Noise
+from zo_adapt.noise.sums import Sums
+
+BUCKET = 1 << 22
+"""Elements of noise made at a time."""
+
+
+class Anywhere:
+    """The same numbers from torch operations, on any device that has 64-bit integers."""
+
+    def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
+        self._noise, self._places = noise, places
+
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
+        """Add and round."""
+        flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
+        for bucket in _buckets(rows_of(self._places, flats, sums)):
+            longest = max(row.out.numel() for row in bucket)
+            for start in range(0, longest, BUCKET):
+                stop = min(start + BUCKET, longest)
+                _run_slices(self._noise, bucket, sums.rounding, start, stop)
+        for out, (result, _) in zip(outs, flats, strict=True):
+            finish(out, result)
+
+
+def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows with at most ``BUCKET`` elements together (or one larger row alone)."""
+    bucket: list[Row] = []
+    for row in rows:
+        if bucket and sum(r.out.numel() for r in bucket) + row.out.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(row)
+    if bucket:
+        yield bucket
+
+
+def _run_slices(
+    noise: Noise, bucket: Sequence[Row], rounding: int | None, start: int, stop: int
+) -> None:
+    outs = [row.out[start:stop] for row in bucket]
+    dtype = outs[0].dtype
+    totals = [row.source[start:stop].to(arithmetic(dtype), copy=True) for row in bucket]
+    if any(row.decay != 1.0 for row in bucket):
+        torch._foreach_mul_(totals, [row.decay for row in bucket])
+    for seed, members in _in_order(bucket):
+        keys = [bucket[i].key for i, _ in members]
+        words, sizes = _words(seed, keys, DIRECTION_STREAM, totals, members, start, noise.per_block)
+        values = noise.from_torch_words(words)
+        z = _parts(values, sizes, noise.per_block)
+        parts = [part.to(totals[i].dtype) for part, (i, _) in zip(z, members, strict=True)]
+        torch._foreach_mul_(parts, [coefficient for _, coefficient in members])
+        torch._foreach_add_([totals[i] for i, _ in members], parts)
+    if rounding is not None and dtype in (torch.float16, torch.bfloat16):
+        every = [(index, 1.0) for index in range(len(bucket))]
+        keys = [row.key for row in bucket]
+        words, sizes = _words(rounding, keys, ROUNDING_STREAM, totals, every, start, PER_BLOCK)
+        fields = words.T.contiguous().view(torch.int16).flatten().int() & 0xFFFF
+        for total, fraction in zip(totals, _parts(fields, sizes, PER_BLOCK), strict=True):
+            _round(total, dtype, fraction)
+    torch._foreach_copy_(outs, totals)
+
+
+def _in_order(bucket: Sequence[Row]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+    """Directions in order, each with the rows and coefficients that share its launch."""
+    for place in range(max(len(row.terms) for row in bucket)):
+        members: dict[int, list[tuple[int, float]]] = {}
+        for index, row in enumerate(bucket):
+            if place < len(row.terms):
+                seed, coefficient = row.terms[place]
+                members.setdefault(seed, []).append((index, coefficient))
+        yield from members.items()
+
+
+def _words(
+    seed: int,
+    keys: Sequence[int],
+    stream: int,
+    totals: Sequence[Tensor],
+    members: Sequence[tuple[int, float]],
+    start: int,
+    per_block: int,
+) -> tuple[Tensor, list[int]]:
+    sizes = [totals[index].numel() for index, _ in members]
+    device = totals[0].device
+    key, number = _lanes(tuple(keys), tuple(sizes), start // per_block, per_block, device)
+    return philox.words_torch(seed, key, stream, number), sizes
+
+
+def _parts(values: Tensor, sizes: Sequence[int], per_block: int) -> list[Tensor]:
+    padded = [-(-size // per_block) * per_block for size in sizes]
+    return [part[:size] for part, size in zip(torch.split(values, padded), sizes, strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _lanes(
+    keys: tuple[int, ...], sizes: tuple[int, ...], block: int, per_block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Key and block number of every block of several tensors, laid end to end."""
+    counts = torch.tensor([-(-size // per_block) for size in sizes], device=device)
+    signed = torch.tensor([philox.signed(key) for key in keys], device=device)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return (
+        torch.repeat_interleave(signed, counts),
+        torch.arange(len(first), device=device) - first + block,
+    )
+
+
+def _round(total: Tensor, dtype: torch.dtype, fractions: Tensor) -> None:
+    """Stochastic rounding, as on the CPU."""
+    if dtype == torch.bfloat16:
+        bits = total.view(torch.int32)
+        bits.add_(fractions).bitwise_and_(-0x10000)
+        return
+    total.mul_(2.0**-112)
+    bits = total.view(torch.int32)
+    bits.add_(fractions >> 3).bitwise_and_(-0x2000)
+    total.mul_(2.0**112)

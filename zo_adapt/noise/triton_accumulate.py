@@ -1,0 +1,289 @@
+"""The fused form of ``accumulate`` for NVIDIA GPUs: one launch for all tensors of a dtype.
+
+Every program works on one block of one tensor: reads it once, adds every term from seeds and
+coefficients in device memory, rounds and writes it once. The numbers are those of the reference,
+bit for bit. Floor: one read and one write of the view, 2 * bytes / bandwidth; the generator and the
+quantile cost about half of that in fp32, beside it.
+"""
+
+import operator
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.random import philox_impl
+
+from zo_adapt.noise import philox
+from zo_adapt.noise.accumulate import Place, arithmetic, finish, flat
+from zo_adapt.noise.distributions import QUANTILE, ROUNDING_STREAM, Noise
+from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
+
+BLOCK = 4096
+"""Elements of one program; a multiple of every noise's elements per block."""
+WARPS, WARPS_OF_HALVES = 8, 4
+"""Of a program. Half precision is bound by the generator, not by memory: with two of its blocks a
+thread, the key schedule serves both."""
+REGISTERS = 80
+"""Most of a thread, where halves are rounded to the nearest: half as many programs more at a time,
+for two numbers that are kept elsewhere."""
+ALIGNMENT = 16
+"""Bytes; tensors that begin at a multiple of it are read 16 bytes at a time."""
+_ROW = tl.constexpr(
+    "{ .reg .u32 row; .reg .u64 at; shr.u32 row, $4, 23; mul.wide.u32 at, row, 16;"
+    " add.s64 at, at, $5; ld.global.nc.v4.f32 {$0, $1, $2, $3}, [at + -2032]; }"
+)
+"""The constants of a row in one load: in Triton, whose widest number has 64 bits, it takes two."""
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Triton's interpreter runs no PTX."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fields(start, seed, key, STREAM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Fields of the generator's words for elements start .. start + BLOCK, in order."""
+    per_block: tl.constexpr = 256 // BITS
+    counters: tl.constexpr = BLOCK // per_block
+    counter = (start // per_block + 1 + tl.arange(0, counters)).to(tl.uint64)
+    zero = tl.zeros_like(counter)
+    w0, w1, w2, w3 = philox_impl(counter, zero, zero, zero + STREAM, seed, key)
+    # Joined so that word 2i + j lies at [i, j]: row-major order is the words' order.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    # Halves first: a shift of 64 bits is two of 32.
+    halves = tl.join(words.to(tl.uint32), (words >> 32).to(tl.uint32))
+    shift = tl.arange(0, 32 // BITS) * BITS
+    field = tl.reshape(halves, (counters, 8, 1)) >> shift[None, None, :]
+    return tl.reshape(field & ((1 << BITS) - 1), (BLOCK,)).to(tl.int32)
+
+
+@triton.jit
+def _row(t, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The constants for t's exponent."""
+    bits = t.to(tl.uint32, bitcast=True)
+    if _INTERPRETED:
+        row = quantile + 4 * ((bits >> 23).to(tl.int32) - 127)
+        return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return tl.inline_asm_elementwise(
+        _ROW,
+        "=f,=f,=f,=f,r,l",
+        [bits, quantile],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _gaussian(field, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The value of a 16-bit field: as ``distributions`` makes its table, in the same fp32 steps."""
+    # 2k + 1 of the field 2k + sign: twice the k + 1/2 that the table is made from.
+    t = (field | 1).to(tl.uint16).to(tl.float32)
+    c0, c1, c2, c3 = _row(t, quantile)
+    size = ((c3 * t + c2) * t + c1) * t + c0
+    # An addition to the highest bit is its exclusive or, and one instruction with the shift.
+    return (size.to(tl.int32, bitcast=True) + (field << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def summed(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    before,  # noqa: ANN001
+    this,  # noqa: ANN001
+    terms,  # noqa: ANN001
+    start,  # noqa: ANN001
+    key,  # noqa: ANN001
+    quantile,  # noqa: ANN001
+    FIELD_BITS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elements start .. start + BLOCK of a tensor, with the sum at ``this`` added."""
+    decay = tl.load(this + 2).to(tl.float64, bitcast=True).to(ARITHMETIC)
+    total = before.to(ARITHMETIC)
+    if decay != 1.0:
+        total *= decay
+    first = tl.load(this)
+    for term in range(first, first + tl.load(this + 1)):
+        seed = tl.load(terms + 2 * term).to(tl.uint64, bitcast=True)
+        c = tl.load(terms + 2 * term + 1).to(tl.float64, bitcast=True).to(ARITHMETIC)
+        field = _fields(start, seed, key, 0, FIELD_BITS, BLOCK)
+        if FIELD_BITS == 1:
+            total += tl.where(field == 1, c, -c)
+        else:
+            total += _gaussian(field, quantile).to(ARITHMETIC) * c
+    return total
+
+
+# Slices of one table: their alignment differs from call to call.
+@triton.jit(do_not_specialize_on_alignment=["sums", "terms"])  # type: ignore[untyped-decorator]
+def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    programs,  # noqa: ANN001
+    sums,  # noqa: ANN001
+    terms,  # noqa: ANN001
+    quantile,  # noqa: ANN001
+    FIELD_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    STREAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HEADER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # This program's block: addresses of result and source, elements left, key, place, sum.
+    record = programs + 6 * tl.program_id(0)
+    out = tl.load(record).to(tl.pointer_type(DTYPE))
+    source = tl.load(record + 1).to(tl.pointer_type(DTYPE))
+    left = tl.load(record + 2)
+    key = tl.load(record + 3).to(tl.uint64, bitcast=True)
+    start = tl.load(record + 4)
+    # The first number is the seed of the rounding.
+    this = sums + 1 + HEADER * tl.load(record + 5)
+    if ALIGNED:
+        out = tl.multiple_of(out, 16)
+        source = tl.multiple_of(source, 16)
+
+    element = tl.arange(0, BLOCK)
+    if left >= BLOCK:
+        before = tl.load(source + element)
+    else:
+        before = tl.load(source + element, mask=element < left, other=0.0)
+    total = summed(before, this, terms, start, key, quantile, FIELD_BITS, ARITHMETIC, BLOCK)
+    if ROUNDING:
+        seed = tl.load(sums).to(tl.uint64, bitcast=True)
+        fraction = _fields(start, seed, key, STREAM, 16, BLOCK)
+        if tl.bfloat16 == DTYPE:
+            # The upper half of fp32 is bf16: taken as it is, with no conversion.
+            bits = total.to(tl.int32, bitcast=True) + fraction
+            result = (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        else:
+            scaled = total * 1.9259299443872359e-34  # 2**-112
+            bits = (scaled.to(tl.int32, bitcast=True) + (fraction >> 3)) & -0x2000
+            result = (bits.to(tl.float32, bitcast=True) * 5.192296858534828e33).to(DTYPE)  # 2**112
+    else:
+        result = total.to(DTYPE)
+    if left >= BLOCK:
+        tl.store(out + element, result)
+    else:
+        tl.store(out + element, result, mask=element < left)
+
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+class OnCUDA:
+    """Places of one device and dtype; what does not change lies in device memory."""
+
+    def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
+        self._noise, self._places = noise, places
+        self._device, self._dtype = places[0].out.device, places[0].out.dtype
+        self._sources = [place.source for place in places]
+        self._outs: Sequence[Tensor] = ()
+        self._read: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._compiled: dict[tuple[bool, bool], Any] = {}
+
+    def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
+        """Add and round."""
+        if outs is not self._outs:
+            in_place = all(map(operator.is_, outs, self._sources))
+            self._outs, self._read = outs, self._sources if in_place else [*self._sources, *outs]
+        addresses = list(map(Tensor.data_ptr, self._read))
+        if addresses != self._addresses:
+            self._locate(addresses, outs)
+        if len(self._records):
+            self._launch(self._records, self._aligned, sums)
+        for index in self._strided:
+            result, source = flat(outs[index], self._sources[index])
+            place = self._places[index]._replace(out=result, source=source)
+            OnCUDA(self._noise, [place])(sums, [result])
+            finish(outs[index], result)
+
+    def _locate(self, addresses: list[int], outs: Sequence[Tensor]) -> None:
+        """Write down where the tensors lie now."""
+        self._addresses = addresses
+        count = len(outs)
+        pairs = list(zip(addresses[-count:], addresses[:count], strict=True))
+        strided = [
+            not (out.is_contiguous() and place.source.is_contiguous())
+            for out, place in zip(outs, self._places, strict=True)
+        ]
+        self._strided = [index for index, yes in enumerate(strided) if yes]
+        places = [place for place, apart in zip(self._places, strided, strict=True) if not apart]
+        kept = [pair for pair, apart in zip(pairs, strided, strict=True) if not apart]
+        self._aligned = all(a % ALIGNMENT == 0 for pair in kept for a in pair)
+        records = _records(places, kept) if places else np.empty((0, 6), np.int64)
+        # What is copied from here must not become part of a captured graph.
+        capturing = GRAPH_TABLES.get() is not None
+        with torch.cuda.stream(torch.cuda.Stream(self._device) if capturing else None):
+            self._records = torch.from_numpy(records).to(self._device)
+
+    def _launch(self, records: Tensor, aligned: bool, sums: Sums) -> None:
+        dtype = self._dtype
+        tables = GRAPH_TABLES.get()
+        if tables is not None:
+            # Also where they were there before: the next call may move them elsewhere.
+            tables.append(records)
+        header, terms = sums.on(self._device)
+        rounding = dtype in (torch.float16, torch.bfloat16) and sums.rounding is not None
+        arguments = (
+            records,
+            header,
+            terms,
+            quantile_table(self._device),
+            256 // self._noise.per_block,
+            TRITON_DTYPES[dtype],
+            TRITON_DTYPES[arithmetic(dtype)],
+            rounding,
+            ROUNDING_STREAM,
+            aligned,
+            HEADER,
+            BLOCK,
+        )
+        grid = len(records), 1, 1
+        with torch.cuda.device(self._device):
+            compiled = self._compiled.get((rounding, aligned))
+            if compiled is not None:
+                # A third of the time of finding it again by its arguments.
+                compiled[grid](*arguments)
+                return
+            # A fused multiply-add rounds once where the reference rounds twice.
+            half = dtype.itemsize == 2
+            options = {"maxnreg": REGISTERS} if half and not rounding else {}
+            launched = _kernel[grid](
+                *arguments,
+                num_warps=WARPS_OF_HALVES if half else WARPS,
+                enable_fp_fusion=False,
+                **options,
+            )
+            self._compiled[rounding, aligned] = launched  # None in Triton's interpreter
+
+
+def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> np.ndarray:
+    """One record for each block of each tensor."""
+    sizes = np.array([place.source.numel() for place in places], np.int64)
+    counts = -(-sizes // BLOCK)
+    row = np.repeat(np.arange(len(places)), counts)
+    start = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK
+    at = np.array(addresses, np.int64)[row] + (start * places[0].source.element_size())[:, None]
+    keys = np.array([philox.signed(place.key) for place in places], np.int64)
+    which = np.array([place.sum for place in places], np.int64)
+    return np.column_stack((at, sizes[row] - start, keys[row], start, which[row]))
+
+
+@cache
+def quantile_table(device: torch.device) -> Tensor:
+    """The constants c_j 2^(-j (e + 1)) of row e: for t 2^(e + 1) in the place of the mantissa.
+
+    Powers of two change no rounding, so the values keep their bits.
+    """
+    scales = -np.outer(np.arange(1, 17), np.arange(4))
+    return torch.from_numpy(np.ldexp(np.array(QUANTILE, np.float32), scales)).to(device)

@@ -1,0 +1,1 @@
+"""Which points are asked about, and the step that follows from their values."""

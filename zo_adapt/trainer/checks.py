@@ -1,0 +1,52 @@
+"""Contradictions in what ZOTrainer is given, found before any work."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from zo_adapt.errors import OptionError
+from zo_adapt.view.view import ParameterView
+
+OPTIONS = (
+    "learning_rate",
+    "displacement",
+    "perturbation_scale",
+    "num_directions",
+    "shaping",
+    "snapshot_interval",
+    "snapshot_size",
+)
+"""Arguments of ZOConfig that describe the optimizer; None leaves it its own default."""
+
+
+def check_arguments(args: Any, wanted: type[Any]) -> None:
+    """Refuse arguments of another class, and machines that would need code of their own."""
+    if not isinstance(args, wanted):
+        raise OptionError(
+            f"args is {type(args).__name__}; give a {wanted.__name__}, which takes the same "
+            "arguments"
+        )
+    if args.world_size > 1 or args.deepspeed or args.fsdp:
+        raise OptionError(
+            f"world_size={args.world_size}, deepspeed={args.deepspeed}, fsdp={args.fsdp}; "
+            "ZOTrainer runs in one process; start it without a launcher"
+        )
+
+
+def check_choices(
+    args: Any,
+    view: ParameterView | None,
+    objective: object,
+    zo_optimizer: object,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse to be told the same thing twice, or something that would be ignored."""
+    in_args = {name for name in OPTIONS if getattr(args, name) is not None}
+    if zo_optimizer is not None and in_args:
+        raise OptionError(f"zo_optimizer is given, and so is {sorted(in_args)} in args; give one")
+    if view is not None and args.noise is not None:
+        raise OptionError(f"noise={args.noise!r} with a view, which has its own; leave it out")
+    for name in ("optimizers", "optimizer_cls_and_kwargs"):
+        if options.get(name) not in (None, (None, None)):
+            raise OptionError(f"{name} is for torch optimizers; give zo_optimizer=...")
+    if options.get("model_init") is not None and (view is not None or objective is not None):
+        raise OptionError("model_init makes a model for every run; leave out view and objective")

@@ -1,0 +1,1 @@
+"""The layers below the view, run once for each example."""

@@ -1,0 +1,1 @@
+"""What may change, how it is selected, and how it is shifted without a trace."""

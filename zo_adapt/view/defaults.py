@@ -1,0 +1,66 @@
+"""What a view assumes before anything is measured: how far its parts may go, and which rest.
+
+Measured on LoRA and new heads (benchmarks/accuracy.py): zero-initialised and new weights may travel
+0.25 over a run; LoRA's A must not, for it multiplies B and soon makes all the noise (BBC topics
+after 7,680 queries, two seeds: 0.59 with A at rest as in LoRA-FA, arXiv 2308.03303, 0.20 with A
+moving as far as B). Pretrained weights may travel a tenth of their root mean square.
+"""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from zo_adapt.view.adapters import lora_a_names, tuner_names
+from zo_adapt.view.group import REACH, Group, exactly
+from zo_adapt.view.tensors import norm
+
+PRETRAINED_SHARE = 0.1
+"""Reach of a pretrained weight as a share of the view's root mean square."""
+
+
+def reach_and_groups(
+    tensors: Mapping[str, Tensor], model: nn.Module | None
+) -> tuple[float, tuple[Group, ...]]:
+    """The displacement that suits a view, and the groups that differ from it.
+
+    Args:
+        tensors: The view.
+        model: Its model; None for plain tensors, of which nothing is known.
+    """
+    if model is None:
+        return REACH, ()
+    tuners = tuner_names(model) & set(tensors)
+    new = (tuners | _new_head(model)) & set(tensors)
+    pretrained = {name: tensor for name, tensor in tensors.items() if name not in new}
+    rest = lora_a_names(model) & set(tensors)
+    groups = (exactly(rest, perturbation_scale=0.0),) if rest and rest != set(tensors) else ()
+    if not pretrained:
+        return REACH, groups
+    reach = PRETRAINED_SHARE * _root_mean_square(pretrained)
+    further = (new - rest) if reach > 0 else set()
+    if not further:
+        return reach or REACH, groups
+    stretch = REACH / reach
+    # A weight that is to go s times as far is perturbed s times as much at s^2 times the rate.
+    return reach, (*groups, exactly(further, lr=stretch**2, perturbation_scale=stretch))
+
+
+def _root_mean_square(tensors: Mapping[str, Tensor]) -> float:
+    """To three digits: it becomes part of the view's fingerprint, the same on every device."""
+    norms = [norm(tensor) for tensor in tensors.values()]
+    numel = sum(tensor.numel() for tensor in tensors.values())
+    return float(f"{math.hypot(*norms) / math.sqrt(numel):.3g}")
+
+
+def _new_head(model: nn.Module) -> set[str]:
+    """Names outside the pretrained base model, its output embedding excepted: a task's new head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    if not isinstance(base, nn.Module) or base is model:
+        return set()
+    pretrained = {id(p) for p in base.parameters()}
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(embeddings, nn.Module):
+        pretrained |= {id(p) for p in embeddings.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) not in pretrained}

@@ -1,0 +1,359 @@
+"""ParameterView: the tensors that may change, and the only code that changes them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
+from zo_adapt.interrupt import uninterrupted
+from zo_adapt.noise.accumulate import Accumulation, Place
+from zo_adapt.noise.distributions import LARGEST_VALUE, noise_named, tensor_key
+from zo_adapt.noise.gathered import Gathered
+from zo_adapt.noise.sums import Memory, Sum, Sums
+from zo_adapt.term import Term, Terms, Update, check_directions, check_terms, coalesced
+from zo_adapt.view import selection
+from zo_adapt.view.adapters import check_adapters
+from zo_adapt.view.defaults import reach_and_groups
+from zo_adapt.view.group import Group, assign_groups
+from zo_adapt.view.shifting import Copied, Layerwise
+from zo_adapt.view.tensors import is_finite, tunable
+
+STACKS = 8
+"""Stacks of different numbers of points that are kept."""
+ADAPTER_BYTES = 64 * 2**20
+"""Up to here a view is shifted by way of a copy; above it, module by module."""
+
+
+class ParameterView:
+    """An ordered mapping name -> live tensor: what an optimizer may change, and nothing else.
+
+    ``shifted(terms)`` computes at theta + sum_k c_k z(s_k) and restores every bit;
+    ``apply(update)`` moves theta for good. Tensors outside the view are never written.
+
+    Memory: while shifted, either a copy of the view (``scratch="copy"``) or the largest module's
+    parameters (``scratch="layer"``; the live weights are then never written); "auto" takes the copy
+    up to 64 MiB and for views without a model. ``apply`` needs no copy.
+
+    Args:
+        tensors: Names and live tensors of dtype fp32, fp16, bf16 or fp64, or numpy arrays, which
+            are changed in place as well. A tensor that appears under several names counts once.
+            Several devices are fine.
+        model: The model that owns them; None for plain tensors.
+        noise: "gaussian" (the paper's) or "rademacher".
+        groups: Parts with their own step; the first matching pattern wins. None: LoRA's A factors
+            rest and a new head goes further than pretrained weights (see ``defaults``); () treats
+            all alike.
+        scratch: "auto", "copy" or "layer".
+
+    Raises:
+        ViewError: No tensors; an integer, quantised, meta or expanded tensor.
+        NoMatchingParameterError: A group's pattern matches nothing.
+        AdapterError: The model's peft adapter is merged or disabled.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> view = ParameterView({"x": x}, noise="rademacher")
+        >>> with view.shifted([Term(seed=1, coefficient=0.5)]):
+        ...     print(x)
+        tensor([ 0.5000,  0.5000, -0.5000])
+        >>> x
+        tensor([0., 0., 0.])
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | np.ndarray],
+        *,
+        model: nn.Module | None = None,
+        noise: str = "gaussian",
+        groups: Sequence[Group] | None = None,
+        scratch: Literal["auto", "copy", "layer"] = "auto",
+    ) -> None:
+        self.tensors = tunable(tensors)
+        self.model = model
+        self.noise = noise_named(noise)
+        self._keys = {name: tensor_key(name) for name in self.tensors}
+        self.reach, usual = reach_and_groups(self.tensors, model)
+        """How far noise alone may move a weight over a run, where an optimizer is not told."""
+        self.groups, self._group_of = assign_groups(
+            list(self.tensors), usual if groups is None else groups
+        )
+        if scratch not in ("auto", "copy", "layer"):
+            raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
+        if scratch == "layer" and model is None:
+            raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
+        large = model is not None and self.nbytes > ADAPTER_BYTES
+        by_layer = scratch == "layer" or (scratch == "auto" and large)
+        self.by_layer = model is not None and by_layer
+        """Whether it is shifted layer by layer, for want of room for a copy."""
+        self._way: Copied | Layerwise = (
+            Layerwise(model, self.tensors, self._plan, self._rows)
+            if model is not None and by_layer
+            else Copied(self.tensors, self._plan)
+        )
+        self._stepping = self._plan(self.tensors, self.tensors)
+        self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
+        self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
+        self.way: Hashable = None
+        """How the model computes now, if not as its live tensors say."""
+        self._stacks: dict[tuple[int, frozenset[int]], tuple[dict[str, Tensor], Accumulation]] = {}
+        self.memory, self._memory_of_steps = Memory(), Memory()
+        """Where the GPUs read the terms that the view is shifted by, and those of steps."""
+        self.check_adapters()
+
+    @classmethod
+    def trainable(cls, model: nn.Module, **options: object) -> Self:
+        """Every tensor with ``requires_grad``: any peft adapter with its ``modules_to_save``.
+
+        Args:
+            model: Any torch module.
+            options: ``noise``, ``groups``, ``scratch`` of the constructor.
+
+        Raises:
+            ViewError: No parameter requires a gradient.
+        """
+        return cls(selection.trainable(model), model=model, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def matching(cls, model: nn.Module, pattern: str, **options: object) -> Self:
+        """Every parameter whose name a regular expression finds (``re.search``).
+
+        Raises:
+            NoMatchingParameterError: Nothing matches; near names are listed.
+        """
+        return cls(selection.matching(model, pattern), model=model, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def last_layers(cls, model: nn.Module, n: int, head: bool = True, **options: object) -> Self:
+        """The last ``n`` transformer blocks and, with ``head``, all that runs after them.
+
+        A head that is tied to the input embedding belongs to the embedding and is left out.
+
+        Raises:
+            OptionError: ``n`` is larger than the number of blocks, or nothing is selected.
+            ViewError: The model has no list of repeated blocks.
+        """
+        return cls(selection.last_layers(model, n, head), model=model, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def full(cls, model: nn.Module, **options: object) -> Self:
+        """Every parameter of the model, tied ones once."""
+        return cls(dict(model.named_parameters()), model=model, **options)  # type: ignore[arg-type]
+
+    @property
+    def numel(self) -> int:
+        """Number of scalars d."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @contextmanager
+    def shifted(
+        self,
+        terms: Iterable[Term],
+        decay: float = 1.0,
+        captured: Callable[[Hashable], bool] = lambda way: False,
+    ) -> Iterator[None]:
+        """Inside, the model computes at ``decay * theta + sum_k c_k z(s_k)``.
+
+        Afterwards every tensor is bit-identical to before, also when the body raises or is
+        interrupted.
+
+        Args:
+            terms: Seeds and coefficients; empty is theta itself.
+            decay: Factor on theta.
+            captured: Whether the body only replays graphs that were captured in this way of
+                computing: these shift the layers by themselves.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+        """
+        checked = coalesced(check_terms(terms, len(self.groups)))
+        if not checked and decay == 1.0:
+            yield
+            return
+        sums = Sums(self._sums(checked, decay), memory=self.memory)
+        for device in self._gpus:
+            sums.on(device)  # now: a graph that is captured inside must not copy them
+        way = "layer" if self.by_layer else None
+        shift = self._way.loaded if captured(way) else self._way.shifted
+        with shift(sums), self.computing(way):
+            yield
+
+    @contextmanager
+    def computing(self, way: Hashable) -> Iterator[None]:
+        """Inside, ``way`` says how the model computes: other kernels run than without."""
+        before, self.way = self.way, way
+        try:
+            yield
+        finally:
+            self.way = before
+
+    def recorded(self) -> AbstractContextManager[None]:
+        """Inside, a graph is captured that reads what is computed in it, and the live tensors."""
+        return self._way.recorded()
+
+    def stack(self, points: Sequence[tuple[Iterable[Term], float]]) -> dict[str, Tensor]:
+        """The tensors that n points (terms, decay) move, at all of them: name -> (n, *shape).
+
+        Row i holds the very bits that the tensor has inside ``shifted(*points[i])``. The stacks are
+        those of the call before, written anew, where as many points move the same groups.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+        """
+        sums = [
+            each
+            for terms, decay in points
+            for each in self._sums(coalesced(check_terms(terms, len(self.groups))), decay)
+        ]
+        count, groups = len(points), len(self.groups)
+        moving = {i % groups for i, each in enumerate(sums) if each.terms or each.decay != 1.0}
+        key = count, frozenset(moving)
+        if key not in self._stacks:
+            self._stacks[key] = self._room_for(count, moving)
+        while len(self._stacks) > STACKS:
+            del self._stacks[next(iter(self._stacks))]
+        stacks, run = self._stacks[key]
+        run(Sums(sums))
+        return stacks
+
+    def _room_for(
+        self, count: int, moving: Collection[int]
+    ) -> tuple[dict[str, Tensor], Accumulation]:
+        """Stacks for ``count`` points that move these groups, and what fills them."""
+        with torch.no_grad():
+            stacks = {
+                name: tensor.new_empty((count, *tensor.shape))
+                for name, tensor in self.tensors.items()
+                if self._group_of[name] in moving
+            }
+        places = [
+            Place(out, self.tensors[n], self._keys[n], row * len(self.groups) + self._group_of[n])
+            for n, stack in stacks.items()
+            for row, out in enumerate(stack)
+        ]
+        return stacks, Accumulation(self.noise, places)
+
+    def apply(self, update: Update) -> None:
+        """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
+
+        fp16 and bf16 are rounded stochastically, by the same generator under the first seed: on
+        average nothing of a step is lost, however small it is beside the weight's resolution.
+        Ctrl-C in the middle is raised at the end.
+
+        Raises:
+            TermError: A seed or group outside its range.
+            StepTooLargeError: The dtype cannot hold the result, or a coefficient is not finite;
+                nothing is changed.
+        """
+        self.apply_in_order(self.checked(update), update.decay)
+
+    def checked(self, update: Update) -> Terms:
+        """The terms that ``apply`` will apply, each direction once.
+
+        Raises:
+            TermError: A seed or group outside its range.
+            StepTooLargeError: The dtype cannot hold the result, or a coefficient is not finite.
+        """
+        terms = coalesced(check_directions(update.terms, len(self.groups)))
+        self._check_room(terms)
+        return terms
+
+    def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
+        """Apply terms one after the other; a direction may come more than once."""
+        if terms or decay != 1.0:
+            with uninterrupted():  # all tensors move, or none
+                rounding = terms[0].seed if terms else None
+                self._stepping(Sums(self._sums(terms, decay), rounding, self._memory_of_steps))
+
+    def _check_room(self, terms: Sequence[Term]) -> None:
+        # Not fsum, which raises where the sum overflows; and NaN is not within any room.
+        farthest = LARGEST_VALUE * sum(abs(term.coefficient) for term in terms)
+        if not farthest <= self._room:
+            raise StepTooLargeError(
+                f"a step of up to {farthest:.3g} does not fit the view's dtype (at most "
+                f"{self._room:.3g}); use a smaller lr"
+            )
+
+    def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
+        return Accumulation(
+            self.noise,
+            [
+                Place(outs[name], source, self._keys[name], self._group_of[name])
+                for name, source in sources.items()
+            ],
+        )
+
+    def _rows(self, name: str, table: Tensor) -> Gathered:
+        return Gathered(self.noise, table, self._keys[name], self._group_of[name])
+
+    def _sums(self, terms: Sequence[Term], decay: float) -> list[Sum]:
+        """What each group adds. Weights that do not move do not shrink either."""
+        return [
+            Sum(
+                [(t.seed, t.coefficient) for t in terms if t.group in (None, index)],
+                decay if group.lr * group.perturbation_scale else 1.0,
+            )
+            for index, group in enumerate(self.groups)
+        ]
+
+    def group_of(self, name: str) -> Group:
+        """The group that a tensor of the view belongs to."""
+        return self.groups[self._group_of[name]]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the tensors (never references); costs the view's bytes."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Write a snapshot back into the live tensors."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(snapshot[name])
+
+    def fingerprint(self) -> str:
+        """sha256 of names, shapes, dtypes, noise and groups: which view this is."""
+        rows = [
+            (name, list(tensor.shape), str(tensor.dtype), self._group_of[name])
+            for name, tensor in self.tensors.items()
+        ]
+        text = json.dumps([self.noise.name, [list(group) for group in self.groups], rows])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def hash(self) -> str:
+        """sha256 of the tensors' bits in row-major order: which weights these are."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            digest.update(name.encode())
+            bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(bits.numpy().data)
+        return digest.hexdigest()
+
+    def check_adapters(self) -> None:
+        """Refuse a merged or disabled peft adapter.
+
+        Raises:
+            AdapterError: Names the module and the call that mends it.
+        """
+        if self.model is not None:
+            check_adapters(self.model)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinite weights.
+
+        Raises:
+            ViewError: Names the first such tensor.
+        """
+        for name, tensor in self.tensors.items():
+            if not is_finite(tensor):
+                raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
