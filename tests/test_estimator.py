@@ -12,7 +12,15 @@ from torch import Tensor
 from zo_adapt import Group, Term, Update
 from zo_adapt.data import Batch, as_source
 from zo_adapt.objective import Evaluator
-from zo_adapt.optimizers.estimator import HERE, Estimate, OneSided, Point, TwoSided, dealt
+from zo_adapt.optimizers.estimator import (
+    HERE,
+    Directions,
+    Estimate,
+    OneSided,
+    Point,
+    TwoSided,
+    dealt,
+)
 from zo_adapt.term import Terms
 
 NOISES = pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
@@ -36,9 +44,9 @@ def estimate(
     p: Problem, estimator: Any, seeds: Sequence[int], split: bool = False, at: Point = HERE
 ) -> Estimate:
     batches = shares(p, len(seeds), split)
-    probes = estimator.probes(seeds, batches, p.view.groups, at)
+    probes = estimator.probes(Directions(seeds, batches, p.view.groups), at)
     answers = Evaluator(p.objective, p.view).evaluate(probes)
-    result: Estimate = estimator.estimate(seeds, batches, p.view.groups, answers)
+    result: Estimate = estimator.estimate(Directions(seeds, batches, p.view.groups), answers)
     return result
 
 
@@ -164,7 +172,7 @@ def calls(kind: Any, directions: int, split: bool) -> tuple[int, int]:
 
     batches = shares(p, directions, split)
     evaluator = Evaluator(counting, p.view)
-    evaluator.evaluate(kind(0.1).probes(range(directions), batches, p.view.groups, HERE))
+    evaluator.evaluate(kind(0.1).probes(Directions(range(directions), batches, p.view.groups)))
     assert evaluator.queries == sum(sizes)
     return len(sizes), evaluator.queries
 
@@ -180,7 +188,7 @@ def test_groups_are_stretched_by_their_own_scale() -> None:
     p = problem(squares, dtype=torch.float64, groups=GROUPS)
     start = {name: tensor.clone() for name, tensor in p.view.tensors.items()}
     batches = shares(p, 1, split=False)
-    probe = TwoSided(0.5).probes([7], batches, p.view.groups, HERE)[0]
+    probe = TwoSided(0.5).probes(Directions([7], batches, p.view.groups))[0]
     with p.view.shifted(probe.terms):
         for name, mu in (("left", 2.0), ("bias", 0.125), ("right", 0.5)):
             expected = reference(p.view.noise, name, start[name], [Term(7, mu)])
@@ -214,7 +222,7 @@ def test_a_group_at_rest_is_not_probed_and_not_moved() -> None:
     p = problem(squares, groups=[Group("left", perturbation_scale=0.0)])
     start = {name: tensor.clone() for name, tensor in p.view.tensors.items()}
     batches = shares(p, 1, split=False)
-    probe = TwoSided(0.5).probes([7], batches, p.view.groups, HERE)[0]
+    probe = TwoSided(0.5).probes(Directions([7], batches, p.view.groups))[0]
     update = Update(estimate(p, TwoSided(0.5), [7]).terms)
     for moved in (p.view.shifted(probe.terms), p.view.shifted(update.terms)):
         with moved:

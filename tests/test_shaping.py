@@ -15,7 +15,7 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, Update, minimize
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
 from zo_adapt.objective import Evaluator
-from zo_adapt.optimizers.estimator import HERE, OneSided, TwoSided
+from zo_adapt.optimizers.estimator import Directions, OneSided, TwoSided
 from zo_adapt.optimizers.shaping import SHAPES, ShapedOneSided, ShapedTwoSided, estimator
 
 MU, BATCH = 0.05, 6
@@ -41,8 +41,8 @@ def estimate(
     """An estimate on the whole data, shared by all directions."""
     batches = [Batch(as_source(p.data), range(len(p.data)))] * len(seeds)
     evaluator = Evaluator(objective or p.objective, p.view)
-    answers = evaluator.evaluate(kind.probes(seeds, batches, p.view.groups, HERE))
-    return kind.estimate(seeds, batches, p.view.groups, answers), evaluator.queries
+    answers = evaluator.evaluate(kind.probes(Directions(seeds, batches, p.view.groups)))
+    return kind.estimate(Directions(seeds, batches, p.view.groups), answers), evaluator.queries
 
 
 # What the shapes are
@@ -104,9 +104,11 @@ def test_directions_are_compared_on_the_same_rows_only() -> None:
     parts = Batch(as_source(p.data), range(24)).split(3)
     batches = [part for part in parts for _ in range(4)]
     kind = ShapedOneSided(MU, SHAPES["ranks"])
-    probes = kind.probes(range(12), batches, p.view.groups, HERE)
+    probes = kind.probes(Directions(range(12), batches, p.view.groups))
     answers = Evaluator(p.objective, p.view).evaluate(probes)
-    found = np.array(kind.estimate(range(12), batches, p.view.groups, answers).projected)
+    found = np.array(
+        kind.estimate(Directions(range(12), batches, p.view.groups), answers).projected
+    )
     for part in range(3):
         values = [answer.value for answer in answers[4 * part : 4 * part + 4]]
         assert np.allclose(found[4 * part : 4 * part + 4], SHAPES["ranks"](np.array(values)))

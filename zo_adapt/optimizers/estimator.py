@@ -56,21 +56,27 @@ class Estimate(NamedTuple):
     value: float
 
 
+class Directions(NamedTuple):
+    """Directions and the batch on which each of them is asked about.
+
+    Args:
+        seeds: Of K directions.
+        batches: K; the same one may come more than once.
+        groups: The parts of the view.
+    """
+
+    seeds: Sequence[int]
+    batches: Sequence[Batch]
+    groups: Sequence[Group]
+
+
 class Estimator(Protocol):
     """Forms a gradient estimate from evaluations at perturbed points."""
 
-    def probes(
-        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
-    ) -> list[Probe]:
-        """The questions to ask; direction k is evaluated on batch k."""
+    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+        """The questions to ask."""
 
-    def estimate(
-        self,
-        seeds: Sequence[int],
-        batches: Sequence[Batch],
-        groups: Sequence[Group],
-        evaluations: Sequence[Evaluation],
-    ) -> Estimate:
+    def estimate(self, along: Directions, evaluations: Sequence[Evaluation]) -> Estimate:
         """The estimate from the answers, in the order of the questions."""
 
 
@@ -84,31 +90,23 @@ class TwoSided:
     def __init__(self, perturbation_scale: float) -> None:
         self.mu = perturbation_scale
 
-    def probes(
-        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
-    ) -> list[Probe]:
-        """The questions to ask; direction k is evaluated on batch k."""
+    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+        """The questions to ask."""
         return [
-            _probe(at, direction(seed, sign * self.mu, groups), batch)
-            for seed, batch in zip(seeds, batches, strict=True)
+            _probe(at, direction(seed, sign * self.mu, along.groups), batch)
+            for seed, batch in zip(along.seeds, along.batches, strict=True)
             for sign in (1.0, -1.0)
         ]
 
-    def estimate(
-        self,
-        seeds: Sequence[int],
-        batches: Sequence[Batch],
-        groups: Sequence[Group],
-        evaluations: Sequence[Evaluation],
-    ) -> Estimate:
+    def estimate(self, along: Directions, evaluations: Sequence[Evaluation]) -> Estimate:
         """The estimate from the answers, in the order of the questions."""
         plus, minus = evaluations[::2], evaluations[1::2]
         projected = [
             (up.value - down.value) / (2 * self.mu) for up, down in zip(plus, minus, strict=True)
         ]
-        sizes = [len(batch) for batch in batches]
+        sizes = [len(batch) for batch in along.batches]
         value = (mean_value(plus, sizes) + mean_value(minus, sizes)) / 2
-        return Estimate(gradient(seeds, projected, groups), tuple(projected), value)
+        return Estimate(gradient(along, projected), tuple(projected), value)
 
 
 class OneSided:
@@ -121,32 +119,24 @@ class OneSided:
     def __init__(self, perturbation_scale: float) -> None:
         self.mu = perturbation_scale
 
-    def probes(
-        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
-    ) -> list[Probe]:
-        """The questions to ask; direction k is evaluated on batch k."""
-        base = [_probe(at, (), batch) for batch in _distinct(batches)]
+    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+        """The questions to ask."""
+        base = [_probe(at, (), batch) for batch in _distinct(along.batches)]
         return base + [
-            _probe(at, direction(seed, self.mu, groups), batch)
-            for seed, batch in zip(seeds, batches, strict=True)
+            _probe(at, direction(seed, self.mu, along.groups), batch)
+            for seed, batch in zip(along.seeds, along.batches, strict=True)
         ]
 
-    def estimate(
-        self,
-        seeds: Sequence[int],
-        batches: Sequence[Batch],
-        groups: Sequence[Group],
-        evaluations: Sequence[Evaluation],
-    ) -> Estimate:
+    def estimate(self, along: Directions, evaluations: Sequence[Evaluation]) -> Estimate:
         """The estimate from the answers, in the order of the questions."""
-        distinct = _distinct(batches)
+        distinct = _distinct(along.batches)
         base = dict(zip(map(id, distinct), evaluations, strict=False))
         projected = [
             (up.value - base[id(batch)].value) / self.mu
-            for up, batch in zip(evaluations[len(distinct) :], batches, strict=True)
+            for up, batch in zip(evaluations[len(distinct) :], along.batches, strict=True)
         ]
         value = mean_value(evaluations[: len(distinct)], [len(batch) for batch in distinct])
-        return Estimate(gradient(seeds, projected, groups), tuple(projected), value)
+        return Estimate(gradient(along, projected), tuple(projected), value)
 
 
 def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
@@ -160,8 +150,9 @@ def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
     )
 
 
-def gradient(seeds: Sequence[int], projected: Sequence[float], groups: Sequence[Group]) -> Terms:
+def gradient(along: Directions, projected: Sequence[float]) -> Terms:
     """1/K sum_k p_k z_k, unbiased in every group: a direction stretched by s gives p = s z.grad."""
+    seeds, groups = along.seeds, along.groups
     share = 1.0 / len(seeds)
     if len(groups) == 1:
         return tuple(Term(s, p * share) for s, p in zip(seeds, projected, strict=True))

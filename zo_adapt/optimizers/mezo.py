@@ -5,7 +5,7 @@ from typing import Literal
 
 from zo_adapt.data import Samples
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizers.estimator import HERE, dealt
+from zo_adapt.optimizers.estimator import dealt
 from zo_adapt.optimizers.optimizer import StepInfo, ZerothOrder
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Schedule
@@ -85,17 +85,17 @@ class MeZO(ZerothOrder):
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
         batch = samples.minibatch()
-        self._batches = dealt(
+        batches = dealt(
             batch,
             self.num_directions,
             one_sided=self.one_sided,
             share=samples.share,
             min_rows=samples.min_rows,
         )
-        self._seeds = self.new_seeds(len(self._batches))
-        return self.estimator.probes(self._seeds, self._batches, self.groups, HERE)
+        self._along = self.directions(batches)
+        return self.estimator.probes(self._along)
 
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
-        estimate = self.estimator.estimate(self._seeds, self._batches, self.groups, evaluations)
+        estimate = self.estimator.estimate(self._along, evaluations)
         return self.descend(estimate.terms, estimate, progress, lr=self.rule.lr)

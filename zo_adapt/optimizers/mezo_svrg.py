@@ -6,7 +6,7 @@ from typing import Literal
 from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizers.estimator import HERE, Estimate, dealt
+from zo_adapt.optimizers.estimator import dealt
 from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Annealing, Schedule
@@ -119,31 +119,26 @@ class MeZOSVRG(VarianceReduced):
         if self.at_snapshot:
             size = samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
             batch = samples.large(size)
-            self._batches = dealt(
+            batches = dealt(
                 batch,
                 self.num_directions,
                 one_sided=self.one_sided,
                 share=samples.share,
                 min_rows=samples.min_rows,
             )
-            self._seeds = self.new_seeds(len(self._batches))
-            return self.estimator.probes(self._seeds, self._batches, self.groups, HERE)
-        self._batches = [samples.minibatch()]
-        self._seeds = self.new_seeds(1)
-        self._other = self._seeds if self.coupling == "shared" else self.new_seeds(1)
-        return [
-            *self.estimator.probes(self._seeds, self._batches, self.groups, HERE),
-            *self.estimator.probes(self._other, self._batches, self.groups, self.snapshot_point),
-        ]
+            self._here = self.directions(batches)
+            return self.estimator.probes(self._here)
+        batches = [samples.minibatch()]
+        self._here = self.directions(batches)
+        self._there = self._here if self.coupling == "shared" else self.directions(batches)
+        there = self.estimator.probes(self._there, self.snapshot_point)
+        return self.estimator.probes(self._here) + there
 
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
         if self.at_snapshot:
-            here = self._estimate(self._seeds, evaluations)
+            here = self.estimator.estimate(self._here, evaluations)
             return self.snapshot_step(here, progress, self.snapshot_lr)
-        here = self._estimate(self._seeds, evaluations[:2])
-        there = self._estimate(self._other, evaluations[2:])
+        here = self.estimator.estimate(self._here, evaluations[:2])
+        there = self.estimator.estimate(self._there, evaluations[2:])
         return self.corrected_step(here, there, progress, self.rule.lr)
-
-    def _estimate(self, seeds: Sequence[int], evaluations: Sequence[Evaluation]) -> Estimate:
-        return self.estimator.estimate(seeds, self._batches, self.groups, evaluations)

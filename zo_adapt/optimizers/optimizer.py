@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from zo_adapt.data import Samples
+from zo_adapt.data import Batch, Samples
 from zo_adapt.errors import StepTooLargeError
 from zo_adapt.noise.seeds import Seeds
 from zo_adapt.objective import Evaluation, Evaluator, Probe
-from zo_adapt.optimizers.estimator import Estimate
+from zo_adapt.optimizers.estimator import Directions, Estimate
 from zo_adapt.optimizers.flat import FlatWatch
 from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
 from zo_adapt.optimizers.rule import NOWHERE, Budget, Progress, StepRule
@@ -188,6 +188,10 @@ class ZerothOrder(ABC):
         """Seeds of ``count`` new directions: a function of the run's seed and a counter."""
         first, self._directions = self._directions, self._directions + count
         return Seeds(self.seed).take(first, count)
+
+    def directions(self, batches: Sequence[Batch]) -> Directions:
+        """A new direction for every batch."""
+        return Directions(self.new_seeds(len(batches)), batches, self.groups)
 
     def descend(
         self,

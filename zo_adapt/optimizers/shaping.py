@@ -18,11 +18,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from zo_adapt.data import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.objective import Evaluation, Probe, mean_value
-from zo_adapt.optimizers.estimator import Estimate, Estimator, OneSided, Point, TwoSided, gradient
-from zo_adapt.view.group import Group
+from zo_adapt.optimizers.estimator import (
+    HERE,
+    Directions,
+    Estimate,
+    Estimator,
+    OneSided,
+    Point,
+    TwoSided,
+    gradient,
+)
 
 Shape = Callable[[np.ndarray], np.ndarray]
 
@@ -78,19 +85,13 @@ class ShapedTwoSided(TwoSided):
         super().__init__(perturbation_scale)
         self.shape = shape
 
-    def estimate(
-        self,
-        seeds: Sequence[int],
-        batches: Sequence[Batch],
-        groups: Sequence[Group],
-        evaluations: Sequence[Evaluation],
-    ) -> Estimate:
+    def estimate(self, along: Directions, evaluations: Sequence[Evaluation]) -> Estimate:
         """The estimate from the answers, in the order of the questions."""
-        plain = super().estimate(seeds, batches, groups, evaluations)
+        plain = super().estimate(along, evaluations)
         half = np.array(plain.projected)  # over mu, which a shape without unit does not see
         utilities = _shaped(self.shape, np.concatenate([half, -half]))[: len(half)]
         projected = tuple(utilities.tolist())
-        return plain._replace(terms=gradient(seeds, projected, groups), projected=projected)
+        return plain._replace(terms=gradient(along, projected), projected=projected)
 
 
 class ShapedOneSided(OneSided):
@@ -106,28 +107,20 @@ class ShapedOneSided(OneSided):
         super().__init__(perturbation_scale)
         self.shape, self.unit = shape, unit
 
-    def probes(
-        self, seeds: Sequence[int], batches: Sequence[Batch], groups: Sequence[Group], at: Point
-    ) -> list[Probe]:
-        """The questions to ask; direction k is evaluated on batch k."""
-        return super().probes(seeds, batches, groups, at)[-len(seeds) :]
+    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+        """The questions to ask."""
+        return super().probes(along, at)[-len(along.seeds) :]
 
-    def estimate(
-        self,
-        seeds: Sequence[int],
-        batches: Sequence[Batch],
-        groups: Sequence[Group],
-        evaluations: Sequence[Evaluation],
-    ) -> Estimate:
+    def estimate(self, along: Directions, evaluations: Sequence[Evaluation]) -> Estimate:
         """The estimate from the answers; its value is the mean over the perturbed points."""
         values = np.array([evaluation.value for evaluation in evaluations])
-        shared = np.array([id(batch) for batch in batches])
+        shared = np.array([id(batch) for batch in along.batches])
         utilities = np.empty(len(values))
         for population in (shared == batch for batch in dict.fromkeys(shared.tolist())):
             utilities[population] = _shaped(self.shape, values[population])
         projected = tuple((utilities / self.unit).tolist())
-        value = mean_value(evaluations, [len(batch) for batch in batches])
-        return Estimate(gradient(seeds, projected, groups), projected, value)
+        value = mean_value(evaluations, [len(batch) for batch in along.batches])
+        return Estimate(gradient(along, projected), projected, value)
 
 
 def estimator(perturbation_scale: float, one_sided: bool, shaping: str | None) -> Estimator:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from zo_adapt.data import Batch, Samples
+from zo_adapt.data import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.objective import Evaluation, Probe
-from zo_adapt.optimizers.estimator import HERE, Estimate, TwoSided
+from zo_adapt.optimizers.estimator import TwoSided
 from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Schedule
@@ -88,23 +88,17 @@ class ZOSVRG(VarianceReduced):
                 "min_rows is larger); choose MeZO or MeZOSVRG"
             )
         batch = samples.large(self.snapshot_size) if self.at_snapshot else samples.minibatch()
-        self._rows: list[Batch] = batch.split(len(batch))
-        self._seeds = self.new_seeds(len(self._rows))
-        here = self.estimator.probes(self._seeds, self._rows, self.groups, HERE)
+        self._along = self.directions(batch.split(len(batch)))
+        here = self.estimator.probes(self._along)
         if self.at_snapshot:
             return here
-        back = self.snapshot_point
-        return here + self.estimator.probes(self._seeds, self._rows, self.groups, back)
+        return here + self.estimator.probes(self._along, self.snapshot_point)
 
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
-        count = 2 * len(self._rows)
-        here = self._estimate(evaluations[:count])
+        count = 2 * len(self._along.seeds)
+        here = self.estimator.estimate(self._along, evaluations[:count])
         if self.at_snapshot:
             return self.snapshot_step(here, progress, self.rule.lr)
-        return self.corrected_step(
-            here, self._estimate(evaluations[count:]), progress, self.rule.lr
-        )
-
-    def _estimate(self, evaluations: Sequence[Evaluation]) -> Estimate:
-        return self.estimator.estimate(self._seeds, self._rows, self.groups, evaluations)
+        there = self.estimator.estimate(self._along, evaluations[count:])
+        return self.corrected_step(here, there, progress, self.rule.lr)
