@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,34 +29,41 @@ from zo_adapt import MeZO, ParameterView, Term, Update, minimize
 
 REPEATS = 5
 BATCH, TOKENS = 16, 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Median wall time of a call after one to warm up."""
+def seconds(call: Callable[[], object], in_a_row: int = 1) -> float:
+    """Median wall time of a call after one to warm up; on a GPU several may queue."""
     times = []
     for _ in range(1 + REPEATS):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
-        call()
+        for _ in range(in_a_row):
+            call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / in_a_row)
     return statistics.median(times[1:])
 
 
-def throughput(numel: int, device: str) -> dict[str, float]:
+def throughput(numel: int, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Numbers a second of one update, beside torch's generator and an addition."""
-    x = torch.zeros(numel, device=device)
-    rates = {"torch normal_ + add_": numel / seconds(lambda: x.add_(torch.empty_like(x).normal_()))}
+    row = 20 if device == "cuda" else 1
+    x = torch.zeros(numel, device=device, dtype=dtype)
+    made = seconds(lambda: x.add_(torch.empty_like(x).normal_()), row)
+    rates = {"torch normal_ + add_": numel / made}
     y = torch.empty_like(x)
-    rates["copy of the weights"] = numel / seconds(lambda: y.copy_(x))
+    rates["copy of the weights"] = numel / seconds(lambda: y.copy_(x), row)
     for noise in ("gaussian", "rademacher"):
         view = ParameterView({"x": x}, noise=noise)
         for count in (1, 8):
             update = Update(tuple(Term(seed, 1e-3) for seed in range(count)))
             name = noise if count == 1 else f"{noise}, {count} directions at once"
-            rates[name] = numel / seconds(lambda view=view, update=update: view.apply(update))
+            call = partial(view.apply, update)
+            rates[name] = numel / seconds(call, row)
+            if device == "cuda" and count == 1:
+                rates[f"{name}, a call that is waited for"] = numel / seconds(call)
     return rates
 
 
@@ -118,7 +126,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "numbers per second": throughput(args.numel, args.device),
+        "numbers per second": {
+            name: throughput(args.numel, args.device, dtype) for name, dtype in DTYPES.items()
+        },
         "step": {
             f"{noise}, {'LoRA' if adapter else 'all weights'}": share_of_step(
                 noise, args.device, adapter
@@ -127,13 +137,13 @@ def main() -> None:
             for adapter in (False, True)
         },
     }
-    rates = result["numbers per second"]
-    base = rates["torch normal_ + add_"]
-    copy = rates["copy of the weights"]
-    print("| pass over the weights | million weights/s | times torch | share of the copy |")
-    print("|---|---|---|---|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate / 1e6:.0f} | {rate / base:.2f} | {rate / copy:.2f} |")
+    print("| pass over the weights | dtype | million weights/s | times torch | share of the copy |")
+    print("|---|---|---|---|---|")
+    for dtype, rates in result["numbers per second"].items():
+        base, copy = rates["torch normal_ + add_"], rates["copy of the weights"]
+        for name, rate in rates.items():
+            shares = f"{rate / base:.2f} | {rate / copy:.2f}"
+            print(f"| {name} | {dtype} | {rate / 1e6:.0f} | {shares} |")
     print("\n| noise and view | step, s | two forwards, s | share of the step |\n|---|---|---|---|")
     for name, row in result["step"].items():
         print(f"| {name} | {row['step']:.3f} | {row['forwards']:.3f} | {row['noise share']:.1%} |")
