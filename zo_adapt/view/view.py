@@ -19,9 +19,10 @@ from zo_adapt.noise.sums import Memory, Sum, Sums
 from zo_adapt.term import Term, Terms, Update, check_directions, check_terms, coalesced
 from zo_adapt.view import selection
 from zo_adapt.view.adapters import check_adapters
+from zo_adapt.view.copied import Copied
 from zo_adapt.view.defaults import reach_and_groups
 from zo_adapt.view.group import Group, assign_groups
-from zo_adapt.view.shifting import Copied, Layerwise
+from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.tensors import is_finite, tunable
 
 STACKS = 8
