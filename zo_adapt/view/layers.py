@@ -129,7 +129,9 @@ class Table(Layer):
         super().leave(module, inputs, output)
         if sums is None or output is None or self._gathered is None:
             return output
-        return self._gathered(inputs[0], sums)
+        # Where a model is spread over devices, accelerate moves both behind the hooks.
+        ids = inputs[0].to(self._gathered.weight.device)
+        return self._gathered(ids, sums).to(output.device)
 
 
 def looks_up(module: nn.Module) -> bool:
