@@ -171,3 +171,30 @@ def test_a_graph_reads_no_value_that_was_made_before_it() -> None:
         assert found == pytest.approx(expected, abs=1e-5)
     assert captured._graphs is not None
     assert len(captured._graphs._graphs) == 1
+
+
+@pytest.mark.cuda
+@ON_GPU
+@pytest.mark.parametrize("scratch", ["copy", "layer"])
+def test_points_of_one_step_are_all_captured_or_none(scratch: Any) -> None:
+    model = lora_model("cuda")
+    loss, ran = ClassificationLoss(model), []
+
+    def objective(batch: Any) -> Tensor:
+        ran.append(torch.cuda.is_current_stream_capturing())
+        return loss(batch)
+
+    view = ParameterView.trainable(model, scratch=scratch)
+    evaluator = Evaluator(objective, view, cuda_graphs=True, joint_rows=None)
+    batch = Batch(as_source(examples(8), loss.collate), range(8))
+    base = Probe((), batch)  # at the weights themselves, where no layer is shifted
+    probes = [base] + [Probe((Term(seed, 0.02),), batch) for seed in range(CALLS_BEFORE + 3)]
+    steps = []
+    for _ in range(5):
+        ran.clear()
+        evaluator.evaluate(probes)
+        steps.append(list(ran))
+    without = [step for step in steps if False in step]
+    assert without == [[False] * len(probes)] * len(without)
+    assert steps[0] == without[0]
+    assert steps[-1] == [], "replayed from the first point on"

@@ -42,6 +42,9 @@ class Graphs:
         self._view = view
         self._seen: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, _Graph] = {}
+        # A model may choose other kernels while it is captured, and a step's values are subtracted
+        # from each other: a shape that has run without a graph does so to the end of the step.
+        self._without: set[Hashable] = set()
         self._pool: Any = None
         # Listed now: while layers are shifted, reading a parameter through its module makes it.
         parameters = [] if view.model is None else view.model.parameters()
@@ -60,11 +63,13 @@ class Graphs:
         """
         if self.obstacle is not None or not is_capturable(content):
             return function(content)
-        key = self._key(content, way)
-        if key in self._graphs:
-            return self._graphs[key].replay(content)
+        if self.holds(content, way):
+            return self._graphs[self._key(content, way)].replay(content)
+        key, shape = self._key(content, way), signature(content)
         self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] <= CALLS_BEFORE or len(self._graphs) >= MOST:
+        late = shape in self._without or len(self._graphs) >= MOST
+        if self._seen[key] <= CALLS_BEFORE or late:
+            self._without.add(shape)
             return function(content)
         try:
             self._graphs[key] = self._captured(function, content)
@@ -76,14 +81,16 @@ class Graphs:
         return self._graphs[key].replay(content)
 
     def begin(self) -> None:
-        """Look where the weights are now: a graph holds their addresses."""
+        """Begin a step: look where the weights are now, for a graph holds their addresses."""
         self._places = hash(tuple([w.data_ptr() for w in self._weights]))
+        self._without.clear()
 
     def holds(self, content: Any, way: Hashable) -> bool:
         """Whether a call would be a replay."""
         return (
             self.obstacle is None
             and is_capturable(content)
+            and signature(content) not in self._without
             and self._key(content, way) in self._graphs
         )
 
