@@ -239,3 +239,15 @@ def test_output_apart_from_the_source(noise: Noise, seed: int) -> None:
     Accumulation(noise, [Place(out, source, tensor_key("w"))])(Sums([Sum([(seed, 0.5)], 0.25)]))
     assert torch.equal(bits(source), bits(kept))
     assert torch.equal(out, kept * 0.25 + draw(noise, seed, "w", 300, CPU) * 0.5)
+
+
+def test_sums_are_packed_as_a_kernel_reads_them() -> None:
+    sums = Sums([Sum([(2**64 - 1, 0.5)], 0.9), Sum(), Sum([(3, -1.0), (4, 2.0)])], rounding=2**63)
+    header, terms = sums.on(CPU)
+
+    def of(value: float) -> int:
+        return int(np.float64(value).view(np.int64))
+
+    described = [0, 1, of(0.9), 1, 0, of(1.0), 1, 2, of(1.0)]
+    assert header.tolist() == [-(2**63), *described]
+    assert terms.tolist() == [-1, of(0.5), 3, of(-1.0), 4, of(2.0)]

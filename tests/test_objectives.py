@@ -31,6 +31,7 @@ from objectives import CallableObjective, CausalLMLoss, ClassificationLoss, Verb
 from zo_adapt import Adam, ParameterView, SetObjective, Term, minimize
 from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import DataError, OptionError, ZOError
+from zo_adapt.evaluation_mode import EvaluationMode
 from zo_adapt.objective import Evaluator, Probe
 
 # peft reads an attribute of transformers by its former name
@@ -118,6 +119,18 @@ def test_evaluation_mode_is_enforced_and_each_modules_own_mode_restored() -> Non
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == before
+
+
+def test_modules_that_come_later_are_put_into_evaluation_mode_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)))
+    evaluating = EvaluationMode(model)
+    with evaluating():
+        assert not any(module.training for module in model.modules())
+    model[1].append(nn.Dropout(0.5))  # a new one
+    model[0] = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))  # another in its place
+    with evaluating():
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
 
 
 def test_both_points_of_an_estimate_see_the_same_network_with_dropout_on() -> None:
