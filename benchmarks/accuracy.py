@@ -74,6 +74,9 @@ METHODS: dict[str, tuple[Callable[[], Optimizer], int]] = {
     "MeZO()": (MeZO, 16),
     "Adam(lr=1e-3)": (partial(Adam, lr=1e-3), 16),
 }
+for _mu in (0.01, 0.03, 0.1, 0.2):  # of a LoRA view: 1, 3, 10 and 20 times the scale for a loss
+    METHODS[f"MeZOSVRG mu={_mu:g}"] = (partial(MeZOSVRG, perturbation_scale=_mu), 16)
+METHODS["MeZOSVRG, ranks"] = (partial(MeZOSVRG, shaping="ranks"), 16)
 for _rho in (0.15, 0.25, 0.4):
     for _batch in (16, 64):
         METHODS[f"MeZO rho={_rho:g} b={_batch}"] = (partial(MeZO, displacement=_rho), _batch)
@@ -93,6 +96,7 @@ class Job(NamedTuple):
     seed: int
     assets: str | None
     stratify: bool = True
+    max_queries: int | None = None
 
 
 def examples_of(task: Task, seed: int, assets: str | None) -> tuple[list[Any], list[Any], str]:
@@ -176,7 +180,7 @@ def run(job: Job) -> dict[str, Any]:
         train,
         make(),
         batch_size=batch_size if task.objective == "loss" else COUNTED,
-        max_queries=task.max_queries,
+        max_queries=job.max_queries or task.max_queries,
         seed=job.seed,
         progress=False,
         stratify=job.stratify,
@@ -215,7 +219,7 @@ def table(results: list[dict[str, Any]]) -> str:
         values = [r["accuracy"] for r in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         lines.append(
-            f"| {task} | {TASKS[task].max_queries:,} | {method} | "
+            f"| {task} | {max(r['queries'] for r in rows):,} | {method} | "
             f"{statistics.fmean(values):.3f} ± {spread:.3f} ({len(values)}) | "
             f"{statistics.fmean(r['value'] for r in rows):.3f} | "
             f"{statistics.fmean(r['seconds'] for r in rows):.0f} |"
@@ -229,6 +233,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--max-queries", type=int, help="instead of each task's own budget")
     parser.add_argument("--uniform", action="store_true", help="batches not stratified by class")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--assets", help="folder that --prepare made")
@@ -239,7 +244,7 @@ def main() -> None:
         prepare(args.prepare)
         return
     jobs = [
-        Job(task, method, seed, args.assets, not args.uniform)
+        Job(task, method, seed, args.assets, not args.uniform, args.max_queries)
         for task in args.tasks
         for method in args.methods
         for seed in args.seeds
@@ -253,7 +258,7 @@ def main() -> None:
             if args.output:
                 args.output.write_text(json.dumps(results, indent=1))
     results.sort(key=lambda r: (r["task"], r["method"], r["seed"]))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     print(f"\n{device}, torch {torch.__version__}, transformers {transformers.__version__}\n")
     print(table(results))
 

@@ -11,8 +11,8 @@ had, so that a file is replayed without the optimizer that wrote it.
 
 A record's checksum starts from the one before it, so that a record which is changed, lost or moved
 breaks the chain. A tail that is cut off in the middle of a record (a kill while it was written) is
-dropped with a notice; everything before it is whole. A step with one direction takes 54 bytes, with
-a weight decay 62; every further direction 8.
+dropped with a notice; everything before it is whole. A step with one direction takes 54 bytes, 62
+where its decay is not the header's rate times lr; every further direction 8.
 """
 
 import errno
