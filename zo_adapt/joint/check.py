@@ -15,7 +15,7 @@ from torch import Tensor
 from zo_adapt.data import Batch
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.joint.batch import JointBatch
-from zo_adapt.joint.candidates import Candidates
+from zo_adapt.joint.candidates import Candidates, NotJoint
 from zo_adapt.rows import NoRowsError, numbers, taken
 from zo_adapt.term import Term, Terms
 from zo_adapt.view.view import ParameterView
@@ -48,7 +48,7 @@ class Check:
         """Why probes must be evaluated one at a time; None if they need not."""
         try:
             reason = self._failure(first, last)
-        except NoRowsError as error:
+        except (NoRowsError, NotJoint) as error:  # nothing is amiss: this model is not of that kind
             logger.info("probes are evaluated one at a time: %s", error)
             return str(error)
         except Exception as error:
