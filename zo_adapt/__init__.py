@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zo_adapt.trainer.trainer import ZOConfig as ZOConfig
+    from zo_adapt.trainer.config import ZOConfig as ZOConfig
     from zo_adapt.trainer.trainer import ZOTrainer as ZOTrainer
 else:  # a type checker would take any name from a module that has __getattr__
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Self
 
@@ -23,10 +23,9 @@ from zo_adapt.view.copied import Copied
 from zo_adapt.view.defaults import reach_and_groups
 from zo_adapt.view.group import Group, assign_groups
 from zo_adapt.view.layerwise import Layerwise
+from zo_adapt.view.stacks import Stacks
 from zo_adapt.view.tensors import is_finite, tunable
 
-STACKS = 8
-"""Stacks of different numbers of points that are kept."""
 ADAPTER_BYTES = 64 * 2**20
 """Up to here a view is shifted by way of a copy; above it, module by module."""
 
@@ -103,7 +102,7 @@ class ParameterView:
         self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
         self.way: Hashable = None
         """How the model computes now, if not as its live tensors say."""
-        self._stacks: dict[tuple[int, frozenset[int]], tuple[dict[str, Tensor], Accumulation]] = {}
+        self._stacks = Stacks(self.noise, self._places(self.tensors, self.tensors))
         self.memory, self._memory_of_steps = Memory(), Memory()
         """Where the GPUs read the terms that the view is shifted by, and those of steps."""
         self.check_adapters()
@@ -217,33 +216,7 @@ class ParameterView:
             for terms, decay in points
             for each in self._sums(coalesced(check_terms(terms, len(self.groups))), decay)
         ]
-        count, groups = len(points), len(self.groups)
-        moving = {i % groups for i, each in enumerate(sums) if each.terms or each.decay != 1.0}
-        key = count, frozenset(moving)
-        if key not in self._stacks:
-            self._stacks[key] = self._room_for(count, moving)
-        while len(self._stacks) > STACKS:
-            del self._stacks[next(iter(self._stacks))]
-        stacks, run = self._stacks[key]
-        run(Sums(sums))
-        return stacks
-
-    def _room_for(
-        self, count: int, moving: Collection[int]
-    ) -> tuple[dict[str, Tensor], Accumulation]:
-        """Stacks for ``count`` points that move these groups, and what fills them."""
-        with torch.no_grad():
-            stacks = {
-                name: tensor.new_empty((count, *tensor.shape))
-                for name, tensor in self.tensors.items()
-                if self._group_of[name] in moving
-            }
-        places = [
-            Place(out, self.tensors[n], self._keys[n], row * len(self.groups) + self._group_of[n])
-            for n, stack in stacks.items()
-            for row, out in enumerate(stack)
-        ]
-        return stacks, Accumulation(self.noise, places)
+        return self._stacks(sums, len(points))
 
     def apply(self, update: Update) -> None:
         """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
@@ -287,13 +260,15 @@ class ParameterView:
             )
 
     def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
-        return Accumulation(
-            self.noise,
-            [
-                Place(outs[name], source, self._keys[name], self._group_of[name])
-                for name, source in sources.items()
-            ],
-        )
+        return Accumulation(self.noise, self._places(outs, sources).values())
+
+    def _places(
+        self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]
+    ) -> dict[str, Place]:
+        return {
+            name: Place(outs[name], source, self._keys[name], self._group_of[name])
+            for name, source in sources.items()
+        }
 
     def _rows(self, name: str, table: Tensor) -> Gathered:
         return Gathered(self.noise, table, self._keys[name], self._group_of[name])
