@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@[[ -n "$(PYTHON)" ]] || { echo "Python 3.11 or newer is needed: make PYTHON=... $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "setting up $(VENV), once; this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 # Passive waiting: with other work on the cores, threads that spin take several times the CPU time.
