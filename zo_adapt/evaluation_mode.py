@@ -31,15 +31,18 @@ class EvaluationMode:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules: list[nn.Module] = []
+        self._childless: list[dict[str, nn.Module | None]] = []
         self._families: list[dict[str, nn.Module | None]] = []
         self._children: list[tuple[nn.Module | None, ...]] = []
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """The context."""
-        if not self._modules or self._children != self._now():
+        if not self._modules or any(self._childless) or self._children != self._now():
             self._modules = list(self._model.modules())
-            self._families = [module._modules for module in self._modules]
+            families = [module._modules for module in self._modules]
+            self._childless = [family for family in families if not family]
+            self._families = [family for family in families if family]
             self._children = self._now()
         training = [module for module in self._modules if module.training]
         try:
@@ -51,7 +54,7 @@ class EvaluationMode:
                 module.training = True
 
     def _now(self) -> list[tuple[nn.Module | None, ...]]:
-        """The children of all modules."""
+        """The children of the modules that have any."""
         return list(map(tuple, map(dict.values, self._families)))
 
 

@@ -156,6 +156,7 @@ class Evaluator:
                 else self._evaluate(probe)
                 for index, probe in enumerate(probes)
             ]
+        self.view.locate()  # while the GPU is still at it
         return [self._combine(*one) for one in on_host(returned)]
 
     @property

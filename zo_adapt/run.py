@@ -68,17 +68,19 @@ class Run:
             BudgetExhausted, NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError: The
                 weights and the file are those after the step before.
         """
-        info = self.optimizer.step(self.evaluator, self.samples, self.budget)
-        applied = info.update._replace(terms=self.evaluator.view.checked(info.update))
-        with uninterrupted():  # the file and the weights are those of one step
-            self.steps += 1
-            try:
-                self._write(info, applied)
-            except TrajectoryWriteError:
-                self.steps -= 1
-                raise
-            self.evaluator.view.apply_in_order(applied.terms, applied.decay)
-            self.last = info
+        view = self.evaluator.view
+        with view.settled():
+            info = self.optimizer.step(self.evaluator, self.samples, self.budget)
+            applied = info.update._replace(terms=view.checked(info.update))
+            with uninterrupted():  # the file and the weights are those of one step
+                self.steps += 1
+                try:
+                    self._write(info, applied)
+                except TrajectoryWriteError:
+                    self.steps -= 1
+                    raise
+                view.apply_in_order(applied.terms, applied.decay)
+                self.last = info
         return info
 
     def _write(self, info: StepInfo, applied: Update) -> None:

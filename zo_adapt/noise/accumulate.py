@@ -8,9 +8,9 @@ the cache, over the cores for large tensors; on NVIDIA GPUs one kernel does it a
 """
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -61,6 +61,9 @@ class Runner(Protocol):
     def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round; the results go to ``outs``, one for each place."""
 
+    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
+        """The same for these outputs, while no tensor moves to other memory."""
+
 
 class Accumulation:
     """An accumulation whose tensors stay and whose sums change from call to call.
@@ -98,6 +101,17 @@ class Accumulation:
         with torch.no_grad():
             for run, same, own in self._runners:
                 run(sums, own if outs is None else [outs[i] for i in same])
+
+    def located(self) -> Callable[[Sums], None]:
+        """The same into the places' own outputs, while no tensor moves to other memory."""
+        runs = [run.located(own) for run, _, own in self._runners]
+
+        @torch.no_grad()
+        def accumulate(sums: Sums) -> None:
+            for run in runs:
+                run(sums)
+
+        return accumulate
 
 
 @cache
@@ -155,6 +169,10 @@ class OnCPU:
         _run(self._noise, rows_of(self._places, flats, sums), sums.rounding)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
+
+    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
+        """The same for these outputs."""
+        return partial(self, outs=outs)
 
 
 def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:

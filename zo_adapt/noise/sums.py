@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.transfer import sendable
+from zo_adapt.transfer import Sender, sendable
 
 HEADER = 3
 """Numbers that describe a sum to a kernel."""
@@ -54,9 +54,10 @@ class Sums:
         terms and the bits of its decay; a term is a seed and the bits of its coefficient.
         """
         if device not in self._packed:
-            numbers = sendable(np.frombuffer(self._numbers(), np.int64), device)
+            numbers = self._numbers()
             if self._memory is None:
-                there = numbers.to(device, non_blocking=True)
+                there = sendable(np.frombuffer(numbers, np.int64), device)
+                there = there.to(device, non_blocking=True)
             else:
                 there = self._memory.holding(numbers, device)
             first_term = 1 + HEADER * len(self.sums)
@@ -86,15 +87,16 @@ class Memory:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._buffers: dict[torch.device, Tensor] = {}
+        self._rooms: dict[torch.device, tuple[Tensor, Sender]] = {}
 
-    def holding(self, numbers: Tensor, device: torch.device) -> Tensor:
-        """The numbers on the device, in place of those of the call before."""
-        buffer = self._buffers.get(device)
-        if buffer is None or len(buffer) < len(numbers):
-            buffer = torch.empty(2 * len(numbers) + 512, dtype=torch.int64, device=device)
-            self._buffers[device] = buffer
+    def holding(self, numbers: bytes, device: torch.device) -> Tensor:
+        """The int64 numbers on the device, in place of those of the call before."""
+        count = len(numbers) // 8
+        buffer, sender = self._rooms.get(device, (None, Sender()))
+        if buffer is None or len(buffer) < count:
+            buffer = torch.empty(2 * count + 512, dtype=torch.int64, device=device)
+            self._rooms[device] = buffer, sender
             self.generation += 1
-        there = buffer[: len(numbers)]
-        there.copy_(numbers, non_blocking=True)
+        there = buffer[:count]
+        sender.send(numbers, there)
         return there

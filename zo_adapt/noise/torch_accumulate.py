@@ -3,8 +3,8 @@
 Small tensors share one evaluation of the generator. Extra memory: at most ``BUCKET`` elements.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Anywhere:
                 _run_slices(self._noise, bucket, sums.rounding, start, stop)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
+
+    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
+        """The same for these outputs."""
+        return partial(self, outs=outs)
 
 
 def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -8,7 +8,7 @@ quantile cost about half of that in fp32, beside it.
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
+from zo_adapt.errors import ViewError
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, arithmetic, finish, flat
 from zo_adapt.noise.distributions import QUANTILE, ROUNDING_STREAM, Noise
@@ -189,16 +190,25 @@ class OnCUDA:
         self._outs: Sequence[Tensor] = ()
         self._read: list[Tensor] = []
         self._addresses: list[int] = []
+        self._constants: dict[tuple[bool, bool], tuple[Any, ...]] = {}
         self._compiled: dict[tuple[bool, bool], Any] = {}
 
     def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
+        self.located(outs)(sums)
+
+    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
+        """The same for these outputs, until others are named or a tensor moves to other memory."""
         if outs is not self._outs:
             in_place = all(map(operator.is_, outs, self._sources))
             self._outs, self._read = outs, self._sources if in_place else [*self._sources, *outs]
         addresses = list(map(Tensor.data_ptr, self._read))
         if addresses != self._addresses:
             self._locate(addresses, outs)
+        return self._run
+
+    def _run(self, sums: Sums) -> None:
+        outs = self._outs
         if len(self._records):
             self._launch(self._records, self._aligned, sums)
         for index in self._strided:
@@ -208,7 +218,18 @@ class OnCUDA:
             finish(outs[index], result)
 
     def _locate(self, addresses: list[int], outs: Sequence[Tensor]) -> None:
-        """Write down where the tensors lie now."""
+        """Write down where the tensors lie now.
+
+        Raises:
+            ViewError: They are not what they were when the kernel was made for them.
+        """
+        for tensor in self._read:
+            if (tensor.device, tensor.dtype) != (self._device, self._dtype):
+                raise ViewError(
+                    f"a tensor of the view was {self._dtype} on {self._device} and is "
+                    f"{tensor.dtype} on {tensor.device} now; convert or move a model first, then "
+                    "make its view"
+                )
         self._addresses = addresses
         count = len(outs)
         pairs = list(zip(addresses[-count:], addresses[:count], strict=True))
@@ -234,23 +255,13 @@ class OnCUDA:
             tables.append(records)
         header, terms = sums.on(self._device)
         rounding = dtype in (torch.float16, torch.bfloat16) and sums.rounding is not None
-        arguments = (
-            records,
-            header,
-            terms,
-            quantile_table(self._device),
-            256 // self._noise.per_block,
-            TRITON_DTYPES[dtype],
-            TRITON_DTYPES[arithmetic(dtype)],
-            rounding,
-            ROUNDING_STREAM,
-            aligned,
-            HEADER,
-            BLOCK,
-        )
+        way = rounding, aligned
+        if way not in self._constants:
+            self._constants[way] = self._constants_of(*way)
+        arguments = records, header, terms, *self._constants[way]
         grid = len(records), 1, 1
         with torch.cuda.device(self._device):
-            compiled = self._compiled.get((rounding, aligned))
+            compiled = self._compiled.get(way)
             if compiled is not None:
                 # A third of the time of finding it again by its arguments.
                 compiled[grid](*arguments)
@@ -264,7 +275,21 @@ class OnCUDA:
                 enable_fp_fusion=False,
                 **options,
             )
-            self._compiled[rounding, aligned] = launched  # None in Triton's interpreter
+            self._compiled[way] = launched  # None in Triton's interpreter
+
+    def _constants_of(self, rounding: bool, aligned: bool) -> tuple[Any, ...]:
+        """The kernel's arguments from ``quantile`` on."""
+        return (
+            quantile_table(self._device),
+            256 // self._noise.per_block,
+            TRITON_DTYPES[self._dtype],
+            TRITON_DTYPES[arithmetic(self._dtype)],
+            rounding,
+            ROUNDING_STREAM,
+            aligned,
+            HEADER,
+            BLOCK,
+        )
 
 
 def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> np.ndarray:

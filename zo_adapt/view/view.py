@@ -98,6 +98,8 @@ class ParameterView:
             else Copied(self.tensors, self._plan)
         )
         self._stepping = self._plan(self.tensors, self.tensors)
+        self._settled = False
+        self._located: Callable[[Sums], None] | None = None
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
         self.way: Hashable = None
@@ -248,7 +250,25 @@ class ParameterView:
         if terms or decay != 1.0:
             with uninterrupted():  # all tensors move, or none
                 rounding = terms[0].seed if terms else None
-                self._stepping(Sums(self._sums(terms, decay), rounding, self._memory_of_steps))
+                run = self._located or self._stepping
+                run(Sums(self._sums(terms, decay), rounding, self._memory_of_steps))
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, no tensor moves to other memory after ``locate``.
+
+        Updates need not look where each one is then, while a GPU waits for them.
+        """
+        self._settled = True
+        try:
+            yield
+        finally:
+            self._settled, self._located = False, None
+
+    def locate(self) -> None:
+        """Look where the tensors are, for the updates that follow inside ``settled``."""
+        if self._settled:
+            self._located = self._stepping.located()
 
     def _check_room(self, terms: Sequence[Term]) -> None:
         # Not fsum, which raises where the sum overflows; and NaN is not within any room.
