@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zo_adapt.errors import DataError
 from zo_adapt.noise import philox
-from zo_adapt.transfer import sendable
+from zo_adapt.rows import RowIndex, width
 
 Collate = Callable[[list[Any]], Any]
 MINIBATCH_STREAM, LARGE_BATCH_STREAM = 1, 2
@@ -62,32 +62,19 @@ class TensorRows:
     def __len__(self) -> int:
         return self._length
 
+    @cached_property
+    def width(self) -> int:
+        """Tokens of a row, about."""
+        return width(self._tensors)
+
     def take(self, rows: Sequence[int]) -> Any:
         """These rows of every tensor."""
-        index = _Index(rows)
+        index = RowIndex(rows)
         if isinstance(self._tensors, Mapping):
             return {name: index.of(value) for name, value in self._tensors.items()}
         if isinstance(self._tensors, tuple):
             return tuple(index.of(value) for value in self._tensors)
         return index.of(self._tensors)
-
-
-class _Index:
-    """Takes rows of tensors and arrays; on a GPU it is copied there once, without waiting."""
-
-    def __init__(self, rows: Sequence[int]) -> None:
-        self._rows = list(rows)
-        self._on: dict[torch.device, Tensor] = {}
-
-    def of(self, values: Any) -> Any:
-        """The rows of a tensor or an array."""
-        if not (isinstance(values, Tensor) and values.is_cuda):
-            return values[self._rows]
-        device = values.device
-        if device not in self._on:
-            rows = sendable(np.array(self._rows), device)
-            self._on[device] = rows.to(device, non_blocking=True)
-        return values.index_select(0, self._on[device])
 
 
 class Examples:
@@ -147,6 +134,12 @@ class Batch:
     def content(self) -> Any:
         """What the objective is called with."""
         return self.source.take(self.rows)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row, about; tells it without reading rows of tensors."""
+        source = self.source
+        return source.width if isinstance(source, TensorRows) else width(self.content)
 
     def split(self, parts: int) -> list["Batch"]:
         """Consecutive parts whose sizes differ by at most one; at most one for each row."""

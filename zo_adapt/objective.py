@@ -132,6 +132,7 @@ class Evaluator:
             view,
             self._call,
             objective.score if isinstance(objective, SetObjective) else None,
+            captured=lambda part, way: self._captured([part], way),
             joint_rows=joint_rows,
             most_rows=micro_batch_size,
             usual_rows=self.micro_batch_size,
@@ -224,7 +225,7 @@ class Evaluator:
         values = [checked_values(*one) for one in zip(returned, sizes, strict=True)]
         if all(value.ndim == 1 for value in values):
             per_example = self.sign * (values[0] if len(values) == 1 else np.concatenate(values))
-            return Evaluation(float(per_example.mean()), per_example)
+            return Evaluation(float(per_example.sum()) / len(per_example), per_example)
         means = [float(value.mean()) for value in values]
         if len(means) == 1:
             return Evaluation(self.sign * means[0])

@@ -7,12 +7,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zo_adapt.transfer import sendable
+
 FLOATS_OF_A_TOKEN = 768
 """How many floats of a row count as one token: 16 x 16 pixels in colours, or an embedding."""
 
 
 class NoRowsError(Exception):
     """A signal to the caller: something has not one entry for every row."""
+
+
+class RowIndex:
+    """Takes rows of tensors and arrays; on a GPU it is copied there once, without waiting.
+
+    Args:
+        rows: Their numbers.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._rows = list(rows)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def of(self, values: Any) -> Any:
+        """The rows of a tensor or an array."""
+        if not (isinstance(values, Tensor) and values.is_cuda):
+            return values[self._rows]
+        device = values.device
+        if device not in self._on:
+            rows = sendable(np.array(self._rows, np.int64), device)
+            self._on[device] = rows.to(device, non_blocking=True)
+        return values.index_select(0, self._on[device])
 
 
 def taken(tree: Any, index: Sequence[int] | slice, rows: int) -> Any:
@@ -38,6 +62,7 @@ class _Taker:
 
     def __init__(self, index: Sequence[int] | slice, rows: int) -> None:
         self.index, self.rows = index, rows
+        self._each = None if isinstance(index, slice) else RowIndex(index)
         self._done: dict[int, Any] = {}
 
     def __call__(self, tree: Any) -> Any:
@@ -49,7 +74,7 @@ class _Taker:
         if isinstance(tree, Tensor | np.ndarray):
             if tree.ndim == 0 or len(tree) != self.rows:
                 raise NoRowsError(f"shape {tuple(tree.shape)} for {self.rows} rows")
-            return tree[self.index]
+            return tree[self.index] if self._each is None else self._each.of(tree)
         if isinstance(tree, Mapping):
             named = {name: self(value) for name, value in tree.items()}
             return named if type(tree) is dict else _rebuilt(lambda: type(tree)(named))  # type: ignore[call-arg]
@@ -107,6 +132,28 @@ def _tokens(leaf: Tensor | np.ndarray) -> int:
     entries = int(np.prod(leaf.shape[1:]))
     whole = leaf.dtype.is_floating_point if isinstance(leaf, Tensor) else leaf.dtype.kind == "f"
     return max(1, entries // FLOATS_OF_A_TOKEN if whole else entries)
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """The rows of several structures in one; None where they are not tensors of one width.
+
+    Example:
+        >>> joined([{"x": torch.zeros(1, 2)}, {"x": torch.ones(1, 2)}])
+        {'x': tensor([[0., 0.],
+                [1., 1.]])}
+        >>> joined([torch.zeros(1, 2), torch.zeros(1, 3)])
+    """
+    first = trees[0]
+    if type(first) is dict and all(type(t) is dict and t.keys() == first.keys() for t in trees):
+        found = {name: joined([tree[name] for tree in trees]) for name in first}
+        return None if any(value is None for value in found.values()) else found
+    kinds = {
+        (tree.shape[1:], tree.dtype, tree.device)
+        if isinstance(tree, Tensor) and tree.ndim
+        else None
+        for tree in trees
+    }
+    return torch.cat(list(trees)) if len(kinds) == 1 and None not in kinds else None
 
 
 def second_sizes(tree: Any) -> list[int]:

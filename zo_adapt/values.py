@@ -1,5 +1,8 @@
 """What objectives return: brought over from a GPU at once, and checked."""
 
+import math
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,26 +19,47 @@ class Returned(NamedTuple):
     sizes: list[int]
 
 
+class RowsOf(NamedTuple):
+    """Some rows of what the objective returned for several probes at once."""
+
+    values: Tensor
+    rows: slice
+
+
 def on_host(answers: list[Returned]) -> list[Returned]:
     """The same, tensors of a GPU brought over in one transfer: each one waits for the GPU."""
-    there = [
-        value
-        for answer in answers
-        for value in answer.values
-        if isinstance(value, Tensor) and value.is_cuda and not value.requires_grad
-    ]
-    if len(there) < 2 or len({value.device for value in there}) > 1:
-        return answers
-    flat = torch.cat([value.flatten().to(torch.float64) for value in there]).cpu().numpy()
-    here, start = {}, 0
-    for value in there:
-        stop = start + value.numel()
-        here[id(value)] = flat[start:stop].reshape(value.shape)
-        start = stop
+    found = {id(tensor): tensor for answer in answers for tensor in _tensors(answer.values)}
+    here: dict[int, np.ndarray] = {}
+    for device in {tensor.device for tensor in found.values() if tensor.is_cuda}:
+        there = [t for t in found.values() if t.device == device and not t.requires_grad]
+        here |= _brought(there) if there else {}
     return [
-        Returned([here.get(id(value), value) for value in answer.values], answer.sizes)
+        Returned([_read(value, here) for value in answer.values], answer.sizes)
         for answer in answers
     ]
+
+
+def _tensors(values: list[Any]) -> Iterator[Tensor]:
+    for value in values:
+        tensor = value.values if isinstance(value, RowsOf) else value
+        if isinstance(tensor, Tensor):
+            yield tensor
+
+
+def _brought(there: list[Tensor]) -> dict[int, np.ndarray]:
+    """Tensors of one GPU in one transfer, by their identity."""
+    flat = torch.cat([tensor.flatten().to(torch.float64) for tensor in there]).cpu().numpy()
+    ends = accumulate((tensor.numel() for tensor in there), initial=0)
+    return {
+        id(tensor): flat[start : start + tensor.numel()].reshape(tensor.shape)
+        for tensor, start in zip(there, ends, strict=False)
+    }
+
+
+def _read(value: Any, here: Mapping[int, np.ndarray]) -> Any:
+    if isinstance(value, RowsOf):
+        return here.get(id(value.values), value.values)[value.rows]
+    return here.get(id(value), value)
 
 
 def checked_values(returned: Any, rows: int) -> np.ndarray:
@@ -45,6 +69,11 @@ def checked_values(returned: Any, rows: int) -> np.ndarray:
         ObjectiveError: It requires grad, has another shape, or is not a number.
         NonFiniteObjectiveError: NaN or infinity.
     """
+    usual = type(returned) is np.ndarray and returned.dtype == np.float64
+    # A sum is finite only where all of its parts are.
+    if usual and returned.shape == (rows,) and math.isfinite(returned.sum()):
+        checked: np.ndarray = returned
+        return checked
     if returned is None:
         raise ObjectiveError(
             "the objective returned NoneType; return a float or one per example (is the return "

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_adapt.data import Batch
-from zo_adapt.rows import second_sizes, taken
+from zo_adapt.data import Batch, TensorRows
+from zo_adapt.rows import joined, second_sizes, taken
+from zo_adapt.values import RowsOf
 
 
 class JointBatch(Batch):
@@ -44,9 +45,13 @@ class JointBatch(Batch):
         Raises:
             NoRowsError: The rows of the source's batches cannot be told.
         """
-        only = next(iter(self._distinct.values())) if len(self._distinct) == 1 else None
-        whole = only or Batch(self.source, self._read)
-        return taken(whole.content, self._index, len(whole))
+        if isinstance(self.source, TensorRows):
+            return self.source.take(self.rows)
+        parts = list(self._distinct.values())
+        whole = parts[0].content if len(parts) == 1 else joined([part.content for part in parts])
+        if whole is None:  # together they are padded to another length
+            whole = self.source.take(self._read)
+        return taken(whole, self._index, len(self._read))
 
     @property
     def leads(self) -> set[int]:
@@ -57,13 +62,27 @@ class JointBatch(Batch):
         return {len(self), len(self) * max(second_sizes(self.content), default=1)}
 
     def cut(self, tree: Any) -> list[Any]:
-        """The rows of every candidate."""
+        """The rows of every candidate, read.
+
+        Raises:
+            NoRowsError: There is not one entry for every row.
+        """
         tree = tree.to("cpu") if isinstance(tree, Tensor) else tree  # one transfer for all
+        return [taken(tree, rows, len(self)) for rows in self._slices()]
+
+    def told(self, tree: Any) -> list[Any]:
+        """The rows of every candidate; those of a tensor are not read, which may take waiting.
+
+        Raises:
+            NoRowsError: There is not one entry for every row.
+        """
+        if isinstance(tree, Tensor) and tree.ndim and len(tree) == len(self):
+            return [RowsOf(tree, rows) for rows in self._slices()]
+        return self.cut(tree)
+
+    def _slices(self) -> list[slice]:
         starts = range(0, len(self), self.block)
-        return [
-            taken(tree, slice(start, start + size), len(self))
-            for start, size in zip(starts, self.sizes, strict=True)
-        ]
+        return [slice(a, a + size) for a, size in zip(starts, self.sizes, strict=True)]
 
     def part(self, index: int) -> Batch:
         """One candidate's rows, as they are read here."""

@@ -9,7 +9,7 @@ so that n small forwards cost little more than one where a forward is bound by l
 reading the frozen weights. The live tensors are never written.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -71,13 +71,20 @@ class Candidates:
         return None
 
     @contextmanager
-    def at(self, points: Sequence[Point], leads: Collection[int]) -> Iterator[set[str]]:
+    def at(
+        self,
+        points: Sequence[Point],
+        leads: Collection[int],
+        captured: Callable[[Hashable], bool] = lambda way: False,
+    ) -> Iterator[set[str]]:
         """Inside, the model computes block i of its rows at ``points[i]``.
 
         Args:
             points: n of them; a batch's rows are n blocks of equal size.
             leads: Sizes of a module's first dimension that are rows in blocks; any other is
                 refused.
+            captured: Whether the body only replays graphs that were captured in this way of
+                computing: these read the points by themselves.
 
         Yields:
             Names of the tensors that were used; filled as the model runs.
@@ -90,10 +97,12 @@ class Candidates:
         places = tuple((name, stack.data_ptr()) for name, stack in stacks.items())
         way = "candidates", len(points), frozenset(leads), places
         with ExitStack() as undo, self.view.computing(way):
-            for module, names in self._modules.items():
+            for module, names in () if captured(way) else self._modules.items():
                 own = {a: stacks[name] for a, name in names.items() if name in stacks}
                 if own:
-                    module.forward = _forward(module, own, len(points), leads, used, names)
+                    forward = _forward(module, own, len(points), leads, used, names)
+                    # As nn.Module.__setattr__ would do, without its search.
+                    module.__dict__["forward"] = forward
                     undo.callback(module.__dict__.pop, "forward")
             yield used
 

@@ -11,7 +11,8 @@ The first time, the values of a joint forward are compared with those of single 
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from zo_adapt.errors import OptionError
 from zo_adapt.joint.batch import JointBatch
 from zo_adapt.joint.candidates import Candidates, NotJoint
 from zo_adapt.joint.check import Check
-from zo_adapt.rows import NoRowsError, width
+from zo_adapt.rows import NoRowsError
 from zo_adapt.term import Terms
 from zo_adapt.view.view import ParameterView
 
@@ -59,6 +60,8 @@ class Joint:
         view: Where the probes shift.
         call: What the objective makes of one part.
         score: Makes a value of predictions; None for an objective without them.
+        captured: Whether a call of a part would only replay a graph that was captured in a way of
+            computing.
         joint_rows: As for ``minimize``.
         most_rows: Never more rows in one call; None is no limit.
         usual_rows: Probes on more rows are left alone, being cut anyway; None is no limit.
@@ -77,6 +80,7 @@ class Joint:
         call: Callable[[Batch], Any],
         score: Callable[[list[Any]], Any] | None,
         *,
+        captured: Callable[[Batch, Hashable], bool],
         joint_rows: JointRows,
         most_rows: int | None,
         usual_rows: int | None,
@@ -88,7 +92,7 @@ class Joint:
             raise OptionError(
                 f"joint_rows={joint_rows!r}; choose an integer >= 1, 'auto', or None for never"
             )
-        self.view, self._call, self._score = view, call, score
+        self.view, self._call, self._score, self._captured = view, call, score, captured
         self._rows, self._most = joint_rows, math.inf if most_rows is None else most_rows
         self._usual = math.inf if usual_rows is None else usual_rows
         self.obstacle = None if joint_rows is not None and allowed else "it is not asked for"
@@ -109,9 +113,11 @@ class Joint:
             try:
                 if not self._sound(probes[group[0]].batch, probes[group[-1]].batch):
                     break
-                with self._candidates.at(points, batch.leads):
+                captured = partial(self._captured, batch)
+                with self._candidates.at(points, batch.leads, captured):
                     returned = self._call(batch)
-                pieces = batch.cut(returned)
+                # A score is of predictions themselves.
+                pieces = batch.told(returned) if self._score is None else batch.cut(returned)
             except torch.OutOfMemoryError as error:
                 error.add_note(f"{len(batch)} rows were evaluated together; lower joint_rows")
                 raise
@@ -148,7 +154,7 @@ class Joint:
         tokens = 1
         if self._rows == "auto":
             small = 2 * len(batch) <= min(self._most, self._tokens)
-            tokens = width(batch.content) if small else 0
+            tokens = batch.width if small else 0
         return _Room(batch.source, len(batch), len(batch), tokens)
 
     def _fits(self, room: "_Room") -> int:
