@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,8 @@ SIZES = {
     "distilbert": Size(6, 768, 12, 30522),
     "minilm": Size(6, 384, 12, 30522),
 }
+WARM = 6
+"""Calls of each kind before those that are timed: captured, compiled, grown."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,20 +93,42 @@ class Timed(NamedTuple):
 
 
 def timed(call: Callable[[], object], device: str, repeats: int) -> Timed:
-    """A call's time, with whatever it has asked of the device done; four calls to warm up."""
-    seconds = []
-    for index in range(4 + repeats):
-        if index == 4 and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    """Calls in a row, as a run makes them."""
+    return timed_in_turn(call, device, repeats, 1)[0]
+
+
+def timed_in_turn(call: Callable[[], object], device: str, repeats: int, kinds: int) -> list[Timed]:
+    """Calls in a row, of which every so many are of one kind; each kind's time apart.
+
+    A call's time is from the end of the one before to its own end. On a GPU both are seen by the
+    GPU: what the host does for a call may hide behind the work of the one before, as in a run.
+    """
+    warm, on_gpu = kinds * WARM, device == "cuda"
+    for _ in range(warm):
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return Timed(statistics.median(seconds[4:]), peak)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    ends = [_now(on_gpu)]
+    for _ in range(kinds * repeats):
+        call()
+        ends.append(_now(on_gpu))
+    if on_gpu:
+        torch.cuda.synchronize()
+        seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(ends)]
+    else:
+        seconds = [b - a for a, b in pairwise(ends)]
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return [Timed(statistics.median(seconds[kind::kinds]), peak) for kind in range(kinds)]
+
+
+def _now(on_gpu: bool) -> Any:
+    """The time on the host, or an event that the GPU reaches when its work so far is done."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def stepper(
@@ -124,25 +149,6 @@ def stepper(
 def svrg() -> MeZOSVRG:
     """Algorithm 1 as published: two-sided, one direction, a snapshot at every other step."""
     return MeZOSVRG(LR, snapshot_interval=2, one_sided=False, num_directions=1)
-
-
-def pairs(step: Callable[[], object], device: str, repeats: int) -> tuple[Timed, Timed]:
-    """A snapshot step and the minibatch step after it, each timed apart."""
-    halves: tuple[list[float], list[float]] = ([], [])
-    for index in range(2 * (6 + repeats)):
-        if index == 12 and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        halves[index % 2].append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return Timed(statistics.median(halves[0][6:]), peak), Timed(
-        statistics.median(halves[1][6:]), peak
-    )
 
 
 def forwards(
@@ -221,7 +227,7 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> list[dict[str, A
             del step
             free()
             step = stepper(loss, data, svrg(), noise, graphs)
-            snapshot, minibatch = pairs(step, device, repeats)
+            snapshot, minibatch = timed_in_turn(step, device, repeats, 2)
             note(f"MeZO-SVRG {noise}, snapshot step", way, snapshot, 2, bare[graphs])
             note(f"MeZO-SVRG {noise}, minibatch step", way, minibatch, 4, bare[graphs])
             del step
@@ -230,7 +236,7 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> list[dict[str, A
     if args.reference:
         published = Published(args.reference, loss.model, data)
         note("MeZO", "published", timed(published.mezo, device, repeats), 2, bare[False])
-        snapshot, minibatch = pairs(published.svrg, device, repeats)
+        snapshot, minibatch = timed_in_turn(published.svrg, device, repeats, 2)
         note("MeZO-SVRG, snapshot step", "published", snapshot, 2, bare[False])
         note("MeZO-SVRG, minibatch step", "published", minibatch, 4, bare[False])
     free()
@@ -256,7 +262,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=64 if on_gpu else 16)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15 if on_gpu else 5)
     parser.add_argument("--reference", type=Path, help="checkout of the published code")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -48,7 +48,12 @@ ZEROTH_ORDER = {
         MeZO, PLAIN | {"lr": 0.05, "num_directions": 8}, lambda t: 96
     ),
     "mezo_one_sided": Row(
-        MeZO, PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True}, lambda t: 24
+        MeZO, PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True}, lambda t: 18
+    ),
+    "mezo_from_base_points": Row(
+        MeZO,
+        PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True, "shaping": None},
+        lambda t: 24,
     ),
     "mezo_by_distance": Row(
         MeZO,
@@ -62,7 +67,12 @@ ZEROTH_ORDER = {
     ),
     "svrg_shared": Row(MeZOSVRG, SVRG, cycle(32, 24)),
     "svrg_independent": Row(MeZOSVRG, SVRG | {"coupling": "independent"}, cycle(32, 24)),
-    "svrg_one_sided": Row(MeZOSVRG, SVRG | {"one_sided": True, "num_directions": 2}, cycle(48, 24)),
+    "svrg_one_sided": Row(MeZOSVRG, SVRG | {"one_sided": True, "num_directions": 2}, cycle(32, 24)),
+    "svrg_from_base_points": Row(
+        MeZOSVRG,
+        SVRG | {"one_sided": True, "num_directions": 2, "shaping": None},
+        cycle(48, 24),
+    ),
     "svrg_by_distance": Row(
         MeZOSVRG,
         SVRG | {"lr": None, "snapshot_lr": None, "normalize": True, "displacement": 0.5},

@@ -29,6 +29,8 @@ from zo_adapt.data import Batch, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.joint.batch import JointBatch
 from zo_adapt.objective import Evaluation, Evaluator, Probe
+from zo_adapt.rows import NoRowsError
+from zo_adapt.values import Returned, on_host
 
 TARGETS = {
     "bert": ["query", "value"],
@@ -299,6 +301,34 @@ def test_a_joint_batch() -> None:
     assert batch.content[:, 0].tolist() == list(batch.rows)
     assert [piece.tolist() for piece in batch.cut(torch.arange(9))] == [[0, 1], [3, 4, 5], [6, 7]]
     assert batch.leads == {9, 27}
+
+
+def test_what_is_returned_for_several_points_is_not_read_point_by_point() -> None:
+    source = as_source(torch.arange(10)[:, None].repeat(1, 3))
+    batch = JointBatch([Batch(source, [4, 5]), Batch(source, [7, 8, 9])])
+    values = torch.arange(6.0)
+    told = batch.told(values)
+    assert all(piece.values is values for piece in told)
+    read = on_host([Returned([piece], [size]) for piece, size in zip(told, (2, 3), strict=True)])
+    assert [one.values[0].tolist() for one in read] == [[0, 1], [3, 4, 5]]
+    with pytest.raises(NoRowsError, match="5"):
+        batch.told(torch.arange(5.0))
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (3, 4)])
+def test_examples_of_one_length_are_collated_once(lengths: tuple[int, int]) -> None:
+    calls: list[int] = []
+
+    def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+        calls.append(len(rows))
+        return {"x": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+
+    source = as_source([torch.full((lengths[i // 2],), i) for i in range(4)], collate)
+    parts = [Batch(source, [0, 1]), Batch(source, [2, 3])]
+    assert [part.width for part in parts] == list(lengths)
+    content = JointBatch([*parts, parts[0]]).content["x"]
+    assert content[:, 0].tolist() == [0, 1, 2, 3, 0, 1]
+    assert calls == ([2, 2] if lengths == (3, 3) else [2, 2, 4])
 
 
 # --- runs ---------------------------------------------------------------------------------------

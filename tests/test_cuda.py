@@ -10,6 +10,7 @@ from problems import bits, flat, labelled, logistic
 from torch import Tensor
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Term, Update, minimize
+from zo_adapt.errors import ViewError
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw
 from zo_adapt.trajectory.replay import apply_all
 
@@ -191,3 +192,26 @@ def test_rows_of_an_embedding_are_those_of_the_cpu(
             with each.shifted(TERMS, 0.9):
                 found += [table(ids.to(device)), table(ids.int().to(device))]
     assert all(same_bits(each, found[0].cpu()) for each in found)
+
+
+def test_many_updates_in_a_row_are_those_of_the_cpu() -> None:
+    """More than the pinned memory has rows, none of them waited for, with few and many terms."""
+    on_cpu, on_gpu = pair(torch.float32, "gaussian")
+    for number in range(300):
+        terms = tuple(Term(number + k, 1e-3 * (k + 1)) for k in range(1 + number % 40))
+        for view in (on_cpu, on_gpu):
+            view.apply(Update(terms))
+    assert on_gpu.hash() == on_cpu.hash()
+
+
+def test_a_model_converted_after_its_view_was_made_is_refused() -> None:
+    model = torch.nn.Linear(64, 64).cuda()
+    view = ParameterView.full(model)
+    view.apply(Update((Term(1, 0.1),)))
+    model.half()
+    before = model.weight.clone()
+    with pytest.raises(ViewError, match=r"was torch.float32 .* is torch.float16 .* then make"):
+        view.apply(Update((Term(1, 0.1),)))
+    with pytest.raises(ViewError, match="make its view"), view.shifted((Term(1, 0.1),)):
+        pass
+    assert torch.equal(model.weight, before)

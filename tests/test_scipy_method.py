@@ -135,13 +135,13 @@ def test_a_callback_of_the_intermediate_result() -> None:
         seen.append(intermediate_result)
 
     fun = Bowl()
-    method = scipy_method("mezo-svrg", maxiter=5)
+    method = scipy_method("mezo-svrg", maxiter=5, shaping=None)
     result = minimize(fun, X0, method=method, callback=callback)
     assert [r.nit for r in seen] == [1, 2, 3, 4, 5]
     assert [r.nfev for r in seen] == [9, 18, 27, 36, 45]
     assert np.array_equal(seen[-1].x, result.x)
     assert result.nfev == 46
-    # one-sided: the value of the base point, x before the step
+    # the value of the base point, x before the step
     assert [r.fun for r in seen[1:]] == [Bowl()(r.x) for r in seen[:-1]]
 
 

@@ -267,7 +267,7 @@ def test_ranks_withstand_an_outlier() -> None:
     ("make", "message"),
     [
         (lambda: MeZO(shaping="ranks"), "num_directions=1; choose at least 2"),
-        (lambda: MeZO(num_directions=4, shaping="rank"), "shaping='rank'; choose one of"),
+        (lambda: MeZO(num_directions=4, shaping="rank"), "shaping='rank'; choose 'auto', one of"),
         (lambda: MeZO(num_directions=4, shaping="loo"), "each other's baseline"),
         (lambda: MeZOSVRG(num_directions=1, shaping="loo"), "at least 2"),
         (lambda: MeZOSVRG(snapshot_interval=2, shaping="ranks"), "needs snapshot_interval=1"),

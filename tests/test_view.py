@@ -262,6 +262,34 @@ def test_finite_coefficients_whose_sum_overflows_are_too_large_a_step() -> None:
         view.apply(Update((Term(1, 1e308), Term(2, 1e308))))
 
 
+def test_a_shift_within_a_shift_goes_back_to_the_outer_one() -> None:
+    x = torch.randn(7)
+    view, before = ParameterView({"x": x}), x.clone()
+    for _ in range(2):
+        with view.shifted([Term(1, 0.5)]):
+            outer = x.clone()
+            with view.shifted([Term(2, 0.5)]):
+                assert not torch.equal(x, outer)
+            assert torch.equal(bits(x), bits(outer))
+        assert torch.equal(bits(x), bits(before))
+
+
+def test_a_copy_is_of_the_tensors_as_they_are_now() -> None:
+    """It is kept from shift to shift, but not for a model that was converted between them."""
+    model = torch.nn.Linear(5, 3).bfloat16()
+    view = ParameterView.full(model)
+    with torch.inference_mode(), view.shifted([Term(1, 0.5)]):
+        pass
+    with view.shifted([Term(1, 0.5)]):
+        pass
+    with torch.no_grad():
+        model.float().weight += 1e-5  # not a number of the dtype before
+    before = model.weight.detach().clone()
+    with view.shifted([Term(1, 0.5)]):
+        assert not torch.equal(model.weight, before)
+    assert torch.equal(bits(model.weight.detach()), bits(before))
+
+
 def test_snapshot_holds_values_not_references() -> None:
     view = ParameterView({"w": torch.ones(3), "v": torch.ones(2, 2).T})
     kept, digest = view.snapshot(), view.hash()

@@ -51,7 +51,8 @@ class Record(NamedTuple):
     Args:
         step: Number of the step, from 1.
         queries: Forwards of one sample so far.
-        value: Mean loss of the step's batch at the weights before the step.
+        value: Mean loss of the step's batch at the weights before the step, or at the points
+            around them that it evaluated.
         lr: Learning rate applied.
         projected_gradient: Root mean square of the step's projected gradients.
         kind: "snapshot" or "minibatch".

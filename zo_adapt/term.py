@@ -61,6 +61,9 @@ def coalesced(terms: Iterable[Term]) -> Terms:
         >>> coalesced([Term(1, 0.5), Term(2, 1.0), Term(1, 0.25)])
         (Term(seed=1, coefficient=0.75, group=None), Term(seed=2, coefficient=1.0, group=None))
     """
+    terms = tuple(terms)
+    if len({(seed, group) for seed, _, group in terms}) == len(terms):
+        return terms
     total: dict[tuple[int, int | None], float] = {}
     for seed, coefficient, group in terms:
         total[seed, group] = total.get((seed, group), 0.0) + coefficient
@@ -73,7 +76,7 @@ def check_directions(terms: Iterable[Term], groups: int) -> Terms:
     Raises:
         TermError: A seed outside [0, 2**64), an unknown group.
     """
-    checked = tuple(Term(*term) for term in terms)
+    checked = tuple(term if type(term) is Term else Term(*term) for term in terms)
     for term in checked:
         if not 0 <= term.seed < SEED_LIMIT:
             raise TermError(f"seed {term.seed} is outside 0 <= seed < 2**64")

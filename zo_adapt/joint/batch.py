@@ -31,11 +31,10 @@ class JointBatch(Batch):
         self._read = [row for rows in self._distinct for row in rows]
         ends = accumulate(map(len, self._distinct), initial=0)
         start = dict(zip(self._distinct, ends, strict=False))
-        self._index = [
-            start[batch.rows] + min(row, len(batch) - 1)
-            for batch in batches
-            for row in range(self.block)
-        ]
+        self._index: list[int] = []
+        for batch in batches:
+            own = range(start[batch.rows], start[batch.rows] + len(batch))
+            self._index += (*own, *[own[-1]] * (self.block - len(own)))
         super().__init__(batches[0].source, [self._read[index] for index in self._index])
 
     @cached_property

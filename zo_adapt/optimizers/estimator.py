@@ -9,7 +9,8 @@ With K directions z_k and their batches B_k (the same batch for all, or one batc
 
 E g = grad f + O(mu^2) for both; on a quadratic the two-sided p_k is exact, the one-sided one is
 off by mu/2 z_k^T H z_k.
-Queries on a batch of b rows: 2b per direction of its own; (K + 1) b one-sided with K directions.
+Queries on a batch of b rows: 2b per direction of its own; (K + 1) b one-sided with K directions,
+K b where they are compared with each other instead (``shaping``).
 """
 
 from collections.abc import Iterable, Sequence
@@ -48,7 +49,8 @@ class Estimate(NamedTuple):
     Args:
         terms: The vector, as sum_k c_k z(s_k).
         projected: Projected gradients, one per direction.
-        value: Mean loss at the point (no probe of its own: the mean of the pair, or the base).
+        value: Mean loss at the point (no probe of its own: the mean of the pair, the base,
+            or the mean of the perturbed points where there is no base).
     """
 
     terms: Terms

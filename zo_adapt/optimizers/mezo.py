@@ -1,7 +1,6 @@
 """MeZO: stochastic gradient descent on SPSA estimates."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from zo_adapt.data import Samples
 from zo_adapt.objective import Evaluation, Probe
@@ -9,7 +8,7 @@ from zo_adapt.optimizers.estimator import dealt
 from zo_adapt.optimizers.optimizer import StepInfo, ZerothOrder
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Schedule
-from zo_adapt.optimizers.shaping import checked_shaping, estimator
+from zo_adapt.optimizers.shaping import Shaping, estimator, shaping_of
 from zo_adapt.options import at_least_one
 
 
@@ -20,7 +19,7 @@ class MeZO(ZerothOrder):
     p_k = [f(theta + mu z_k) - f(theta - mu z_k)] / (2 mu)
 
     Queries a step with a batch of b rows: 2 b, whatever K, for the batch is split over the
-    directions; one-sided (K + 1) b, the base point shared by the K directions of each share.
+    directions; one-sided K b, and b more for the base points with ``shaping=None``.
 
     Args:
         lr: Learning rate. None: the step by distance (see ``StepRule``). A number: the paper's
@@ -31,9 +30,10 @@ class MeZO(ZerothOrder):
             ``step_like``.
         num_directions: K.
         one_sided: Forward differences, K directions for each share of the batch.
-        shaping: For rewards that are steps or have outliers: K >= 2 directions compared with each
-            other by "ranks", "zscore" or, one-sided, "loo" (each less the mean of the others); no
-            base point is evaluated then. See ``shaping``.
+        shaping: K >= 2 directions compared with each other: by "ranks" or "zscore", for rewards
+            that are steps or have outliers, or one-sided by "loo", each less the mean of the
+            others. No base point is evaluated then. None: differences from the base point; "auto":
+            "loo" where it can be. See ``shaping``.
         normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
 
     Raises:
@@ -60,7 +60,7 @@ class MeZO(ZerothOrder):
         perturbation_scale: float | None = None,
         num_directions: int = 1,
         one_sided: bool = False,
-        shaping: Literal["ranks", "zscore", "loo"] | None = None,
+        shaping: Shaping = "auto",
         normalize: bool | None = None,
         schedule: str | Schedule | None = None,
         weight_decay: float = 0.0,
@@ -75,7 +75,7 @@ class MeZO(ZerothOrder):
         )
         self.num_directions = at_least_one("num_directions", num_directions)
         self.one_sided = one_sided
-        self.shaping = checked_shaping(shaping, num_directions, one_sided)
+        self.shaping = shaping_of(shaping, num_directions, one_sided)
         super().__init__(rule, perturbation_scale, displacement)
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ from zo_adapt.optimizers.estimator import dealt
 from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Annealing, Schedule
-from zo_adapt.optimizers.shaping import checked_shaping, estimator
+from zo_adapt.optimizers.shaping import Shaping, estimator, shaping_of
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
 from zo_adapt.options import at_least_one, positive
 
@@ -24,15 +24,16 @@ class MeZOSVRG(VarianceReduced):
     otherwise, on a minibatch I and, shared by the pair, one direction z:
         theta <- theta - lr * ([p_I(theta; z) - p_I(theta_bar; z)] z + g)
 
-    The defaults were chosen by measurement (benchmarks/accuracy.py): one-sided projected gradients,
-    8 directions on each share of 4 or more rows that is fair to every class, the step by distance,
-    and q = 1: every step is a snapshot step on a large batch of ``batch_size`` rows. A minibatch
-    step reuses the snapshot's directions, whose noise is about d / K times the signal; on the text
-    sets tried, fresh directions won at equal queries. q > 1 gives Algorithm 1's inner loop.
+    The defaults were chosen by measurement (benchmarks/accuracy.py): one-sided estimates, 8
+    directions on each share of 4 or more rows that is fair to every class, each compared with the
+    mean of the others, the step by distance, and q = 1: every step is a snapshot step on a large
+    batch of ``batch_size`` rows. A minibatch step reuses the snapshot's directions, whose noise is
+    about d / K times the signal; on the text sets tried, fresh directions won at equal queries.
+    q > 1 gives Algorithm 1's inner loop.
 
     Memory: one copy of the weights. theta_bar is theta minus the terms applied since.
-    Queries: two-sided 2 |B| a snapshot step and 4 b a minibatch step; one-sided (K + 1) |B|
-    and 4 b.
+    Queries: two-sided 2 |B| a snapshot step and 4 b a minibatch step; one-sided K |B|, and |B| more
+    with ``shaping=None``, and 4 b.
 
     Args:
         lr: Rate of the minibatch steps (eta_2); None: the step by distance (see ``StepRule``).
@@ -43,7 +44,8 @@ class MeZOSVRG(VarianceReduced):
             as a minibatch.
         num_directions: K, for each share if one-sided; two-sided they split the large batch.
         one_sided: Forward differences with a shared base point, or the paper's pair.
-        shaping: As in ``MeZO``; with ``snapshot_interval=1``, as minibatch steps have no shape.
+        shaping: As in ``MeZO``, of the snapshots' estimates; ranks and z-scores with
+            ``snapshot_interval=1`` alone, as minibatch steps have none.
         displacement: rho of the step by distance; None: as the view says.
         perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
             ``step_like``.
@@ -78,7 +80,7 @@ class MeZOSVRG(VarianceReduced):
         snapshot_size: int | Literal["batch"] | None = "batch",
         num_directions: int = 8,
         one_sided: bool = True,
-        shaping: Literal["ranks", "zscore", "loo"] | None = None,
+        shaping: Shaping = "auto",
         displacement: float | None = None,
         perturbation_scale: float | None = None,
         coupling: Literal["shared", "independent"] = "shared",
@@ -104,8 +106,8 @@ class MeZOSVRG(VarianceReduced):
         if coupling not in ("shared", "independent"):
             raise OptionError(f"coupling={coupling!r}; choose 'shared' or 'independent'")
         self.coupling, self.one_sided = coupling, one_sided
-        self.shaping = checked_shaping(shaping, num_directions, one_sided)
-        if shaping is not None and snapshot_interval != 1:
+        self.shaping = shaping_of(shaping, num_directions, one_sided)
+        if self.shaping in ("ranks", "zscore") and snapshot_interval != 1:
             raise OptionError(f"shaping={shaping!r} needs snapshot_interval=1")
         super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
 
@@ -113,6 +115,8 @@ class MeZOSVRG(VarianceReduced):
         """No snapshot, and the estimate at this run's mu."""
         super().reset()
         self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
+        self.pair = estimator(self.perturbation_scale, self.one_sided, None)
+        """Of minibatch steps: one direction at two places."""
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
@@ -131,14 +135,14 @@ class MeZOSVRG(VarianceReduced):
         batches = [samples.minibatch()]
         self._here = self.directions(batches)
         self._there = self._here if self.coupling == "shared" else self.directions(batches)
-        there = self.estimator.probes(self._there, self.snapshot_point)
-        return self.estimator.probes(self._here) + there
+        there = self.pair.probes(self._there, self.snapshot_point)
+        return self.pair.probes(self._here) + there
 
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
         """The step from the answers; not yet applied."""
         if self.at_snapshot:
             here = self.estimator.estimate(self._here, evaluations)
             return self.snapshot_step(here, progress, self.snapshot_lr)
-        here = self.estimator.estimate(self._here, evaluations[:2])
-        there = self.estimator.estimate(self._there, evaluations[2:])
+        here = self.pair.estimate(self._here, evaluations[:2])
+        there = self.pair.estimate(self._there, evaluations[2:])
         return self.corrected_step(here, there, progress, self.rule.lr)

@@ -27,7 +27,7 @@ class StepInfo(NamedTuple):
     """What one step did.
 
     Args:
-        value: Mean loss of the step's batch where the weights were (the pair's mean).
+        value: Mean loss of the step's batch where the weights were, or of its perturbed points.
         lr: Learning rate applied, schedule and annealing included.
         projected_gradient: Root mean square of the step's projected gradients; NaN first-order.
         update: The terms applied; empty for a first-order step.

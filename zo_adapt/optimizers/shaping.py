@@ -1,4 +1,4 @@
-"""Reward shaping: what is compared across directions, for objectives that are steps or outliers.
+"""Shaping: what is compared across directions, in place of differences from a base point.
 
 A shape takes the values of a population, the points that are compared with each other, and gives
 utilities u_k in their place; the estimate is g = 1/K sum_k u_k z_k.
@@ -10,11 +10,16 @@ utilities u_k in their place; the estimate is g = 1/K sum_k u_k z_k.
 Ranks and z-scores have no unit: a learning rate is then how far a weight moves, as with a
 normalised step. "loo" is in the values' units and divided by mu: an unbiased gradient.
 
+Against differences from a base point f(theta), a baseline from the others saves that point's
+queries, and an error that all directions share drops out: the base point's own where the objective
+counts, and mu/2 tr H where it bends. The price is 1 / (K - 1) of the signal's own variance.
+
 Ties get the average rank, and a population without spread gets zeros: it is no signal. Utilities
 sum to zero, so the one-sided estimate needs no base point: K b queries on a batch of b rows.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +37,7 @@ from zo_adapt.optimizers.estimator import (
 )
 
 Shape = Callable[[np.ndarray], np.ndarray]
+Shaping = Literal["auto", "ranks", "zscore", "loo"] | None
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -134,16 +140,18 @@ def estimator(perturbation_scale: float, one_sided: bool, shaping: str | None) -
     return ShapedOneSided(perturbation_scale, shape, unit)
 
 
-def checked_shaping(shaping: str | None, num_directions: int, one_sided: bool) -> str | None:
-    """``shaping`` if it exists and has something to compare.
+def shaping_of(shaping: Shaping, num_directions: int, one_sided: bool) -> str | None:
+    """The shape that an optimizer uses; "auto" compares directions where they share a batch.
 
     Raises:
         OptionError: An unknown name, one direction, or a baseline for pairs.
     """
+    if shaping == "auto":
+        return "loo" if one_sided and num_directions > 1 else None
     if shaping is None:
         return None
     if shaping not in SHAPES:
-        raise OptionError(f"shaping={shaping!r}; choose one of {sorted(SHAPES)} or None")
+        raise OptionError(f"shaping={shaping!r}; choose 'auto', one of {sorted(SHAPES)} or None")
     if num_directions < 2:
         raise OptionError(
             f"shaping={shaping!r} compares directions with each other, and num_directions="
@@ -159,4 +167,10 @@ def checked_shaping(shaping: str | None, num_directions: int, one_sided: bool) -
 
 def _shaped(shape: Shape, values: np.ndarray) -> np.ndarray:
     # Rounding would leave a tiny mean or spread where all are equal, and a step along it.
-    return np.zeros(len(values)) if (values == values[0]).all() else shape(values)
+    if (values == values[0]).all():
+        return np.zeros(len(values))
+    try:
+        with np.errstate(over="raise"):
+            return shape(values)
+    except FloatingPointError as error:
+        raise OverflowError(str(error)) from error

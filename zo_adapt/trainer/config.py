@@ -33,7 +33,7 @@ class ZOConfig(TrainingArguments):
             distance.
         perturbation_scale: mu.
         num_directions: K.
-        shaping: "ranks", "zscore" or "loo", for rewards that are steps; see ``shaping``.
+        shaping: "ranks", "zscore" or "loo": how directions are compared; see ``shaping``.
         snapshot_interval: q, steps from one large batch to the next.
         snapshot_size: Rows of a large batch.
         noise: "gaussian" or "rademacher".
