@@ -56,7 +56,7 @@ def standardised(data: list[Query], like: list[Query]) -> list[Query]:
 def main() -> None:
     """Fetch, tune, report."""
     parser = argparse.ArgumentParser(description="Tune a scorer on NDCG@10 itself.")
-    parser.add_argument("--steps", type=int, default=500, help="steps of 9 evaluations")
+    parser.add_argument("--steps", type=int, default=500, help="steps of 8 evaluations")
     parser.add_argument("--seed", type=int, default=0, help="of the directions")
     args = parser.parse_args()
     raw = queries("train")
