@@ -98,6 +98,7 @@ class Job(NamedTuple):
     assets: str | None
     stratify: bool = True
     max_queries: int | None = None
+    batch_size: int | None = None
 
 
 def examples_of(task: Task, seed: int, assets: str | None) -> tuple[list[Any], list[Any], str]:
@@ -180,7 +181,7 @@ def run(job: Job) -> dict[str, Any]:
         view_of(model, task.view, job.method),
         train,
         make(),
-        batch_size=batch_size if task.objective == "loss" else COUNTED,
+        batch_size=job.batch_size or (batch_size if task.objective == "loss" else COUNTED),
         max_queries=job.max_queries or task.max_queries,
         seed=job.seed,
         progress=False,
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--max-queries", type=int, help="instead of each task's own budget")
+    parser.add_argument("--batch-size", type=int, help="instead of each method's own")
     parser.add_argument("--uniform", action="store_true", help="batches not stratified by class")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--assets", help="folder that --prepare made")
@@ -245,7 +247,7 @@ def main() -> None:
         prepare(args.prepare)
         return
     jobs = [
-        Job(task, method, seed, args.assets, not args.uniform, args.max_queries)
+        Job(task, method, seed, args.assets, not args.uniform, args.max_queries, args.batch_size)
         for task in args.tasks
         for method in args.methods
         for seed in args.seeds

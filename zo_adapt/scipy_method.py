@@ -55,7 +55,7 @@ def scipy_method(optimizer: str | ZerothOrder = "mezo-svrg", **options: Any) -> 
         >>> result = minimize(lambda x: ((x - 3) ** 2).sum(), [0.0, 0.0],
         ...                   method=scipy_method("mezo-svrg", maxfev=900, displacement=1.0))
         >>> bool(abs(result.x - 3).max() < 0.1), result.nfev, result.nit
-        (True, 892, 99)
+        (True, 897, 112)
     """
     return _Method(optimizer, options)
 

@@ -229,9 +229,10 @@ class ZerothOrder(ABC):
 def usual_perturbation(displacement: float, finest: float, step_like: bool) -> float:
     """The mu of a run that is told none.
 
-    Ten times as far for a count: of LoRA on texts, 20,000 queries, two seeds, the accuracy at 1, 3,
-    10 and 20 times the scale for a loss was 0.22, 0.33, 0.38 and 0.34 tuned by the hard count, and
-    0.24, 0.26, 0.31 and 0.29 by macro-F1 (benchmarks/accuracy.py has these scales as methods).
+    Ten times as far for a count: of LoRA on texts, 20,000 queries, two seeds, from base points, the
+    accuracy at 1, 3, 10 and 20 times the scale for a loss was 0.22, 0.33, 0.38 and 0.34 tuned by
+    the hard count, and 0.24, 0.26, 0.31 and 0.29 by macro-F1 (benchmarks/accuracy.py has these
+    scales as methods).
     """
     share = STEP_LIKE_SHARE if step_like else SHARE
     return max(share * displacement, 4 * finest)
