@@ -157,7 +157,7 @@ class Evaluator:
                 else self._evaluate(probe)
                 for index, probe in enumerate(probes)
             ]
-        self.view.locate()  # while the GPU is still at it
+        self.view.updates.locate()  # while the GPU is still at it
         return [self._combine(*one) for one in on_host(returned)]
 
     @property

@@ -69,7 +69,7 @@ class Run:
                 weights and the file are those after the step before.
         """
         view = self.evaluator.view
-        with view.settled():
+        with view.updates.settled():
             info = self.optimizer.step(self.evaluator, self.samples, self.budget)
             applied = info.update._replace(terms=view.checked(info.update))
             with uninterrupted():  # the file and the weights are those of one step

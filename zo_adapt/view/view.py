@@ -1,7 +1,5 @@
 """ParameterView: the tensors that may change, and the only code that changes them."""
 
-import hashlib
-import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Self
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
-from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.distributions import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.noise.gathered import Gathered
@@ -22,9 +19,11 @@ from zo_adapt.view.adapters import check_adapters
 from zo_adapt.view.copied import Copied
 from zo_adapt.view.defaults import reach_and_groups
 from zo_adapt.view.group import Group, assign_groups
+from zo_adapt.view.identity import fingerprint_of, hash_of
 from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.stacks import Stacks
 from zo_adapt.view.tensors import is_finite, tunable
+from zo_adapt.view.updates import Updates
 
 ADAPTER_BYTES = 64 * 2**20
 """Up to here a view is shifted by way of a copy; above it, module by module."""
@@ -97,16 +96,14 @@ class ParameterView:
             if model is not None and by_layer
             else Copied(self.tensors, self._plan)
         )
-        self._stepping = self._plan(self.tensors, self.tensors)
-        self._settled = False
-        self._located: Callable[[Sums], None] | None = None
+        self.updates = Updates(self._plan(self.tensors, self.tensors))
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
         self.way: Hashable = None
         """How the model computes now, if not as its live tensors say."""
         self._stacks = Stacks(self.noise, self._places(self.tensors, self.tensors))
-        self.memory, self._memory_of_steps = Memory(), Memory()
-        """Where the GPUs read the terms that the view is shifted by, and those of steps."""
+        self.memory = Memory()
+        """Where the GPUs read the terms that the view is shifted by."""
         self.check_adapters()
 
     @classmethod
@@ -248,27 +245,7 @@ class ParameterView:
     def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
         """Apply terms one after the other; a direction may come more than once."""
         if terms or decay != 1.0:
-            with uninterrupted():  # all tensors move, or none
-                rounding = terms[0].seed if terms else None
-                run = self._located or self._stepping
-                run(Sums(self._sums(terms, decay), rounding, self._memory_of_steps))
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Inside, no tensor moves to other memory after ``locate``.
-
-        Updates need not look where each one is then, while a GPU waits for them.
-        """
-        self._settled = True
-        try:
-            yield
-        finally:
-            self._settled, self._located = False, None
-
-    def locate(self) -> None:
-        """Look where the tensors are, for the updates that follow inside ``settled``."""
-        if self._settled:
-            self._located = self._stepping.located()
+            self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
 
     def _check_room(self, terms: Sequence[Term]) -> None:
         # Not fsum, which raises where the sum overflows; and NaN is not within any room.
@@ -319,21 +296,11 @@ class ParameterView:
 
     def fingerprint(self) -> str:
         """sha256 of names, shapes, dtypes, noise and groups: which view this is."""
-        rows = [
-            (name, list(tensor.shape), str(tensor.dtype), self._group_of[name])
-            for name, tensor in self.tensors.items()
-        ]
-        text = json.dumps([self.noise.name, [list(group) for group in self.groups], rows])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint_of(self.tensors, self.noise.name, self.groups, self._group_of)
 
     def hash(self) -> str:
         """sha256 of the tensors' bits in row-major order: which weights these are."""
-        digest = hashlib.sha256()
-        for name, tensor in self.tensors.items():
-            digest.update(name.encode())
-            bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(bits.numpy().data)
-        return digest.hexdigest()
+        return hash_of(self.tensors)
 
     def check_adapters(self) -> None:
         """Refuse a merged or disabled peft adapter.
