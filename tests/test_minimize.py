@@ -198,6 +198,22 @@ def test_a_set_objective_is_scored_once_for_each_point() -> None:
     assert sum(objective.predicted) == result.queries == 60
 
 
+def test_all_points_of_a_step_see_one_draw_of_the_collate_function() -> None:
+    """Also where the batch is cut for the memory's sake, and evaluated part by part."""
+    x, generator, calls = torch.zeros(1), torch.Generator().manual_seed(0), []
+
+    def noisy(rows: list[float]) -> torch.Tensor:
+        calls.append(len(rows))
+        return torch.randn(len(rows), generator=generator)
+
+    minimize(
+        lambda batch: (batch + x).square(), ParameterView({"x": x}), [0.0] * 12,
+        MeZO(lr=1e-9), batch_size=12, micro_batch_size=4, max_steps=3, joint_rows=None,
+        collate=noisy, progress=False,
+    )  # fmt: skip
+    assert calls == [4] * 9
+
+
 @pytest.mark.parametrize("per_example", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 7, None])
 def test_micro_batches_are_weighted_exactly(size: int | None, per_example: bool) -> None:

@@ -8,7 +8,7 @@ classes in nearly the proportions of the whole. A batch's mean stays unbiased, a
 variance that stems from the label counts, often the largest, is gone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -126,6 +126,7 @@ class Batch:
 
     def __init__(self, source: Source, rows: Sequence[int]) -> None:
         self.source, self.rows = source, tuple(rows)
+        self._micro_batches: dict[int, list[Batch]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,12 +148,16 @@ class Batch:
         bounds = [len(self) * i // parts for i in range(parts + 1)]
         return [Batch(self.source, self.rows[first:last]) for first, last in pairwise(bounds)]
 
-    def micro_batches(self, size: int | None) -> Iterator["Batch"]:
-        """Parts of at most ``size`` rows, for the memory's sake."""
+    def micro_batches(self, size: int | None) -> list["Batch"]:
+        """Parts of at most ``size`` rows, for the memory's sake.
+
+        Always the same ones: what a collate function draws, all points of an estimate must see.
+        """
         if size is None or len(self) <= size:
-            yield self
-        else:
-            yield from self.split(-(-len(self) // size))
+            return [self]
+        if size not in self._micro_batches:
+            self._micro_batches[size] = self.split(-(-len(self) // size))
+        return self._micro_batches[size]
 
 
 class Samples:

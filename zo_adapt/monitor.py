@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from zo_adapt.data import Batch, Collate, as_source
+from zo_adapt.data import Batch, Collate, Source, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.objective import Evaluator, Objective, Probe, SetObjective
 from zo_adapt.options import at_least_one
@@ -41,7 +41,7 @@ class Monitor:
         for name, metric in metrics.items():
             source = as_source(data, collate or getattr(metric, "collate", None))
             evaluator = Evaluator(metric, view, maximize=False, micro_batch_size=micro_batch_size)
-            self._ready[name] = evaluator, Probe((), Batch(source, range(len(source))))
+            self._ready[name] = evaluator, source
 
     @property
     def queries(self) -> int:
@@ -61,9 +61,11 @@ class Monitor:
         return self._last[1]
 
 
-def _measured(evaluator: Evaluator, probe: Probe) -> float:
+def _measured(evaluator: Evaluator, source: Source) -> float:
     """NaN where a metric is undefined (one class only): no reason to stop a run."""
+    # A batch of its own: what is read of it is not kept from one measurement to the next.
+    whole = Batch(source, range(len(source)))
     try:
-        return evaluator.evaluate([probe])[0].value
+        return evaluator.evaluate([Probe((), whole)])[0].value
     except (NonFiniteObjectiveError, UndefinedMetricError):
         return math.nan

@@ -185,7 +185,7 @@ class Evaluator:
         return nullcontext()
 
     def _evaluate(self, probe: Probe) -> Returned:
-        parts = list(probe.batch.micro_batches(self.micro_batch_size))
+        parts = probe.batch.micro_batches(self.micro_batch_size)
         with self.view.shifted(probe.terms, probe.decay, lambda way: self._captured(parts, way)):
             return self._scored(list(map(self._call, parts)), [len(part) for part in parts])
 
