@@ -1,6 +1,6 @@
 """Which probes share a forward, and the check that they may.
 
-Probes of one batch, a base point and its K directions, stay together; further batches of nearly
+Probes of one batch, K directions and any base point, stay together; further batches of nearly
 the same number of rows join them as long as there is room. Where the numbers differ, the last row
 of the shorter one is repeated and what comes of it is dropped. The plan depends on the sizes of
 probes and batches alone, never on a measured time: same seed, same run, also after resuming.

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -181,7 +181,9 @@ def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:
         if row.out.numel() <= SPAN:
             _run_span(noise, row, rounding, 0, row.out.numel())
     futures = [
-        _pool().submit(_run_span, noise, row, rounding, start, min(start + SPAN, row.out.numel()))
+        _pool().submit(
+            _run_span_in_thread, noise, row, rounding, start, min(start + SPAN, row.out.numel())
+        )
         for row in large
         for start in range(0, row.out.numel(), SPAN)
     ]
@@ -200,12 +202,20 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="zo_adapt-noise")
 
 
-@torch.no_grad()  # A thread of the pool has an autograd mode of its own.
 def _run_span(noise: Noise, row: Row, rounding: int | None, start: int, stop: int) -> None:
+    if row.out.numel() <= CHUNK:
+        _run_chunk(noise, row, rounding, 0)
+        return
     for first in range(start, stop, CHUNK):
         part = slice(first, min(first + CHUNK, stop))
         chunk = row._replace(out=row.out[part], source=row.source[part])
         _run_chunk(noise, chunk, rounding, first)
+
+
+@torch.no_grad()
+def _run_span_in_thread(*span: Any) -> None:
+    """``_run_span``; a thread of the pool has an autograd mode of its own."""
+    _run_span(*span)
 
 
 def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None:

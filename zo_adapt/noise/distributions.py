@@ -90,6 +90,16 @@ def _sign_table(device: torch.device) -> Tensor:
     return (2 * bits - 1).float().to(device)
 
 
+@functools.cache
+def _gaussian_array() -> np.ndarray:
+    return _gaussian_table(torch.device("cpu")).numpy()
+
+
+@functools.cache
+def _sign_array() -> np.ndarray:
+    return _sign_table(torch.device("cpu")).numpy()
+
+
 class Gaussian:
     """N(0, 1) on 65,536 equally likely quantiles (|z| < 4.33): 16 bits an element.
 
@@ -103,8 +113,7 @@ class Gaussian:
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
         """The fp32 values of some blocks."""
-        table = _gaussian_table(torch.device("cpu")).numpy()
-        values: np.ndarray = table.take(words.view(np.uint16))
+        values: np.ndarray = _gaussian_array().take(words.view(np.uint16))
         return values
 
     def from_torch_words(self, words: Tensor) -> Tensor:
@@ -127,8 +136,7 @@ class Rademacher:
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
         """The fp32 values of some blocks."""
-        table = _sign_table(torch.device("cpu")).numpy()
-        values: np.ndarray = table.take(words.view(np.uint8), axis=0).reshape(-1)
+        values: np.ndarray = _sign_array().take(words.view(np.uint8), axis=0).reshape(-1)
         return values
 
     def from_torch_words(self, words: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ that name computes it; on any other device the same function is written in torch
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,18 @@ _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
 _local = threading.local()
+
+
+def _state() -> dict[str, Any]:
+    """Of a generator of which nothing was drawn yet."""
+    return {
+        "bit_generator": "Philox",
+        "state": {"counter": np.zeros(4, np.uint64), "key": np.zeros(2, np.uint64)},
+        "buffer": np.zeros(4, np.uint64),
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
 
 
 def words_numpy(seed: int, key: int, stream: int, start: int, blocks: int) -> np.ndarray:
@@ -35,18 +48,12 @@ def words_numpy(seed: int, key: int, stream: int, start: int, blocks: int) -> np
     if generator is None:
         # Constructing one reads the system's entropy (12 us); setting its state does not (2 us).
         generator = _local.generator = np.random.Philox(key=[0, 0])
-    generator.state = {
-        "bit_generator": "Philox",
-        # numpy increments the counter before it is used: block b is made from counter b + 1.
-        "state": {
-            "counter": np.array([start, 0, 0, stream], np.uint64),
-            "key": np.array([seed, key], np.uint64),
-        },
-        "buffer": np.zeros(4, np.uint64),
-        "buffer_pos": 4,
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
+        _local.state = _state()
+    inner = _local.state["state"]
+    # numpy increments the counter before it is used: block b is made from counter b + 1.
+    inner["counter"][0], inner["counter"][3] = start, stream
+    inner["key"][0], inner["key"][1] = seed, key
+    generator.state = _local.state  # copied
     words: np.ndarray = generator.random_raw(blocks * WORDS)
     return words
 
