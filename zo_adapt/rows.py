@@ -134,24 +134,29 @@ def _tokens(leaf: Tensor | np.ndarray) -> int:
     return max(1, entries // FLOATS_OF_A_TOKEN if whole else entries)
 
 
-def joined(trees: Sequence[Any]) -> Any:
+def joined(trees: Sequence[Any], rows: Sequence[int]) -> Any:
     """The rows of several structures in one; None where they are not tensors of one width.
 
+    Args:
+        trees: Tensors, or dictionaries of them, with one entry a row.
+        rows: How many each has.
+
     Example:
-        >>> joined([{"x": torch.zeros(1, 2)}, {"x": torch.ones(1, 2)}])
+        >>> joined([{"x": torch.zeros(1, 2)}, {"x": torch.ones(1, 2)}], [1, 1])
         {'x': tensor([[0., 0.],
                 [1., 1.]])}
-        >>> joined([torch.zeros(1, 2), torch.zeros(1, 3)])
+        >>> joined([torch.zeros(1, 2), torch.zeros(1, 3)], [1, 1])
+        >>> joined([torch.zeros(2), torch.zeros(2)], [2, 1])
     """
     first = trees[0]
     if type(first) is dict and all(type(t) is dict and t.keys() == first.keys() for t in trees):
-        found = {name: joined([tree[name] for tree in trees]) for name in first}
+        found = {name: joined([tree[name] for tree in trees], rows) for name in first}
         return None if any(value is None for value in found.values()) else found
     kinds = {
         (tree.shape[1:], tree.dtype, tree.device)
-        if isinstance(tree, Tensor) and tree.ndim
+        if isinstance(tree, Tensor) and tree.ndim and len(tree) == count
         else None
-        for tree in trees
+        for tree, count in zip(trees, rows, strict=True)
     }
     return torch.cat(list(trees)) if len(kinds) == 1 and None not in kinds else None
 

@@ -47,7 +47,8 @@ class JointBatch(Batch):
         if isinstance(self.source, TensorRows):
             return self.source.take(self.rows)
         parts = list(self._distinct.values())
-        whole = parts[0].content if len(parts) == 1 else joined([part.content for part in parts])
+        contents = [part.content for part in parts]
+        whole = contents[0] if len(parts) == 1 else joined(contents, list(map(len, parts)))
         if whole is None:  # together they are padded to another length
             whole = self.source.take(self._read)
         return taken(whole, self._index, len(self._read))

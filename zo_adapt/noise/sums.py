@@ -92,7 +92,7 @@ class Memory:
     def holding(self, numbers: bytes, device: torch.device) -> Tensor:
         """The int64 numbers on the device, in place of those of the call before."""
         count = len(numbers) // 8
-        buffer, sender = self._rooms.get(device, (None, Sender()))
+        buffer, sender = self._rooms.get(device) or (None, Sender())
         if buffer is None or len(buffer) < count:
             buffer = torch.empty(2 * count + 512, dtype=torch.int64, device=device)
             self._rooms[device] = buffer, sender

@@ -29,7 +29,8 @@ class MeZO(ZerothOrder):
         perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
             ``step_like``.
         num_directions: K.
-        one_sided: Forward differences, K directions for each share of the batch.
+        one_sided: f(theta + mu z) alone, of K directions for each share of the batch, compared as
+            ``shaping`` says.
         shaping: K >= 2 directions compared with each other: by "ranks" or "zscore", for rewards
             that are steps or have outliers, or one-sided by "loo", each less the mean of the
             others. No base point is evaluated then. None: differences from the base point; "auto":

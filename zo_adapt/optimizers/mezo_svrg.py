@@ -43,7 +43,7 @@ class MeZOSVRG(VarianceReduced):
         snapshot_size: Rows of the large batch; None is the whole set. "batch": as many
             as a minibatch.
         num_directions: K, for each share if one-sided; two-sided they split the large batch.
-        one_sided: Forward differences with a shared base point, or the paper's pair.
+        one_sided: f(theta + mu z) compared as ``shaping`` says, or the paper's pair.
         shaping: As in ``MeZO``, of the snapshots' estimates; ranks and z-scores with
             ``snapshot_interval=1`` alone, as minibatch steps have none.
         displacement: rho of the step by distance; None: as the view says.

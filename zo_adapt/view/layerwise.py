@@ -6,7 +6,7 @@ of the largest module outside the blocks while it runs. For views that are as la
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -96,11 +96,8 @@ class Layerwise:
                 leaving = module.register_forward_hook
                 handles.append(leaving(layer.leave, prepend=layer.is_first, always_call=True))
             self._small.enter(sums, {}, ())
-            if self._rest is None:
+            with self._rest_shifted(sums):
                 yield
-            else:
-                with self._rest.shifted(sums):
-                    yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -115,11 +112,8 @@ class Layerwise:
         """Inside, a graph that was captured inside ``shifted`` computes with shifted parameters."""
         self._small.enter(sums, {}, ())
         try:
-            if self._rest is None:
+            with self._rest_shifted(sums):
                 yield
-            else:
-                with self._rest.shifted(sums):
-                    yield
         finally:
             self._small.leave(None, None, None)
 
@@ -131,6 +125,10 @@ class Layerwise:
             yield
         finally:
             self._kept = before
+
+    def _rest_shifted(self, sums: Sums) -> AbstractContextManager[None]:
+        """Inside, parameters that no module reads through its own are shifted by way of a copy."""
+        return nullcontext() if self._rest is None else self._rest.shifted(sums)
 
     def _entering(self, layer: "Layer") -> Callable[..., None]:
         return lambda _, inputs: layer.enter(self._sums, self._kept, inputs)
