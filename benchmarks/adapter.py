@@ -26,10 +26,11 @@ from step import DTYPES, SIZES, encoder, forwards, free, rows, timed
 
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
-from zo_adapt.data import Samples, Source, as_source
-from zo_adapt.objective import Evaluator
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Source, as_source
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.rule import Budget
-from zo_adapt.run import Run
 
 OPTIMIZERS = {"MeZO()": MeZO, "MeZOSVRG()": MeZOSVRG}
 

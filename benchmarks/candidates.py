@@ -30,9 +30,11 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import ParameterView, Term
-from zo_adapt.data import Batch, as_source
-from zo_adapt.joint.joint import JointRows
-from zo_adapt.objective import Evaluation, Evaluator, Probe
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.joint.groups import JointRows
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 
 MU = 1e-3
 

@@ -35,9 +35,9 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from zo_adapt import MeZO, ParameterView, Term, Update, minimize, replay
 from zo_adapt.noise.seeds import Seeds
-from zo_adapt.trajectory import Reader, Writer
+from zo_adapt.trajectory.file import Reader, Writer
+from zo_adapt.trajectory.playback import WIDTH, apply_all, header_of
 from zo_adapt.trajectory.record import Step
-from zo_adapt.trajectory.replay import WIDTH, apply_all, header_of
 
 SEED = 0
 

@@ -31,11 +31,12 @@ from published import LR, Published
 
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
-from zo_adapt.data import Samples, as_source
-from zo_adapt.objective import Evaluator
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.rule import Budget
-from zo_adapt.run import Run
 
 
 class Size(NamedTuple):

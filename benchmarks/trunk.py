@@ -27,8 +27,10 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import FrozenTrunk, MeZO, ParameterView, minimize
-from zo_adapt.data import Batch, as_source
-from zo_adapt.objective import Evaluator, Probe
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Probe
 
 LAYERS, TUNED = 24, 4
 REPEATS = 5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from objectives import _collate, _shared
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, ObjectiveError
-from zo_adapt.evaluation_mode import EvaluationMode
+from zo_adapt.evaluation.mode import EvaluationMode
 
 Batch = dict[str, Tensor]
 

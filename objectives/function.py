@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from objectives.mixture import Mixable
-from zo_adapt.data import Collate
+from zo_adapt.data.sources import Collate
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation_mode import EvaluationMode
+from zo_adapt.evaluation.mode import EvaluationMode
 
 
 class CallableObjective(Mixable):

@@ -15,7 +15,7 @@ from objectives._generator import Generated, Generator
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation_mode import EvaluationMode
+from zo_adapt.evaluation.mode import EvaluationMode
 
 
 class GenerationReward(Mixable):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from objectives._shared import shared_forwards
 from zo_adapt.errors import DataError, ObjectiveError, OptionError
-from zo_adapt.objective import SetObjective, is_step_like, rows_needed
+from zo_adapt.evaluation.objective import SetObjective, is_step_like, rows_needed
 
 Part = tuple[float, Any]
 """A weight and an objective."""

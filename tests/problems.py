@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from zo_adapt import ParameterView
-from zo_adapt.data import Samples, as_source
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.local import Evaluator
 from zo_adapt.noise.distributions import Noise, draw
-from zo_adapt.objective import Evaluator
 from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.term import Term, Update

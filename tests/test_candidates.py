@@ -25,12 +25,14 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import Group, MeZO, MeZOSVRG, ParameterView, Term, diagnose, minimize
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.rows import NoRowsError
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
-from zo_adapt.joint.batch import JointBatch
-from zo_adapt.objective import Evaluation, Evaluator, Probe
-from zo_adapt.rows import NoRowsError
-from zo_adapt.values import Returned, on_host
+from zo_adapt.evaluation.joint.batch import JointBatch
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.evaluation.values import Returned, on_host
 
 TARGETS = {
     "bert": ["query", "value"],

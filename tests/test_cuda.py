@@ -12,7 +12,7 @@ from torch import Tensor
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Term, Update, minimize
 from zo_adapt.errors import ViewError
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw
-from zo_adapt.trajectory.replay import apply_all
+from zo_adapt.trajectory.playback import apply_all
 
 pytestmark = [
     pytest.mark.cuda,

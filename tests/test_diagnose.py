@@ -13,7 +13,8 @@ from torch import Tensor
 
 from objectives import F1, ROCAUC, Accuracy, CallableObjective, MatthewsCorrelation
 from zo_adapt import Diagnosis, Group, ParameterView, diagnose
-from zo_adapt.diagnosis import Noise, Scale, choose_batch, choose_scale, judge_snapshot
+from zo_adapt.diagnosis.advice import Noise, Scale, choose_batch, choose_scale, judge_snapshot
+from zo_adapt.diagnosis.jackknife import MOST
 from zo_adapt.errors import (
     DataError,
     NonFiniteObjectiveError,
@@ -21,7 +22,6 @@ from zo_adapt.errors import (
     PerturbationError,
     UndefinedMetricError,
 )
-from zo_adapt.jackknife import MOST
 
 TWO = [0.01, 0.02]
 

@@ -10,8 +10,9 @@ from problems import Problem, dense, flat, labelled, logistic, problem, referenc
 from torch import Tensor
 
 from zo_adapt import Group, Term, Update
-from zo_adapt.data import Batch, as_source
-from zo_adapt.objective import Evaluator
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.local import Evaluator
 from zo_adapt.optimizers.estimator import (
     HERE,
     Directions,

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, minimize
-from zo_adapt.data import Batch, as_source
-from zo_adapt.graphs import CALLS_BEFORE, Graphs
-from zo_adapt.objective import Evaluator, Probe
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.graphs import CALLS_BEFORE, Graphs
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Probe
 
 ON_GPU = pytest.mark.skipif(
     not torch.cuda.is_available(),

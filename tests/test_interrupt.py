@@ -15,7 +15,7 @@ from zo_adapt import MeZOSVRG, ParameterView, Replay, Term, Update, replay
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import philox
 from zo_adapt.noise.distributions import DIRECTION_STREAM
-from zo_adapt.trajectory import Writer
+from zo_adapt.trajectory.file import Writer
 
 
 @pytest.fixture(autouse=True)

@@ -25,9 +25,11 @@ from objectives import (
 )
 from objectives.causal_lm import LabelTokens
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, diagnose, minimize
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, FlatObjectiveWarning, NonFiniteObjectiveError, OptionError
-from zo_adapt.objective import Evaluation, Evaluator, Probe
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

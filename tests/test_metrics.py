@@ -35,7 +35,8 @@ from zo_adapt import (
     ZOTrainer,
     minimize,
 )
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import (
     DataError,
     NonFiniteObjectiveError,
@@ -43,7 +44,8 @@ from zo_adapt.errors import (
     OptionError,
     UndefinedMetricError,
 )
-from zo_adapt.objective import Evaluator, Probe
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Probe
 
 QUIET: dict[str, Any] = {"progress": False}
 

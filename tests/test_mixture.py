@@ -19,9 +19,11 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import Adam, MeZO, MeZOSVRG, ParameterView, SetObjective, minimize
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import ObjectiveError, OptionError
-from zo_adapt.objective import Evaluator, Probe
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Probe
 
 QUIET: dict[str, Any] = {"progress": False}
 ROWS = torch.tensor([1.0, 2.0, 4.0])

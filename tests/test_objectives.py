@@ -29,10 +29,12 @@ from transformers import (
 
 from objectives import CallableObjective, CausalLMLoss, ClassificationLoss, VerbalizerLoss
 from zo_adapt import Adam, ParameterView, SetObjective, Term, minimize
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, OptionError, ZOError
-from zo_adapt.evaluation_mode import EvaluationMode
-from zo_adapt.objective import Evaluator, Probe
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.protocol import Probe
 
 # peft reads an attribute of transformers by its former name
 pytestmark = pytest.mark.filterwarnings(

@@ -11,9 +11,10 @@ from table import ALL, BATCH, EXAMPLES, ZEROTH_ORDER, Row
 from torch import Tensor
 
 from zo_adapt import Group, ParameterView, Result, StopReason, Update, minimize
-from zo_adapt.data import Samples, as_source
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import FlatObjectiveWarning
-from zo_adapt.objective import Evaluator
+from zo_adapt.evaluation.local import Evaluator
 from zo_adapt.optimizers.rule import Budget, Progress
 
 DTYPES = pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from objectives import (
     Spearman,
 )
 from zo_adapt import MeZOSVRG, ParameterView, SetObjective, minimize
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import (
     DataError,
     NonFiniteObjectiveError,
@@ -35,7 +36,8 @@ from zo_adapt.errors import (
     OptionError,
     UndefinedMetricError,
 )
-from zo_adapt.objective import Evaluator, Probe
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Probe
 
 QUIET: dict[str, Any] = {"progress": False}
 Query = tuple[list[float], list[float]]  # relevance, scores

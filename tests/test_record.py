@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from zo_adapt import MeZO, ParameterView, Term, Update
 from zo_adapt.noise.seeds import LOOK_BACK, Seeds
-from zo_adapt.trajectory import Reader, Writer
+from zo_adapt.trajectory.file import Reader, Writer
+from zo_adapt.trajectory.playback import header_of
 from zo_adapt.trajectory.record import Step
-from zo_adapt.trajectory.replay import header_of
 
 STREAM = Seeds(11)
 DRAWN = 300

@@ -12,9 +12,10 @@ from problems import Problem, flat, labelled, logistic, problem, squares, steps,
 from scipy import stats
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, Update, minimize
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
-from zo_adapt.objective import Evaluator
+from zo_adapt.evaluation.local import Evaluator
 from zo_adapt.optimizers.estimator import Directions, OneSided, TwoSided
 from zo_adapt.optimizers.shaping import SHAPES, ShapedOneSided, ShapedTwoSided, estimator
 

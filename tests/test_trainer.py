@@ -25,10 +25,12 @@ from transformers import (
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer
-from zo_adapt.data import Batch, Samples, TensorRows
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import TensorRows
 from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOError
-from zo_adapt.minimize import StopReason
-from zo_adapt.objective import Evaluator
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.loops.loop import StopReason
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
 
@@ -444,7 +446,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_weights(
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             good.append(view.hash())
 
-    monkeypatch.setattr("zo_adapt.trainer.trainer.logger.error", good.append)
+    monkeypatch.setattr("zo_adapt.trainer.zo_trainer.logger.error", good.append)
     trainer = trainer_of(
         tmp_path,
         model.eval(),

@@ -23,9 +23,11 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer
-from zo_adapt.data import Batch, Examples, Samples
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Examples
 from zo_adapt.errors import DataError
-from zo_adapt.objective import Evaluator
+from zo_adapt.evaluation.local import Evaluator
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.trainer.data import InputRows
 

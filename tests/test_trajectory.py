@@ -27,8 +27,8 @@ from zo_adapt import (
 )
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.trajectory import Reader, columns
-from zo_adapt.trajectory.replay import apply_all
+from zo_adapt.trajectory.file import Reader, columns
+from zo_adapt.trajectory.playback import apply_all
 from zo_adapt.trajectory.tools import main
 
 

@@ -37,7 +37,7 @@ from zo_adapt.errors import (
     TruncatedTrajectoryWarning,
 )
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.trajectory import VERSION, Reader, Writer
+from zo_adapt.trajectory.file import VERSION, Reader, Writer
 
 SEEN = (TrajectoryError, TruncatedTrajectoryWarning)
 

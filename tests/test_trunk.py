@@ -24,15 +24,17 @@ from zo_adapt import (
     Term,
     minimize,
 )
-from zo_adapt.data import Batch, as_source
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import OptionError
-from zo_adapt.objective import Evaluator, Probe
-from zo_adapt.trunk import keys
-from zo_adapt.trunk.calls import Call
-from zo_adapt.trunk.cut import RefusedError
-from zo_adapt.trunk.form import form_of
-from zo_adapt.trunk.graphs import ENTERING
-from zo_adapt.trunk.store import Storage
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.trunk import keys
+from zo_adapt.evaluation.trunk.calls import Call
+from zo_adapt.evaluation.trunk.cut import RefusedError
+from zo_adapt.evaluation.trunk.form import form_of
+from zo_adapt.evaluation.trunk.graphs import ENTERING
+from zo_adapt.evaluation.trunk.store import Storage
 from zo_adapt.view.selection import _block_list
 
 ON_GPU = pytest.mark.skipif(
@@ -652,7 +654,7 @@ def test_an_objective_that_raises_leaves_the_model_as_it_was() -> None:
 
 
 def test_what_is_reused_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "zo_adapt.trunk.frozen_trunk"):
+    with caplog.at_level(logging.INFO, "zo_adapt.evaluation.trunk.frozen_trunk"):
         run("bert", "auto", MeZO(lr=1e-3))
     assert [record.message for record in caplog.records] == [
         "the first 2 of 3 layers of 'bert.encoder.layer' run once for each example, kept on device "

@@ -9,8 +9,9 @@ from problems import Problem, dense, flat, logistic, problem
 from torch import Tensor
 
 from zo_adapt import ZOSVRG, MeZO, MeZOSVRG
-from zo_adapt.data import Samples, as_source
-from zo_adapt.objective import Evaluator
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import as_source
+from zo_adapt.evaluation.local import Evaluator
 
 Loss = Callable[[Tensor, Tensor], float]
 MU, SEED, BATCH, STEPS = 0.05, 42, 6, 25

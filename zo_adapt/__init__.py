@@ -3,30 +3,30 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zo_adapt.ask_tell import AskTell as AskTell
-from zo_adapt.diagnose import diagnose as diagnose
-from zo_adapt.diagnosis import Diagnosis as Diagnosis
+from zo_adapt.diagnosis.advice import Diagnosis as Diagnosis
+from zo_adapt.diagnosis.survey import diagnose as diagnose
 from zo_adapt.errors import ZOError as ZOError
-from zo_adapt.minimize import Record as Record
-from zo_adapt.minimize import Result as Result
-from zo_adapt.minimize import StopReason as StopReason
-from zo_adapt.minimize import minimize as minimize
-from zo_adapt.objective import Objective as Objective
-from zo_adapt.objective import SetObjective as SetObjective
+from zo_adapt.evaluation.objective import Objective as Objective
+from zo_adapt.evaluation.objective import SetObjective as SetObjective
+from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk as FrozenTrunk
+from zo_adapt.loops.ask_tell import AskTell as AskTell
+from zo_adapt.loops.for_scipy import scipy_method as scipy_method
+from zo_adapt.loops.loop import Record as Record
+from zo_adapt.loops.loop import Result as Result
+from zo_adapt.loops.loop import StopReason as StopReason
+from zo_adapt.loops.loop import minimize as minimize
 from zo_adapt.optimizers.first_order import SGD as SGD
 from zo_adapt.optimizers.first_order import Adam as Adam
 from zo_adapt.optimizers.mezo import MeZO as MeZO
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG as MeZOSVRG
 from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
-from zo_adapt.scipy_method import scipy_method as scipy_method
 from zo_adapt.term import Term as Term
 from zo_adapt.term import Update as Update
-from zo_adapt.trajectory.replay import Replay as Replay
-from zo_adapt.trajectory.replay import replay as replay
-from zo_adapt.trunk.frozen_trunk import FrozenTrunk as FrozenTrunk
+from zo_adapt.trajectory.playback import Replay as Replay
+from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
-from zo_adapt.view.view import ParameterView as ParameterView
+from zo_adapt.view.parameters import ParameterView as ParameterView
 
 __all__ = [
     "SGD",
@@ -59,11 +59,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from zo_adapt.trainer.config import ZOConfig as ZOConfig
-    from zo_adapt.trainer.trainer import ZOTrainer as ZOTrainer
+    from zo_adapt.trainer.zo_trainer import ZOTrainer as ZOTrainer
 else:  # a type checker would take any name from a module that has __getattr__
 
     def __getattr__(name: str) -> Any:
         """ZOTrainer and ZOConfig, when asked for: transformers takes seconds to import."""
         if name not in ("ZOConfig", "ZOTrainer"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module("zo_adapt.trainer.trainer"), name)
+        return getattr(import_module("zo_adapt.trainer.zo_trainer"), name)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.transfer import Sender, sendable
+from zo_adapt.noise.transfer import Sender, sendable
 
 HEADER = 3
 """Numbers that describe a sum to a kernel."""

@@ -16,8 +16,8 @@ K b where they are compared with each other instead (``shaping``).
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from zo_adapt.data import Batch
-from zo_adapt.objective import Evaluation, Probe, mean_value
+from zo_adapt.data.batches import Batch
+from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
 from zo_adapt.term import Term, Terms, Update, coalesced, scaled
 from zo_adapt.view.group import Group
 

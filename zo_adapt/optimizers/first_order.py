@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_adapt.data import Samples
+from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
-from zo_adapt.objective import Evaluator
+from zo_adapt.evaluation.local import Evaluator
 from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.optimizers.schedule import Schedule, schedule_named
 from zo_adapt.options import positive
 from zo_adapt.term import Update
-from zo_adapt.view.view import ParameterView
+from zo_adapt.view.parameters import ParameterView
 
 
 class FirstOrder:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from zo_adapt.data import Samples
-from zo_adapt.objective import Evaluation, Probe
+from zo_adapt.data.samples import Samples
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.estimator import dealt
 from zo_adapt.optimizers.optimizer import StepInfo, ZerothOrder
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from zo_adapt.data import Samples
+from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
-from zo_adapt.objective import Evaluation, Probe
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.estimator import dealt
 from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule

@@ -5,10 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from zo_adapt.data import Batch, Samples
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.samples import Samples
 from zo_adapt.errors import StepTooLargeError
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.noise.seeds import Seeds
-from zo_adapt.objective import Evaluation, Evaluator, Probe
 from zo_adapt.optimizers.estimator import Directions, Estimate
 from zo_adapt.optimizers.flat import FlatWatch
 from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
@@ -17,7 +19,7 @@ from zo_adapt.optimizers.schedule import described
 from zo_adapt.options import positive_or_none
 from zo_adapt.term import Terms, Update
 from zo_adapt.view.group import REACH, Group
-from zo_adapt.view.view import ParameterView
+from zo_adapt.view.parameters import ParameterView
 
 SHARE, STEP_LIKE_SHARE = 1 / 25, 1 / 2.5
 """Of the way that a run goes: what a difference spans, on a smooth objective and on a count."""

@@ -5,8 +5,8 @@ import math
 import torch
 
 from zo_adapt.errors import PerturbationError
+from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.tensors import norm
-from zo_adapt.view.view import ParameterView
 
 
 def finest_perturbation(view: ParameterView) -> float:

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from zo_adapt.errors import OptionError
-from zo_adapt.objective import Evaluation, Probe, mean_value
+from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
 from zo_adapt.optimizers.estimator import (
     HERE,
     Directions,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zo_adapt.errors import OptionError
-from zo_adapt.view.view import ParameterView
+from zo_adapt.view.parameters import ParameterView
 
 OPTIONS = (
     "learning_rate",

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from zo_adapt.data import Batch, Collate, Examples, Samples, class_labels, stratified
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.labels import class_labels
+from zo_adapt.data.samples import Samples, stratified
+from zo_adapt.data.sources import Collate, Examples
 from zo_adapt.errors import DataError
 
 EXAMPLES = "examples"

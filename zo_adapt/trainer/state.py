@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.errors import TrajectoryError
+from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.run import Run
-from zo_adapt.trajectory import Position
+from zo_adapt.trajectory.file import Position
 from zo_adapt.trajectory.safe_file import read_state, write_state
 
 STATE = "zo_state.json"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import TrajectoryError, ZOError
-from zo_adapt.trajectory import Reader
-from zo_adapt.trajectory.replay import export, replay
+from zo_adapt.trajectory.file import Reader
+from zo_adapt.trajectory.playback import export, replay
 from zo_adapt.view.group import Group
-from zo_adapt.view.view import ParameterView
+from zo_adapt.view.parameters import ParameterView
 
 ADAPTER = "adapter_model.safetensors"
 

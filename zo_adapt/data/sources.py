@@ -1,0 +1,114 @@
+"""Sources: what batches are rows of.
+
+None (a function without data), tensors or a mapping of tensors of equal length, or any sequence of
+examples (a list, a torch or a Hugging Face dataset) with a collate function.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt.data.rows import RowIndex, width
+from zo_adapt.errors import DataError
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Source(Protocol):
+    """Something that batches are rows of."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """The collated batch of these rows."""
+
+
+class NoData:
+    """A function of the parameters alone: one row, whose content is None."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def take(self, rows: Sequence[int]) -> None:
+        """None, whatever the rows."""
+        return
+
+
+class TensorRows:
+    """Rows of a tensor, or of a tuple or mapping of tensors (or arrays) of equal length."""
+
+    def __init__(self, tensors: Any) -> None:
+        self._tensors = tensors
+        if any(tensor.ndim == 0 for tensor in _leaves(tensors)):
+            raise DataError("a tensor without dimensions has no rows; give one row per example")
+        lengths = {len(tensor) for tensor in _leaves(tensors)}
+        if len(lengths) != 1:
+            raise DataError(
+                f"the tensors have {sorted(lengths)} rows; all must have the same number"
+            )
+        self._length = lengths.pop()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def width(self) -> int:
+        """Tokens of a row, about."""
+        return width(self._tensors)
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """These rows of every tensor."""
+        index = RowIndex(rows)
+        if isinstance(self._tensors, Mapping):
+            return {name: index.of(value) for name, value in self._tensors.items()}
+        if isinstance(self._tensors, tuple):
+            return tuple(index.of(value) for value in self._tensors)
+        return index.of(self._tensors)
+
+
+class Examples:
+    """A sequence of examples, collated on demand."""
+
+    def __init__(self, examples: Any, collate: Collate) -> None:
+        self._examples, self._collate = examples, collate
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """These examples, collated."""
+        return self._collate([self._examples[row] for row in rows])
+
+
+def _leaves(tensors: Any) -> list[Any]:
+    if isinstance(tensors, Mapping):
+        return list(tensors.values())
+    return list(tensors) if isinstance(tensors, tuple) else [tensors]
+
+
+def as_source(data: Any, collate: Collate | None = None) -> Source:
+    """Wrap whatever the caller has.
+
+    Args:
+        data: None; a tensor, array, or a tuple or mapping of them; or a sequence of examples.
+        collate: Makes a batch of a list of examples; torch's default when None.
+
+    Raises:
+        DataError: Tensors of unequal length, or data without a length.
+    """
+    if data is None:
+        return NoData()
+    if all(isinstance(leaf, Tensor | np.ndarray) for leaf in _leaves(data)):
+        return TensorRows(data)
+    if isinstance(data, Mapping):
+        kinds = sorted({type(value).__name__ for value in data.values()})
+        raise DataError(f"a mapping of {kinds} is no data; give tensors or arrays of equal length")
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"data of type {type(data).__name__} has no length; give a sequence or tensors"
+        )
+    return Examples(data, collate or torch.utils.data.default_collate)

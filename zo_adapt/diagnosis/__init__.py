@@ -1,0 +1,1 @@
+"""Diagnosis: what an objective tells before anything is tuned."""

@@ -1,0 +1,245 @@
+"""A probe of an objective at the current weights, before any tuning."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.labels import class_labels
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Collate, NoData, as_source
+from zo_adapt.diagnosis.advice import (
+    Diagnosis,
+    Noise,
+    Scale,
+    choose_batch,
+    choose_scale,
+    judge_snapshot,
+)
+from zo_adapt.diagnosis.jackknife import Jackknife
+from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.objective import Objective, SetObjective, is_step_like, rows_needed
+from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.noise import philox
+from zo_adapt.optimizers.estimator import direction
+from zo_adapt.optimizers.optimizer import usual_perturbation
+from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
+from zo_adapt.options import at_least_one, check_run, positive
+from zo_adapt.view.parameters import ParameterView
+
+PROBE_STREAM = 4
+USUAL_ROWS = 16
+"""Rows of a direction where the caller names none."""
+FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
+"""Scales to try, in units of the default one."""
+PARTS = 4
+"""Parts of a batch that stand for examples where the objective gives one number a batch."""
+ROUNDING = 1e-13
+"""Means of a batch that are as near as this, relative to the largest value, are equal."""
+
+
+def diagnose(
+    objective: Objective | SetObjective,
+    view: ParameterView,
+    data: Any = None,
+    *,
+    batch_size: int | None = None,
+    num_directions: int = 16,
+    perturbation_scales: Sequence[float] | None = None,
+    seed: int = 0,
+    collate: Collate | None = None,
+    micro_batch_size: int | None = None,
+    stratify: bool = True,
+) -> Diagnosis:
+    """How much an objective tells at the current weights, and what to do about it.
+
+    K directions, each on a batch of its own, at several perturbation scales. With p_ki the
+    projected gradient of example i along direction k, a random-effects analysis of variance splits
+    Var p_ki = G + sigma^2: between directions G = |grad f|^2, within one sigma^2, of the data.
+    Of an objective that gives one number a batch, a set objective (F1, ROC-AUC) is scored without
+    each row in turn (the jackknife: no further queries); another is asked on four parts of it.
+
+    Args:
+        objective: As for ``minimize``.
+        view: As for ``minimize``; bit-identical afterwards.
+        data: As for ``minimize``; None for a function without data.
+        batch_size: Rows that a direction is measured on, at least 2; None: 16, or the fewest that
+            the objective needs.
+        num_directions: K; the relative error of G is about sqrt(2 / K).
+        perturbation_scales: mu to try, at least two; 1/16, 1/4, 1, 4, 16 times the default if None.
+        seed: Of directions and rows.
+        collate: Makes a batch of a list of examples; the objective's own by default.
+        micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default.
+        stratify: As for ``minimize``.
+
+    Returns:
+        The table, the noise and the advice; it cost (2 scales + 1) K b queries.
+
+    Raises:
+        ZOError: Named errors for bad input, before any evaluation.
+
+    Example:
+        >>> import torch
+        >>> from zo_adapt import ParameterView, diagnose
+        >>> x = torch.zeros(8)
+        >>> rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0)) + 3
+        >>> found = diagnose(lambda b: (b @ x).square() - b @ x, ParameterView({"x": x}), rows,
+        ...                  batch_size=16)
+        >>> found.batch_size, found.num_directions, found.snapshot_helps, found.queries
+        (16, 16, False, 2816)
+    """
+    check_run(at_least_one("num_directions", num_directions), None, seed)
+    source = as_source(data, collate or getattr(objective, "collate", None))
+    if batch_size is None and not isinstance(source, NoData):
+        least = min(rows_needed(objective), len(source))
+        batch_size = min(max(USUAL_ROWS, least), len(source))
+    samples = Samples(source, batch_size, seed, class_labels(data) if stratify else None)
+    rows = samples.batch_size
+    if rows < 2 and not isinstance(source, NoData):
+        raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
+    view.check_adapters()
+    view.check_finite()
+    usual, scales = _scales(view, is_step_like(objective), perturbation_scales)
+    if isinstance(objective, SetObjective):
+        objective = Jackknife(objective)
+    evaluator = Evaluator(objective, view, micro_batch_size=micro_batch_size or batch_size)
+    survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
+    found = [survey.at(mu) for mu in scales]
+    table = _table(scales, found)
+    chosen, why = choose_scale(table, usual)
+    measured = found[table.index(chosen)]
+    noise = _anova(measured, rows, len(source))
+    batch, directions, reasons = choose_batch(noise, chosen.equal, rows, len(source))
+    helps, verdict = judge_snapshot(noise, len(source))
+    reasons = {"perturbation_scale": why, **reasons, "snapshot": verdict}
+    mu = chosen.perturbation_scale
+    return Diagnosis(table, noise, mu, batch, directions, helps, reasons, evaluator.queries)
+
+
+class Differences(NamedTuple):
+    """The answers at one scale, K directions by U parts (examples) of their batches.
+
+    Args:
+        projected: Projected gradients of the parts.
+        mean: Their means, (K,): exactly 0 where the two values are equal.
+        equal: Share of directions whose two values are equal.
+        curvature: rms(f+ + f- - 2 f0) / rms(f+ - f-).
+        part: Rows of a part, on average.
+    """
+
+    projected: np.ndarray
+    mean: np.ndarray
+    equal: float
+    curvature: float
+    part: float
+
+
+class _Survey:
+    """Asks the same directions on the same rows at every scale."""
+
+    def __init__(self, evaluator: Evaluator, batches: Sequence[Batch], seed: int) -> None:
+        self.evaluator, self.batches = evaluator, batches
+        count = len(batches)
+        words = philox.words_numpy(seed, 0, PROBE_STREAM, 0, -(-count // 4))
+        self.seeds = [int(word) for word in words[:count]]
+        self.parts = [[batch] for batch in batches]
+        self.base = self._values(self._asked(0.0))
+        if self.base.shape[1] == 1 and len(batches[0]) > 1:
+            least = rows_needed(evaluator.objective)
+            count = max(1, min(PARTS, len(batches[0]) // least))
+            self.parts = [batch.split(count) for batch in batches]
+            self.base = self._values(self._asked(0.0)) if count > 1 else self.base
+
+    def at(self, mu: float) -> Differences | None:
+        """The differences at one scale; None if the objective is not finite there."""
+        try:
+            up, down = self._values(self._asked(mu)), self._values(self._asked(-mu))
+        except NonFiniteObjectiveError:
+            return None
+        up, down, base = _alike(up, down, self.base)
+        change, bend = (up - down).mean(1), (up + down - 2 * base).mean(1)
+        equal = abs(change) <= ROUNDING * np.maximum(abs(up), abs(down)).max(1)
+        change[equal] = 0.0
+        part = len(self.batches[0]) / up.shape[1]
+        curvature = _rms(bend) / _rms(change) if change.any() else math.nan
+        projected, mean = (up - down) / (2 * mu), change / (2 * mu)
+        return Differences(projected, mean, float(equal.mean()), curvature, part)
+
+    def _asked(self, mu: float) -> list[list[Probe]]:
+        groups = self.evaluator.view.groups
+        return [
+            [Probe(direction(seed, mu, groups) if mu else (), part) for part in parts]
+            for seed, parts in zip(self.seeds, self.parts, strict=True)
+        ]
+
+    def _values(self, probes: Sequence[Sequence[Probe]]) -> np.ndarray:
+        """Values per example where all batches have them; else one for every part."""
+        answers = [self.evaluator.evaluate(of_one) for of_one in probes]
+        rows = [one[0].per_example if len(one) == 1 else None for one in answers]
+        if any(values is None for values in rows):
+            return np.array([[part.value for part in one] for one in answers])
+        return np.array(rows)
+
+
+def _alike(*values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same, or their means where not all have as many parts: not all scores were defined."""
+    if len({one.shape for one in values}) == 1:
+        return values
+    return tuple(one.mean(1, keepdims=True) for one in values)
+
+
+def _scales(
+    view: ParameterView, step_like: bool, given: Sequence[float] | None
+) -> tuple[float, list[float]]:
+    """The optimizers' default, and the scales to try, in ascending order."""
+    finest = finest_perturbation(view)
+    usual = usual_perturbation(view.reach, finest, step_like)
+    if given is None:
+        return usual, [usual * factor for factor in FACTORS if usual * factor >= finest]
+    scales = sorted({positive("perturbation_scales", mu) for mu in given})
+    if len(scales) < 2:
+        raise OptionError(f"perturbation_scales={list(given)}; give at least two, to compare")
+    check_resolution(view, scales[0])
+    return usual, scales
+
+
+def _table(scales: Sequence[float], found: Sequence[Differences | None]) -> tuple[Scale, ...]:
+    means = [None if d is None else d.mean for d in found]
+    agreements = [_cosine(a, b) for a, b in pairwise(means)]
+    table = []
+    for k, (mu, d) in enumerate(zip(scales, found, strict=True)):
+        agreement = min(agreements[max(k - 1, 0) : k + 1])
+        if d is None:
+            table.append(Scale(mu, math.nan, math.nan, math.nan, agreement))
+        else:
+            table.append(Scale(mu, _rms(d.mean), d.equal, d.curvature, agreement))
+    return tuple(table)
+
+
+def _anova(found: Differences | None, batch_size: int, rows: int) -> Noise:
+    """Between and within directions. The mean over all directions is known: zero."""
+    if found is None:
+        return Noise(math.nan, math.nan, math.nan)
+    squares = found.mean**2
+    error = float(squares.std(ddof=1)) / math.sqrt(len(squares)) if len(squares) > 1 else math.nan
+    if found.projected.shape[1] == 1:
+        data = 0.0 if rows == 1 else math.nan
+        return Noise(float(squares.mean()), error, data)
+    data = float(found.projected.var(1, ddof=1).mean()) * found.part
+    # Rows are drawn without replacement: a batch of all of them has no noise.
+    drawn = data / batch_size * (1 - batch_size / rows)
+    return Noise(float(squares.mean()) - drawn, error, data)
+
+
+def _cosine(a: np.ndarray | None, b: np.ndarray | None) -> float:
+    if a is None or b is None or not (a.any() and b.any()):
+        return 0.0
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(float((values**2).mean()))

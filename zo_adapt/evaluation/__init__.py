@@ -1,0 +1,1 @@
+"""Evaluation: probes in, values out, queries counted in one place."""

@@ -1,0 +1,93 @@
+"""The rows of several candidates as one batch."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.rows import joined, second_sizes, taken
+from zo_adapt.data.sources import TensorRows
+from zo_adapt.evaluation.values import RowsOf
+
+
+class JointBatch(Batch):
+    """The rows of several batches of one source, in blocks of one size.
+
+    A batch that comes several times is read once: a collate function may draw, and all points of an
+    estimate must see the same draw.
+
+    Args:
+        batches: One for every candidate.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.sizes = [len(batch) for batch in batches]
+        self.block = max(self.sizes)
+        self._distinct: dict[tuple[int, ...], Batch] = {}
+        for batch in batches:
+            self._distinct.setdefault(batch.rows, batch)
+        self._read = [row for rows in self._distinct for row in rows]
+        ends = accumulate(map(len, self._distinct), initial=0)
+        start = dict(zip(self._distinct, ends, strict=False))
+        self._index: list[int] = []
+        for batch in batches:
+            own = range(start[batch.rows], start[batch.rows] + len(batch))
+            self._index += (*own, *[own[-1]] * (self.block - len(own)))
+        super().__init__(batches[0].source, [self._read[index] for index in self._index])
+
+    @cached_property
+    def content(self) -> Any:
+        """What the objective is called with.
+
+        Raises:
+            NoRowsError: The rows of the source's batches cannot be told.
+        """
+        if isinstance(self.source, TensorRows):
+            return self.source.take(self.rows)
+        parts = list(self._distinct.values())
+        contents = [part.content for part in parts]
+        whole = contents[0] if len(parts) == 1 else joined(contents, list(map(len, parts)))
+        if whole is None:  # together they are padded to another length
+            whole = self.source.take(self._read)
+        return taken(whole, self._index, len(self._read))
+
+    @property
+    def leads(self) -> set[int]:
+        """First sizes of a tensor that has these rows: one by one, or flattened with positions.
+
+        Rows without padding have as many positions as the widest tensor, or fewer in all.
+        """
+        return {len(self), len(self) * max(second_sizes(self.content), default=1)}
+
+    def cut(self, tree: Any) -> list[Any]:
+        """The rows of every candidate, read.
+
+        Raises:
+            NoRowsError: There is not one entry for every row.
+        """
+        tree = tree.to("cpu") if isinstance(tree, Tensor) else tree  # one transfer for all
+        return [taken(tree, rows, len(self)) for rows in self._slices()]
+
+    def told(self, tree: Any) -> list[Any]:
+        """The rows of every candidate; those of a tensor are not read, which may take waiting.
+
+        Raises:
+            NoRowsError: There is not one entry for every row.
+        """
+        if isinstance(tree, Tensor) and tree.ndim and len(tree) == len(self):
+            return [RowsOf(tree, rows) for rows in self._slices()]
+        return self.cut(tree)
+
+    def _slices(self) -> list[slice]:
+        starts = range(0, len(self), self.block)
+        return [slice(a, a + size) for a, size in zip(starts, self.sizes, strict=True)]
+
+    def part(self, index: int) -> Batch:
+        """One candidate's rows, as they are read here."""
+        rows = slice(index * self.block, (index + 1) * self.block)
+        part = Batch(self.source, self.rows[rows])
+        part.content = taken(self.content, rows, len(self))
+        return part

@@ -1,0 +1,191 @@
+"""Several candidates in one forward: block i of a batch's rows is computed at point i.
+
+A module whose weight is tuned multiplies each block by the weight of its own point; everything
+else, all frozen layers, sees one large batch. With n points and b rows each,
+
+    y_i = x_i W_i^T + c_i,   i = 1..n,   x of shape (n b, ...), W of shape (n, out, in)
+
+so that n small forwards cost little more than one where a forward is bound by launches or by
+reading the frozen weights. The live tensors are never written.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zo_adapt.term import Term
+from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.selection import owners
+
+Point = tuple[Sequence[Term], float]
+"""Terms and a decay: decay * theta + sum_k c_k z(s_k)."""
+Stacks = Mapping[str, Tensor]
+"""By attribute ("weight", "bias") the values at all points, (n, *shape)."""
+Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
+
+
+class NotJoint(Exception):
+    """A signal to the caller: this cannot be computed for several candidates at once."""
+
+
+class Candidates:
+    """Runs a view's model at several points at once.
+
+    Args:
+        view: Its tensors must all belong to linear layers, layer norms and embeddings, each to one.
+
+    Attributes:
+        obstacle: Why that cannot be done with this view; None if it can.
+    """
+
+    def __init__(self, view: ParameterView) -> None:
+        self.view = view
+        self._modules: dict[nn.Module, dict[str, str]] = {}
+        self.obstacle = self._plan()
+
+    def _plan(self) -> str | None:
+        if self.view.model is None:
+            return "the view has no model"
+        if self.view.by_layer:
+            return "the view is shifted layer by layer"
+        if any(_is_compiled(module) for module in self.view.model.modules()):
+            return "the model is compiled"  # and would be again, for every forward put on a module
+        name_of = {id(tensor): name for name, tensor in self.view.tensors.items()}
+        found: list[str] = []
+        for path, module, attribute, parameter in owners(self.view.model):
+            name = name_of.get(id(parameter))
+            if name is None:
+                continue
+            if not _is_plain(module):
+                return f"{path!r} is a {type(module).__name__}"
+            self._modules.setdefault(module, {})[attribute] = name
+            found.append(name)
+        head = _output_embedding(self.view.model)
+        if head in self._modules:
+            return "the output embedding is tuned"  # whose logits objectives compute in fp32
+        if sorted(found) != sorted(self.view.tensors):
+            return "a tensor belongs to several modules, or to none"
+        return None
+
+    @contextmanager
+    def at(
+        self,
+        points: Sequence[Point],
+        leads: Collection[int],
+        captured: Callable[[Hashable], bool] = lambda way: False,
+    ) -> Iterator[set[str]]:
+        """Inside, the model computes block i of its rows at ``points[i]``.
+
+        Args:
+            points: n of them; a batch's rows are n blocks of equal size.
+            leads: Sizes of a module's first dimension that are rows in blocks; any other is
+                refused.
+            captured: Whether the body only replays graphs that were captured in this way of
+                computing: these read the points by themselves.
+
+        Yields:
+            Names of the tensors that were used; filled as the model runs.
+
+        Raises:
+            NotJoint: (inside) A module is called with rows that are not in blocks.
+        """
+        stacks = self.view.stack(points)
+        used: set[str] = set()
+        places = tuple((name, stack.data_ptr()) for name, stack in stacks.items())
+        way = "candidates", len(points), frozenset(leads), places
+        with ExitStack() as undo, self.view.computing(way):
+            for module, names in () if captured(way) else self._modules.items():
+                own = {a: stacks[name] for a, name in names.items() if name in stacks}
+                if own:
+                    forward = _forward(module, own, len(points), leads, used, names)
+                    # As nn.Module.__setattr__ would do, without its search.
+                    module.__dict__["forward"] = forward
+                    undo.callback(module.__dict__.pop, "forward")
+            yield used
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module is known by its weights alone; accelerate replaces forwards."""
+    if "forward" in module.__dict__ or type(module) not in _FORWARDS:
+        return False
+    # An embedding with a largest norm writes its weight.
+    return not isinstance(module, nn.Embedding) or module.max_norm is None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _output_embedding(model: nn.Module) -> object:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _forward(
+    module: nn.Module,
+    stacks: Stacks,
+    count: int,
+    leads: Collection[int],
+    used: set[str],
+    names: Mapping[str, str],
+) -> Callable[[Tensor], Tensor]:
+    compute = _FORWARDS[type(module)]
+
+    def forward(input: Tensor) -> Tensor:
+        if input.dim() < 2 or input.shape[0] not in leads:
+            raise NotJoint(
+                f"a {type(module).__name__} was called with the shape {tuple(input.shape)}, whose "
+                f"first size is none of {sorted(leads)}"
+            )
+        used.update(names.values())
+        return compute(module, input, stacks, count)
+
+    return forward
+
+
+def _linear(module: nn.Module, x: Tensor, stacks: Stacks, count: int) -> Tensor:
+    rows = x.reshape(count, -1, x.shape[-1])
+    weight, bias = stacks.get("weight"), _affine(module, "bias", stacks)
+    if weight is None:
+        out = F.linear(rows, module.weight)  # type: ignore[arg-type]
+        out = out if bias is None else out + bias
+    elif bias is None:
+        out = torch.bmm(rows, weight.mT)
+    else:
+        out = torch.baddbmm(bias.to(rows.dtype), rows, weight.mT)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _layer_norm(module: nn.Module, x: Tensor, stacks: Stacks, count: int) -> Tensor:
+    shape: tuple[int, ...] = module.normalized_shape  # type: ignore[assignment]
+    # In fp32 up to the end, as the fused operation is: one rounding.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(count, -1, *shape)
+    out = F.layer_norm(wide, shape, eps=module.eps)  # type: ignore[arg-type]
+    weight, bias = (_affine(module, attribute, stacks) for attribute in ("weight", "bias"))
+    out = out if weight is None else out * weight
+    out = out if bias is None else out + bias
+    keeps = torch.is_autocast_enabled(x.device.type)  # there a norm returns fp32
+    return out.view(x.shape) if keeps else out.view(x.shape).to(x.dtype)
+
+
+def _embedding(module: nn.Module, ids: Tensor, stacks: Stacks, count: int) -> Tensor:
+    # A table at a time: an id outside it must not read the next one.
+    parts = zip(ids.reshape(count, -1), stacks["weight"], strict=True)
+    return torch.cat([F.embedding(part, table) for part, table in parts]).view(*ids.shape, -1)
+
+
+def _affine(module: nn.Module, attribute: str, stacks: Stacks) -> Tensor | None:
+    """What every row of block i is scaled or moved by: (n, 1, ...), or the live parameter."""
+    if attribute in stacks:
+        return stacks[attribute][:, None]
+    live: Tensor | None = getattr(module, attribute)
+    return live
+
+
+_FORWARDS: dict[type, Forward] = {
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+}

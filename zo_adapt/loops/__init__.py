@@ -1,0 +1,1 @@
+"""Loops: what drives an optimizer until a budget is used up."""

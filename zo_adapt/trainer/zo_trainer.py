@@ -1,0 +1,245 @@
+"""Integration with transformers: the loop is Trainer's, the step is this package's.
+
+``ZOTrainer`` replaces what happens between a batch and new weights. Evaluation, callbacks, logging,
+``compute_metrics``, checkpoints and the progress bar are Trainer's own code.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
+from zo_adapt.evaluation.protocol import BudgetExhausted
+from zo_adapt.evaluation.trunk.frozen_trunk import trunk_for
+from zo_adapt.loops.loop import FAULTS, StopReason
+from zo_adapt.loops.monitor import Metrics, Monitor
+from zo_adapt.loops.run import Run
+from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.rule import Budget
+from zo_adapt.trainer.checks import check_arguments, check_choices
+from zo_adapt.trainer.config import ZOConfig
+from zo_adapt.trainer.data import Batching, TrainerSamples
+from zo_adapt.trainer.loss import TrainerLoss
+from zo_adapt.trainer.optimizer import AlreadyApplied
+from zo_adapt.trainer.state import WholeCheckpoints, begin_log, save_state
+from zo_adapt.view.parameters import ParameterView
+
+logger = logging.get_logger(__name__)
+
+
+class ZOTrainer(WholeCheckpoints, Trainer):
+    """transformers.Trainer whose training step sees losses only, never a gradient.
+
+    theta <- optimizer step on f(theta) = mean loss of the training batch
+
+    Large batches (snapshots) are drawn from ``train_dataset`` through the trainer's own collator;
+    one no larger than the training batch is the training batch.
+    Beside Trainer's figures, ``queries`` (forward passes of one sample in training) and
+    ``projected_gradient`` are logged, and ``learning_rate`` is the one applied.
+
+    Args:
+        model, args, ...: Trainer's own arguments; ``args`` is a ``ZOConfig``.
+        view: What is tuned; every parameter with ``requires_grad`` by default.
+        objective: Called with the collated batch; ``compute_loss``, in fp32, by default. One that
+            gives values per example weights micro-batches exactly. Where no other
+            ``data_collator`` is given, its own ``collate`` makes the training batches, of examples
+            with all their columns (prompts, documents); evaluation stays Trainer's.
+        zo_optimizer: An optimizer of this package, with its own schedule, instead of the one that
+            ``args`` describes.
+        metrics: Objectives by name, measured and logged beside the loss at every logging step.
+        metrics_data: What they are measured on, all of it; ``eval_dataset`` by default, or else
+            ``train_dataset``.
+
+    Attributes:
+        stop_reason: Why training ended before its last step, or None. See ``StopReason``.
+        queries: Forward passes of one sample made by training steps.
+
+    Raises:
+        OptionError: Arguments that contradict each other or cannot work.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+        ...                     num_attention_heads=2, intermediate_size=16)
+        >>> data = [{"input_ids": [2, i], "labels": i % 2} for i in range(8)]
+        >>> args = ZOConfig("runs", max_steps=2, optimizer="mezo", report_to="none", use_cpu=True,
+        ...                 disable_tqdm=True, logging_strategy="no", save_strategy="no")
+        >>> trainer = ZOTrainer(BertForSequenceClassification(config), args, train_dataset=data)
+        >>> trainer.train().metrics["queries"]  # doctest: +ELLIPSIS
+        {...}
+        32
+    """
+
+    args: ZOConfig
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ZOConfig | None = None,
+        *positional: Any,
+        view: ParameterView | None = None,
+        objective: Objective | SetObjective | None = None,
+        zo_optimizer: Optimizer | None = None,
+        metrics: Metrics | None = None,
+        metrics_data: Any = None,
+        **options: Any,
+    ) -> None:
+        args = ZOConfig("tmp_trainer") if args is None else args
+        check_arguments(args, ZOConfig)
+        check_choices(args, view, objective, zo_optimizer, options)
+        collator = options.get("data_collator", positional[0] if positional else None)
+        self._batching = Batching(self, objective, collator)
+        args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
+        super().__init__(model, args, *positional, **options)
+        if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
+            self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
+        self._given = (view, objective, zo_optimizer)
+        self._metrics, self._metrics_data = metrics or {}, metrics_data
+        self._monitor: Monitor | None = None
+        self._run: Run | None = None
+        self._checkpoint: Path | None = None
+        self.stop_reason: StopReason | None = None
+        self.add_callback(_AtTrainBegin(self))
+
+    @property
+    def queries(self) -> int:
+        """Forward passes of one sample made by the training steps of this run."""
+        return 0 if self._run is None else self._run.evaluator.queries
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
+        if self.optimizer is None:
+            view = self._given[0]
+            noise = self.args.noise or "gaussian"
+            self.view = view or ParameterView.trainable(self.model, noise=noise)  # type: ignore[arg-type]
+            rate = {"lr": self.args.learning_rate or 0.0}
+            self.optimizer = AlreadyApplied(list(self.view.tensors.values()), rate)
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's; of examples as they are where the objective makes its own batches of them."""
+        with self._batching.loading():
+            return super().get_train_dataloader()
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One step of the optimizer of this package; returns the batch's mean loss for the log."""
+        if self._run is None:
+            raise OptionError("training_step needs a run; call train()")
+        loss = 0.0
+        try:
+            self._samples.receive(self._batching.received(inputs))
+            loss = self._run.evaluator.sign * self._run.step().value
+        except BudgetExhausted:
+            self._stop(StopReason.MAX_QUERIES, taken=False)
+        except tuple(FAULTS) as error:
+            reason = FAULTS[type(error)]
+            logger.error(f"Training stops: {reason} ({error})")
+            self._stop(reason, taken=False)
+        else:
+            if self.queries == self.args.max_queries:
+                self._stop(StopReason.MAX_QUERIES, taken=True)
+        return torch.tensor(loss, device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the figures of the zeroth-order steps."""
+        if self.is_in_train and self._run is not None:
+            logs["queries"] = self.queries
+            if "loss" in logs and self._run.last is not None:
+                logs.pop("grad_norm", None)  # there is no gradient: it would read 0
+                logs["learning_rate"] = self._run.last.lr
+                logs["projected_gradient"] = self._run.last.projected_gradient
+                logs.update(self._measured())
+        super().log(logs, start_time)
+
+    def _measured(self) -> dict[str, float]:
+        """The metrics at the weights as they are."""
+        found = None if self._monitor is None else self._monitor.at(self.state.global_step)
+        return found or {}
+
+    def begin_run(self, loader: Any) -> None:
+        """Forget the last run and start one on what ``train_dataset`` gives; Trainer calls this.
+
+        Raises:
+            ZOError: Named errors for bad input, before any evaluation.
+        """
+        if not hasattr(self.lr_scheduler, "lr_lambdas"):
+            raise OptionError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type} is no function of the step; "
+                "choose linear, cosine, constant or another of those"
+            )
+        self.view.check_adapters()
+        self.view.check_finite()
+        _, objective, optimizer = self._given
+        self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
+        evaluator = Evaluator(
+            objective or TrainerLoss(self, self.model_wrapped),
+            self.view,
+            micro_batch_size=self.args.micro_batch_size,
+            usual_rows=self.state.train_batch_size,
+            max_queries=self.args.max_queries,
+            trunk=trunk_for(self.view, "auto" if self.args.reuse_trunk else False),
+            cuda_graphs="auto" if self.args.cuda_graphs else False,
+        )
+        source = self._batching.training(loader)
+        samples = TrainerSamples(source, self.args.seed, rows_needed(evaluator.objective))
+        budget = Budget(self.state.max_steps, self.args.max_queries)
+        self._samples = samples
+        self._run = Run(self.zo_optimizer, evaluator, samples, budget, self.args.seed)
+        self._monitor = Monitor(
+            self._metrics,
+            self.view,
+            next(
+                data
+                for data in (self._metrics_data, self.eval_dataset, self.train_dataset)
+                if data is not None
+            ),
+            every=1,
+            micro_batch_size=self.args.micro_batch_size or self.args.eval_batch_size,
+        )
+        self.stop_reason = None
+        begin_log(self._run, Path(self.args.output_dir or "."), self.args.seed, self._checkpoint)
+        self._checkpoint = None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._run is not None:
+            save_state(self._run, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+
+    def _schedule(self, progress: float) -> float:
+        """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
+        factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
+        return factor(progress * self.state.max_steps)
+
+    def _stop(self, reason: StopReason, *, taken: bool) -> None:
+        self.stop_reason = reason
+        self.control.should_training_stop = True
+        self.control.should_log = self.args.logging_strategy != "no"
+        if not taken:
+            self.state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
+
+
+class _AtTrainBegin(TrainerCallback):
+    """Begins the run when Trainer has its data, its schedule and, on resuming, its state."""
+
+    def __init__(self, trainer: ZOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
+        self._trainer.begin_run(train_dataloader)

@@ -1,0 +1,231 @@
+"""Replay: the weights of any step from the trajectory alone, with no forward pass and no data.
+
+Passes over the weights: fp32 and fp64 arithmetic on the weights is a running sum, terms in order,
+and reading or writing a weight between two terms rounds nothing; so consecutive updates without
+decay are one list of T terms, applied in ceil(T / WIDTH) passes with the bits of T passes. A decay
+multiplies before its own terms and begins a new list. In half precision every step rounds: one pass
+a step.
+"""
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_adapt.errors import TrajectoryError
+from zo_adapt.interrupt import uninterrupted
+from zo_adapt.noise.seeds import NAME
+from zo_adapt.term import Term, Update
+from zo_adapt.trajectory.file import Reader
+from zo_adapt.view.parameters import ParameterView
+
+WIDTH = 4096
+"""Terms that are brought onto the weights in one pass."""
+LIBRARIES = ("zo_adapt", "torch", "numpy", "transformers", "peft")
+
+
+def header_of(view: ParameterView, seed: int, **more: Any) -> dict[str, Any]:
+    """What a trajectory says of itself.
+
+    Args:
+        view: The view, at the weights that the trajectory starts from.
+        seed: Of the directions.
+        more: Further entries: the optimizer and its settings.
+    """
+    return {
+        "view": [
+            [name, list(tensor.shape), str(tensor.dtype)] for name, tensor in view.tensors.items()
+        ],
+        "groups": [list(group) for group in view.groups],
+        "noise": view.noise.name,
+        "fingerprint": view.fingerprint(),
+        "initial": view.hash(),
+        "seeds": [NAME, seed],
+        "versions": _versions(),
+        **more,
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of the libraries at work that are installed as packages."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        if name in sys.modules:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+    return versions
+
+
+def check_header(view: ParameterView, header: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a trajectory of another view, noise or base checkpoint.
+
+    The view must be at the weights that the trajectory starts from.
+
+    Raises:
+        TrajectoryError: Says what differs.
+    """
+    if header["noise"] != view.noise.name:
+        raise TrajectoryError(
+            f"{path} was made with noise {header['noise']!r}, the view has {view.noise.name!r}; "
+            "give the view that noise"
+        )
+    theirs = {name: (tuple(shape), dtype) for name, shape, dtype in header["view"]}
+    ours = {name: (tuple(t.shape), str(t.dtype)) for name, t in view.tensors.items()}
+    for name in [*theirs, *ours]:
+        if theirs.get(name) != ours.get(name):
+            raise TrajectoryError(
+                f"{path} belongs to another view: {name!r} is {theirs.get(name)} there and "
+                f"{ours.get(name)} here"
+            )
+    if header["fingerprint"] != view.fingerprint():
+        raise TrajectoryError(f"{path} was made with other groups: {header['groups']}")
+    if header["initial"] != view.hash():
+        raise TrajectoryError(
+            f"{path} starts from other weights (sha256 {header['initial'][:12]}..., here "
+            f"{view.hash()[:12]}...); load the base checkpoint, and draw the adapter from the same "
+            "seed as then"
+        )
+
+
+def replay(view: ParameterView, path: str | Path, until: int | None = None) -> int:
+    """Bring a view from the trajectory's initial weights to those of a step.
+
+    theta_t = decay_t theta_{t-1} + sum_k c_k z(s_k), record by record, in the order and with the
+    rounding of the run itself: bit-identical on the same kind of device.
+
+    Args:
+        view: At the weights that the trajectory starts from.
+        path: The file.
+        until: Number of the last step; 0 is the start, None the end.
+
+    Returns:
+        The number of the last step.
+
+    Raises:
+        TrajectoryError: Another view, noise or start, or the file has fewer steps; nothing changes.
+        CorruptTrajectoryError: A damaged record; nothing is applied.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from zo_adapt import MeZO, ParameterView, minimize, replay
+        >>> path = tempfile.mkdtemp() + "/run.zot"
+        >>> x = torch.zeros(2)
+        >>> view = ParameterView({"x": x})
+        >>> result = minimize(lambda batch: float(x.square().sum()), view, None, MeZO(lr=0.1),
+        ...     max_steps=9, trajectory=path, progress=False)
+        >>> y = torch.zeros(2)
+        >>> replay(ParameterView({"x": y}), path), torch.equal(x, y)
+        (9, True)
+    """
+    return Replay(view, path, until=until, keep_start=False).to(until)
+
+
+class Replay:
+    """A view that goes to any step of a trajectory, forwards and back.
+
+    Forwards from where it stands. Additions cannot be undone exactly, so back is by way of the
+    start, of which a copy is kept: the view's bytes, on its device.
+
+    Args:
+        view: At the weights that the trajectory starts from.
+        path: The file. What is read of it is read and verified here.
+        until: Read no further than this step: what comes after may be damaged. None reads all.
+        keep_start: False keeps no copy: forwards only.
+
+    Attributes:
+        step: Where the view stands.
+
+    Raises:
+        TrajectoryError: Another view, noise or start; nothing changes.
+        CorruptTrajectoryError: A damaged record; nothing is applied.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from zo_adapt import MeZO, ParameterView, Replay, minimize
+        >>> path, x = tempfile.mkdtemp() + "/run.zot", torch.zeros(2)
+        >>> result = minimize(lambda batch: float((x - 1).square().sum()), ParameterView({"x": x}),
+        ...     None, MeZO(lr=0.1), max_steps=9, trajectory=path, progress=False)
+        >>> y = torch.zeros(2)
+        >>> run = Replay(ParameterView({"x": y}), path)
+        >>> len(run), run.to(9), torch.equal(x, y), run.to(0), y
+        (9, 9, True, 0, tensor([0., 0.]))
+    """
+
+    def __init__(
+        self,
+        view: ParameterView,
+        path: str | Path,
+        *,
+        until: int | None = None,
+        keep_start: bool = True,
+    ) -> None:
+        reader = Reader(path)
+        check_header(view, reader.header, path)
+        self.view, self.path, self.step = view, Path(path), 0
+        steps = (step.update for step, _ in reader.steps())
+        self._updates = list(islice(steps, until) if until is not None and until >= 0 else steps)
+        self._start = view.snapshot() if keep_start else None
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def to(self, step: int | None = None) -> int:
+        """Bring the view to a step and return its number.
+
+        Interrupted, the view is left on the way; the next call begins at the start.
+
+        Args:
+            step: 0 is the start, None the last.
+
+        Raises:
+            TrajectoryError: The file has no such step, or there is no way back; nothing changes.
+        """
+        goal = len(self) if step is None else step
+        if not 0 <= goal <= len(self):
+            raise TrajectoryError(
+                f"{self.path} has {len(self)} steps, not {goal}; choose 0..{len(self)}"
+            )
+        if goal < self.step:
+            self._go_to_start(goal)
+        here, self.step = self.step, len(self) + 1  # past every step, until it is known
+        apply_all(self.view, self._updates[here:goal])
+        self.step = goal
+        return goal
+
+    def _go_to_start(self, goal: int) -> None:
+        if self._start is None:
+            raise TrajectoryError(
+                f"no way back to step {goal} without a copy of the start; use keep_start=True"
+            )
+        with uninterrupted():
+            self.view.restore(self._start)
+            self.step = 0
+
+
+def apply_all(view: ParameterView, updates: Sequence[Update]) -> None:
+    """Apply updates one after the other, many in one pass where that gives the same bits."""
+    wide = all(t.dtype in (torch.float32, torch.float64) for t in view.tensors.values())
+    run: list[Term] = []
+    decay = 1.0
+    for update in updates:
+        if not wide or update.decay != 1.0:
+            view.apply_in_order(run, decay)
+            run, decay = [], update.decay
+        run += update.terms
+        while wide and len(run) > WIDTH:
+            view.apply_in_order(run[:WIDTH], decay)
+            run, decay = run[WIDTH:], 1.0
+    view.apply_in_order(run, decay)
+
+
+def export(view: ParameterView) -> dict[str, Tensor]:
+    """The view's tensors as contiguous copies, ready for a safetensors file."""
+    return {name: t.detach().cpu().contiguous().clone() for name, t in view.tensors.items()}
