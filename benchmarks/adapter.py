@@ -28,7 +28,7 @@ from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Source, as_source
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.rule import Budget
 
@@ -59,7 +59,9 @@ def measure(size: str, dtype: str, graphs: bool, args: argparse.Namespace) -> li
     found = []
     for title, optimizer in OPTIMIZERS.items():
         for kind, source in sources(data, loss).items():
-            evaluator = Evaluator(loss, ParameterView.trainable(loss.model), cuda_graphs=graphs)
+            evaluator = LocalEvaluator(
+                loss, ParameterView.trainable(loss.model), cuda_graphs=graphs
+            )
             samples = Samples(source, args.batch, 0, classes=data["labels"].tolist())
             run = Run(optimizer(), evaluator, samples, Budget(10**9, None), 0)
             seconds = timed(run.step, args.device, args.repeats).seconds

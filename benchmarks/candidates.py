@@ -33,8 +33,9 @@ from zo_adapt import ParameterView, Term
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.joint.groups import JointRows
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.term import Shift
 
 MU = 1e-3
 
@@ -92,7 +93,7 @@ class Way:
     """One way to evaluate the probes, timed in turn with the others."""
 
     def __init__(self, objective: Any, view: ParameterView, joint_rows: JointRows) -> None:
-        self.evaluator = Evaluator(objective, view, joint_rows=joint_rows)
+        self.evaluator = LocalEvaluator(objective, view, joint_rows=joint_rows)
         self.times: list[float] = []
         self.peak = 0
         self.answers: list[Evaluation] = []
@@ -114,7 +115,7 @@ def measure(
     """Seconds and values of each way, on one batch and K directions."""
     source = as_source(rows(batch, args.tokens, args.device))
     same = Batch(source, range(batch))
-    probes = [Probe((Term(seed, MU),), same) for seed in range(args.candidates)]
+    probes = [Probe(Shift((Term(seed, MU),)), same) for seed in range(args.candidates)]
     limits: dict[str, JointRows] = {
         "alone": None,
         "joined": args.candidates * batch,

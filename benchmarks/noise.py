@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from objectives import ClassificationLoss
-from zo_adapt import MeZO, ParameterView, Term, Update, minimize
+from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
 
 REPEATS = 5
 BATCH, TOKENS = 16, 128
@@ -58,7 +58,7 @@ def throughput(numel: int, device: str, dtype: torch.dtype) -> dict[str, float]:
     for noise in ("gaussian", "rademacher"):
         view = ParameterView({"x": x}, noise=noise)
         for count in (1, 8):
-            update = Update(tuple(Term(seed, 1e-3) for seed in range(count)))
+            update = Shift(tuple(Term(seed, 1e-3) for seed in range(count)))
             name = noise if count == 1 else f"{noise}, {count} directions at once"
             call = partial(view.apply, update)
             rates[name] = numel / seconds(call, row)

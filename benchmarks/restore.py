@@ -33,11 +33,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from zo_adapt import MeZO, ParameterView, Term, Update, minimize, replay
+from zo_adapt import MeZO, ParameterView, Shift, Term, minimize, replay
 from zo_adapt.noise.seeds import Seeds
+from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Reader, Writer
 from zo_adapt.trajectory.playback import WIDTH, apply_all, header_of
-from zo_adapt.trajectory.record import Step
 
 SEED = 0
 
@@ -153,7 +153,7 @@ def write_steps(path: Path, view: ParameterView, steps: int, directions: int) ->
     writer = Writer(path, header_of(view, SEED))
     for step in range(steps):
         seeds = stream.take(step * directions, directions)
-        update = Update(tuple(Term(seed, numbers.gauss(0, 1e-5)) for seed in seeds))
+        update = Shift(tuple(Term(seed, numbers.gauss(0, 1e-5)) for seed in seeds))
         writer.append(Step(step + 1, 0, 0.0, 0.0, 0.0, update), (step + 1) * directions)
 
 

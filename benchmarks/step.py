@@ -33,7 +33,7 @@ from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.rule import Budget
@@ -141,7 +141,7 @@ def stepper(
 ) -> Callable[[], object]:
     """One step of a run over all weights on one and the same batch."""
     view = ParameterView.full(loss.model, noise=noise)
-    evaluator = Evaluator(loss, view, joint_rows=None, cuda_graphs=graphs)
+    evaluator = LocalEvaluator(loss, view, joint_rows=None, cuda_graphs=graphs)
     size = len(data["labels"])
     samples = Samples(as_source(data), size, 0)
     return Run(optimizer, evaluator, samples, Budget(10**9, None), 0).step

@@ -29,8 +29,9 @@ from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import FrozenTrunk, MeZO, ParameterView, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE
 
 LAYERS, TUNED = 24, 4
 REPEATS = 5
@@ -185,12 +186,12 @@ def measure(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     capturable = device == "cuda" and getattr(loss, "capturable", False)
     kinds = {title: kind for title, kind in KINDS.items() if capturable or not kind.captured}
     evaluators = {
-        title: Evaluator(
+        title: LocalEvaluator(
             loss, view, trunk=trunk if kind.reused else None, cuda_graphs=kind.captured
         )
         for title, kind in kinds.items()
     }
-    probe = Probe((), Batch(as_source(data, loss.collate), range(len(data))))
+    probe = Probe(HERE, Batch(as_source(data, loss.collate), range(len(data))))
     calls = {title: lambda e=e: e.evaluate([probe]) for title, e in evaluators.items()}
     values = {title: [call()[0].value for _ in range(WARM)][-1] for title, call in calls.items()}
     if trunk.reason is not None:

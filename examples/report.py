@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from zo_adapt import Record
+from zo_adapt import Step
 
 Curve = list[tuple[int, float]]  # (queries, held-out accuracy), from before the run to after it
 
@@ -36,7 +36,7 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 
 
-def draw(history: Sequence[Record], curve: Curve, path: Path) -> None:
+def draw(history: Sequence[Step], curve: Curve, path: Path) -> None:
     """Training loss and held-out accuracy against queries."""
     import matplotlib
 

@@ -35,7 +35,7 @@ from text_classifier import (
     reload_model,
     tokenize,
 )
-from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, Record, Result, minimize
+from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, Result, Step, minimize
 from zo_adapt.errors import ZOError
 
 MAX_QUERIES = 24_000
@@ -114,7 +114,7 @@ def tune(
     curve = [(0, accuracy(model, tokenizer, test))]
     tqdm.write(f"held-out accuracy {curve[0][1]:.3f} before")
 
-    def look(step: Record) -> None:
+    def look(step: Step) -> None:
         due = args.max_queries * len(curve) / (ACCURACY_POINTS - 1)
         if step.queries >= due and len(curve) < ACCURACY_POINTS - 1:
             curve.append((step.queries, accuracy(model, tokenizer, test)))

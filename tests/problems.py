@@ -9,11 +9,11 @@ from torch import Tensor
 from zo_adapt import ParameterView
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise.distributions import Noise, draw
-from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import Budget
-from zo_adapt.term import Term, Update
+from zo_adapt.step import Step
+from zo_adapt.term import Shift, Term
 
 Rowwise = Callable[[Tensor, Tensor], Tensor]
 """``f(theta, rows)``: the loss of every row, from the view's tensors as one float64 vector."""
@@ -113,9 +113,9 @@ def steps(
     batch_size: int | None,
     seed: int,
     count: int,
-) -> Iterator[StepInfo]:
-    """The loop of ``minimize`` taken apart: one StepInfo at a time."""
-    evaluator, budget = Evaluator(objective, view), Budget(max_steps=count)
+) -> Iterator[Step]:
+    """The loop of ``minimize`` taken apart: one Step at a time."""
+    evaluator, budget = LocalEvaluator(objective, view), Budget(max_steps=count)
     samples = Samples(as_source(data), batch_size, seed)
     optimizer.start(view, seed)
     for _ in range(count):
@@ -124,11 +124,11 @@ def steps(
         yield info
 
 
-def vector(view: ParameterView, update: Update) -> Tensor:
+def vector(view: ParameterView, update: Shift) -> Tensor:
     """The terms of an update as one float64 vector (groups included, decay left out)."""
     zero = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in view.tensors.items()}
     image = ParameterView(zero, groups=view.groups[:-1], noise=view.noise.name)
-    image.apply(Update(update.terms))
+    image.apply(Shift(update.terms))
     return flat(image)
 
 

@@ -18,7 +18,7 @@ from zo_adapt import (
     MeZO,
     MeZOSVRG,
     ParameterView,
-    Record,
+    Step,
     StopReason,
     minimize,
 )
@@ -51,7 +51,7 @@ def made(row: Row) -> Any:
 
 def talk(
     asker: AskTell, value: Callable[[Any], Any], between: Callable[[AskTell], AskTell] | None = None
-) -> tuple[AskTell, list[Record], list[Any]]:
+) -> tuple[AskTell, list[Step], list[Any]]:
     """The whole dialogue, with ``between`` applied after every call."""
     records, places = [], []
     keep = between or (lambda same: same)
@@ -72,7 +72,7 @@ def same(a: Values, b: Values) -> bool:
 def test_it_is_minimize_step_for_step(dtype: Any, row: Row) -> None:
     live, places = start(dtype), []
 
-    def keep(record: Record) -> None:
+    def keep(record: Step) -> None:
         places.append({name: value.copy() for name, value in live.items()})
 
     result = minimize(

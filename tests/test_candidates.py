@@ -30,9 +30,10 @@ from zo_adapt.data.rows import NoRowsError
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.joint.batch import JointBatch
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import Returned, on_host
+from zo_adapt.term import HERE, Shift
 
 TARGETS = {
     "bert": ["query", "value"],
@@ -80,10 +81,10 @@ def asked(source: Any, shares: Sequence[int] = (5, 5, 6), directions: int = 4) -
     batches = [Batch(source, range(a, b)) for a, b in pairwise(ends)]
     probes = []
     for share, batch in enumerate(batches):
-        probes.append(Probe((), batch))
+        probes.append(Probe(HERE, batch))
         for k in range(directions):
             terms = (Term(10 * share + k, 0.02), Term(99, -0.01, 0))
-            probes.append(Probe(terms, batch, 0.9 if k == 1 else 1.0))
+            probes.append(Probe(Shift(terms, 0.9 if k == 1 else 1.0), batch))
     return probes
 
 
@@ -103,10 +104,12 @@ def far(one: Sequence[Evaluation], other: Sequence[Evaluation]) -> float:
     return max(float(abs(np.subtract(a.per_example, b.per_example)).max()) for a, b in pairs)
 
 
-def both(objective: Any, view: ParameterView, probes: list[Probe]) -> tuple[Any, Any, Evaluator]:
+def both(
+    objective: Any, view: ParameterView, probes: list[Probe]
+) -> tuple[Any, Any, LocalEvaluator]:
     """Answers one at a time, answers together, and the evaluator that gave those."""
-    joined = Evaluator(objective, view)
-    alone = Evaluator(objective, view, joint_rows=None).evaluate(probes)
+    joined = LocalEvaluator(objective, view)
+    alone = LocalEvaluator(objective, view, joint_rows=None).evaluate(probes)
     return alone, joined.evaluate(probes), joined
 
 
@@ -183,7 +186,7 @@ def test_groups_move_apart() -> None:
     loss = ClassificationLoss(model)
     source = source_of(loss)
     batch = Batch(source, range(5))
-    probes = [Probe((Term(1, 0.05, g),), batch, 0.8) for g in (0, 1, 2)]
+    probes = [Probe(Shift((Term(1, 0.05, g),), 0.8), batch) for g in (0, 1, 2)]
     alone, answers, evaluator = both(loss, view, probes)
     assert evaluator.one_at_a_time is None
     assert far(alone, answers) < 1e-6
@@ -222,7 +225,7 @@ def test_model_calls_fall_and_the_weights_are_not_written() -> None:
     model = with_lora("bert")
     view, loss = ParameterView.trainable(model), ClassificationLoss(model)
     probes = asked(source_of(loss), directions=8)
-    evaluator = Evaluator(loss, view)
+    evaluator = LocalEvaluator(loss, view)
     evaluator.evaluate(probes)  # the check shifts the live tensors, once
     versions = [tensor._version for tensor in view.tensors.values()]
     with calls_of(model) as calls:
@@ -248,7 +251,7 @@ def test_model_calls_fall_and_the_weights_are_not_written() -> None:
 def test_limits_on_rows(limits: dict[str, Any], expected: int) -> None:
     model = with_lora("distilbert")
     loss = ClassificationLoss(model)
-    evaluator = Evaluator(loss, ParameterView.trainable(model), **limits)
+    evaluator = LocalEvaluator(loss, ParameterView.trainable(model), **limits)
     probes = asked(source_of(loss), directions=8)
     evaluator.evaluate(probes)
     largest = limits.get("micro_batch_size") or max(limits.get("joint_rows") or 0, 6)
@@ -266,8 +269,8 @@ def test_rows_of_very_different_numbers_do_not_join() -> None:
     model = with_lora("bert")
     loss = ClassificationLoss(model)
     source = source_of(loss)
-    probes = [Probe((Term(1, 0.1),), Batch(source, range(n))) for n in (1, 2, 7, 8, 16)]
-    evaluator = Evaluator(loss, ParameterView.trainable(model), joint_rows=100)
+    probes = [Probe(Shift((Term(1, 0.1),)), Batch(source, range(n))) for n in (1, 2, 7, 8, 16)]
+    evaluator = LocalEvaluator(loss, ParameterView.trainable(model), joint_rows=100)
     evaluator.evaluate(probes)
     with calls_of(model) as calls:
         evaluator.evaluate(probes)
@@ -284,10 +287,10 @@ def test_every_point_sees_one_draw_of_the_collate_function() -> None:
         return batch | {"input_ids": drawn}
 
     source = as_source(examples(), drawing)
-    evaluator = Evaluator(loss, ParameterView.trainable(model))
+    evaluator = LocalEvaluator(loss, ParameterView.trainable(model))
     answers = evaluator.evaluate(
-        [Probe((Term(1, 1e-9),), batch) for batch in [Batch(source, range(5))] * 3]
-        + [Probe((Term(1, 1e-9),), batch) for batch in [Batch(source, range(5, 10))] * 3]
+        [Probe(Shift((Term(1, 1e-9),)), batch) for batch in [Batch(source, range(5))] * 3]
+        + [Probe(Shift((Term(1, 1e-9),)), batch) for batch in [Batch(source, range(5, 10))] * 3]
     )
     assert evaluator.one_at_a_time is None
     for share in (answers[:3], answers[3:]):
@@ -403,8 +406,8 @@ def test_maximize_flips_once() -> None:
     model = with_lora("bert")
     view, loss = ParameterView.trainable(model), ClassificationLoss(model)
     probes = asked(source_of(loss))
-    up = Evaluator(loss, view, maximize=True).evaluate(probes)
-    assert [-e.value for e in up] == [e.value for e in Evaluator(loss, view).evaluate(probes)]
+    up = LocalEvaluator(loss, view, maximize=True).evaluate(probes)
+    assert [-e.value for e in up] == [e.value for e in LocalEvaluator(loss, view).evaluate(probes)]
 
 
 # --- refused ------------------------------------------------------------------------------------
@@ -493,7 +496,7 @@ def normed(x: Tensor, model: nn.Module) -> Tensor:
 def test_rows_that_know_of_each_other(function: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
     view = ParameterView.full(model)
-    evaluator = Evaluator(lambda x: function(x, model), view)
+    evaluator = LocalEvaluator(lambda x: function(x, model), view)
     evaluator.evaluate(asked(as_source(torch.randn(16, 8))))
     assert evaluator.one_at_a_time
 
@@ -507,12 +510,12 @@ def test_a_forward_that_stops_being_in_blocks_goes_one_by_one() -> None:
         return model(torch.cat([x, x[:1]]))[:-1].sum(1) if odd[0] else model(x).sum(1)
 
     probes = asked(as_source(torch.randn(16, 8)))
-    evaluator = Evaluator(loss, view)
+    evaluator = LocalEvaluator(loss, view)
     evaluator.evaluate(probes)
     odd[0] = True
     answers = evaluator.evaluate(probes)
     assert evaluator.one_at_a_time is None
-    alone = Evaluator(loss, view, joint_rows=None).evaluate(probes)
+    alone = LocalEvaluator(loss, view, joint_rows=None).evaluate(probes)
     assert [a.value for a in alone] == [b.value for b in answers]
 
 
@@ -544,7 +547,7 @@ def test_a_score_that_reads_the_weights() -> None:
 def test_an_exception_inside_restores_everything(error: type[BaseException]) -> None:
     model = with_lora("bert")
     view, loss = ParameterView.trainable(model), ClassificationLoss(model)
-    evaluator, probes = Evaluator(loss, view), asked(source_of(loss))
+    evaluator, probes = LocalEvaluator(loss, view), asked(source_of(loss))
     evaluator.evaluate(probes)
     before = view.hash()
 
@@ -563,7 +566,7 @@ def test_nan_is_an_error() -> None:
     model = with_lora("bert")
     view, loss = ParameterView.trainable(model), ClassificationLoss(model)
     probes = asked(source_of(loss))
-    evaluator = Evaluator(loss, view)
+    evaluator = LocalEvaluator(loss, view)
     evaluator.evaluate(probes)
     probes[3] = probes[3]._replace(terms=(Term(1, 3e37),))
     with pytest.raises(NonFiniteObjectiveError, match="5 of 5 values"):

@@ -9,7 +9,7 @@ from families import FAMILIES, tokens
 from problems import bits, flat, labelled, logistic
 from torch import Tensor
 
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Term, Update, minimize
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Shift, Term, minimize
 from zo_adapt.errors import ViewError
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw
 from zo_adapt.trajectory.playback import apply_all
@@ -66,7 +66,7 @@ def test_shifted_and_apply_are_bit_identical(dtype: torch.dtype, noise: str) -> 
         for name, tensor in on_gpu.tensors.items():
             assert same_bits(tensor, on_cpu.tensors[name]), name
     assert on_gpu.hash() == start
-    for update in (Update(TERMS, 0.75), Update(TERMS[:1])):
+    for update in (Shift(TERMS, 0.75), Shift(TERMS[:1])):
         on_cpu.apply(update)
         on_gpu.apply(update)
         assert on_gpu.hash() == on_cpu.hash() != start
@@ -89,8 +89,8 @@ def test_several_devices_and_dtypes_in_one_view() -> None:
         for place in ("cpu", "cuda")
     }
     reference = {name: tensor.cpu().clone() for name, tensor in both.items()}
-    ParameterView(both).apply(Update(TERMS))
-    ParameterView(reference).apply(Update(TERMS))
+    ParameterView(both).apply(Shift(TERMS))
+    ParameterView(reference).apply(Shift(TERMS))
     assert all(same_bits(both[name], reference[name]) for name in both)
 
 
@@ -138,7 +138,7 @@ def test_global_generators_are_not_touched() -> None:
     view = ParameterView({"w": torch.zeros(1000, device="cuda")})
     with view.shifted(TERMS):
         pass
-    view.apply(Update(TERMS))
+    view.apply(Shift(TERMS))
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
@@ -163,7 +163,7 @@ def test_a_replay_is_bit_identical_on_both(tmp_path: Path, dtype: torch.dtype, n
 
 
 def test_a_fused_replay_has_the_bits_of_single_steps() -> None:
-    updates = [Update(tuple(Term(5 * i + k, 1e-3) for k in range(5))) for i in range(20)]
+    updates = [Shift(tuple(Term(5 * i + k, 1e-3) for k in range(5))) for i in range(20)]
     on_cpu, fused = pair(torch.float32, "gaussian")
     _, single = pair(torch.float32, "gaussian")
     for update in updates:
@@ -200,18 +200,18 @@ def test_many_updates_in_a_row_are_those_of_the_cpu() -> None:
     for number in range(300):
         terms = tuple(Term(number + k, 1e-3 * (k + 1)) for k in range(1 + number % 40))
         for view in (on_cpu, on_gpu):
-            view.apply(Update(terms))
+            view.apply(Shift(terms))
     assert on_gpu.hash() == on_cpu.hash()
 
 
 def test_a_model_converted_after_its_view_was_made_is_refused() -> None:
     model = torch.nn.Linear(64, 64).cuda()
     view = ParameterView.full(model)
-    view.apply(Update((Term(1, 0.1),)))
+    view.apply(Shift((Term(1, 0.1),)))
     model.half()
     before = model.weight.clone()
     with pytest.raises(ViewError, match=r"was torch.float32 .* is torch.float16 .* then make"):
-        view.apply(Update((Term(1, 0.1),)))
+        view.apply(Shift((Term(1, 0.1),)))
     with pytest.raises(ViewError, match="make its view"), view.shifted((Term(1, 0.1),)):
         pass
     assert torch.equal(model.weight, before)

@@ -9,16 +9,15 @@ import torch
 from problems import Problem, dense, flat, labelled, logistic, problem, reference, squares, vector
 from torch import Tensor
 
-from zo_adapt import Group, Term, Update
+from zo_adapt import Group, Shift, Term
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.estimator import (
     HERE,
     Directions,
     Estimate,
     OneSided,
-    Point,
     TwoSided,
     dealt,
 )
@@ -42,11 +41,11 @@ def shares(p: Problem, directions: int, split: bool) -> list[Batch]:
 
 
 def estimate(
-    p: Problem, estimator: Any, seeds: Sequence[int], split: bool = False, at: Point = HERE
+    p: Problem, estimator: Any, seeds: Sequence[int], split: bool = False, at: Shift = HERE
 ) -> Estimate:
     batches = shares(p, len(seeds), split)
     probes = estimator.probes(Directions(seeds, batches, p.view.groups), at)
-    answers = Evaluator(p.objective, p.view).evaluate(probes)
+    answers = LocalEvaluator(p.objective, p.view).evaluate(probes)
     result: Estimate = estimator.estimate(Directions(seeds, batches, p.view.groups), answers)
     return result
 
@@ -62,7 +61,7 @@ def test_spsa_is_exact_on_a_quadratic_at_any_mu(mu: float, noise: str, seed: int
         scale = float(z.norm() * exact.norm())
         assert result.projected[0] == pytest.approx(float(z @ exact), abs=1e-10 * scale)
         assert torch.allclose(
-            vector(p.view, Update(result.terms)), result.projected[0] * z, rtol=1e-10, atol=0
+            vector(p.view, Shift(result.terms)), result.projected[0] * z, rtol=1e-10, atol=0
         )
 
 
@@ -106,7 +105,7 @@ def test_unbiased(
     found = torch.stack([
         vector(
             p.view,
-            Update(
+            Shift(
                 estimate(
                     p, kind(1e-3), range(seed + n * directions, seed + (n + 1) * directions), split
                 ).terms
@@ -141,7 +140,7 @@ def test_the_value_is_the_mean_of_the_pair_or_the_base() -> None:
 @ESTIMATORS
 def test_an_estimate_elsewhere_is_the_estimate_there(kind: Any) -> None:
     p = problem(logistic)
-    update = Update((Term(1, 0.5), Term(2, -0.3)), decay=0.9)
+    update = Shift((Term(1, 0.5), Term(2, -0.3)), decay=0.9)
     elsewhere = estimate(p, kind(1e-2), [5], at=HERE.then(update))
     p.view.apply(update)
     assert elsewhere.projected[0] == pytest.approx(
@@ -151,7 +150,7 @@ def test_an_estimate_elsewhere_is_the_estimate_there(kind: Any) -> None:
 
 def test_points_add_up_and_invert() -> None:
     p = problem(logistic)
-    updates = [Update((Term(k, 0.1 * k),), decay=0.95) for k in (1, 2, 1)]
+    updates = [Shift((Term(k, 0.1 * k),), decay=0.95) for k in (1, 2, 1)]
     point = HERE
     start = flat(p.view)
     for update in updates:
@@ -172,7 +171,7 @@ def calls(kind: Any, directions: int, split: bool) -> tuple[int, int]:
         return p.objective(batch)
 
     batches = shares(p, directions, split)
-    evaluator = Evaluator(counting, p.view)
+    evaluator = LocalEvaluator(counting, p.view)
     evaluator.evaluate(kind(0.1).probes(Directions(range(directions), batches, p.view.groups)))
     assert evaluator.queries == sum(sizes)
     return len(sizes), evaluator.queries
@@ -190,7 +189,7 @@ def test_groups_are_stretched_by_their_own_scale() -> None:
     start = {name: tensor.clone() for name, tensor in p.view.tensors.items()}
     batches = shares(p, 1, split=False)
     probe = TwoSided(0.5).probes(Directions([7], batches, p.view.groups))[0]
-    with p.view.shifted(probe.terms):
+    with p.view.shifted(probe.at.terms):
         for name, mu in (("left", 2.0), ("bias", 0.125), ("right", 0.5)):
             expected = reference(p.view.noise, name, start[name], [Term(7, mu)])
             assert torch.equal(p.view.tensors[name], expected)
@@ -199,8 +198,8 @@ def test_groups_are_stretched_by_their_own_scale() -> None:
 def test_a_group_with_a_small_scale_gets_the_same_gradient() -> None:
     plain, grouped = problem(squares), problem(squares, groups=[Group("", perturbation_scale=0.01)])
     terms: Terms = estimate(grouped, TwoSided(0.1), [3]).terms
-    expected = vector(plain.view, Update(estimate(plain, TwoSided(0.1), [3]).terms))
-    assert torch.allclose(vector(grouped.view, Update(terms)), expected, rtol=1e-8, atol=0)
+    expected = vector(plain.view, Shift(estimate(plain, TwoSided(0.1), [3]).terms))
+    assert torch.allclose(vector(grouped.view, Shift(terms)), expected, rtol=1e-8, atol=0)
 
 
 def sizes(batches: list[Batch]) -> list[int]:
@@ -224,8 +223,8 @@ def test_a_group_at_rest_is_not_probed_and_not_moved() -> None:
     start = {name: tensor.clone() for name, tensor in p.view.tensors.items()}
     batches = shares(p, 1, split=False)
     probe = TwoSided(0.5).probes(Directions([7], batches, p.view.groups))[0]
-    update = Update(estimate(p, TwoSided(0.5), [7]).terms)
-    for moved in (p.view.shifted(probe.terms), p.view.shifted(update.terms)):
+    update = Shift(estimate(p, TwoSided(0.5), [7]).terms)
+    for moved in (p.view.shifted(probe.at.terms), p.view.shifted(update.terms)):
         with moved:
             assert torch.equal(p.view.tensors["left"], start["left"])
             assert not torch.equal(p.view.tensors["right"], start["right"])

@@ -21,8 +21,9 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView, SetObjective, StopReason, Te
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE, Shift
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -254,10 +255,10 @@ def test_both_points_draw_the_same_numbers_and_the_next_step_others(
     recorder = Recorder()
     reward = a_reward(recorder, do_sample=True, temperature=1.5)
     batch = Batch(as_source(prompts(4), reward.collate), range(4))
-    evaluator = Evaluator(
+    evaluator = LocalEvaluator(
         reward, ParameterView.full(reward.model), micro_batch_size=micro_batch_size
     )
-    tiny = [Probe((Term(7, sign * 1e-9),), batch) for sign in (1.0, -1.0)]
+    tiny = [Probe(Shift((Term(7, sign * 1e-9),)), batch) for sign in (1.0, -1.0)]
     plus, minus = evaluator.evaluate(tiny)
     assert plus == plus._replace(value=minus.value)
     assert np.array_equal(plus.per_example, minus.per_example)
@@ -265,7 +266,7 @@ def test_both_points_draw_the_same_numbers_and_the_next_step_others(
     for part in range(parts):
         assert recorder.by_prompt(part) == recorder.by_prompt(part + parts)
     other = Batch(as_source(prompts(4), reward.collate), [2, 0, 3, 1])
-    evaluator.evaluate([Probe((), other)])
+    evaluator.evaluate([Probe(HERE, other)])
     assert recorder.by_prompt(0) != recorder.by_prompt(2 * parts)
 
 

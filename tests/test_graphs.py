@@ -13,8 +13,9 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.graphs import CALLS_BEFORE, Graphs
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE, Shift
 
 ON_GPU = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -43,21 +44,21 @@ def test_off_the_gpu_the_function_is_called() -> None:
 def test_only_what_allows_it_is_captured() -> None:
     model = lora_model()
     view = ParameterView.trainable(model)
-    assert Evaluator(ClassificationLoss(model), view)._graphs is not None
-    assert Evaluator(lambda _: 0.0, view)._graphs is None
+    assert LocalEvaluator(ClassificationLoss(model), view)._graphs is not None
+    assert LocalEvaluator(lambda _: 0.0, view)._graphs is None
     by_layer = ParameterView.trainable(model, scratch="layer")
-    assert Evaluator(ClassificationLoss(model), by_layer)._graphs is not None
-    assert Evaluator(lambda _: 0.0, view, cuda_graphs=True)._graphs is not None
-    assert Evaluator(ClassificationLoss(model), view, cuda_graphs=False)._graphs is None
+    assert LocalEvaluator(ClassificationLoss(model), by_layer)._graphs is not None
+    assert LocalEvaluator(lambda _: 0.0, view, cuda_graphs=True)._graphs is not None
+    assert LocalEvaluator(ClassificationLoss(model), view, cuda_graphs=False)._graphs is None
 
 
-def values(evaluator: Evaluator, source: Any, seeds: range) -> list[Tensor]:
+def values(evaluator: LocalEvaluator, source: Any, seeds: range) -> list[Tensor]:
     """Values per example at several points, step after step with changing weights."""
     found = []
     for seed in seeds:
         batch = Batch(source, range(8))
-        probes = [Probe((Term(seed, c),), batch) for c in (0.02, -0.02)]
-        answers = evaluator.evaluate([Probe((), batch), *probes])
+        probes = [Probe(Shift((Term(seed, c),)), batch) for c in (0.02, -0.02)]
+        answers = evaluator.evaluate([Probe(HERE, batch), *probes])
         found += [torch.tensor(answer.per_example) for answer in answers]
         evaluator.view.apply_in_order([Term(seed, 1e-3)])
     return found
@@ -73,7 +74,7 @@ def test_captured_values_are_those_of_plain_calls(scratch: Any, joint_rows: int 
         model = lora_model("cuda")
         view = ParameterView.trainable(model, scratch=scratch)
         loss = ClassificationLoss(model)
-        evaluator = Evaluator(loss, view, cuda_graphs=graphs, joint_rows=joint_rows)
+        evaluator = LocalEvaluator(loss, view, cuda_graphs=graphs, joint_rows=joint_rows)
         source = as_source(examples(8), loss.collate)
         runs.append(values(evaluator, source, range(6)))
         assert (evaluator._graphs is not None and len(evaluator._graphs._graphs) > 0) == graphs
@@ -115,11 +116,13 @@ def test_what_cannot_be_captured_runs_without() -> None:
         found = loss(batch)
         return found if found.max().item() > -1 else found * 0  # waits for the GPU
 
-    evaluator = Evaluator(objective, ParameterView.trainable(model), cuda_graphs=True)
+    evaluator = LocalEvaluator(objective, ParameterView.trainable(model), cuda_graphs=True)
     source = as_source(examples(8), loss.collate)
     before = evaluator.view.hash()
     batch = Batch(source, range(8))
-    answers = [evaluator.evaluate([Probe((Term(1, 0.1),), batch)])[0].value for _ in range(5)]
+    answers = [
+        evaluator.evaluate([Probe(Shift((Term(1, 0.1),)), batch)])[0].value for _ in range(5)
+    ]
     assert len(set(answers)) == 1
     assert evaluator._graphs is not None
     assert "capturing failed" in (evaluator._graphs.obstacle or "")
@@ -137,12 +140,12 @@ def test_graphs_of_many_shapes_keep_what_they_read() -> None:
     loss.pad_to_multiple_of = 1
     view = ParameterView.full(model, scratch="layer")
     source = as_source(examples(40), loss.collate)
-    plain = Evaluator(loss, view, cuda_graphs=False, joint_rows=None)
-    captured = Evaluator(loss, view, cuda_graphs=True, joint_rows=None)
+    plain = LocalEvaluator(loss, view, cuda_graphs=False, joint_rows=None)
+    captured = LocalEvaluator(loss, view, cuda_graphs=True, joint_rows=None)
     for turn in range(8):
         for first in range(0, 40, 5):  # batches of many lengths, each again and again
             batch = Batch(source, range(first, first + 3 + turn % 2))
-            probe = Probe((Term(turn, 0.02),), batch)
+            probe = Probe(Shift((Term(turn, 0.02),)), batch)
             expected, found = (e.evaluate([probe])[0].value for e in (plain, captured))
             assert found == pytest.approx(expected, abs=1e-6)
             torch.cuda.empty_cache()
@@ -165,10 +168,12 @@ def test_a_graph_reads_no_value_that_was_made_before_it() -> None:
     view = ParameterView.full(model, scratch="layer")
     source = as_source(examples(40), loss.collate)
     loss.pad_to_multiple_of = 64
-    plain = Evaluator(objective, view, cuda_graphs=False, joint_rows=None, micro_batch_size=4)
-    captured = Evaluator(objective, view, cuda_graphs=True, joint_rows=None, micro_batch_size=4)
+    plain = LocalEvaluator(objective, view, cuda_graphs=False, joint_rows=None, micro_batch_size=4)
+    captured = LocalEvaluator(
+        objective, view, cuda_graphs=True, joint_rows=None, micro_batch_size=4
+    )
     for turn in range(4):
-        probe = Probe((Term(turn, 0.3),), Batch(source, range(40)))
+        probe = Probe(Shift((Term(turn, 0.3),)), Batch(source, range(40)))
         expected, found = (e.evaluate([probe])[0].value for e in (plain, captured))
         assert found == pytest.approx(expected, abs=1e-5)
     assert captured._graphs is not None
@@ -187,10 +192,10 @@ def test_points_of_one_step_are_all_captured_or_none(scratch: Any) -> None:
         return loss(batch)
 
     view = ParameterView.trainable(model, scratch=scratch)
-    evaluator = Evaluator(objective, view, cuda_graphs=True, joint_rows=None)
+    evaluator = LocalEvaluator(objective, view, cuda_graphs=True, joint_rows=None)
     batch = Batch(as_source(examples(8), loss.collate), range(8))
-    base = Probe((), batch)  # at the weights themselves, where no layer is shifted
-    probes = [base] + [Probe((Term(seed, 0.02),), batch) for seed in range(CALLS_BEFORE + 3)]
+    base = Probe(HERE, batch)  # at the weights themselves, where no layer is shifted
+    probes = [base] + [Probe(Shift((Term(seed, 0.02),)), batch) for seed in range(CALLS_BEFORE + 3)]
     steps = []
     for _ in range(5):
         ran.clear()

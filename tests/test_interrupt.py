@@ -11,7 +11,7 @@ import pytest
 import torch
 from trajectories import STEPS, copies, equal, run, tensors
 
-from zo_adapt import MeZOSVRG, ParameterView, Replay, Term, Update, replay
+from zo_adapt import MeZOSVRG, ParameterView, Replay, Shift, Term, replay
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import philox
 from zo_adapt.noise.distributions import DIRECTION_STREAM
@@ -48,7 +48,7 @@ def cut_in_half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_an_update_is_applied_whole(cut_in_half: list[int]) -> None:
     live, expected = tensors(), tensors()
-    update = Update((Term(1, 0.5), Term(2, 0.25)), 0.9)
+    update = Shift((Term(1, 0.5), Term(2, 0.25)), 0.9)
     ParameterView(expected).apply(update)
     cut_in_half[0] = 2  # the first tensor has its first term
     with pytest.raises(KeyboardInterrupt):

@@ -24,11 +24,11 @@ from objectives import (
     VerbalizerLoss,
 )
 from objectives.causal_lm import LabelTokens
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, diagnose, minimize
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, diagnose, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, FlatObjectiveWarning, NonFiniteObjectiveError, OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -56,8 +56,8 @@ def evaluate(objective: Any, data: Any, size: int | None = None, *terms: Term) -
     """The value as the engine has it, in micro-batches, a metric negated as it is minimised."""
     source = as_source(data, objective.collate)
     view = ParameterView.full(objective.model)
-    probe = Probe(terms, Batch(source, range(len(source))))
-    return Evaluator(objective, view, micro_batch_size=size).evaluate([probe])[0]
+    probe = Probe(Shift(terms), Batch(source, range(len(source))))
+    return LocalEvaluator(objective, view, micro_batch_size=size).evaluate([probe])[0]
 
 
 def sigmoid(x: float) -> float:

@@ -44,8 +44,9 @@ from zo_adapt.errors import (
     OptionError,
     UndefinedMetricError,
 )
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -69,7 +70,9 @@ def in_parts(metric: Any, logits: np.ndarray, labels: np.ndarray, size: int | No
     """The metric as the engine evaluates it, in micro-batches."""
     batch = Batch(as_source(whole(logits, labels)), range(len(labels)))
     view = ParameterView.full(metric.model)
-    return -Evaluator(metric, view, micro_batch_size=size).evaluate([Probe((), batch)])[0].value
+    return (
+        -LocalEvaluator(metric, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0].value
+    )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -208,8 +211,8 @@ def test_exact_match_of_token_labels_whatever_the_padding() -> None:
     expected = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     assert metric(examples).tolist() == expected
     batch = Batch(as_source(examples, metric.collate), range(6))
-    evaluator = Evaluator(metric, ParameterView.full(model), micro_batch_size=2)
-    per_example = evaluator.evaluate([Probe((), batch)])[0].per_example
+    evaluator = LocalEvaluator(metric, ParameterView.full(model), micro_batch_size=2)
+    per_example = evaluator.evaluate([Probe(HERE, batch)])[0].per_example
     assert (-per_example).tolist() == expected
 
 

@@ -14,8 +14,8 @@ from zo_adapt import (
     MeZO,
     MeZOSVRG,
     ParameterView,
-    Record,
     Result,
+    Step,
     StopReason,
     minimize,
 )
@@ -66,7 +66,7 @@ def test_nothing_is_evaluated_after_the_callback_stops() -> None:
     view = one()
     objective, seen = Counting(bowl(view)), []
 
-    def stop_at_three(record: Record) -> None:
+    def stop_at_three(record: Step) -> None:
         seen.append((record.step, objective.calls, view.hash()))
         if record.step == 3:
             raise StopIteration
@@ -79,7 +79,7 @@ def test_nothing_is_evaluated_after_the_callback_stops() -> None:
 
 
 def test_another_error_in_the_callback_is_not_swallowed() -> None:
-    def broken(record: Record) -> None:
+    def broken(record: Step) -> None:
         raise ZeroDivisionError
 
     view = one()
@@ -109,7 +109,7 @@ def test_budgets(budget: dict[str, int], nit: int, reason: StopReason) -> None:
 
 def test_the_history_is_what_the_callback_saw() -> None:
     p = problem(logistic)
-    seen: list[Record] = []
+    seen: list[Step] = []
     optimizer = MeZOSVRG(
         0.02,
         snapshot_lr=0.1,

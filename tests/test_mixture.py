@@ -22,8 +22,9 @@ from zo_adapt import Adam, MeZO, MeZOSVRG, ParameterView, SetObjective, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import ObjectiveError, OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE
 
 QUIET: dict[str, Any] = {"progress": False}
 ROWS = torch.tensor([1.0, 2.0, 4.0])
@@ -113,8 +114,8 @@ def test_a_set_level_part_is_scored_once_and_the_rest_is_weighted_by_rows(
     mixed = 0.7 * loss - 0.3 * f1 + 2.0 * mean
     assert isinstance(mixed, SetObjective)
     batch = Batch(as_source(data, mixed.collate), range(10))
-    evaluator = Evaluator(mixed, ParameterView.full(model), micro_batch_size=size)
-    value = evaluator.evaluate([Probe((), batch)])[0].value
+    evaluator = LocalEvaluator(mixed, ParameterView.full(model), micro_batch_size=size)
+    value = evaluator.evaluate([Probe(HERE, batch)])[0].value
     with torch.no_grad():
         expected = 2.7 * float(loss(data).double().mean()) - 0.3 * score([f1.predict(data)])
     assert value == pytest.approx(expected, rel=1e-6)

@@ -10,7 +10,7 @@ from problems import Problem, flat, logistic, problem
 from torch import Tensor
 
 from objectives import ROCAUC, Accuracy
-from zo_adapt import MeZO, ParameterView, Record, Result, StopReason, minimize
+from zo_adapt import MeZO, ParameterView, Result, Step, StopReason, minimize
 from zo_adapt.errors import DataError, OptionError
 
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05}
@@ -26,7 +26,7 @@ def test_metrics_are_those_of_the_weights_after_the_step() -> None:
     held_out = p.data[:10]
     expected: list[float] = []
 
-    def keep(record: Record) -> None:
+    def keep(record: Step) -> None:
         expected.append(float(logistic(flat(p.view), held_out).mean()))
         if record.step % 3:
             assert record.metrics is None

@@ -14,7 +14,7 @@ from problems import bits
 from scipy import stats
 from scipy.special import ndtri
 
-from zo_adapt import ParameterView, Term, Update
+from zo_adapt import ParameterView, Shift, Term
 from zo_adapt.errors import OptionError
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Accumulation, Place
@@ -119,7 +119,7 @@ def test_names_old_and_new_find_the_noise(noise: Noise) -> None:
 
 def noise_of_view(noise: Noise, seed: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """z as the engine adds it to a tensor of zeros, in row-major order."""
-    ParameterView({name: tensor}, noise=noise.name).apply(Update((Term(seed, 1.0),)))
+    ParameterView({name: tensor}, noise=noise.name).apply(Shift((Term(seed, 1.0),)))
     return tensor.reshape(-1).float()
 
 
@@ -167,7 +167,7 @@ def test_layout_does_not_change_the_noise(noise: Noise, layout: str, seed: int) 
 def test_neighbours_and_their_order_do_not_change_the_noise(noise: Noise, seed: int) -> None:
     for names in (["a", "b", "c"], ["c", "b"], ["b"]):
         tensors = {name: torch.zeros(5, 3) for name in names}
-        ParameterView(tensors, noise=noise.name).apply(Update((Term(seed, 1.0),)))
+        ParameterView(tensors, noise=noise.name).apply(Shift((Term(seed, 1.0),)))
         assert torch.equal(tensors["b"].flatten(), draw(noise, seed, "b", 15, CPU))
 
 
@@ -225,7 +225,7 @@ def test_global_generators_are_not_touched(noise: Noise) -> None:
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
     view = ParameterView({"w": torch.zeros(3_000_000)}, noise=noise.name)
     with view.shifted([Term(1, 1.0)]):
-        view.apply(Update((Term(2, 1.0),)))
+        view.apply(Shift((Term(2, 1.0),)))
     draw(noise, 1, "w", 100, CPU)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]

@@ -32,9 +32,10 @@ from zo_adapt import Adam, ParameterView, SetObjective, Term, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, OptionError, ZOError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE
 
 # peft reads an attribute of transformers by its former name
 pytestmark = pytest.mark.filterwarnings(
@@ -139,8 +140,8 @@ def test_both_points_of_an_estimate_see_the_same_network_with_dropout_on() -> No
     model = dropout_model()
     objective = ClassificationLoss(model)
     batch = Batch(as_source(examples(), objective.collate), range(7))
-    evaluator = Evaluator(objective, ParameterView.full(model))
-    one, two = evaluator.evaluate([Probe((), batch), Probe((), batch)])
+    evaluator = LocalEvaluator(objective, ParameterView.full(model))
+    one, two = evaluator.evaluate([Probe(HERE, batch), Probe(HERE, batch)])
     assert one.value == two.value
 
 
@@ -151,7 +152,7 @@ def test_a_batch_in_parts_weighs_every_row_the_same(kind: str) -> None:
     batch = Batch(as_source(rows, objective.collate), range(7))
     view = ParameterView.full(objective.model)
     whole, parts = (
-        Evaluator(objective, view, micro_batch_size=size).evaluate([Probe((), batch)])[0]
+        LocalEvaluator(objective, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0]
         for size in (None, 3)
     )
     assert whole.per_example is not None
@@ -501,11 +502,11 @@ def test_a_callable_with_a_model_is_evaluated_in_evaluation_mode() -> None:
     objective = CallableObjective(lambda x: model(x).square().sum(1), model=model)
     batch = Batch(as_source(torch.ones(5, 3)), range(5))
     view = ParameterView.full(model)
-    one, two = Evaluator(objective, view).evaluate([Probe((), batch)] * 2)
+    one, two = LocalEvaluator(objective, view).evaluate([Probe(HERE, batch)] * 2)
     assert one.value == two.value
     assert model[1].training
     with pytest.raises(ZOError, match="dropout"):
-        Evaluator(CallableObjective(objective.function), view).evaluate([Probe((), batch)])
+        LocalEvaluator(CallableObjective(objective.function), view).evaluate([Probe(HERE, batch)])
 
 
 def test_a_callable_brings_its_own_collate() -> None:
@@ -515,7 +516,9 @@ def test_a_callable_brings_its_own_collate() -> None:
         collate=lambda rows: torch.tensor([len(r) for r in rows]),
     )
     batch = Batch(as_source(["a", "bbb"], objective.collate), range(2))
-    (evaluation,) = Evaluator(objective, ParameterView({"x": x})).evaluate([Probe((), batch)])
+    (evaluation,) = LocalEvaluator(objective, ParameterView({"x": x})).evaluate(
+        [Probe(HERE, batch)]
+    )
     assert evaluation.value == 5.0
 
 

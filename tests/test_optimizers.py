@@ -10,11 +10,11 @@ from problems import Problem, bits, flat, labelled, logistic, problem, steps, ve
 from table import ALL, BATCH, EXAMPLES, ZEROTH_ORDER, Row
 from torch import Tensor
 
-from zo_adapt import Group, ParameterView, Result, StopReason, Update, minimize
+from zo_adapt import Group, ParameterView, Result, Shift, StopReason, minimize
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import FlatObjectiveWarning
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.rule import Budget, Progress
 
 DTYPES = pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_ask_and_tell_by_hand_are_minimize(dtype: torch.dtype, row: Row) -> None
     hashes: list[str] = []
     result = run(p, row.make(), callback=lambda record: hashes.append(p.view.hash()))
     optimizer, budget = row.make(), Budget(max_steps=8)
-    samples, evaluator = Samples(as_source(DATA), BATCH, 7), Evaluator(*by_hand[1::-1])
+    samples, evaluator = Samples(as_source(DATA), BATCH, 7), LocalEvaluator(*by_hand[1::-1])
     optimizer.start(by_hand.view, 7)
     for record, expected in zip(result.history, hashes, strict=True):
         probes = optimizer.ask(samples)
@@ -113,11 +113,11 @@ def test_the_noise_of_the_update_is_the_noise_of_the_probes(row: Row) -> None:
     p = fresh()
     optimizer = row.make()
     optimizer.start(p.view, 7)
-    samples, evaluator = Samples(as_source(DATA), BATCH, 7), Evaluator(p.objective, p.view)
+    samples, evaluator = Samples(as_source(DATA), BATCH, 7), LocalEvaluator(p.objective, p.view)
     probed: set[int] = set()
     for _ in range(7):
         probes = optimizer.ask(samples)
-        probed |= {term.seed for probe in probes for term in probe.terms}
+        probed |= {term.seed for probe in probes for term in probe.at.terms}
         info = optimizer.tell(evaluator.evaluate(probes))
         assert {term.seed for term in info.update.terms} <= probed
         p.view.apply(info.update)
@@ -238,7 +238,7 @@ def test_the_rate_of_a_group_is_a_factor(row: Row) -> None:
     p, faster = fresh(torch.float64), fresh(torch.float64, groups=[Group("bias", lr=3.0)])
     first = [
         vector(
-            q.view, Update(next(steps(row.make(), *q, batch_size=6, seed=7, count=1)).update.terms)
+            q.view, Shift(next(steps(row.make(), *q, batch_size=6, seed=7, count=1)).update.terms)
         )
         for q in (p, faster)
     ]

@@ -36,8 +36,9 @@ from zo_adapt.errors import (
     OptionError,
     UndefinedMetricError,
 )
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import HERE
 
 QUIET: dict[str, Any] = {"progress": False}
 Query = tuple[list[float], list[float]]  # relevance, scores
@@ -106,7 +107,9 @@ def examples(queries: list[Query]) -> list[dict[str, Any]]:
 def in_parts(metric: Any, queries: list[dict[str, Any]], size: int | None) -> float:
     batch = Batch(as_source(queries, metric.collate), range(len(queries)))
     view = ParameterView.full(metric.model)
-    return -Evaluator(metric, view, micro_batch_size=size).evaluate([Probe((), batch)])[0].value
+    return (
+        -LocalEvaluator(metric, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0].value
+    )
 
 
 def a_query(documents: int) -> st.SearchStrategy[Query]:

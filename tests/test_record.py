@@ -8,11 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zo_adapt import MeZO, ParameterView, Term, Update
+from zo_adapt import MeZO, ParameterView, Shift, Term
 from zo_adapt.noise.seeds import LOOK_BACK, Seeds
+from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Reader, Writer
 from zo_adapt.trajectory.playback import header_of
-from zo_adapt.trajectory.record import Step
+from zo_adapt.trajectory.record import decoded, encoded
 
 STREAM = Seeds(11)
 DRAWN = 300
@@ -54,9 +55,9 @@ def test_a_step_comes_back(
     at_rate: bool,
 ) -> None:
     decay = 1.0 - numbers[1] * rate if at_rate else decay
-    update = Update(tuple(term for run in terms for term in run), decay)
+    update = Shift(tuple(term for run in terms for term in run), decay)
     step = Step(7, queries, *numbers, update, kind)
-    again = Step.from_bytes(7, step.to_bytes(STREAM, DRAWN, rate), STREAM, rate)
+    again = decoded(7, encoded(step, STREAM, DRAWN, rate), STREAM, rate)
     assert again == step
     # -0.0 equals 0.0, and is not the same coefficient
     for one, other in zip(step.update.terms, again.update.terms, strict=True):
@@ -74,7 +75,7 @@ def test_seeds_are_the_optimizers() -> None:
 
 def size(seeds: list[int], drawn: int, groups: tuple[int | None, ...] = (None,)) -> int:
     terms = tuple(Term(seed, 0.1, group) for seed in seeds for group in groups)
-    return len(Step(1, 1, 1.0, 1.0, 1.0, Update(terms)).to_bytes(STREAM, drawn))
+    return len(encoded(Step(1, 1, 1.0, 1.0, 1.0, Shift(terms)), STREAM, drawn))
 
 
 def test_seeds_of_the_stream_cost_nothing() -> None:
@@ -92,7 +93,7 @@ def test_seeds_of_the_stream_cost_nothing() -> None:
 def test_a_file_without_counters_is_replayed_alike(tmp_path: Path) -> None:
     from zo_adapt import replay
 
-    update = Update(tuple(Term(seed, 0.1) for seed in STREAM.take(0, 6)))
+    update = Shift(tuple(Term(seed, 0.1) for seed in STREAM.take(0, 6)))
     hashes = []
     for drawn in (0, 6):
         view = ParameterView({"x": torch.zeros(5)})

@@ -5,7 +5,7 @@ import torch
 from problems import bits
 from torch import Tensor
 
-from zo_adapt import MeZO, ParameterView, Term, Update, minimize
+from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
 from zo_adapt.noise.accumulate import Accumulation, OnCPU, Place
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER
 from zo_adapt.noise.sums import Sum, Sums
@@ -88,7 +88,7 @@ def test_steps_below_the_resolution_are_not_lost(dtype: torch.dtype) -> None:
         z = direction.clone()
     for _ in range(200):  # the same direction, another seed for the rounding
         step = torch.finfo(dtype).eps / 50
-        view.apply(Update((Term(_ + 100, 0.0), Term(7, step))))
+        view.apply(Shift((Term(_ + 100, 0.0), Term(7, step))))
     moved = ((x.double() - 1) * z / torch.finfo(dtype).eps).mean()
     assert abs(moved - 4) < 0.3
 

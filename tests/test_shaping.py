@@ -11,11 +11,11 @@ import torch
 from problems import Problem, flat, labelled, logistic, problem, squares, steps, vector
 from scipy import stats
 
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, Update, minimize
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.estimator import Directions, OneSided, TwoSided
 from zo_adapt.optimizers.shaping import SHAPES, ShapedOneSided, ShapedTwoSided, estimator
 
@@ -41,7 +41,7 @@ def estimate(
 ) -> Any:
     """An estimate on the whole data, shared by all directions."""
     batches = [Batch(as_source(p.data), range(len(p.data)))] * len(seeds)
-    evaluator = Evaluator(objective or p.objective, p.view)
+    evaluator = LocalEvaluator(objective or p.objective, p.view)
     answers = evaluator.evaluate(kind.probes(Directions(seeds, batches, p.view.groups)))
     return kind.estimate(Directions(seeds, batches, p.view.groups), answers), evaluator.queries
 
@@ -106,7 +106,7 @@ def test_directions_are_compared_on_the_same_rows_only() -> None:
     batches = [part for part in parts for _ in range(4)]
     kind = ShapedOneSided(MU, SHAPES["ranks"])
     probes = kind.probes(Directions(range(12), batches, p.view.groups))
-    answers = Evaluator(p.objective, p.view).evaluate(probes)
+    answers = LocalEvaluator(p.objective, p.view).evaluate(probes)
     found = np.array(
         kind.estimate(Directions(range(12), batches, p.view.groups), answers).projected
     )
@@ -211,7 +211,7 @@ def test_the_smoothed_gradient_of_a_step_is_estimated_without_bias(kind: str, se
     count = 500
     found = torch.stack(
         [
-            vector(view, Update(estimate(p, form, list(range(first, first + 4)))[0].terms))
+            vector(view, Shift(estimate(p, form, list(range(first, first + 4)))[0].terms))
             for first in range(seed, seed + 4 * count, 4)
         ]
     )
@@ -227,7 +227,7 @@ def test_leave_one_out_is_unbiased_on_a_smooth_function(seed: int) -> None:
     form, count = estimator(1e-3, one_sided=True, shaping="loo"), 300
     found = torch.stack(
         [
-            vector(p.view, Update(estimate(p, form, list(range(first, first + 4)))[0].terms))
+            vector(p.view, Shift(estimate(p, form, list(range(first, first + 4)))[0].terms))
             for first in range(seed, seed + 4 * count, 4)
         ]
     )
@@ -249,10 +249,10 @@ def test_ranks_withstand_an_outlier() -> None:
 
         return objective
 
-    clean = vector(p.view, Update(estimate(p, TwoSided(MU), seeds)[0].terms))
+    clean = vector(p.view, Shift(estimate(p, TwoSided(MU), seeds)[0].terms))
 
     def cosine(terms: tuple[Term, ...]) -> float:
-        found = vector(p.view, Update(terms))
+        found = vector(p.view, Shift(terms))
         return float(found @ clean / found.norm() / clean.norm())
 
     plain = estimate(p, TwoSided(MU), seeds, spoiled())[0].terms

@@ -21,8 +21,8 @@ from zo_adapt import (
     MeZOSVRG,
     ParameterView,
     Replay,
+    Shift,
     Term,
-    Update,
     replay,
 )
 from zo_adapt.errors import TrajectoryError
@@ -103,8 +103,7 @@ def test_there_is_a_way_back_only_with_a_copy_of_the_start(tmp_path: Path) -> No
 def passes(dtype: torch.dtype, decay: float, steps: int) -> tuple[list[int], bool]:
     """Terms of every pass that applies so many updates of three terms; equal to one by one?"""
     updates = [
-        Update(tuple(Term(3 * i + k, 1e-3 * (k + 1)) for k in range(3)), decay)
-        for i in range(steps)
+        Shift(tuple(Term(3 * i + k, 1e-3 * (k + 1)) for k in range(3)), decay) for i in range(steps)
     ]
     fused, single = tensors(dtype), tensors(dtype)
     view, counted = ParameterView(fused), []

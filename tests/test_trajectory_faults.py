@@ -24,9 +24,9 @@ from zo_adapt import (
     ParameterView,
     Replay,
     Result,
+    Shift,
     StopReason,
     Term,
-    Update,
     replay,
 )
 from zo_adapt.errors import (
@@ -337,7 +337,7 @@ def test_a_record_that_is_too_large_is_named(tmp_path: Path) -> None:
     (step, at), before = next(reader.steps()), (tmp_path / "f").read_bytes()
     writer = Writer(tmp_path / "f", reader.header, at)
     for count in (8_190, 100_000):
-        many = Update(tuple(Term(seed, 1.0) for seed in range(count)))
+        many = Shift(tuple(Term(seed, 1.0) for seed in range(count)))
         with pytest.raises(TrajectoryWriteError, match="fewer directions"):
             writer.append(step._replace(update=many))
     with pytest.raises(TrajectoryWriteError, match="256 groups"):

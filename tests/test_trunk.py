@@ -27,7 +27,7 @@ from zo_adapt import (
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.evaluation.trunk import keys
 from zo_adapt.evaluation.trunk.calls import Call
@@ -35,6 +35,7 @@ from zo_adapt.evaluation.trunk.cut import RefusedError
 from zo_adapt.evaluation.trunk.form import form_of
 from zo_adapt.evaluation.trunk.graphs import ENTERING
 from zo_adapt.evaluation.trunk.store import Storage
+from zo_adapt.term import HERE, Shift
 from zo_adapt.view.selection import _block_list
 
 ON_GPU = pytest.mark.skipif(
@@ -318,10 +319,10 @@ def test_micro_batches_and_set_objectives(micro: int) -> None:
         source = as_source(examples(), loss.collate)
         trunk = FrozenTrunk(view)
         evaluators = [
-            Evaluator(objective, view, micro_batch_size=micro, trunk=t) for t in (trunk, None)
+            LocalEvaluator(objective, view, micro_batch_size=micro, trunk=t) for t in (trunk, None)
         ]
         for seed in range(3):
-            probe = Probe((Term(seed, 0.5),), Batch(source, [0, 1, 2, 3, 3, 5, 0]))
+            probe = Probe(Shift((Term(seed, 0.5),)), Batch(source, [0, 1, 2, 3, 3, 5, 0]))
             a, b = (e.evaluate([probe])[0].value for e in evaluators)
             assert a == pytest.approx(b, rel=1e-6)
         assert evaluators[0].queries == evaluators[1].queries == 21
@@ -757,18 +758,18 @@ def test_a_batch_is_told_by_its_content_once(monkeypatch: pytest.MonkeyPatch) ->
     view, loss = ParameterView.last_layers(model, 1), ClassificationLoss(model)
     read, rows_of = [], keys._rows
     monkeypatch.setattr(keys, "_rows", lambda *a: read.append(None) or rows_of(*a))
-    evaluator = Evaluator(loss, view, trunk=FrozenTrunk(view), joint_rows=None)
+    evaluator = LocalEvaluator(loss, view, trunk=FrozenTrunk(view), joint_rows=None)
     source = as_source(examples(), loss.collate)
     for pick in ([0, 1, 2], [3, 4]):
         batch = Batch(source, pick)
         for seed in range(3):
-            evaluator.evaluate([Probe((Term(seed, c),), batch) for c in (0.1, -0.1)])
+            evaluator.evaluate([Probe(Shift((Term(seed, c),)), batch) for c in (0.1, -0.1)])
     assert len(read) == 2
 
 
 def captured_and_plain(
     family: str, *, scratch: Any = "copy", joint_rows: int | None = None, **options: Any
-) -> tuple[Evaluator, Evaluator]:
+) -> tuple[LocalEvaluator, LocalEvaluator]:
     """Of two equal models on a GPU, one with a trunk and graphs, one with neither."""
     found = []
     for captured in (True, False):
@@ -779,18 +780,20 @@ def captured_and_plain(
         loss = ClassificationLoss(model)
         loss.pad_to_multiple_of = 4
         found.append(
-            Evaluator(loss, view, trunk=trunk, cuda_graphs=captured, joint_rows=joint_rows)
+            LocalEvaluator(loss, view, trunk=trunk, cuda_graphs=captured, joint_rows=joint_rows)
         )
     return found[0], found[1]
 
 
-def assert_answers_equal(pair: tuple[Evaluator, Evaluator], pick: list[int], seed: int) -> None:
+def assert_answers_equal(
+    pair: tuple[LocalEvaluator, LocalEvaluator], pick: list[int], seed: int
+) -> None:
     """At three points on a batch of these rows; the weights move afterwards."""
     answers = []
     for evaluator in pair:
         batch = Batch(as_source(examples(), evaluator.objective.collate), pick)  # type: ignore[union-attr]
-        probes = [Probe((Term(seed, c),), batch) for c in (0.02, -0.02)]
-        answers.append(evaluator.evaluate([Probe((), batch), *probes]))
+        probes = [Probe(Shift((Term(seed, c),)), batch) for c in (0.02, -0.02)]
+        answers.append(evaluator.evaluate([Probe(HERE, batch), *probes]))
         evaluator.view.apply_in_order([Term(seed, 1e-3)])
     for captured, plain in zip(*answers, strict=True):
         assert captured.per_example is not None
@@ -798,13 +801,13 @@ def assert_answers_equal(pair: tuple[Evaluator, Evaluator], pick: list[int], see
         np.testing.assert_allclose(captured.per_example, plain.per_example, rtol=1e-5, atol=1e-6)
 
 
-def graphs_of(evaluator: Evaluator) -> list[str]:
+def graphs_of(evaluator: LocalEvaluator) -> list[str]:
     assert evaluator._graphs is not None
     assert evaluator._graphs.obstacle is None
     return [str(key) for key in evaluator._graphs._graphs]
 
 
-def change_frozen(pair: tuple[Evaluator, Evaluator]) -> None:
+def change_frozen(pair: tuple[LocalEvaluator, LocalEvaluator]) -> None:
     for evaluator in pair:
         assert evaluator.view.model is not None
         first = _block_list(evaluator.view.model)[1][0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from zo_adapt import ZOSVRG, MeZO, MeZOSVRG
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 
 Loss = Callable[[Tensor, Tensor], float]
 MU, SEED, BATCH, STEPS = 0.05, 42, 6, 25
@@ -104,7 +104,7 @@ def side_by_side(
     p = problem(logistic, noise=noise)
     engine, source_of_seeds = make(), make()
     samples = Samples(as_source(p.data), BATCH, SEED)
-    evaluator = Evaluator(p.objective, p.view)
+    evaluator = LocalEvaluator(p.objective, p.view)
     engine.start(p.view, SEED)
     source_of_seeds.start(p.view, SEED)
     twin = Twin(p, source_of_seeds.new_seeds)

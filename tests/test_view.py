@@ -8,7 +8,7 @@ from families import FAMILIES, MODULES, tokens
 from problems import bits, reference
 from torch import Tensor, nn
 
-from zo_adapt import Group, ParameterView, Term, Update
+from zo_adapt import Group, ParameterView, Shift, Term
 from zo_adapt.errors import StepTooLargeError, TermError
 from zo_adapt.noise.distributions import GAUSSIAN
 
@@ -71,7 +71,7 @@ def test_shifted_and_apply_equal_the_reference(dtype: torch.dtype, layout: str, 
     expected = reference(view.noise, "w", tensor, TERMS, decay=0.75)
     with view.shifted(TERMS, decay=0.75):
         assert torch.equal(bits(tensor), bits(expected))
-    view.apply(Update(tuple(TERMS), 0.75))
+    view.apply(Shift(tuple(TERMS), 0.75))
     if dtype in (torch.float32, torch.float64):
         assert torch.equal(bits(tensor), bits(expected))
     else:  # rounded stochastically: at most one step of the dtype away; see test_rounding.py
@@ -85,7 +85,7 @@ def test_apply_to_a_slice_leaves_the_rest_of_the_storage(dtype: torch.dtype) -> 
     inside = torch.zeros(12, 12, dtype=torch.bool)
     inside[1::2, ::3] = True
     outside = base[~inside].clone()
-    ParameterView({"w": base[1::2, ::3]}).apply(Update(tuple(TERMS)))
+    ParameterView({"w": base[1::2, ::3]}).apply(Shift(tuple(TERMS)))
     assert torch.equal(bits(base[~inside]), bits(outside))
 
 
@@ -194,7 +194,7 @@ def test_frozen_tensors_never_change(scratch: str) -> None:
             if name in frozen:
                 assert torch.equal(bits(parameter), bits(frozen[name]))
         outputs(model, tokens())
-    view.apply(Update(tuple(TERMS), 0.5))
+    view.apply(Shift(tuple(TERMS), 0.5))
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     assert all(torch.equal(bits(after[n]), bits(t)) for n, t in (frozen | buffers).items())
 
@@ -205,7 +205,7 @@ def test_dtypes_side_by_side() -> None:
     view = ParameterView(tensors)
     with view.shifted(TERMS):
         assert all(torch.equal(bits(tensors[name]), bits(expected[name])) for name in tensors)
-    view.apply(Update(tuple(TERMS)))
+    view.apply(Shift(tuple(TERMS)))
     single = str(torch.float32)
     assert torch.equal(bits(tensors[single]), bits(expected[single]))
 
@@ -215,7 +215,7 @@ def test_a_tied_tensor_counts_and_moves_once() -> None:
     view = ParameterView({"first": shared, "second": shared, "third": torch.zeros(4)})
     assert list(view.tensors) == ["first", "third"]
     assert view.numel == 8
-    view.apply(Update((Term(1, 1.0),)))
+    view.apply(Shift((Term(1, 1.0),)))
     assert torch.equal(shared, reference(GAUSSIAN, "first", torch.zeros(4), [Term(1, 1.0)]))
 
 
@@ -224,7 +224,7 @@ def test_a_term_of_a_group_moves_that_group_alone() -> None:
     view = ParameterView(tensors, groups=[Group(r"head"), Group(r"weight")])
     index = {name: view.groups.index(view.group_of(name)) for name in tensors}
     assert index == {"head.weight": 0, "body.weight": 1, "body.bias": 2}
-    view.apply(Update((Term(1, 1.0, 0), Term(2, 2.0, 2), Term(3, 0.5))))
+    view.apply(Shift((Term(1, 1.0, 0), Term(2, 2.0, 2), Term(3, 0.5))))
     both = {0: [Term(1, 1.0), Term(3, 0.5)], 1: [Term(3, 0.5)], 2: [Term(2, 2.0), Term(3, 0.5)]}
     for name, tensor in tensors.items():
         expected = reference(GAUSSIAN, name, torch.zeros(5), both[index[name]])
@@ -238,7 +238,7 @@ def test_bad_terms_are_named_and_change_nothing(term: Term) -> None:
     with pytest.raises(TermError), view.shifted([Term(1, 1.0), term]):
         pass
     with pytest.raises(TermError):
-        view.apply(Update((Term(1, 1.0), term)))
+        view.apply(Shift((Term(1, 1.0), term)))
     assert torch.equal(tensor, torch.ones(3))
 
 
@@ -252,14 +252,14 @@ def test_a_coefficient_that_is_not_finite_is_no_place_and_too_large_a_step(
     with pytest.raises(TermError, match="is not finite"), view.shifted(terms):
         pass
     with pytest.raises(StepTooLargeError, match="use a smaller lr"):
-        view.apply(Update(terms))
+        view.apply(Shift(terms))
     assert torch.equal(tensor, torch.ones(3))
 
 
 def test_finite_coefficients_whose_sum_overflows_are_too_large_a_step() -> None:
     view = ParameterView({"w": torch.ones(3, dtype=torch.float64)})
     with pytest.raises(StepTooLargeError):
-        view.apply(Update((Term(1, 1e308), Term(2, 1e308))))
+        view.apply(Shift((Term(1, 1e308), Term(2, 1e308))))
 
 
 def test_a_shift_within_a_shift_goes_back_to_the_outer_one() -> None:
@@ -293,7 +293,7 @@ def test_a_copy_is_of_the_tensors_as_they_are_now() -> None:
 def test_snapshot_holds_values_not_references() -> None:
     view = ParameterView({"w": torch.ones(3), "v": torch.ones(2, 2).T})
     kept, digest = view.snapshot(), view.hash()
-    view.apply(Update((Term(1, 1.0),)))
+    view.apply(Shift((Term(1, 1.0),)))
     assert view.hash() != digest
     assert all(bool((t == 1).all()) for t in kept.values())
     view.restore(kept)

@@ -11,7 +11,6 @@ from zo_adapt.evaluation.objective import SetObjective as SetObjective
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk as FrozenTrunk
 from zo_adapt.loops.ask_tell import AskTell as AskTell
 from zo_adapt.loops.for_scipy import scipy_method as scipy_method
-from zo_adapt.loops.loop import Record as Record
 from zo_adapt.loops.loop import Result as Result
 from zo_adapt.loops.loop import StopReason as StopReason
 from zo_adapt.loops.loop import minimize as minimize
@@ -21,8 +20,9 @@ from zo_adapt.optimizers.mezo import MeZO as MeZO
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG as MeZOSVRG
 from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
+from zo_adapt.step import Step as Step
+from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Term as Term
-from zo_adapt.term import Update as Update
 from zo_adapt.trajectory.playback import Replay as Replay
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
@@ -41,13 +41,13 @@ __all__ = [
     "MeZOSVRG",
     "Objective",
     "ParameterView",
-    "Record",
     "Replay",
     "Result",
     "SetObjective",
+    "Shift",
+    "Step",
     "StopReason",
     "Term",
-    "Update",
     "ZOConfig",
     "ZOError",
     "ZOTrainer",

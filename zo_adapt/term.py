@@ -34,18 +34,6 @@ class Term(NamedTuple):
 Terms = tuple[Term, ...]
 
 
-class Update(NamedTuple):
-    """One step: ``theta <- decay * theta + sum_k c_k z(s_k)``.
-
-    Args:
-        terms: The direction moved, learning rate and sign included.
-        decay: Factor on the weights themselves (decoupled weight decay); 1.0 is none.
-    """
-
-    terms: Terms
-    decay: float = 1.0
-
-
 def scaled(terms: Iterable[Term], factor: float) -> Terms:
     """Multiply every coefficient by ``factor``."""
     return tuple(term._replace(coefficient=term.coefficient * factor) for term in terms)
@@ -68,6 +56,43 @@ def coalesced(terms: Iterable[Term]) -> Terms:
     for seed, coefficient, group in terms:
         total[seed, group] = total.get((seed, group), 0.0) + coefficient
     return tuple(Term(seed, value, group) for (seed, group), value in total.items())
+
+
+class Shift(NamedTuple):
+    """A place seen from another, or the step that leads there.
+
+    theta -> decay * theta + sum_k c_k z(s_k)
+
+    What a probe is evaluated at, what an update applies, and where a snapshot lies from here.
+
+    Args:
+        terms: The directions and how far along each; of an update, learning rate and sign included.
+        decay: Factor on theta itself (decoupled weight decay); 1.0 is none.
+
+    Example:
+        >>> there = Shift((Term(1, 0.5),)).then(Shift((Term(1, 0.25),), decay=0.5))
+        >>> there
+        Shift(terms=(Term(seed=1, coefficient=0.5, group=None),), decay=0.5)
+        >>> there.then(there.inverse()) == Shift((Term(1, 0.0),))
+        True
+    """
+
+    terms: Terms = ()
+    decay: float = 1.0
+
+    def then(self, shift: "Shift") -> "Shift":
+        """This shift followed by another: d2 (d1 theta + u1) + u2."""
+        return Shift(
+            coalesced((*scaled(self.terms, shift.decay), *shift.terms)), self.decay * shift.decay
+        )
+
+    def inverse(self) -> "Shift":
+        """The way back: where this shift starts, seen from where it ends."""
+        return Shift(scaled(self.terms, -1.0 / self.decay), 1.0 / self.decay)
+
+
+HERE = Shift()
+"""The live weights themselves."""
 
 
 def check_directions(terms: Iterable[Term], groups: int) -> Terms:

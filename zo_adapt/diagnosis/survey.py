@@ -21,7 +21,7 @@ from zo_adapt.diagnosis.advice import (
 )
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective, is_step_like, rows_needed
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.noise import philox
@@ -29,6 +29,7 @@ from zo_adapt.optimizers.estimator import direction
 from zo_adapt.optimizers.optimizer import usual_perturbation
 from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
 from zo_adapt.options import at_least_one, check_run, positive
+from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
 
 PROBE_STREAM = 4
@@ -106,7 +107,7 @@ def diagnose(
     usual, scales = _scales(view, is_step_like(objective), perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
-    evaluator = Evaluator(objective, view, micro_batch_size=micro_batch_size or batch_size)
+    evaluator = LocalEvaluator(objective, view, micro_batch_size=micro_batch_size or batch_size)
     survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
     table = _table(scales, found)
@@ -141,7 +142,7 @@ class Differences(NamedTuple):
 class _Survey:
     """Asks the same directions on the same rows at every scale."""
 
-    def __init__(self, evaluator: Evaluator, batches: Sequence[Batch], seed: int) -> None:
+    def __init__(self, evaluator: LocalEvaluator, batches: Sequence[Batch], seed: int) -> None:
         self.evaluator, self.batches = evaluator, batches
         count = len(batches)
         words = philox.words_numpy(seed, 0, PROBE_STREAM, 0, -(-count // 4))
@@ -172,7 +173,7 @@ class _Survey:
     def _asked(self, mu: float) -> list[list[Probe]]:
         groups = self.evaluator.view.groups
         return [
-            [Probe(direction(seed, mu, groups) if mu else (), part) for part in parts]
+            [Probe(Shift(direction(seed, mu, groups)) if mu else HERE, part) for part in parts]
             for seed, parts in zip(self.seeds, self.parts, strict=True)
         ]
 

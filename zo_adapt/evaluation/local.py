@@ -19,7 +19,7 @@ from zo_adapt.evaluation.values import Returned, checked_values, on_host
 from zo_adapt.view.parameters import ParameterView
 
 
-class Evaluator:
+class LocalEvaluator:
     """Evaluates probes and counts queries. One query = one forward of one sample.
 
     Args:
@@ -122,7 +122,8 @@ class Evaluator:
 
     def _evaluate(self, probe: Probe) -> Returned:
         parts = probe.batch.micro_batches(self.micro_batch_size)
-        with self.view.shifted(probe.terms, probe.decay, lambda way: self._captured(parts, way)):
+        at = probe.at
+        with self.view.shifted(at.terms, at.decay, lambda way: self._captured(parts, way)):
             return self._scored(list(map(self._call, parts)), [len(part) for part in parts])
 
     def _call(self, part: Batch) -> Any:

@@ -2,20 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from zo_adapt.data.batches import Batch
-from zo_adapt.term import Terms
+from zo_adapt.term import Shift
+from zo_adapt.view.parameters import ParameterView
 
 
 class Probe(NamedTuple):
-    """A question to the objective: its value on ``batch`` at decay * theta + terms."""
+    """A question to an objective: its value at a place, on a batch.
 
-    terms: Terms
+    Args:
+        at: The place, seen from the live weights.
+        batch: The rows.
+    """
+
+    at: Shift
     batch: Batch
-    decay: float = 1.0
 
 
 class Evaluation(NamedTuple):
@@ -33,3 +39,40 @@ def mean_value(evaluations: Sequence[Evaluation], weights: Sequence[int]) -> flo
     """The mean over all rows of several evaluations."""
     total = math.fsum(e.value * w for e, w in zip(evaluations, weights, strict=True))
     return total / sum(weights)
+
+
+class Evaluator(Protocol):
+    """Answers probes, in this process or elsewhere, and alone counts queries.
+
+    Optimizers and loops know no more of evaluation than this. One query = one forward of one
+    sample.
+
+    Attributes:
+        objective: What is asked.
+        view: What the probes are places of.
+        sign: -1.0 where the objective is maximised: values come out as losses.
+        queries: Made so far.
+    """
+
+    objective: Any
+    view: ParameterView
+    sign: float
+    queries: int
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """Answer every probe, in order; the weights are bit-identical afterwards.
+
+        Raises:
+            BudgetExhausted: The probes need more queries than are left; none was made.
+            ObjectiveError: The objective returned something that is not a loss.
+        """
+
+    def reserve(self, queries: int) -> None:
+        """Count queries that are about to be made.
+
+        Raises:
+            BudgetExhausted: More than are left.
+        """
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """A context in which the objective's model is ready to be evaluated."""

@@ -16,10 +16,11 @@ from zo_adapt.errors import (
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.loops.arrays import Form
-from zo_adapt.loops.loop import Record, StopReason
+from zo_adapt.loops.loop import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.rule import Budget, Progress
 from zo_adapt.options import check_run
+from zo_adapt.step import Step
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
 
@@ -101,7 +102,7 @@ class AskTell:
             self._asked = self._next()
         return [self._candidate(probe) for probe in self._asked]
 
-    def tell(self, values: Sequence[Any] | np.ndarray) -> Record:
+    def tell(self, values: Sequence[Any] | np.ndarray) -> Step:
         """Take the candidates' values, in their order, and move.
 
         Raises:
@@ -117,14 +118,13 @@ class AskTell:
         share = self._budget.used(self.steps + 1, self.queries) - done
         self._asked = []
         try:
-            info = self._optimizer.told(evaluations, Progress(done, share))
-            self._view.apply(info.update)
+            step = self._optimizer.told(evaluations, Progress(done, share))
+            self._view.apply(step.update)
         except StepTooLargeError:
             self.stop_reason = StopReason.STEP_TOO_LARGE
             raise
         self.steps += 1
-        value = self._sign * info.value
-        return Record(self.steps, self.queries, value, info.lr, info.projected_gradient, info.kind)
+        return step._replace(step=self.steps, queries=self.queries, value=self._sign * step.value)
 
     def _next(self) -> list[Probe]:
         if self.steps == self._budget.max_steps:
@@ -138,7 +138,7 @@ class AskTell:
         return probes
 
     def _candidate(self, probe: Probe) -> Any:
-        with self._view.shifted(probe.terms, probe.decay):
+        with self._view.shifted(probe.at.terms, probe.at.decay):
             return self._form.filled(self._view.tensors)
 
     def _checked(self, values: Any) -> list[Evaluation]:

@@ -13,7 +13,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Collate, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
 from zo_adapt.evaluation.joint.groups import JointRows
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
 from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk, trunk_for
@@ -22,6 +22,8 @@ from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.options import at_least_one, check_run
+from zo_adapt.step import Step
+from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -43,29 +45,6 @@ FAULTS: dict[type[Exception], StopReason] = {
 }
 
 
-class Record(NamedTuple):
-    """One line of the history.
-
-    Args:
-        step: Number of the step, from 1.
-        queries: Forwards of one sample so far.
-        value: Mean loss of the step's batch at the weights before the step, or at the points
-            around them that it evaluated.
-        lr: Learning rate applied.
-        projected_gradient: Root mean square of the step's projected gradients.
-        kind: "snapshot" or "minibatch".
-        metrics: The metrics of interest after the step, where they were due.
-    """
-
-    step: int
-    queries: int
-    value: float
-    lr: float
-    projected_gradient: float
-    kind: str
-    metrics: dict[str, float] | None = None
-
-
 class Result(NamedTuple):
     """What ``minimize`` returns. The weights are in the view's own tensors.
 
@@ -85,7 +64,7 @@ class Result(NamedTuple):
     queries: int
     stop_reason: StopReason
     message: str
-    history: list[Record]
+    history: list[Step]
     metrics: dict[str, float] | None = None
     metric_queries: int = 0
 
@@ -100,7 +79,7 @@ def minimize(
     max_steps: int | None = None,
     max_queries: int | None = None,
     seed: int = 0,
-    callback: Callable[[Record], None] | None = None,
+    callback: Callable[[Step], None] | None = None,
     progress: bool = True,
     maximize: bool | None = None,
     collate: Collate | None = None,
@@ -126,7 +105,7 @@ def minimize(
         max_steps: Budget in steps.
         max_queries: Budget in forwards of one sample; never exceeded.
         seed: Of directions and data order, 0 <= seed < 2**64. Same seed, same run.
-        callback: Called with a ``Record`` after every step; StopIteration stops the run.
+        callback: Called with a ``Step`` after every step; StopIteration stops the run.
         progress: Show a progress bar.
         maximize: Climb instead of descend; None: as the objective says (a metric is climbed).
         collate: Makes a batch of a list of examples; the objective's own by default.
@@ -178,7 +157,7 @@ def minimize(
     source = as_source(data, collate or getattr(objective, "collate", None))
     classes = class_labels(data) if stratify else None
     samples = Samples(source, batch_size, seed, classes, rows_needed(objective))
-    evaluator = Evaluator(
+    evaluator = LocalEvaluator(
         objective,
         view,
         maximize=maximize,
@@ -228,13 +207,10 @@ class _Loop:
 
     def __init__(self, run: Run, monitor: Monitor) -> None:
         self.run, self.monitor = run, monitor
-        self.history = [
-            Record(s.step, s.queries, s.value, s.lr, s.projected_gradient, s.kind)
-            for s in run.logged
-        ]
+        self.history = [step._replace(update=HERE) for step in run.logged]
 
     def until_stopped(
-        self, callback: Callable[[Record], None] | None, bar: "tqdm[Any]"
+        self, callback: Callable[[Step], None] | None, bar: "tqdm[Any]"
     ) -> tuple[StopReason, str]:
         """Step until a budget is used up, the callback stops or a fault does."""
         limit = self.run.budget.max_steps
@@ -254,18 +230,9 @@ class _Loop:
                 return StopReason.CALLBACK, ""
         return StopReason.MAX_STEPS, ""
 
-    def step(self) -> Record:
+    def step(self) -> Step:
         """One step, on record."""
-        info = self.run.step()
-        evaluator = self.run.evaluator
-        record = Record(
-            step=self.run.steps,
-            queries=evaluator.queries,
-            value=evaluator.sign * info.value,
-            lr=info.lr,
-            projected_gradient=info.projected_gradient,
-            kind=info.kind,
-            metrics=self.monitor.after(self.run.steps),
-        )
-        self.history.append(record)
-        return record
+        step = self.run.step()
+        step = step._replace(metrics=self.monitor.after(step.step))
+        self.history.append(step._replace(update=HERE))
+        return step

@@ -7,10 +7,11 @@ from typing import Any
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import Collate, Source, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.options import at_least_one
+from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
 Metrics = Mapping[str, Objective | SetObjective]
@@ -43,7 +44,9 @@ class Monitor:
         self._ready = {}
         for name, metric in metrics.items():
             source = as_source(data, collate or getattr(metric, "collate", None))
-            evaluator = Evaluator(metric, view, maximize=False, micro_batch_size=micro_batch_size)
+            evaluator = LocalEvaluator(
+                metric, view, maximize=False, micro_batch_size=micro_batch_size
+            )
             self._ready[name] = evaluator, source
 
     @property
@@ -64,11 +67,11 @@ class Monitor:
         return self._last[1]
 
 
-def _measured(evaluator: Evaluator, source: Source) -> float:
+def _measured(evaluator: LocalEvaluator, source: Source) -> float:
     """NaN where a metric is undefined (one class only): no reason to stop a run."""
     # A batch of its own: what is read of it is not kept from one measurement to the next.
     whole = Batch(source, range(len(source)))
     try:
-        return evaluator.evaluate([Probe((), whole)])[0].value
+        return evaluator.evaluate([Probe(HERE, whole)])[0].value
     except (NonFiniteObjectiveError, UndefinedMetricError):
         return math.nan

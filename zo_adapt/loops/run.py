@@ -6,15 +6,14 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError, TrajectoryError, TrajectoryWriteError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import is_step_like
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.optimizers.optimizer import Optimizer, StepInfo, ZerothOrder
+from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.rule import Budget
-from zo_adapt.term import Update
+from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Position, Reader, Writer
 from zo_adapt.trajectory.playback import apply_all, check_header, header_of
-from zo_adapt.trajectory.record import Step
 from zo_adapt.trajectory.safe_file import read_state, write_state
 
 
@@ -42,7 +41,7 @@ class Run:
     def __init__(
         self,
         optimizer: Optimizer,
-        evaluator: Evaluator,
+        evaluator: LocalEvaluator,
         samples: Samples,
         budget: Budget,
         seed: int,
@@ -52,7 +51,7 @@ class Run:
         self.optimizer, self.evaluator = optimizer, evaluator
         self.samples, self.budget, self.seed = samples, budget, seed
         self.steps = 0
-        self.last: StepInfo | None = None
+        self.last: Step | None = None
         self.logged: list[Step] = []
         """Steps of the run that were made before this process; filled by resuming."""
         step_like = is_step_like(evaluator.objective)
@@ -62,7 +61,7 @@ class Run:
         if trajectory is not None:
             self._open(Path(trajectory), resume)
 
-    def step(self) -> StepInfo:
+    def step(self) -> Step:
         """One step.
 
         Raises:
@@ -71,27 +70,30 @@ class Run:
         """
         view = self.evaluator.view
         with view.updates.settled():
-            info = self.optimizer.step(self.evaluator, self.samples, self.budget)
-            applied = info.update._replace(terms=view.checked(info.update))
+            step = self.optimizer.step(self.evaluator, self.samples, self.budget)
+            applied = step.update._replace(terms=view.checked(step.update))
+            step = step._replace(
+                step=self.steps + 1,
+                queries=self.evaluator.queries,
+                value=self.evaluator.sign * step.value,
+                update=applied,
+            )
             with uninterrupted():  # the file and the weights are those of one step
                 self.steps += 1
                 try:
-                    self._write(info, applied)
+                    self._write(step)
                 except TrajectoryWriteError:
                     self.steps -= 1
                     raise
                 view.apply_in_order(applied.terms, applied.decay)
-                self.last = info
-        return info
+                self.last = step
+        return step
 
-    def _write(self, info: StepInfo, applied: Update) -> None:
+    def _write(self, step: Step) -> None:
         """Record and state, both or neither."""
         if self._writer is None or not isinstance(self.optimizer, ZerothOrder):
             return
         before = self._writer.position
-        value = self.evaluator.sign * info.value
-        queries, projected = self.evaluator.queries, info.projected_gradient
-        step = Step(self.steps, queries, value, info.lr, projected, applied, info.kind)
         self._writer.append(step, self.optimizer.drawn)
         if self._state_path is not None:
             try:

@@ -18,29 +18,8 @@ from typing import NamedTuple, Protocol
 
 from zo_adapt.data.batches import Batch
 from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
-from zo_adapt.term import Term, Terms, Update, coalesced, scaled
+from zo_adapt.term import HERE, Shift, Term, Terms, coalesced
 from zo_adapt.view.group import Group
-
-
-class Point(NamedTuple):
-    """A place, seen from another: decay * theta + terms."""
-
-    terms: Terms = ()
-    decay: float = 1.0
-
-    def then(self, update: Update) -> "Point":
-        """The place after one more update."""
-        return Point(
-            coalesced((*scaled(self.terms, update.decay), *update.terms)),
-            self.decay * update.decay,
-        )
-
-    def inverse(self) -> "Point":
-        """Where this place was measured from, seen from this place."""
-        return Point(scaled(self.terms, -1.0 / self.decay), 1.0 / self.decay)
-
-
-HERE = Point()
 
 
 class Estimate(NamedTuple):
@@ -75,7 +54,7 @@ class Directions(NamedTuple):
 class Estimator(Protocol):
     """Forms a gradient estimate from evaluations at perturbed points."""
 
-    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+    def probes(self, along: Directions, at: Shift = HERE) -> list[Probe]:
         """The questions to ask."""
 
     def estimate(self, along: Directions, evaluations: Sequence[Evaluation]) -> Estimate:
@@ -92,7 +71,7 @@ class TwoSided:
     def __init__(self, perturbation_scale: float) -> None:
         self.mu = perturbation_scale
 
-    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+    def probes(self, along: Directions, at: Shift = HERE) -> list[Probe]:
         """The questions to ask."""
         return [
             _probe(at, direction(seed, sign * self.mu, along.groups), batch)
@@ -121,7 +100,7 @@ class OneSided:
     def __init__(self, perturbation_scale: float) -> None:
         self.mu = perturbation_scale
 
-    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+    def probes(self, along: Directions, at: Shift = HERE) -> list[Probe]:
         """The questions to ask."""
         base = [_probe(at, (), batch) for batch in _distinct(along.batches)]
         return base + [
@@ -166,8 +145,8 @@ def gradient(along: Directions, projected: Sequence[float]) -> Terms:
     )
 
 
-def _probe(at: Point, terms: Terms, batch: Batch) -> Probe:
-    return Probe(coalesced((*at.terms, *terms)), batch, at.decay)
+def _probe(at: Shift, terms: Terms, batch: Batch) -> Probe:
+    return Probe(Shift(coalesced((*at.terms, *terms)), at.decay), batch)
 
 
 def _distinct(batches: Iterable[Batch]) -> list[Batch]:

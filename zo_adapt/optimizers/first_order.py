@@ -10,12 +10,11 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
-from zo_adapt.evaluation.local import Evaluator
-from zo_adapt.optimizers.optimizer import StepInfo
+from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.optimizers.schedule import Schedule, schedule_named
 from zo_adapt.options import positive
-from zo_adapt.term import Update
+from zo_adapt.step import Step
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -58,14 +57,14 @@ class FirstOrder:
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         self._optimizer = self.kind([g for g in groups if g["params"]], **options)
 
-    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
+    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
         """One gradient step on one minibatch."""
         factor = self.schedule(budget.used(self._steps, evaluator.queries))
         batch = samples.minibatch()
         evaluator.reserve(len(batch))
         live = list(evaluator.view.tensors.values())
         with _differentiable(live), evaluator.ready():
-            loss = evaluator.sign * _mean_loss(evaluator.objective(batch.content))  # type: ignore[operator]
+            loss = evaluator.sign * _mean_loss(evaluator.objective(batch.content))
             gradients = torch.autograd.grad(loss, live, allow_unused=True)
         _check_finite(loss, gradients)
         for shadow, gradient in zip(self._tensors.values(), gradients, strict=True):
@@ -75,7 +74,7 @@ class FirstOrder:
         self._optimizer.step()
         self._steps += 1
         self._optimizer.zero_grad()
-        return StepInfo(float(loss.detach()), self.lr * factor, math.nan, Update(()))
+        return Step(self._steps, 0, float(loss.detach()), self.lr * factor, math.nan)
 
 
 class SGD(FirstOrder):

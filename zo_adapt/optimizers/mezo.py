@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.estimator import dealt
-from zo_adapt.optimizers.optimizer import StepInfo, ZerothOrder
+from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Schedule
 from zo_adapt.optimizers.shaping import Shaping, estimator, shaping_of
 from zo_adapt.options import at_least_one
+from zo_adapt.step import Step
 
 
 class MeZO(ZerothOrder):
@@ -96,7 +97,7 @@ class MeZO(ZerothOrder):
         self._along = self.directions(batches)
         return self.estimator.probes(self._along)
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
         """The step from the answers; not yet applied."""
         estimate = self.estimator.estimate(self._along, evaluations)
         return self.descend(estimate.terms, estimate, progress, lr=self.rule.lr)

@@ -7,12 +7,12 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.estimator import dealt
-from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Annealing, Schedule
 from zo_adapt.optimizers.shaping import Shaping, estimator, shaping_of
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
 from zo_adapt.options import at_least_one, positive
+from zo_adapt.step import Step
 
 
 class MeZOSVRG(VarianceReduced):
@@ -138,7 +138,7 @@ class MeZOSVRG(VarianceReduced):
         there = self.pair.probes(self._there, self.snapshot_point)
         return self.pair.probes(self._here) + there
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
         """The step from the answers; not yet applied."""
         if self.at_snapshot:
             here = self.estimator.estimate(self._here, evaluations)

@@ -3,13 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import StepTooLargeError
-from zo_adapt.evaluation.local import Evaluator
-from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
 from zo_adapt.noise.seeds import Seeds
 from zo_adapt.optimizers.estimator import Directions, Estimate
 from zo_adapt.optimizers.flat import FlatWatch
@@ -17,30 +16,13 @@ from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
 from zo_adapt.optimizers.rule import NOWHERE, Budget, Progress, StepRule
 from zo_adapt.optimizers.schedule import described
 from zo_adapt.options import positive_or_none
-from zo_adapt.term import Terms, Update
+from zo_adapt.step import Step
+from zo_adapt.term import Terms
 from zo_adapt.view.group import REACH, Group
 from zo_adapt.view.parameters import ParameterView
 
 SHARE, STEP_LIKE_SHARE = 1 / 25, 1 / 2.5
 """Of the way that a run goes: what a difference spans, on a smooth objective and on a count."""
-
-
-class StepInfo(NamedTuple):
-    """What one step did.
-
-    Args:
-        value: Mean loss of the step's batch where the weights were, or of its perturbed points.
-        lr: Learning rate applied, schedule and annealing included.
-        projected_gradient: Root mean square of the step's projected gradients; NaN first-order.
-        update: The terms applied; empty for a first-order step.
-        kind: "minibatch", or "snapshot" for a large-batch step.
-    """
-
-    value: float
-    lr: float
-    projected_gradient: float
-    update: Update
-    kind: str = "minibatch"
 
 
 class Optimizer(Protocol):
@@ -55,8 +37,8 @@ class Optimizer(Protocol):
             step_like: Whether the objective changes in jumps, as ``Objective`` has it.
         """
 
-    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
-        """Evaluate and say how to move; the loop applies ``StepInfo.update`` to the view.
+    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
+        """Evaluate and say how to move; the loop counts queries and applies ``Step.update``.
 
         Raises:
             BudgetExhausted: The step needs more queries than are left; nothing was done.
@@ -133,17 +115,17 @@ class ZerothOrder(ABC):
         """The probes of the next step."""
 
     @abstractmethod
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
         """Take the answers and return the step's update (not yet applied)."""
 
-    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> StepInfo:
+    def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
         """Ask, evaluate, tell."""
         done = budget.used(self.steps, evaluator.queries)
         evaluations = evaluator.evaluate(self.ask(samples))
         share = budget.used(self.steps + 1, evaluator.queries) - done
         return self.told(evaluations, Progress(done, share))
 
-    def told(self, evaluations: Sequence[Evaluation], progress: Progress) -> StepInfo:
+    def told(self, evaluations: Sequence[Evaluation], progress: Progress) -> Step:
         """``tell``, with a named error where numbers overflow.
 
         Raises:
@@ -205,7 +187,7 @@ class ZerothOrder(ABC):
         kind: str = "minibatch",
         directions: float | None = None,
         reuse: int = 1,
-    ) -> StepInfo:
+    ) -> Step:
         """The step along -terms.
 
         Args:
@@ -225,7 +207,7 @@ class ZerothOrder(ABC):
         rate = self.rule.rate(lr, directions or len(here.projected), share)
         update = self.rule.update(terms, here.projected, rate, self.groups)
         rms = math.sqrt(math.fsum(p * p for p in here.projected) / len(here.projected))
-        return StepInfo(here.value, rate, rms, update, kind)
+        return Step(self.steps, 0, here.value, rate, rms, update, kind)
 
 
 def usual_perturbation(displacement: float, finest: float, step_like: bool) -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.schedule import Annealing, RunningScale, Schedule, schedule_named
 from zo_adapt.options import positive
-from zo_adapt.term import Terms, Update, scaled
+from zo_adapt.term import HERE, Shift, Terms, scaled
 from zo_adapt.view.group import Group
 
 
@@ -122,7 +122,7 @@ class StepRule:
         projected: Sequence[float],
         rate: float,
         groups: Sequence[Group],
-    ) -> Update:
+    ) -> Shift:
         """The step along -terms at a rate that ``rate`` gave."""
         scale = self.scale.update(projected)
         if self.normalize and scale > 0.0:
@@ -148,7 +148,7 @@ class StepRule:
             self._annealed = self.annealing.observe(loss)
 
 
-def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Update:
+def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Shift:
     """Update theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
 
     Nothing moves, not even by the decay, when the estimate is exactly zero: ties are no signal.
@@ -157,7 +157,7 @@ def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: floa
         OptionError: The decay is 1 or more.
     """
     if all(term.coefficient == 0.0 for term in terms):
-        return Update(())
+        return HERE
     if lr * weight_decay >= 1.0:
         raise OptionError(
             f"weight_decay={weight_decay} at lr={lr:.3g} turns the weights' sign; choose "
@@ -167,4 +167,4 @@ def descent(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: floa
         term._replace(coefficient=-lr * groups[term.group or 0].lr * term.coefficient)
         for term in terms
     )
-    return Update(moved, 1.0 - lr * weight_decay)
+    return Shift(moved, 1.0 - lr * weight_decay)

@@ -26,15 +26,14 @@ import numpy as np
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
 from zo_adapt.optimizers.estimator import (
-    HERE,
     Directions,
     Estimate,
     Estimator,
     OneSided,
-    Point,
     TwoSided,
     gradient,
 )
+from zo_adapt.term import HERE, Shift
 
 Shape = Callable[[np.ndarray], np.ndarray]
 Shaping = Literal["auto", "ranks", "zscore", "loo"] | None
@@ -113,7 +112,7 @@ class ShapedOneSided(OneSided):
         super().__init__(perturbation_scale)
         self.shape, self.unit = shape, unit
 
-    def probes(self, along: Directions, at: Point = HERE) -> list[Probe]:
+    def probes(self, along: Directions, at: Shift = HERE) -> list[Probe]:
         """The questions to ask."""
         return super().probes(along, at)[-len(along.seeds) :]
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from zo_adapt.optimizers.estimator import HERE, Estimate, Point
-from zo_adapt.optimizers.optimizer import StepInfo, ZerothOrder
+from zo_adapt.optimizers.estimator import Estimate
+from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.rule import Progress, StepRule
 from zo_adapt.options import at_least_one
-from zo_adapt.term import Term, Terms, coalesced, scaled
+from zo_adapt.step import Step
+from zo_adapt.term import HERE, Shift, Term, Terms, coalesced, scaled
 
 
 class VarianceReduced(ZerothOrder):
@@ -44,11 +45,11 @@ class VarianceReduced(ZerothOrder):
         return self.steps % self.snapshot_interval == 0
 
     @property
-    def snapshot_point(self) -> Point:
+    def snapshot_point(self) -> Shift:
         """theta_bar, seen from the live weights: the updates since then, undone."""
         return self._since.inverse()
 
-    def snapshot_step(self, here: Estimate, progress: Progress, lr: float | None) -> StepInfo:
+    def snapshot_step(self, here: Estimate, progress: Progress, lr: float | None) -> Step:
         """Set theta_bar <- theta, g <- the estimate, and step along it."""
         self._gradient, self._since = here.terms, HERE
         self._directions_of_snapshot = len(here.projected)
@@ -56,7 +57,7 @@ class VarianceReduced(ZerothOrder):
 
     def corrected_step(
         self, here: Estimate, there: Estimate, progress: Progress, lr: float | None
-    ) -> StepInfo:
+    ) -> Step:
         """A step along g_I(theta) - g_I(theta_bar) + g."""
         terms = coalesced((*here.terms, *scaled(there.terms, -1.0), *self._gradient))
         pairs = zip(here.projected, there.projected, strict=True)
@@ -71,7 +72,7 @@ class VarianceReduced(ZerothOrder):
         lr: float | None,
         change: float,
         kind: str,
-    ) -> StepInfo:
+    ) -> Step:
         # The correction's directions add their noise to that of the snapshot's N.
         scale = self.rule.scale.value
         relative = change / scale**2 if scale else 0.0
@@ -101,4 +102,4 @@ class VarianceReduced(ZerothOrder):
         self._gradient = tuple(Term(*term) for term in state["gradient"])
         self._directions_of_snapshot = state["directions_of_snapshot"]
         terms, decay = state["since"]
-        self._since = Point(tuple(Term(*term) for term in terms), decay)
+        self._since = Shift(tuple(Term(*term) for term in terms), decay)

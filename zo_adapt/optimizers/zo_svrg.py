@@ -6,11 +6,11 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.estimator import TwoSided
-from zo_adapt.optimizers.optimizer import StepInfo
 from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
 from zo_adapt.optimizers.schedule import Schedule
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
 from zo_adapt.options import at_least_one
+from zo_adapt.step import Step
 
 
 class ZOSVRG(VarianceReduced):
@@ -94,7 +94,7 @@ class ZOSVRG(VarianceReduced):
             return here
         return here + self.estimator.probes(self._along, self.snapshot_point)
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> StepInfo:
+    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
         """The step from the answers; not yet applied."""
         count = 2 * len(self._along.seeds)
         here = self.estimator.estimate(self._along, evaluations[:count])

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.local import Evaluator
+from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
 from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.evaluation.trunk.frozen_trunk import trunk_for
@@ -141,7 +141,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         loss = 0.0
         try:
             self._samples.receive(self._batching.received(inputs))
-            loss = self._run.evaluator.sign * self._run.step().value
+            loss = self._run.step().value
         except BudgetExhausted:
             self._stop(StopReason.MAX_QUERIES, taken=False)
         except tuple(FAULTS) as error:
@@ -184,7 +184,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         self.view.check_finite()
         _, objective, optimizer = self._given
         self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
-        evaluator = Evaluator(
+        evaluator = LocalEvaluator(
             objective or TrainerLoss(self, self.model_wrapped),
             self.view,
             micro_batch_size=self.args.micro_batch_size,

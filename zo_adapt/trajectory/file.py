@@ -32,7 +32,8 @@ from zo_adapt.errors import (
     TruncatedTrajectoryWarning,
 )
 from zo_adapt.noise.seeds import NAME, Seeds
-from zo_adapt.trajectory.record import MOST_GROUPS, Step
+from zo_adapt.step import Step
+from zo_adapt.trajectory.record import MOST_GROUPS, decoded, encoded
 from zo_adapt.trajectory.safe_file import replace_file
 
 MAGIC = b"zo_traj"
@@ -102,7 +103,7 @@ class Writer:
             TrajectoryWriteError: The disk is full; the file ends with the record before.
         """
         fits = 8 * len(step.update.terms) <= _LARGEST
-        payload = step.to_bytes(self._seeds, drawn, self._rate) if fits else b""
+        payload = encoded(step, self._seeds, drawn, self._rate) if fits else b""
         if not fits or len(payload) > _LARGEST:
             raise TrajectoryWriteError(
                 f"a step of {len(step.update.terms)} terms does not fit a record of {_LARGEST} "
@@ -198,7 +199,7 @@ class Reader:
             while (record := self._read_record(file, position)) is not None:
                 payload, position = record
                 number += 1
-                yield Step.from_bytes(number, payload, self._seeds, rate), position
+                yield decoded(number, payload, self._seeds, rate), position
 
     def _read_record(self, file: BinaryIO, at: Position) -> tuple[bytes, Position] | None:
         head = file.read(_HEAD.size)

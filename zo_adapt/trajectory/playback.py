@@ -21,7 +21,7 @@ from torch import Tensor
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise.seeds import NAME
-from zo_adapt.term import Term, Update
+from zo_adapt.term import Shift, Term
 from zo_adapt.trajectory.file import Reader
 from zo_adapt.view.parameters import ParameterView
 
@@ -210,7 +210,7 @@ class Replay:
             self.step = 0
 
 
-def apply_all(view: ParameterView, updates: Sequence[Update]) -> None:
+def apply_all(view: ParameterView, updates: Sequence[Shift]) -> None:
     """Apply updates one after the other, many in one pass where that gives the same bits."""
     wide = all(t.dtype in (torch.float32, torch.float64) for t in view.tensors.values())
     run: list[Term] = []

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from zo_adapt.noise.seeds import Seeds
-from zo_adapt.term import Term, Terms, Update
+from zo_adapt.step import Step
+from zo_adapt.term import Shift, Term, Terms
 
 _KINDS = ("minibatch", "snapshot")
 _STEP = struct.Struct("<IHdddB")
@@ -33,62 +34,42 @@ MOST_GROUPS = 255
 """Groups that a record can tell apart."""
 
 
-class Step(NamedTuple):
-    """One record: what one step did.
+def encoded(step: Step, seeds: Seeds, drawn: int, rate: float = 0.0) -> bytes:
+    """The payload of a step.
 
     Args:
-        step: Number of the step, from 1; not stored, it is the record's place.
-        queries: Forwards of one sample so far.
-        value: Mean loss of the step's batch.
-        lr: Learning rate applied.
-        projected_gradient: Root mean square of the step's projected gradients.
-        update: The terms applied, and the decay.
-        kind: "minibatch" or "snapshot".
+        step: Its number and metrics are not stored: the number is the record's place.
+        seeds: The stream that the header names.
+        drawn: How many seeds of it were drawn up to this step.
+        rate: The weight decay that the header names.
     """
+    terms, decay = step.update
+    at_rate = decay == 1.0 - step.lr * rate
+    flags = _KINDS.index(step.kind) * _SNAPSHOT
+    if decay != 1.0:
+        flags |= _DECAYS_AT_RATE if at_rate else _DECAYS
+    low, high = step.queries & 0xFFFFFFFF, step.queries >> 32
+    parts = [_STEP.pack(low, high, step.value, step.lr, step.projected_gradient, flags)]
+    if flags & _DECAYS:
+        parts.append(_DECAY.pack(decay))
+    parts += [block.to_bytes() for block in _blocks(terms, seeds, drawn)]
+    return b"".join(parts)
 
-    step: int
-    queries: int
-    value: float
-    lr: float
-    projected_gradient: float
-    update: Update
-    kind: str = "minibatch"
 
-    def to_bytes(self, seeds: Seeds, drawn: int, rate: float = 0.0) -> bytes:
-        """The payload.
-
-        Args:
-            seeds: The stream that the header names.
-            drawn: How many seeds of it were drawn up to this step.
-            rate: The weight decay that the header names.
-        """
-        terms, decay = self.update
-        at_rate = decay == 1.0 - self.lr * rate
-        flags = _KINDS.index(self.kind) * _SNAPSHOT
-        if decay != 1.0:
-            flags |= _DECAYS_AT_RATE if at_rate else _DECAYS
-        low, high = self.queries & 0xFFFFFFFF, self.queries >> 32
-        parts = [_STEP.pack(low, high, self.value, self.lr, self.projected_gradient, flags)]
-        if flags & _DECAYS:
-            parts.append(_DECAY.pack(decay))
-        parts += [block.to_bytes() for block in _blocks(terms, seeds, drawn)]
-        return b"".join(parts)
-
-    @classmethod
-    def from_bytes(cls, number: int, payload: bytes, seeds: Seeds, rate: float = 0.0) -> "Step":
-        """Step ``number`` from a payload whose checksum was right."""
-        low, high, value, lr, projected, flags = _STEP.unpack_from(payload)
-        offset, decay = _STEP.size, 1.0 - lr * rate if flags & _DECAYS_AT_RATE else 1.0
-        if flags & _DECAYS:
-            (decay,) = _DECAY.unpack_from(payload, offset)
-            offset += _DECAY.size
-        terms: list[Term] = []
-        while offset < len(payload):
-            block, offset = _Block.from_bytes(payload, offset, seeds)
-            terms += block.terms()
-        update = Update(tuple(terms), decay)
-        queries = high << 32 | low
-        return cls(number, queries, value, lr, projected, update, _KINDS[flags & _SNAPSHOT])
+def decoded(number: int, payload: bytes, seeds: Seeds, rate: float = 0.0) -> Step:
+    """Step ``number`` from a payload whose checksum was right."""
+    low, high, value, lr, projected, flags = _STEP.unpack_from(payload)
+    offset, decay = _STEP.size, 1.0 - lr * rate if flags & _DECAYS_AT_RATE else 1.0
+    if flags & _DECAYS:
+        (decay,) = _DECAY.unpack_from(payload, offset)
+        offset += _DECAY.size
+    terms: list[Term] = []
+    while offset < len(payload):
+        block, offset = _Block.from_bytes(payload, offset, seeds)
+        terms += block.terms()
+    update = Shift(tuple(terms), decay)
+    queries = high << 32 | low
+    return Step(number, queries, value, lr, projected, update, _KINDS[flags & _SNAPSHOT])
 
 
 class _Block(NamedTuple):

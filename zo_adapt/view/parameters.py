@@ -13,7 +13,7 @@ from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.distributions import LARGEST_VALUE, noise_named, tensor_key
 from zo_adapt.noise.gathered import Gathered
 from zo_adapt.noise.sums import Memory, Sum, Sums
-from zo_adapt.term import Term, Terms, Update, check_directions, check_terms, coalesced
+from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
 from zo_adapt.view import selection
 from zo_adapt.view.adapters import check_adapters
 from zo_adapt.view.copied import Copied
@@ -217,7 +217,7 @@ class ParameterView:
         ]
         return self._stacks(sums, len(points))
 
-    def apply(self, update: Update) -> None:
+    def apply(self, update: Shift) -> None:
         """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
 
         fp16 and bf16 are rounded stochastically, by the same generator under the first seed: on
@@ -231,7 +231,7 @@ class ParameterView:
         """
         self.apply_in_order(self.checked(update), update.decay)
 
-    def checked(self, update: Update) -> Terms:
+    def checked(self, update: Shift) -> Terms:
         """The terms that ``apply`` will apply, each direction once.
 
         Raises:

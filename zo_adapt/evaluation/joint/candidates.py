@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_adapt.term import Term
+from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
 
-Point = tuple[Sequence[Term], float]
-"""Terms and a decay: decay * theta + sum_k c_k z(s_k)."""
 Stacks = Mapping[str, Tensor]
 """By attribute ("weight", "bias") the values at all points, (n, *shape)."""
 Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
@@ -73,7 +71,7 @@ class Candidates:
     @contextmanager
     def at(
         self,
-        points: Sequence[Point],
+        points: Sequence[Shift],
         leads: Collection[int],
         captured: Callable[[Hashable], bool] = lambda way: False,
     ) -> Iterator[set[str]]:

@@ -17,7 +17,7 @@ from zo_adapt.data.rows import NoRowsError, numbers, taken
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
-from zo_adapt.term import Term, Terms
+from zo_adapt.term import HERE, Shift, Term, Terms
 from zo_adapt.view.parameters import ParameterView
 
 CHECK_SEED = 5
@@ -67,7 +67,7 @@ class Check:
         coarse = _coarsest(self.view) > 1e-4
         if not effect > 0:
             return "the objective does not change with the weights"
-        with self.candidates.at([((), 1.0), (terms, 1.0)], batch.leads) as used:
+        with self.candidates.at([HERE, Shift(terms)], batch.leads) as used:
             pieces = batch.cut(self._call(batch))
         joint = [numbers(piece, size) for piece, size in zip(pieces, batch.sizes, strict=True)]
         alone = [base[: batch.sizes[0]], shifted[: batch.sizes[1]]]

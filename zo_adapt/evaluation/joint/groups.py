@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
 from zo_adapt.evaluation.joint.check import Check
-from zo_adapt.term import Terms
+from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.view.parameters import ParameterView
 
 JointRows = int | Literal["auto"] | None
@@ -35,22 +35,6 @@ STACK_BYTES = 256 * 2**20
 """Largest stack of perturbed tensors."""
 
 logger = logging.getLogger(__name__)
-
-
-class Asked(Protocol):
-    """A probe: the objective's value on a batch at a point."""
-
-    @property
-    def terms(self) -> Terms:
-        """Where, seen from the weights."""
-
-    @property
-    def batch(self) -> Batch:
-        """On what."""
-
-    @property
-    def decay(self) -> float:
-        """Factor on the weights."""
 
 
 class Joint:
@@ -99,7 +83,7 @@ class Joint:
         self._candidates: Candidates | None = None
         self._is_sound = False
 
-    def answers(self, probes: Sequence[Asked]) -> dict[int, Any]:
+    def answers(self, probes: Sequence[Probe]) -> dict[int, Any]:
         """What the objective returned for some of the probes, by their index, the rest alone."""
         found: dict[int, Any] = {}
         if self.obstacle is None and self._candidates is None and len(probes) > 1:
@@ -109,7 +93,7 @@ class Joint:
             return found
         for group in self._groups(probes):
             batch = JointBatch([probes[index].batch for index in group])
-            points = [(probes[index].terms, probes[index].decay) for index in group]
+            points = [probes[index].at for index in group]
             try:
                 if not self._sound(probes[group[0]].batch, probes[group[-1]].batch):
                     break
@@ -127,7 +111,7 @@ class Joint:
             found.update(zip(group, pieces, strict=True))
         return found
 
-    def _groups(self, probes: Sequence[Asked]) -> list[list[int]]:
+    def _groups(self, probes: Sequence[Probe]) -> list[list[int]]:
         """Indices of the probes that go together, at least two each."""
         units: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for index, probe in enumerate(probes):

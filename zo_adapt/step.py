@@ -1,0 +1,31 @@
+"""What one step did: what optimizers return, callbacks see and trajectories keep."""
+
+from typing import NamedTuple
+
+from zo_adapt.term import HERE, Shift
+
+
+class Step(NamedTuple):
+    """One step of a run.
+
+    Args:
+        step: Number of the step, from 1.
+        queries: Forwards of one sample so far, this step's included.
+        value: Mean of the objective over the step's batch at the weights before the step, or at the
+            perturbed points where the step asks about no others.
+        lr: Learning rate applied, schedule and annealing included.
+        projected_gradient: Root mean square of the step's projected gradients; NaN first-order.
+        update: The shift applied; ``HERE`` for a first-order step, and in ``Result.history``, which
+            would otherwise grow with the number of directions (a trajectory file keeps them).
+        kind: "minibatch", or "snapshot" for a large-batch step.
+        metrics: The watched metrics after the step, where they were due.
+    """
+
+    step: int
+    queries: int
+    value: float
+    lr: float
+    projected_gradient: float
+    update: Shift = HERE
+    kind: str = "minibatch"
+    metrics: dict[str, float] | None = None
