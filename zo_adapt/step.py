@@ -15,8 +15,8 @@ class Step(NamedTuple):
             perturbed points where the step asks about no others.
         lr: Learning rate applied, schedule and annealing included.
         projected_gradient: Root mean square of the step's projected gradients; NaN first-order.
-        update: The shift applied; ``HERE`` for a first-order step, and in ``Result.history``, which
-            would otherwise grow with the number of directions (a trajectory file keeps them).
+        update: The shift applied; ``HERE`` for a first-order step, and in what callbacks and the
+            history are given.
         kind: "minibatch", or "snapshot" for a large-batch step.
         metrics: The watched metrics after the step, where they were due.
     """
@@ -29,3 +29,7 @@ class Step(NamedTuple):
     update: Shift = HERE
     kind: str = "minibatch"
     metrics: dict[str, float] | None = None
+
+    def brief(self) -> "Step":
+        """The step without its terms, of which a long history would be full; files keep them."""
+        return self._replace(update=HERE)

@@ -124,7 +124,8 @@ class AskTell:
             self.stop_reason = StopReason.STEP_TOO_LARGE
             raise
         self.steps += 1
-        return step._replace(step=self.steps, queries=self.queries, value=self._sign * step.value)
+        step = step._replace(step=self.steps, queries=self.queries, value=self._sign * step.value)
+        return step.brief()
 
     def _next(self) -> list[Probe]:
         if self.steps == self._budget.max_steps:

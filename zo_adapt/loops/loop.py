@@ -23,7 +23,6 @@ from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.options import at_least_one, check_run
 from zo_adapt.step import Step
-from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -207,7 +206,7 @@ class _Loop:
 
     def __init__(self, run: Run, monitor: Monitor) -> None:
         self.run, self.monitor = run, monitor
-        self.history = [step._replace(update=HERE) for step in run.logged]
+        self.history = [step.brief() for step in run.logged]
 
     def until_stopped(
         self, callback: Callable[[Step], None] | None, bar: "tqdm[Any]"
@@ -232,7 +231,7 @@ class _Loop:
 
     def step(self) -> Step:
         """One step, on record."""
-        step = self.run.step()
+        step = self.run.step().brief()
         step = step._replace(metrics=self.monitor.after(step.step))
-        self.history.append(step._replace(update=HERE))
+        self.history.append(step)
         return step
