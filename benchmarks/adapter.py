@@ -29,6 +29,7 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Source, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.rule import Budget
 
@@ -60,7 +61,9 @@ def measure(size: str, dtype: str, graphs: bool, args: argparse.Namespace) -> li
     for title, optimizer in OPTIMIZERS.items():
         for kind, source in sources(data, loss).items():
             evaluator = LocalEvaluator(
-                loss, ParameterView.trainable(loss.model), cuda_graphs=graphs
+                loss,
+                ParameterView.trainable(loss.model),
+                EvaluationOptions(cuda_graphs="on" if graphs else "off"),
             )
             samples = Samples(source, args.batch, 0, classes=data["labels"].tolist())
             run = Run(optimizer(), evaluator, samples, Budget(10**9, None), 0)

@@ -34,6 +34,7 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.joint.groups import JointRows
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.term import Shift
 
@@ -93,7 +94,11 @@ class Way:
     """One way to evaluate the probes, timed in turn with the others."""
 
     def __init__(self, objective: Any, view: ParameterView, joint_rows: JointRows) -> None:
-        self.evaluator = LocalEvaluator(objective, view, joint_rows=joint_rows)
+        self.evaluator = LocalEvaluator(
+            objective,
+            view,
+            EvaluationOptions(joint_rows="off" if joint_rows is None else joint_rows),
+        )
         self.times: list[float] = []
         self.peak = 0
         self.answers: list[Evaluation] = []
@@ -134,7 +139,7 @@ def measure(
         "difference": float((alone - joined).abs().max()),
         "spread": float(alone.std()),
         "peak GiB": {name: way.peak / 2**30 for name, way in ways.items()},
-        "one at a time because": ways["joined"].evaluator.one_at_a_time,
+        "one at a time because": ways["joined"].evaluator.plan.why_not.get("joint"),
     }
 
 

@@ -34,6 +34,7 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.rule import Budget
@@ -141,7 +142,9 @@ def stepper(
 ) -> Callable[[], object]:
     """One step of a run over all weights on one and the same batch."""
     view = ParameterView.full(loss.model, noise=noise)
-    evaluator = LocalEvaluator(loss, view, joint_rows=None, cuda_graphs=graphs)
+    evaluator = LocalEvaluator(
+        loss, view, EvaluationOptions(joint_rows="off", cuda_graphs="on" if graphs else "off")
+    )
     size = len(data["labels"])
     samples = Samples(as_source(data), size, 0)
     return Run(optimizer, evaluator, samples, Budget(10**9, None), 0).step

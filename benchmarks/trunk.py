@@ -30,6 +30,7 @@ from zo_adapt import FrozenTrunk, MeZO, ParameterView, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
 
@@ -187,15 +188,20 @@ def measure(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     kinds = {title: kind for title, kind in KINDS.items() if capturable or not kind.captured}
     evaluators = {
         title: LocalEvaluator(
-            loss, view, trunk=trunk if kind.reused else None, cuda_graphs=kind.captured
+            loss,
+            view,
+            EvaluationOptions(
+                reuse_trunk=trunk if kind.reused else None,
+                cuda_graphs="on" if kind.captured else "off",
+            ),
         )
         for title, kind in kinds.items()
     }
     probe = Probe(HERE, Batch(as_source(data, loss.collate), range(len(data))))
     calls = {title: lambda e=e: e.evaluate([probe]) for title, e in evaluators.items()}
     values = {title: [call()[0].value for _ in range(WARM)][-1] for title, call in calls.items()}
-    if trunk.reason is not None:
-        raise RuntimeError(f"{name}: {trunk.reason}")
+    if trunk.why_not is not None:
+        raise RuntimeError(f"{name}: {trunk.why_not}")
     for title, evaluator in evaluators.items():
         if kinds[title].captured and not (evaluator._graphs and evaluator._graphs._graphs):
             raise RuntimeError(f"{name}: {title}: nothing was captured")

@@ -31,6 +31,7 @@ from zo_adapt.data.sources import as_source
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import Returned, on_host
 from zo_adapt.term import HERE, Shift
@@ -109,14 +110,14 @@ def both(
 ) -> tuple[Any, Any, LocalEvaluator]:
     """Answers one at a time, answers together, and the evaluator that gave those."""
     joined = LocalEvaluator(objective, view)
-    alone = LocalEvaluator(objective, view, joint_rows=None).evaluate(probes)
+    alone = LocalEvaluator(objective, view, EvaluationOptions(joint_rows="off")).evaluate(probes)
     return alone, joined.evaluate(probes), joined
 
 
 def refused(objective: Any, view: ParameterView, probes: list[Probe], reason: str) -> None:
     """Joining is given up, and the answers are bit for bit those of one at a time."""
     alone, answers, evaluator = both(objective, view, probes)
-    assert reason in str(evaluator.one_at_a_time)
+    assert reason in str(evaluator.plan.why_not.get("joint"))
     assert [a.value for a in alone] == [b.value for b in answers]
     patched = [m for m in view.model.modules() if "forward" in m.__dict__] if view.model else []
     assert not patched
@@ -133,7 +134,7 @@ def test_lora_of_every_family(family: str, reused: bool) -> None:
     loss = loss_of(model, family)
     probes = asked(source_of(loss, family))
     alone, answers, evaluator = both(loss, view, probes)
-    assert evaluator.one_at_a_time is None
+    assert evaluator.plan.why_not.get("joint") is None
     assert far(alone, answers) < 1e-6
     assert far(alone[:1], alone[1:2]) > 1e-4, "a shift must show"
     assert [len(e.per_example) for e in answers] == [len(p.batch) for p in probes]
@@ -146,7 +147,7 @@ def test_last_layers(family: str) -> None:
     view = ParameterView.last_layers(model, 1)
     loss = loss_of(model, family)
     alone, answers, evaluator = both(loss, view, asked(source_of(loss, family)))
-    assert evaluator.one_at_a_time is None
+    assert evaluator.plan.why_not.get("joint") is None
     assert far(alone, answers) < 2e-6
 
 
@@ -162,7 +163,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
         view = ParameterView.trainable(model) if adapter else ParameterView.last_layers(model, 1)
         loss = loss_of(model, family)
         alone, answers, evaluator = both(loss, view, asked(source_of(loss, family)))
-        assert evaluator.one_at_a_time is None
+        assert evaluator.plan.why_not.get("joint") is None
         assert far(alone, answers) < 4 * torch.finfo(dtype).eps
 
 
@@ -175,7 +176,7 @@ def test_embeddings_and_biases() -> None:
     for pattern in ("", "bias", "0.weight", "2.weight|3.bias"):
         view = ParameterView.matching(model, pattern)
         alone, answers, evaluator = both(loss, view, asked(source))
-        assert evaluator.one_at_a_time is None, pattern
+        assert evaluator.plan.why_not.get("joint") is None, pattern
         assert far(alone, answers) < 2e-6
 
 
@@ -188,7 +189,7 @@ def test_groups_move_apart() -> None:
     batch = Batch(source, range(5))
     probes = [Probe(Shift((Term(1, 0.05, g),), 0.8), batch) for g in (0, 1, 2)]
     alone, answers, evaluator = both(loss, view, probes)
-    assert evaluator.one_at_a_time is None
+    assert evaluator.plan.why_not.get("joint") is None
     assert far(alone, answers) < 1e-6
 
 
@@ -210,11 +211,11 @@ def test_verbaliser_and_metrics() -> None:
     view = ParameterView.trainable(model)
     loss = VerbalizerLoss(model, [7, 9])
     alone, answers, evaluator = both(loss, view, asked(source_of(loss)))
-    assert evaluator.one_at_a_time is None
+    assert evaluator.plan.why_not.get("joint") is None
     assert far(alone, answers) < 1e-6
     for metric in (F1(loss, min_rows=1), Accuracy(loss), 0.5 * Accuracy(loss) - 0.1 * loss):
         alone, answers, evaluator = both(metric, view, asked(source_of(metric)))
-        assert evaluator.one_at_a_time is None
+        assert evaluator.plan.why_not.get("joint") is None
         assert [a.value for a in answers] == pytest.approx([a.value for a in alone], abs=1e-6)
 
 
@@ -241,20 +242,24 @@ def test_model_calls_fall_and_the_weights_are_not_written() -> None:
         ({"joint_rows": 54}, 3),  # a share with its directions goes together
         ({"joint_rows": 30}, 6),  # or in parts of one share
         ({"joint_rows": 9}, 27),
-        ({"joint_rows": None}, 27),
+        ({"joint_rows": "off"}, 27),
         ({"joint_rows": 200, "micro_batch_size": 54}, 3),
-        ({"joint_rows": 200, "usual_rows": 6}, 1),
-        ({"joint_rows": 200, "usual_rows": 5}, 1 + 18),  # the share of 6 is cut in two
+        ({"joint_rows": 200, "batch_size": 6}, 1),
+        ({"joint_rows": 200, "batch_size": 5}, 1 + 18),  # the share of 6 is cut in two
         ({"micro_batch_size": 5}, 36),
     ],
 )
 def test_limits_on_rows(limits: dict[str, Any], expected: int) -> None:
     model = with_lora("distilbert")
     loss = ClassificationLoss(model)
-    evaluator = LocalEvaluator(loss, ParameterView.trainable(model), **limits)
+    batch_size = limits.get("batch_size")
+    options = EvaluationOptions(**{k: v for k, v in limits.items() if k != "batch_size"})
+    view = ParameterView.trainable(model)
+    evaluator = LocalEvaluator(loss, view, options, batch_size=batch_size)
     probes = asked(source_of(loss), directions=8)
     evaluator.evaluate(probes)
-    largest = limits.get("micro_batch_size") or max(limits.get("joint_rows") or 0, 6)
+    joint_rows = limits.get("joint_rows", "off")
+    largest = limits.get("micro_batch_size") or (6 if joint_rows == "off" else max(joint_rows, 6))
     sizes = []
     with calls_of(model) as calls:
         model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
@@ -270,7 +275,9 @@ def test_rows_of_very_different_numbers_do_not_join() -> None:
     loss = ClassificationLoss(model)
     source = source_of(loss)
     probes = [Probe(Shift((Term(1, 0.1),)), Batch(source, range(n))) for n in (1, 2, 7, 8, 16)]
-    evaluator = LocalEvaluator(loss, ParameterView.trainable(model), joint_rows=100)
+    evaluator = LocalEvaluator(
+        loss, ParameterView.trainable(model), EvaluationOptions(joint_rows=100)
+    )
     evaluator.evaluate(probes)
     with calls_of(model) as calls:
         evaluator.evaluate(probes)
@@ -292,7 +299,7 @@ def test_every_point_sees_one_draw_of_the_collate_function() -> None:
         [Probe(Shift((Term(1, 1e-9),)), batch) for batch in [Batch(source, range(5))] * 3]
         + [Probe(Shift((Term(1, 1e-9),)), batch) for batch in [Batch(source, range(5, 10))] * 3]
     )
-    assert evaluator.one_at_a_time is None
+    assert evaluator.plan.why_not.get("joint") is None
     for share in (answers[:3], answers[3:]):
         assert far(share[:2], share[1:]) < 1e-6
     assert far(answers[:3], answers[3:]) > 1e-3
@@ -304,7 +311,7 @@ def test_a_joint_batch() -> None:
     batch = JointBatch([first, second, first])
     assert batch.rows == (4, 5, 5, 7, 8, 9, 4, 5, 5)
     assert batch.content[:, 0].tolist() == list(batch.rows)
-    assert [piece.tolist() for piece in batch.cut(torch.arange(9))] == [[0, 1], [3, 4, 5], [6, 7]]
+    assert [piece.tolist() for piece in batch.read(torch.arange(9))] == [[0, 1], [3, 4, 5], [6, 7]]
     assert batch.leads == {9, 27}
 
 
@@ -312,12 +319,12 @@ def test_what_is_returned_for_several_points_is_not_read_point_by_point() -> Non
     source = as_source(torch.arange(10)[:, None].repeat(1, 3))
     batch = JointBatch([Batch(source, [4, 5]), Batch(source, [7, 8, 9])])
     values = torch.arange(6.0)
-    told = batch.told(values)
-    assert all(piece.values is values for piece in told)
-    read = on_host([Returned([piece], [size]) for piece, size in zip(told, (2, 3), strict=True)])
+    pieces = batch.rows_of(values)
+    assert all(piece.values is values for piece in pieces)
+    read = on_host([Returned([piece], [size]) for piece, size in zip(pieces, (2, 3), strict=True)])
     assert [one.values[0].tolist() for one in read] == [[0, 1], [3, 4, 5]]
     with pytest.raises(NoRowsError, match="5"):
-        batch.told(torch.arange(5.0))
+        batch.rows_of(torch.arange(5.0))
 
 
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 4)])
@@ -471,7 +478,7 @@ def test_weights_that_are_read_without_a_call(
     model = kind().eval()
     view = ParameterView.full(model)
     source = as_source(torch.randn(16, 3, 8))
-    with caplog.at_level(logging.WARNING, "zo_adapt"):
+    with caplog.at_level(logging.INFO, "zo_adapt"):
         refused(lambda x: model(x).square().sum((1, 2)), view, asked(source), reason)
     assert len([r for r in caplog.records if reason in r.message]) == (kind is not Tied)
 
@@ -498,7 +505,7 @@ def test_rows_that_know_of_each_other(function: Any) -> None:
     view = ParameterView.full(model)
     evaluator = LocalEvaluator(lambda x: function(x, model), view)
     evaluator.evaluate(asked(as_source(torch.randn(16, 8))))
-    assert evaluator.one_at_a_time
+    assert evaluator.plan.why_not.get("joint")
 
 
 def test_a_forward_that_stops_being_in_blocks_goes_one_by_one() -> None:
@@ -514,8 +521,8 @@ def test_a_forward_that_stops_being_in_blocks_goes_one_by_one() -> None:
     evaluator.evaluate(probes)
     odd[0] = True
     answers = evaluator.evaluate(probes)
-    assert evaluator.one_at_a_time is None
-    alone = LocalEvaluator(loss, view, joint_rows=None).evaluate(probes)
+    assert evaluator.plan.why_not.get("joint") is None
+    alone = LocalEvaluator(loss, view, EvaluationOptions(joint_rows="off")).evaluate(probes)
     assert [a.value for a in alone] == [b.value for b in answers]
 
 
@@ -523,7 +530,7 @@ def test_objectives_that_say_so_are_not_joined() -> None:
     model = with_lora("opt")
     view = ParameterView.trainable(model)
     loss = CausalLMLoss(model, reduction="token")
-    refused(loss, view, asked(source_of(loss, "opt")), "not asked for")
+    refused(loss, view, asked(source_of(loss, "opt")), "depends on the others")
     assert not (loss + CausalLMLoss(model)).joint
     assert (CausalLMLoss(model) + CausalLMLoss(model, reduction="sum")).joint
     assert GenerationReward.__init__.__kwdefaults__["do_sample"] is False
@@ -568,7 +575,7 @@ def test_nan_is_an_error() -> None:
     probes = asked(source_of(loss))
     evaluator = LocalEvaluator(loss, view)
     evaluator.evaluate(probes)
-    probes[3] = probes[3]._replace(terms=(Term(1, 3e37),))
+    probes[3] = Probe(Shift((Term(1, 3e37),)), probes[3].batch)
     with pytest.raises(NonFiniteObjectiveError, match="5 of 5 values"):
         evaluator.evaluate(probes)
 

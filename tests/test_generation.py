@@ -22,6 +22,7 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE, Shift
 
@@ -256,7 +257,9 @@ def test_both_points_draw_the_same_numbers_and_the_next_step_others(
     reward = a_reward(recorder, do_sample=True, temperature=1.5)
     batch = Batch(as_source(prompts(4), reward.collate), range(4))
     evaluator = LocalEvaluator(
-        reward, ParameterView.full(reward.model), micro_batch_size=micro_batch_size
+        reward,
+        ParameterView.full(reward.model),
+        EvaluationOptions(micro_batch_size=micro_batch_size),
     )
     tiny = [Probe(Shift((Term(7, sign * 1e-9),)), batch) for sign in (1.0, -1.0)]
     plus, minus = evaluator.evaluate(tiny)

@@ -14,6 +14,7 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.graphs import CALLS_BEFORE, Graphs
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE, Shift
 
@@ -36,7 +37,7 @@ def lora_model(device: str = "cpu") -> Any:
 def test_off_the_gpu_the_function_is_called() -> None:
     view = ParameterView({"x": torch.zeros(2)})
     graphs = Graphs(view)
-    assert graphs.obstacle == "the view is not on a GPU"
+    assert graphs.why_not == "the view is not on a GPU"
     for _ in range(CALLS_BEFORE + 2):
         assert graphs.call(lambda content: content["x"] + 1, {"x": torch.ones(1)}, None) == 2
 
@@ -48,8 +49,15 @@ def test_only_what_allows_it_is_captured() -> None:
     assert LocalEvaluator(lambda _: 0.0, view)._graphs is None
     by_layer = ParameterView.trainable(model, scratch="layer")
     assert LocalEvaluator(ClassificationLoss(model), by_layer)._graphs is not None
-    assert LocalEvaluator(lambda _: 0.0, view, cuda_graphs=True)._graphs is not None
-    assert LocalEvaluator(ClassificationLoss(model), view, cuda_graphs=False)._graphs is None
+    assert (
+        LocalEvaluator(lambda _: 0.0, view, EvaluationOptions(cuda_graphs="on"))._graphs is not None
+    )
+    assert (
+        LocalEvaluator(
+            ClassificationLoss(model), view, EvaluationOptions(cuda_graphs="off")
+        )._graphs
+        is None
+    )
 
 
 def values(evaluator: LocalEvaluator, source: Any, seeds: range) -> list[Tensor]:
@@ -74,11 +82,18 @@ def test_captured_values_are_those_of_plain_calls(scratch: Any, joint_rows: int 
         model = lora_model("cuda")
         view = ParameterView.trainable(model, scratch=scratch)
         loss = ClassificationLoss(model)
-        evaluator = LocalEvaluator(loss, view, cuda_graphs=graphs, joint_rows=joint_rows)
+        evaluator = LocalEvaluator(
+            loss,
+            view,
+            EvaluationOptions(
+                cuda_graphs="on" if graphs else "off",
+                joint_rows="off" if joint_rows is None else joint_rows,
+            ),
+        )
         source = as_source(examples(8), loss.collate)
         runs.append(values(evaluator, source, range(6)))
         assert (evaluator._graphs is not None and len(evaluator._graphs._graphs) > 0) == graphs
-        assert evaluator._graphs is None or evaluator._graphs.obstacle is None
+        assert evaluator._graphs is None or evaluator._graphs.why_not is None
     for plain, captured in zip(*runs, strict=True):
         assert torch.allclose(plain, captured, atol=1e-6)
 
@@ -116,7 +131,9 @@ def test_what_cannot_be_captured_runs_without() -> None:
         found = loss(batch)
         return found if found.max().item() > -1 else found * 0  # waits for the GPU
 
-    evaluator = LocalEvaluator(objective, ParameterView.trainable(model), cuda_graphs=True)
+    evaluator = LocalEvaluator(
+        objective, ParameterView.trainable(model), EvaluationOptions(cuda_graphs="on")
+    )
     source = as_source(examples(8), loss.collate)
     before = evaluator.view.hash()
     batch = Batch(source, range(8))
@@ -125,7 +142,7 @@ def test_what_cannot_be_captured_runs_without() -> None:
     ]
     assert len(set(answers)) == 1
     assert evaluator._graphs is not None
-    assert "capturing failed" in (evaluator._graphs.obstacle or "")
+    assert "capturing failed" in (evaluator._graphs.why_not or "")
     assert evaluator.view.hash() == before
 
 
@@ -140,8 +157,8 @@ def test_graphs_of_many_shapes_keep_what_they_read() -> None:
     loss.pad_to_multiple_of = 1
     view = ParameterView.full(model, scratch="layer")
     source = as_source(examples(40), loss.collate)
-    plain = LocalEvaluator(loss, view, cuda_graphs=False, joint_rows=None)
-    captured = LocalEvaluator(loss, view, cuda_graphs=True, joint_rows=None)
+    plain = LocalEvaluator(loss, view, EvaluationOptions(cuda_graphs="off", joint_rows="off"))
+    captured = LocalEvaluator(loss, view, EvaluationOptions(cuda_graphs="on", joint_rows="off"))
     for turn in range(8):
         for first in range(0, 40, 5):  # batches of many lengths, each again and again
             batch = Batch(source, range(first, first + 3 + turn % 2))
@@ -150,7 +167,7 @@ def test_graphs_of_many_shapes_keep_what_they_read() -> None:
             assert found == pytest.approx(expected, abs=1e-6)
             torch.cuda.empty_cache()
     assert captured._graphs is not None
-    assert captured._graphs.obstacle is None
+    assert captured._graphs.why_not is None
     assert len(captured._graphs._graphs) > 1
 
 
@@ -168,9 +185,11 @@ def test_a_graph_reads_no_value_that_was_made_before_it() -> None:
     view = ParameterView.full(model, scratch="layer")
     source = as_source(examples(40), loss.collate)
     loss.pad_to_multiple_of = 64
-    plain = LocalEvaluator(objective, view, cuda_graphs=False, joint_rows=None, micro_batch_size=4)
+    plain = LocalEvaluator(
+        objective, view, EvaluationOptions(cuda_graphs="off", joint_rows="off", micro_batch_size=4)
+    )
     captured = LocalEvaluator(
-        objective, view, cuda_graphs=True, joint_rows=None, micro_batch_size=4
+        objective, view, EvaluationOptions(cuda_graphs="on", joint_rows="off", micro_batch_size=4)
     )
     for turn in range(4):
         probe = Probe(Shift((Term(turn, 0.3),)), Batch(source, range(40)))
@@ -192,7 +211,9 @@ def test_points_of_one_step_are_all_captured_or_none(scratch: Any) -> None:
         return loss(batch)
 
     view = ParameterView.trainable(model, scratch=scratch)
-    evaluator = LocalEvaluator(objective, view, cuda_graphs=True, joint_rows=None)
+    evaluator = LocalEvaluator(
+        objective, view, EvaluationOptions(cuda_graphs="on", joint_rows="off")
+    )
     batch = Batch(as_source(examples(8), loss.collate), range(8))
     base = Probe(HERE, batch)  # at the weights themselves, where no layer is shifted
     probes = [base] + [Probe(Shift((Term(seed, 0.02),)), batch) for seed in range(CALLS_BEFORE + 3)]

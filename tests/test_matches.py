@@ -29,6 +29,7 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, FlatObjectiveWarning, NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -57,7 +58,9 @@ def evaluate(objective: Any, data: Any, size: int | None = None, *terms: Term) -
     source = as_source(data, objective.collate)
     view = ParameterView.full(objective.model)
     probe = Probe(Shift(terms), Batch(source, range(len(source))))
-    return LocalEvaluator(objective, view, micro_batch_size=size).evaluate([probe])[0]
+    return LocalEvaluator(objective, view, EvaluationOptions(micro_batch_size=size)).evaluate(
+        [probe]
+    )[0]
 
 
 def sigmoid(x: float) -> float:

@@ -45,6 +45,7 @@ from zo_adapt.errors import (
     UndefinedMetricError,
 )
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
 
@@ -71,7 +72,9 @@ def in_parts(metric: Any, logits: np.ndarray, labels: np.ndarray, size: int | No
     batch = Batch(as_source(whole(logits, labels)), range(len(labels)))
     view = ParameterView.full(metric.model)
     return (
-        -LocalEvaluator(metric, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0].value
+        -LocalEvaluator(metric, view, EvaluationOptions(micro_batch_size=size))
+        .evaluate([Probe(HERE, batch)])[0]
+        .value
     )
 
 
@@ -211,7 +214,9 @@ def test_exact_match_of_token_labels_whatever_the_padding() -> None:
     expected = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     assert metric(examples).tolist() == expected
     batch = Batch(as_source(examples, metric.collate), range(6))
-    evaluator = LocalEvaluator(metric, ParameterView.full(model), micro_batch_size=2)
+    evaluator = LocalEvaluator(
+        metric, ParameterView.full(model), EvaluationOptions(micro_batch_size=2)
+    )
     per_example = evaluator.evaluate([Probe(HERE, batch)])[0].per_example
     assert (-per_example).tolist() == expected
 

@@ -23,6 +23,7 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
 
@@ -114,7 +115,9 @@ def test_a_set_level_part_is_scored_once_and_the_rest_is_weighted_by_rows(
     mixed = 0.7 * loss - 0.3 * f1 + 2.0 * mean
     assert isinstance(mixed, SetObjective)
     batch = Batch(as_source(data, mixed.collate), range(10))
-    evaluator = LocalEvaluator(mixed, ParameterView.full(model), micro_batch_size=size)
+    evaluator = LocalEvaluator(
+        mixed, ParameterView.full(model), EvaluationOptions(micro_batch_size=size)
+    )
     value = evaluator.evaluate([Probe(HERE, batch)])[0].value
     with torch.no_grad():
         expected = 2.7 * float(loss(data).double().mean()) - 0.3 * score([f1.predict(data)])

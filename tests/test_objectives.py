@@ -34,6 +34,7 @@ from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError, OptionError, ZOError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
 
@@ -152,7 +153,9 @@ def test_a_batch_in_parts_weighs_every_row_the_same(kind: str) -> None:
     batch = Batch(as_source(rows, objective.collate), range(7))
     view = ParameterView.full(objective.model)
     whole, parts = (
-        LocalEvaluator(objective, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0]
+        LocalEvaluator(objective, view, EvaluationOptions(micro_batch_size=size)).evaluate(
+            [Probe(HERE, batch)]
+        )[0]
         for size in (None, 3)
     )
     assert whole.per_example is not None

@@ -37,6 +37,7 @@ from zo_adapt.errors import (
     UndefinedMetricError,
 )
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
 
@@ -108,7 +109,9 @@ def in_parts(metric: Any, queries: list[dict[str, Any]], size: int | None) -> fl
     batch = Batch(as_source(queries, metric.collate), range(len(queries)))
     view = ParameterView.full(metric.model)
     return (
-        -LocalEvaluator(metric, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0].value
+        -LocalEvaluator(metric, view, EvaluationOptions(micro_batch_size=size))
+        .evaluate([Probe(HERE, batch)])[0]
+        .value
     )
 
 

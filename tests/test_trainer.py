@@ -30,6 +30,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import TensorRows
 from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOError
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.loop import StopReason
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
@@ -237,7 +238,9 @@ def test_a_step_is_the_optimizers_own_on_the_batches_that_trainer_makes(tmp_path
 
     twin = lora_model()
     view, alone = ParameterView.trainable(twin), optimizer()
-    evaluator = LocalEvaluator(ClassificationLoss(twin), view, micro_batch_size=4)
+    evaluator = LocalEvaluator(
+        ClassificationLoss(twin), view, EvaluationOptions(micro_batch_size=4)
+    )
     alone.start(view, 11)
     for inputs in seen:
         samples = Samples(TensorRows(inputs), 16, 0)

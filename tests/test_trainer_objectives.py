@@ -28,6 +28,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Examples
 from zo_adapt.errors import DataError
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.optimizers.rule import Budget
 from zo_adapt.trainer.data import InputRows
 
@@ -168,7 +169,7 @@ def test_a_step_is_the_optimizers_own_on_the_examples_that_trainer_draws(
     view, alone, reward = (
         ParameterView.trainable(twin), optimizer(), a_reward(twin, do_sample=do_sample)
     )  # fmt: skip
-    evaluator = LocalEvaluator(reward, view, micro_batch_size=3)
+    evaluator = LocalEvaluator(reward, view, EvaluationOptions(micro_batch_size=3))
     alone.start(view, 11)
     for examples in seen:
         samples = Samples(Examples(examples, reward.collate), 8, 0)

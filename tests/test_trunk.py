@@ -28,12 +28,13 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.routes import ENTERING
 from zo_adapt.evaluation.trunk import keys
 from zo_adapt.evaluation.trunk.calls import Call
 from zo_adapt.evaluation.trunk.cut import RefusedError
 from zo_adapt.evaluation.trunk.form import form_of
-from zo_adapt.evaluation.trunk.graphs import ENTERING
 from zo_adapt.evaluation.trunk.store import Storage
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.selection import _block_list
@@ -134,7 +135,7 @@ def test_same_values_for_every_family(family: str, side: str) -> None:
         parts = [padded([rows[i] for i in pick], side) for pick in picks]
     for seed, batch in enumerate(parts + parts):
         assert_equal(both(trunk, view, objective, batch, seed))
-    assert trunk.reason is None
+    assert trunk.why_not is None
     with counted(model) as ran, torch.no_grad():
         for batch in parts:
             trunk.call(objective, batch)
@@ -148,7 +149,7 @@ def test_right_padding_of_any_width_is_reused(family: str) -> None:
     trunk, rows = FrozenTrunk(view), examples()
     for width in (6, 8, 7):
         assert_equal(both(trunk, view, objective, padded(rows, "right", width)))
-    assert trunk.reason is None
+    assert trunk.why_not is None
     with counted(model) as ran, torch.no_grad():
         trunk.call(objective, padded(rows[1:4], "right", 9))
     assert set(ran) == {1, 2}
@@ -174,7 +175,7 @@ def test_lora_of_the_last_layers(family: str, target: list[str], task: str) -> N
     trunk, rows = FrozenTrunk(view), examples()
     for seed in range(4):
         assert_equal(both(trunk, view, objective, padded(rows, "right"), seed))
-    assert (trunk.reason, trunk.rows) == (None, len(rows))
+    assert (trunk.why_not, trunk.rows) == (None, len(rows))
     with counted(model) as ran, torch.no_grad():
         trunk.call(objective, padded(rows[:2], "right"))
     assert set(ran) == {2}
@@ -184,7 +185,7 @@ def test_lora_of_the_last_layers(family: str, target: list[str], task: str) -> N
 
 def test_lora_of_the_first_layer_is_refused() -> None:
     view = ParameterView.trainable(lora("roberta", [0, 2], ["query"], "SEQ_CLS"))
-    assert "first of 3 layers" in str(FrozenTrunk(view).reason)
+    assert "first of 3 layers" in str(FrozenTrunk(view).why_not)
 
 
 @pytest.mark.parametrize("storage", ["device", "host", "disk"])
@@ -200,7 +201,7 @@ def test_each_storage(
     for _ in range(3):
         served, plain = both(trunk, view, objective, batch)
         assert torch.equal(served, plain)
-    assert (trunk.reason, trunk.rows) == (None, len(LENGTHS))
+    assert (trunk.why_not, trunk.rows) == (None, len(LENGTHS))
     assert 0 < trunk.nbytes <= 1 << 14
     assert list(tmp_path.iterdir()) == []
 
@@ -217,7 +218,7 @@ def test_the_byte_limit_holds_and_the_values_are_right(room: int) -> None:
         for seed in (1, 2):
             assert_equal(both(trunk, view, objective, batch, seed))
         assert trunk.nbytes <= room
-    assert trunk.reason is None
+    assert trunk.why_not is None
     tokens = [LENGTHS[i] for i in range(6)]
     assert (trunk.rows == len(rows)) is (room >= 32 * sum(tokens))
 
@@ -243,7 +244,7 @@ def test_room_that_changes_hands_is_read_anew() -> None:
         batch = padded([rows[first], rows[second]], "right")
         for seed in range(3):
             assert_equal(both(trunk, view, objective, batch, seed))
-    assert trunk.reason is None
+    assert trunk.why_not is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -253,7 +254,7 @@ def test_no_memory_is_spent_on_padding(side: str) -> None:
     trunk, batch = FrozenTrunk(view, max_bytes=32 * sum(LENGTHS)), padded(examples(), side, 30)
     for seed in range(3):
         assert_equal(both(trunk, view, objective, batch, seed))
-    assert (trunk.reason, trunk.rows) == (None, len(LENGTHS))
+    assert (trunk.why_not, trunk.rows) == (None, len(LENGTHS))
 
 
 def run(family: str, reuse: Any, optimizer: Any, **options: Any) -> Any:
@@ -319,14 +320,17 @@ def test_micro_batches_and_set_objectives(micro: int) -> None:
         source = as_source(examples(), loss.collate)
         trunk = FrozenTrunk(view)
         evaluators = [
-            LocalEvaluator(objective, view, micro_batch_size=micro, trunk=t) for t in (trunk, None)
+            LocalEvaluator(
+                objective, view, EvaluationOptions(micro_batch_size=micro, reuse_trunk=t)
+            )
+            for t in (trunk, "off")
         ]
         for seed in range(3):
             probe = Probe(Shift((Term(seed, 0.5),)), Batch(source, [0, 1, 2, 3, 3, 5, 0]))
             a, b = (e.evaluate([probe])[0].value for e in evaluators)
             assert a == pytest.approx(b, rel=1e-6)
         assert evaluators[0].queries == evaluators[1].queries == 21
-        assert (trunk.reason, trunk.rows) == (None, 5)
+        assert (trunk.why_not, trunk.rows) == (None, 5)
 
 
 def test_a_changed_frozen_weight_is_noticed() -> None:
@@ -340,7 +344,7 @@ def test_a_changed_frozen_weight_is_noticed() -> None:
     assert_equal(after)
     assert not torch.allclose(before, after[0])
     assert_equal(both(trunk, view, objective, batch))
-    assert trunk.reason is None
+    assert trunk.why_not is None
 
 
 def test_frozen_tensors_that_never_rest_end_the_reuse() -> None:
@@ -351,7 +355,7 @@ def test_frozen_tensors_that_never_rest_end_the_reuse() -> None:
         with torch.no_grad():
             model.get_submodule("bert.embeddings.LayerNorm").weight.mul_(1.1)
         assert_equal(both(trunk, view, objective, batch))
-    assert trunk.reason == "frozen tensors change from one evaluation to the next"
+    assert trunk.why_not == "frozen tensors change from one evaluation to the next"
 
 
 def test_a_collator_that_draws_at_random() -> None:
@@ -370,7 +374,7 @@ def test_a_collator_that_draws_at_random() -> None:
         served, plain = both(trunk, view, loss, batch)
         assert_equal((served, plain))
         seen.append(served)
-    assert trunk.reason is None
+    assert trunk.why_not is None
     assert not torch.allclose(seen[0], seen[-1])
 
 
@@ -453,12 +457,12 @@ def test_models_that_share_more_between_layers_are_right_or_refused(name: str) -
             asked = objective
         assert_equal(both(trunk, view, asked, batch, seed))
     if reason is None:
-        assert trunk.reason is None
+        assert trunk.why_not is None
         with counted(model) as ran, torch.no_grad():
             trunk.call(asked, batch)
         assert 0 not in ran and 2 in ran
     else:
-        assert reason in str(trunk.reason)
+        assert reason in str(trunk.why_not)
 
 
 def test_a_head_alone_runs_no_layer_at_all() -> None:
@@ -469,7 +473,7 @@ def test_a_head_alone_runs_no_layer_at_all() -> None:
         assert_equal(both(trunk, view, objective, batch, seed))
     with counted(model) as ran, torch.no_grad():
         trunk.call(objective, batch)
-    assert (trunk.reason, ran) == (None, [])
+    assert (trunk.why_not, ran) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -485,7 +489,7 @@ def test_tuned_weights_before_the_cut_are_refused(pattern: str, reason: str) -> 
     trunk, batch = FrozenTrunk(view), padded(examples(), "right")
     for seed in range(5):
         assert_equal(both(trunk, view, objective, batch, seed))
-    assert reason in str(trunk.reason)
+    assert reason in str(trunk.why_not)
 
 
 class Reading(nn.Module):
@@ -509,7 +513,7 @@ def test_a_weight_that_is_read_and_not_called_is_refused() -> None:
     trunk, x = FrozenTrunk(view), torch.randn(2, 4, 8)
     for seed in range(5):
         assert_equal(both(trunk, view, model, x, seed))
-    assert "'last', which is not called" in str(trunk.reason)
+    assert "'last', which is not called" in str(trunk.why_not)
 
 
 class Looping(nn.Module):
@@ -531,7 +535,7 @@ def test_layers_that_run_twice_are_refused() -> None:
     trunk, x = FrozenTrunk(view), torch.randn(2, 4, 8)
     for seed in range(5):
         assert_equal(both(trunk, view, model, x, seed))
-    assert "do not run once each" in str(trunk.reason)
+    assert "do not run once each" in str(trunk.why_not)
 
 
 class Skipping(nn.Module):
@@ -554,7 +558,7 @@ def test_a_skip_connection_is_refused() -> None:
     trunk, x = FrozenTrunk(view), torch.randn(2, 4, 8)
     for seed in range(5):
         assert_equal(both(trunk, view, model, x, seed))
-    assert "values differ" in str(trunk.reason)
+    assert "values differ" in str(trunk.why_not)
 
 
 class Gate(nn.Module):
@@ -588,7 +592,7 @@ def test_another_way_into_the_tuned_layers_is_refused_before_it_matters() -> Non
     trunk, x = FrozenTrunk(view), torch.randn(2, 4, 8)
     for seed in range(5):
         assert_equal(both(trunk, view, model, x, seed))
-    assert "in another way, too" in str(trunk.reason)
+    assert "in another way, too" in str(trunk.why_not)
 
 
 def test_hidden_states_that_are_returned_are_refused() -> None:
@@ -602,7 +606,7 @@ def test_hidden_states_that_are_returned_are_refused() -> None:
     trunk, batch = FrozenTrunk(view), padded(examples(), "right")
     for seed in range(5):
         assert_equal(both(trunk, view, objective, batch, seed))
-    assert trunk.reason == "the model returns what the frozen layers put out"
+    assert trunk.why_not == "the model returns what the frozen layers put out"
 
 
 def test_generation_goes_on_from_keys_and_values_and_is_refused() -> None:
@@ -617,7 +621,7 @@ def test_generation_goes_on_from_keys_and_values_and_is_refused() -> None:
     for seed in range(5):
         served, plain = both(trunk, view, objective, batch, seed)
         assert torch.equal(served, plain)
-    assert "DynamicCache" in str(trunk.reason)
+    assert "DynamicCache" in str(trunk.why_not)
 
 
 def test_an_unmasked_mean_keeps_the_padding_too() -> None:
@@ -631,7 +635,7 @@ def test_an_unmasked_mean_keeps_the_padding_too() -> None:
     trunk, batch = FrozenTrunk(view), padded(examples(), "right")
     for seed in range(5):
         assert_equal(both(trunk, view, objective, batch, seed))
-    assert trunk.reason is None
+    assert trunk.why_not is None
     with counted(model) as ran, torch.no_grad():
         trunk.call(objective, batch)
     assert set(ran) == {2}
@@ -651,7 +655,7 @@ def test_an_objective_that_raises_leaves_the_model_as_it_was() -> None:
             trunk.call(fails, batch)
         assert not [m for m in model.modules() if "forward" in m.__dict__]
     assert_equal(both(trunk, view, objective, batch))
-    assert trunk.reason is None
+    assert trunk.why_not is None
 
 
 def test_what_is_reused_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -666,8 +670,8 @@ def test_what_is_reused_is_logged_once(caplog: pytest.LogCaptureFixture) -> None
 def test_auto_wants_a_quarter_of_the_layers_and_true_wants_any() -> None:
     model = made("bert")
     last, all_but_one = (ParameterView.last_layers(model, n) for n in (1, 2))
-    assert FrozenTrunk(all_but_one, least=0.25).reason is None
-    assert FrozenTrunk(all_but_one, least=0.5).reason == "only 1 of 3 layers are frozen"
+    assert FrozenTrunk(all_but_one, least=0.25).why_not is None
+    assert FrozenTrunk(all_but_one, least=0.5).why_not == "only 1 of 3 layers are frozen"
     options: dict[str, Any] = {"batch_size": 2, "max_steps": 1, "progress": False}
     loss, full = ClassificationLoss(model), ParameterView.full(model)
     with pytest.raises(OptionError, match="first of 3 layers"):
@@ -709,7 +713,7 @@ def test_an_evaluation_in_the_two_parts_of_which_one_is_captured(family: str, si
                 value = objective(other)
             assert set(ran) == {2}
             assert_equal((value, objective(other)))
-    assert (trunk.reason, trunk.rows) == (None, len(rows))
+    assert (trunk.why_not, trunk.rows) == (None, len(rows))
     assert trunk.entering(objective, other, form) is None, "gradients are enabled"
 
 
@@ -734,7 +738,7 @@ def test_frozen_tensors_that_never_rest_end_the_reuse_in_two_parts_too() -> None
         for _ in range(6):
             model.get_submodule("bert.embeddings.LayerNorm").weight.mul_(1.1)
             trunk.entering(objective, batch, form)
-    assert trunk.reason == "frozen tensors change from one evaluation to the next"
+    assert trunk.why_not == "frozen tensors change from one evaluation to the next"
 
 
 def test_calls_that_a_batch_does_not_tell_of_have_no_form() -> None:
@@ -758,7 +762,9 @@ def test_a_batch_is_told_by_its_content_once(monkeypatch: pytest.MonkeyPatch) ->
     view, loss = ParameterView.last_layers(model, 1), ClassificationLoss(model)
     read, rows_of = [], keys._rows
     monkeypatch.setattr(keys, "_rows", lambda *a: read.append(None) or rows_of(*a))
-    evaluator = LocalEvaluator(loss, view, trunk=FrozenTrunk(view), joint_rows=None)
+    evaluator = LocalEvaluator(
+        loss, view, EvaluationOptions(reuse_trunk=FrozenTrunk(view), joint_rows="off")
+    )
     source = as_source(examples(), loss.collate)
     for pick in ([0, 1, 2], [3, 4]):
         batch = Batch(source, pick)
@@ -780,7 +786,15 @@ def captured_and_plain(
         loss = ClassificationLoss(model)
         loss.pad_to_multiple_of = 4
         found.append(
-            LocalEvaluator(loss, view, trunk=trunk, cuda_graphs=captured, joint_rows=joint_rows)
+            LocalEvaluator(
+                loss,
+                view,
+                EvaluationOptions(
+                    reuse_trunk=trunk or "off",
+                    cuda_graphs="on" if captured else "off",
+                    joint_rows="off" if joint_rows is None else joint_rows,
+                ),
+            )
         )
     return found[0], found[1]
 
@@ -803,7 +817,7 @@ def assert_answers_equal(
 
 def graphs_of(evaluator: LocalEvaluator) -> list[str]:
     assert evaluator._graphs is not None
-    assert evaluator._graphs.obstacle is None
+    assert evaluator._graphs.why_not is None
     return [str(key) for key in evaluator._graphs._graphs]
 
 
@@ -833,7 +847,7 @@ def test_captured_values_are_those_of_plain_calls(
             assert_answers_equal(pair, pick, 10 * turn + index)
     trunk, model = pair[0].trunk, pair[0].view.model
     assert trunk is not None and model is not None
-    assert (trunk.reason, trunk.rows) == (None, len(LENGTHS))
+    assert (trunk.why_not, trunk.rows) == (None, len(LENGTHS))
     kept = graphs_of(pair[0])
     assert len(kept) > 1
     assert all(ENTERING in key for key in kept)
@@ -857,7 +871,7 @@ def test_captured_values_of_rows_that_come_and_go(family: str, storage: Storage)
         assert_answers_equal(pair, pick, turn)
     trunk = pair[0].trunk
     assert trunk is not None
-    assert trunk.reason is None
+    assert trunk.why_not is None
     assert 0 < trunk.rows < len(LENGTHS)
     kept = graphs_of(pair[0])
     assert kept and all(ENTERING in key for key in kept)
@@ -872,7 +886,7 @@ def test_what_was_captured_with_a_trunk_is_not_replayed_without() -> None:
         assert_answers_equal(pair, pick, turn)
     assert all(ENTERING in key for key in graphs_of(pair[0]))
     assert pair[0].trunk is not None
-    pair[0].trunk.reason = "refused for this test"
+    pair[0].trunk.why_not = "refused for this test"
     change_frozen(pair)
     for turn in range(4):
         assert_answers_equal(pair, pick, turn)
@@ -891,7 +905,7 @@ def test_on_a_gpu(family: str, storage: Storage) -> None:
         batch = padded([rows[i] for i in pick], "right")
         values = both(trunk, view, objective, {n: t.cuda() for n, t in batch.items()}, seed)
         torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
-    assert trunk.reason is None
+    assert trunk.why_not is None
     with counted(model) as ran, torch.no_grad():
         trunk.call(objective, {n: t.cuda() for n, t in batch.items()})
     assert set(ran) == {2}

@@ -1,6 +1,7 @@
 """Checks of hyper-parameters."""
 
 import math
+import warnings
 
 from zo_adapt.errors import OptionError
 
@@ -49,3 +50,13 @@ def check_run(max_steps: int | None, max_queries: int | None, seed: int) -> None
             raise OptionError(f"{name}={limit}; choose a number >= 0")
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
+
+
+def renamed(old: str, new: str) -> None:
+    """Warn that a name goes away with the next version.
+
+    Args:
+        old: As the caller wrote it.
+        new: What to write instead.
+    """
+    warnings.warn(f"{old} is now {new}; the old name goes in 0.3", DeprecationWarning, stacklevel=3)

@@ -23,6 +23,7 @@ from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective, is_step_like, rows_needed
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.estimator import direction
@@ -107,7 +108,7 @@ def diagnose(
     usual, scales = _scales(view, is_step_like(objective), perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
-    evaluator = LocalEvaluator(objective, view, micro_batch_size=micro_batch_size or batch_size)
+    evaluator = LocalEvaluator(objective, view, EvaluationOptions(micro_batch_size or batch_size))
     survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
     table = _table(scales, found)

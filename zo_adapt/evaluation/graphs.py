@@ -35,7 +35,7 @@ class Graphs:
         view: Its tensors, and its model's, lie on a GPU.
 
     Attributes:
-        obstacle: Why nothing is captured; None: it is, or not known yet.
+        why_not: Why nothing is captured; None: it is, or not known yet.
     """
 
     def __init__(self, view: ParameterView) -> None:
@@ -51,51 +51,51 @@ class Graphs:
         self._weights = list({id(w): w for w in (*view.tensors.values(), *parameters)}.values())
         self._places = 0
         on_gpu = all(tensor.is_cuda for tensor in view.tensors.values())
-        self.obstacle = None if on_gpu else "the view is not on a GPU"
+        self.why_not = None if on_gpu else "the view is not on a GPU"
 
-    def call(self, function: Callable[[Any], Any], content: Any, way: Hashable) -> Any:
+    def call(self, function: Callable[[Any], Any], content: Any, key: Hashable) -> Any:
         """``function(content)``.
 
         Args:
             function: Runs kernels that depend on the tensors of the content alone.
             content: A mapping of tensors on a GPU; anything else is handed on.
-            way: What else decides which kernels run.
+            key: What else decides which kernels run.
         """
-        if self.obstacle is not None or not is_capturable(content):
+        if self.why_not is not None or not is_capturable(content):
             return function(content)
-        if self.holds(content, way):
-            return self._graphs[self._key(content, way)].replay(content)
-        key, shape = self._key(content, way), signature(content)
-        self._seen[key] = self._seen.get(key, 0) + 1
+        if self.holds(content, key):
+            return self._graphs[self._named(content, key)].replay(content)
+        named, shape = self._named(content, key), signature(content)
+        self._seen[named] = self._seen.get(named, 0) + 1
         late = shape in self._without or len(self._graphs) >= MOST
-        if self._seen[key] <= CALLS_BEFORE or late:
+        if self._seen[named] <= CALLS_BEFORE or late:
             self._without.add(shape)
             return function(content)
         try:
-            self._graphs[key] = self._captured(function, content)
+            self._graphs[named] = self._captured(function, content)
         except RuntimeError as error:
-            self.obstacle = f"capturing failed: {str(error).splitlines()[0]}"
-            logger.warning(f"evaluations run without CUDA graphs: {self.obstacle}")
+            self.why_not = f"capturing failed: {str(error).splitlines()[0]}"
+            logger.warning(f"evaluations run without CUDA graphs: {self.why_not}")
             torch.cuda.synchronize()
             return function(content)
-        return self._graphs[key].replay(content)
+        return self._graphs[named].replay(content)
 
     def begin(self) -> None:
         """Begin a step: look where the weights are now, for a graph holds their addresses."""
         self._places = hash(tuple([w.data_ptr() for w in self._weights]))
         self._without.clear()
 
-    def holds(self, content: Any, way: Hashable) -> bool:
+    def holds(self, content: Any, key: Hashable) -> bool:
         """Whether a call would be a replay."""
         return (
-            self.obstacle is None
+            self.why_not is None
             and is_capturable(content)
             and signature(content) not in self._without
-            and self._key(content, way) in self._graphs
+            and self._named(content, key) in self._graphs
         )
 
-    def _key(self, content: Mapping[str, Tensor], way: Hashable) -> Hashable:
-        return way, self._places, self._view.memory.generation, signature(content)
+    def _named(self, content: Mapping[str, Tensor], key: Hashable) -> Hashable:
+        return key, self._places, self._view.memory.generation, signature(content)
 
     def _captured(self, function: Callable[[Any], Any], content: Mapping[str, Tensor]) -> "_Graph":
         inputs = {name: tensor.clone() for name, tensor in content.items()}

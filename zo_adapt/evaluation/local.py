@@ -1,79 +1,82 @@
-"""Evaluations in this process: the one owner of them and of their count."""
+"""Evaluations in this process: probes in, values out, queries counted here alone.
 
-from collections.abc import Callable, Hashable, Sequence
+An evaluator composes its *route* once (``routes``: reuse the frozen trunk, replay graphs) and then
+answers every step's probes: those that may go together at several points in one forward
+(``joint``), the others one at a time.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.rows import NoRowsError
 from zo_adapt.evaluation.graphs import Graphs
-from zo_adapt.evaluation.joint.groups import Joint, JointRows
+from zo_adapt.evaluation.joint.batch import JointBatch
+from zo_adapt.evaluation.joint.candidates import NotJoint
+from zo_adapt.evaluation.joint.joining import Joint
 from zo_adapt.evaluation.mode import check_dropout
-from zo_adapt.evaluation.objective import Objective, SetObjective
+from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective
+from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.places import OnePoint, Place
+from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
-from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
-from zo_adapt.evaluation.trunk.graphs import TrunkGraphs
+from zo_adapt.evaluation.routes import route_of
+from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk, trunk_for
 from zo_adapt.evaluation.values import Returned, checked_values, on_host
 from zo_adapt.view.parameters import ParameterView
+
+logger = logging.getLogger(__name__)
 
 
 class LocalEvaluator:
     """Evaluates probes and counts queries. One query = one forward of one sample.
 
     Args:
-        objective: What is minimised.
+        objective: What is asked: an ``Objective``, or any callable of a batch.
         view: Where the probes shift.
-        maximize: Flip the sign, here and nowhere else; None: as the objective says.
-        micro_batch_size: Largest number of rows in one call of the objective; None is no limit.
+        options: Memory and speed.
+        batch_size: Rows of a step's minibatch: most rows in one call of the objective where the
+            options do not say; None is no limit.
         max_queries: Budget; a step that does not fit is not begun.
-        joint_rows: Largest number of rows in a call that answers several probes; see ``minimize``.
-        usual_rows: Stands in for ``micro_batch_size``, except in calls that answer several probes.
-        trunk: Runs the layers below the view once for each example; None runs them every time.
-        cuda_graphs: Whether calls on a GPU are captured; "auto": where the objective allows it.
+        maximize: Flip the sign, here and nowhere else; None: as the objective says.
 
     Raises:
-        OptionError: ``joint_rows`` is none of its values.
+        OptionError: The options cannot be had with this view.
     """
 
     def __init__(
         self,
-        objective: Objective | SetObjective,
+        objective: Objective | Callable[[Any], Any],
         view: ParameterView,
+        options: EvaluationOptions | None = None,
         *,
-        maximize: bool | None = None,
-        micro_batch_size: int | None = None,
+        batch_size: int | None = None,
         max_queries: int | None = None,
-        joint_rows: JointRows = "auto",
-        usual_rows: int | None = None,
-        trunk: FrozenTrunk | None = None,
-        cuda_graphs: bool | Literal["auto"] = "auto",
+        maximize: bool | None = None,
     ) -> None:
-        self.objective, self.view, self.trunk = objective, view, trunk
-        self._is_scored = isinstance(objective, SetObjective)
-        captures = cuda_graphs is True or (
-            cuda_graphs == "auto" and getattr(objective, "capturable", False)
-        )
-        self._graphs = Graphs(view) if captures else None
-        self._trunk_graphs = (
-            None if trunk is None or self._graphs is None else TrunkGraphs(trunk, self._graphs)
-        )
-        own = bool(getattr(objective, "maximize", False))
-        self.sign = -1.0 if (own if maximize is None else maximize) else 1.0
-        self.micro_batch_size = micro_batch_size or usual_rows
-        self.max_queries = max_queries
-        self.queries = 0
-        self._joint = Joint(
-            view,
-            self._call,
-            objective.score if isinstance(objective, SetObjective) else None,
-            captured=lambda part, way: self._captured([part], way),
-            joint_rows=joint_rows,
-            most_rows=micro_batch_size,
-            usual_rows=self.micro_batch_size,
-            allowed=bool(getattr(objective, "joint", True)),
-        )
+        options = options or EvaluationOptions()
+        self.objective, self.view = as_objective(objective), view
+        maximize = self.objective.maximize if maximize is None else maximize
+        self.sign = -1.0 if maximize else 1.0
+        self.micro_batch_size = options.micro_batch_size or batch_size
+        self.max_queries, self.queries = max_queries, 0
+
+        self._function: Callable[[Any], Any] = self.objective
+        self._score: Callable[[list[Any]], Any] | None = None
+        if isinstance(self.objective, SetObjective):
+            self._function, self._score = self.objective.predict, self.objective.score
+
+        found = trunk_for(view, options.reuse_trunk), _graphs(self.objective, view, options)
+        self.trunk = found[0] if isinstance(found[0], FrozenTrunk) else None
+        self._graphs = found[1] if isinstance(found[1], Graphs) else None
+        self._route = route_of(self._function, self.trunk, self._graphs)
+        self._joint = Joint(self.objective, view, options, self.micro_batch_size)
+        names = dict(zip(("trunk", "graphs"), found, strict=True))
+        self._why_not = {name: why for name, why in names.items() if isinstance(why, str)}
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Answer every probe, in order; the weights are bit-identical afterwards.
@@ -86,20 +89,15 @@ class LocalEvaluator:
         if self._graphs is not None:
             self._graphs.begin()
         with torch.no_grad(), self.ready():
-            together = self._joint.answers(probes)
+            together = self._together(probes)
             returned = [
                 self._scored([together[index]], [len(probe.batch)])
                 if index in together
-                else self._evaluate(probe)
+                else self._alone(probe)
                 for index, probe in enumerate(probes)
             ]
-        self.view.updates.locate()  # while the GPU is still at it
-        return [self._combine(*one) for one in on_host(returned)]
-
-    @property
-    def one_at_a_time(self) -> str | None:
-        """Why probes are evaluated one after another; None: they are not, or not known yet."""
-        return self._joint.obstacle
+        self.view.updates.read_addresses()  # while the GPU is still at it
+        return [self._evaluation(*one) for one in on_host(returned)]
 
     def reserve(self, queries: int) -> None:
         """Count queries that are about to be made.
@@ -113,52 +111,69 @@ class LocalEvaluator:
 
     def ready(self) -> AbstractContextManager[Any]:
         """The objective's own evaluation mode, or a check that the model is in it."""
-        if hasattr(self.objective, "evaluating"):
-            context: AbstractContextManager[Any] = self.objective.evaluating()
-            return context
+        if self.objective.evaluating is not None:
+            return self.objective.evaluating()
         if self.view.model is not None:
             check_dropout(self.view.model)
         return nullcontext()
 
-    def _evaluate(self, probe: Probe) -> Returned:
-        parts = probe.batch.micro_batches(self.micro_batch_size)
-        at = probe.at
-        with self.view.shifted(at.terms, at.decay, lambda way: self._captured(parts, way)):
-            return self._scored(list(map(self._call, parts)), [len(part) for part in parts])
-
-    def _call(self, part: Batch) -> Any:
-        """What the objective makes of one part: values, or predictions."""
-        if self.trunk is not None and self.trunk.reason is None:
-            if self._trunk_graphs is not None:
-                return self._trunk_graphs.call(self._function, part.content, self.view.way)
-            return self.trunk.call(self._function, part.content)
-        if self._graphs is not None:
-            return self._graphs.call(self._function, part.content, self.view.way)
-        return self._function(part.content)
-
     @property
-    def _function(self) -> Callable[[Any], Any]:
-        function: Callable[[Any], Any] = (
-            self.objective.predict if self._is_scored else self.objective  # type: ignore[union-attr, assignment]
+    def plan(self) -> Plan:
+        """How probes are evaluated, as far as the evaluations made so far have shown."""
+        ways = {"joint": self._joint, "trunk": self.trunk, "graphs": self._graphs}
+        found = {name: way.why_not for name, way in ways.items() if way is not None}
+        why_not = self._why_not | {name: why for name, why in found.items() if why is not None}
+        trunk = None if "trunk" in why_not else self.trunk
+        return Plan(
+            candidates=self._joint.most,
+            layers=0 if trunk is None else trunk.layers,
+            nbytes=0 if trunk is None else trunk.nbytes,
+            captured="graphs" not in why_not,
+            why_not=why_not,
         )
-        return function
 
-    def _captured(self, parts: list[Batch], way: Hashable) -> bool:
-        """Whether none of the parts runs the model's own code.
+    def _entered(self, place: Place, contents: Sequence[Any]) -> AbstractContextManager[None]:
+        """Inside, the model computes at a place; it is left alone where only graphs will run."""
+        return place.entered(all(self._route.replays(one, place.key) for one in contents))
 
-        With a trunk they may have to, and a replay is right in either case.
-        """
-        trunk = self.trunk is not None and self.trunk.reason is None
-        graphs = None if trunk else self._graphs
-        return graphs is not None and all(graphs.holds(part.content, way) for part in parts)
+    def _alone(self, probe: Probe) -> Returned:
+        parts = probe.batch.micro_batches(self.micro_batch_size)
+        contents = [part.content for part in parts]
+        place = OnePoint(self.view, probe.at)
+        with self._entered(place, contents):
+            returned = [self._route(content, place.key) for content in contents]
+            return self._scored(returned, [len(part) for part in parts])
+
+    def _together(self, probes: Sequence[Probe]) -> dict[int, Any]:
+        """What the objective returned for the probes that go together, by their index."""
+        found: dict[int, Any] = {}
+        for group in self._joint.groups(probes):
+            if not self._joint.is_sound(
+                probes[group[0]].batch, probes[group[-1]].batch, self._route
+            ):
+                break
+            batch = JointBatch([probes[index].batch for index in group])
+            try:
+                place = self._joint.at([probes[index].at for index in group], batch)
+                with self._entered(place, [batch.content]):
+                    returned = self._route(batch.content, place.key)
+                # A score is of predictions themselves, so they are read at once.
+                pieces = batch.read(returned) if self._score else batch.rows_of(returned)
+            except torch.OutOfMemoryError as error:
+                error.add_note(f"{len(batch)} rows were evaluated together; lower joint_rows")
+                raise
+            except (NotJoint, NoRowsError) as reason:
+                logger.debug("evaluated one at a time: %s", reason)
+                continue
+            found.update(zip(group, pieces, strict=True))
+        return found
 
     def _scored(self, returned: list[Any], sizes: list[int]) -> Returned:
-        if self._is_scored:
-            score: Callable[[list[Any]], Any] = self.objective.score  # type: ignore[union-attr]
-            return Returned([score(returned)], [sum(sizes)])
+        if self._score is not None:
+            return Returned([self._score(returned)], [sum(sizes)])
         return Returned(returned, sizes)
 
-    def _combine(self, returned: list[Any], sizes: list[int]) -> Evaluation:
+    def _evaluation(self, returned: list[Any], sizes: list[int]) -> Evaluation:
         values = [checked_values(*one) for one in zip(returned, sizes, strict=True)]
         if all(value.ndim == 1 for value in values):
             per_example = self.sign * (values[0] if len(values) == 1 else np.concatenate(values))
@@ -167,3 +182,12 @@ class LocalEvaluator:
         if len(means) == 1:
             return Evaluation(self.sign * means[0])
         return Evaluation(self.sign * float(np.average(means, weights=sizes)))
+
+
+def _graphs(objective: Objective, view: ParameterView, options: EvaluationOptions) -> Graphs | str:
+    """The graphs of a run, or why there are none."""
+    if options.cuda_graphs == "off":
+        return "they are switched off"
+    if options.cuda_graphs == "auto" and not objective.capturable:
+        return "the objective does not say that it can be captured"
+    return Graphs(view)

@@ -46,3 +46,26 @@ def rows_needed(objective: Objective | SetObjective) -> int:
 def is_step_like(objective: Objective | SetObjective) -> bool:
     """Whether the objective says that it changes in jumps."""
     return bool(getattr(objective, "step_like", False))
+
+
+class _Wrapped:
+    """Temporary: the attributes of an objective, with defaults."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        self.maximize = bool(getattr(given, "maximize", False))
+        self.independent_rows = bool(getattr(given, "joint", True))
+        self.capturable = bool(getattr(given, "capturable", False))
+        self.step_like = bool(getattr(given, "step_like", False))
+        self.evaluating = getattr(given, "evaluating", None)
+
+    def __call__(self, batch: Any) -> Any:
+        return self.given(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.given, name)
+
+
+def as_objective(given: Any) -> Any:
+    """Temporary."""
+    return _Wrapped(given)

@@ -12,11 +12,11 @@ from zo_adapt.data.labels import class_labels
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Collate, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
-from zo_adapt.evaluation.joint.groups import JointRows
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk, trunk_for
+from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.loops.monitor import Metrics, Monitor
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
@@ -83,7 +83,7 @@ def minimize(
     maximize: bool | None = None,
     collate: Collate | None = None,
     micro_batch_size: int | None = None,
-    joint_rows: JointRows = "auto",
+    joint_rows: int | Literal["auto"] | None = "auto",
     stratify: bool = True,
     metrics: Metrics | None = None,
     metrics_data: Any = None,
@@ -156,16 +156,14 @@ def minimize(
     source = as_source(data, collate or getattr(objective, "collate", None))
     classes = class_labels(data) if stratify else None
     samples = Samples(source, batch_size, seed, classes, rows_needed(objective))
+    options = EvaluationOptions(
+        micro_batch_size,
+        "off" if joint_rows is None else joint_rows,
+        {True: "on", False: "off"}.get(reuse_trunk, reuse_trunk),  # type: ignore
+        {True: "on", False: "off"}.get(cuda_graphs, cuda_graphs),  # type: ignore
+    )
     evaluator = LocalEvaluator(
-        objective,
-        view,
-        maximize=maximize,
-        micro_batch_size=micro_batch_size,
-        max_queries=max_queries,
-        joint_rows=joint_rows,
-        usual_rows=batch_size,
-        trunk=trunk_for(view, reuse_trunk),
-        cuda_graphs=cuda_graphs,
+        objective, view, options, batch_size=batch_size, max_queries=max_queries, maximize=maximize
     )
     view.check_adapters()
     view.check_finite()

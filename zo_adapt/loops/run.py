@@ -69,7 +69,7 @@ class Run:
                 weights and the file are those after the step before.
         """
         view = self.evaluator.view
-        with view.updates.settled():
+        with view.updates.fixed_addresses():
             step = self.optimizer.step(self.evaluator, self.samples, self.budget)
             applied = step.update._replace(terms=view.checked(step.update))
             step = step._replace(

@@ -17,8 +17,8 @@ from transformers.utils import logging
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.evaluation.trunk.frozen_trunk import trunk_for
 from zo_adapt.loops.loop import FAULTS, StopReason
 from zo_adapt.loops.monitor import Metrics, Monitor
 from zo_adapt.loops.run import Run
@@ -187,11 +187,13 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         evaluator = LocalEvaluator(
             objective or TrainerLoss(self, self.model_wrapped),
             self.view,
-            micro_batch_size=self.args.micro_batch_size,
-            usual_rows=self.state.train_batch_size,
+            EvaluationOptions(
+                self.args.micro_batch_size,
+                reuse_trunk="auto" if self.args.reuse_trunk else "off",
+                cuda_graphs="auto" if self.args.cuda_graphs else "off",
+            ),
+            batch_size=self.state.train_batch_size,
             max_queries=self.args.max_queries,
-            trunk=trunk_for(self.view, "auto" if self.args.reuse_trunk else False),
-            cuda_graphs="auto" if self.args.cuda_graphs else False,
         )
         source = self._batching.training(loader)
         samples = TrainerSamples(source, self.args.seed, rows_needed(evaluator.objective))

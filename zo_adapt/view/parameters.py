@@ -1,7 +1,7 @@
 """ParameterView: the tensors that may change, and the only code that changes them."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Self
 
 import numpy as np
@@ -99,8 +99,6 @@ class ParameterView:
         self.updates = Updates(self._plan(self.tensors, self.tensors))
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
-        self.way: Hashable = None
-        """How the model computes now, if not as its live tensors say."""
         self._stacks = Stacks(self.noise, self._places(self.tensors, self.tensors))
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
@@ -156,12 +154,7 @@ class ParameterView:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @contextmanager
-    def shifted(
-        self,
-        terms: Iterable[Term],
-        decay: float = 1.0,
-        captured: Callable[[Hashable], bool] = lambda way: False,
-    ) -> Iterator[None]:
+    def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
         """Inside, the model computes at ``decay * theta + sum_k c_k z(s_k)``.
 
         Afterwards every tensor is bit-identical to before, also when the body raises or is
@@ -170,39 +163,40 @@ class ParameterView:
         Args:
             terms: Seeds and coefficients; empty is theta itself.
             decay: Factor on theta.
-            captured: Whether the body only replays graphs that were captured in this way of
-                computing: these shift the layers by themselves.
 
         Raises:
             TermError: A seed, coefficient or group outside its range.
         """
-        checked = coalesced(check_terms(terms, len(self.groups)))
-        if not checked and decay == 1.0:
-            yield
-            return
-        sums = Sums(self._sums(checked, decay), memory=self.memory)
-        for device in self._gpus:
-            sums.on(device)  # now: a graph that is captured inside must not copy them
-        way = "layer" if self.by_layer else None
-        shift = self._way.loaded if captured(way) else self._way.shifted
-        with shift(sums), self.computing(way):
+        sums = self._sums_of_shift(terms, decay)
+        with nullcontext() if sums is None else self._way.shifted(sums):
             yield
 
     @contextmanager
-    def computing(self, way: Hashable) -> Iterator[None]:
-        """Inside, ``way`` says how the model computes: other kernels run than without."""
-        before, self.way = self.way, way
-        try:
+    def shifted_for_graphs(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
+        """As ``shifted``, for code that only replays graphs that were captured inside it.
+
+        Such graphs shift the layers by themselves: they read the terms from ``memory``.
+        """
+        sums = self._sums_of_shift(terms, decay)
+        with nullcontext() if sums is None else self._way.loaded(sums):
             yield
-        finally:
-            self.way = before
+
+    def _sums_of_shift(self, terms: Iterable[Term], decay: float) -> Sums | None:
+        """What a shift adds, on every GPU of the view; None for a shift that changes nothing."""
+        checked = coalesced(check_terms(terms, len(self.groups)))
+        if not checked and decay == 1.0:
+            return None
+        sums = Sums(self._sums(checked, decay), memory=self.memory)
+        for device in self._gpus:
+            sums.on(device)  # now: a graph that is captured inside must not copy them
+        return sums
 
     def recorded(self) -> AbstractContextManager[None]:
         """Inside, a graph is captured that reads what is computed in it, and the live tensors."""
         return self._way.recorded()
 
-    def stack(self, points: Sequence[tuple[Iterable[Term], float]]) -> dict[str, Tensor]:
-        """The tensors that n points (terms, decay) move, at all of them: name -> (n, *shape).
+    def stack(self, points: Sequence[Shift]) -> dict[str, Tensor]:
+        """The tensors that n points move, at all of them: name -> (n, *shape).
 
         Row i holds the very bits that the tensor has inside ``shifted(*points[i])``. The stacks are
         those of the call before, written anew, where as many points move the same groups.

@@ -18,8 +18,8 @@ class Updates:
     def __init__(self, accumulation: Accumulation) -> None:
         self._run = accumulation
         self._memory = Memory()
-        self._settled = False
-        self._located: Callable[[Sums], None] | None = None
+        self._addresses_fixed = False
+        self._at_addresses: Callable[[Sums], None] | None = None
 
     def __call__(self, sums: Sequence[Sum], rounding: int | None) -> None:
         """Add and round; all tensors move, or none.
@@ -29,21 +29,21 @@ class Updates:
             rounding: Seed of the stochastic rounding.
         """
         with uninterrupted():
-            (self._located or self._run)(Sums(sums, rounding, self._memory))
+            (self._at_addresses or self._run)(Sums(sums, rounding, self._memory))
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Inside, no tensor moves to other memory after ``locate``.
+    def fixed_addresses(self) -> Iterator[None]:
+        """Inside, no tensor moves to other memory after ``read_addresses``.
 
         An update need not look where each one is then, while a GPU waits for it.
         """
-        self._settled = True
+        self._addresses_fixed = True
         try:
             yield
         finally:
-            self._settled, self._located = False, None
+            self._addresses_fixed, self._at_addresses = False, None
 
-    def locate(self) -> None:
-        """Look where the tensors are, for the updates that follow inside ``settled``."""
-        if self._settled:
-            self._located = self._run.located()
+    def read_addresses(self) -> None:
+        """Look where the tensors are, for the updates that follow inside ``fixed_addresses``."""
+        if self._addresses_fixed:
+            self._at_addresses = self._run.located()

@@ -62,8 +62,8 @@ class JointBatch(Batch):
         """
         return {len(self), len(self) * max(second_sizes(self.content), default=1)}
 
-    def cut(self, tree: Any) -> list[Any]:
-        """The rows of every candidate, read.
+    def read(self, tree: Any) -> list[Any]:
+        """The rows of every candidate, brought to the host.
 
         Raises:
             NoRowsError: There is not one entry for every row.
@@ -71,15 +71,15 @@ class JointBatch(Batch):
         tree = tree.to("cpu") if isinstance(tree, Tensor) else tree  # one transfer for all
         return [taken(tree, rows, len(self)) for rows in self._slices()]
 
-    def told(self, tree: Any) -> list[Any]:
-        """The rows of every candidate; those of a tensor are not read, which may take waiting.
+    def rows_of(self, tree: Any) -> list[Any]:
+        """The rows of every candidate, those of a tensor left on its device: reading would wait.
 
         Raises:
             NoRowsError: There is not one entry for every row.
         """
         if isinstance(tree, Tensor) and tree.ndim and len(tree) == len(self):
             return [RowsOf(tree, rows) for rows in self._slices()]
-        return self.cut(tree)
+        return self.read(tree)
 
     def _slices(self) -> list[slice]:
         starts = range(0, len(self), self.block)

@@ -9,13 +9,14 @@ so that n small forwards cost little more than one where a forward is bound by l
 reading the frozen weights. The live tensors are never written.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zo_adapt.evaluation.forward import replaced_forwards
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
@@ -36,15 +37,15 @@ class Candidates:
         view: Its tensors must all belong to linear layers, layer norms and embeddings, each to one.
 
     Attributes:
-        obstacle: Why that cannot be done with this view; None if it can.
+        why_not: Why that cannot be done with this view; None if it can.
     """
 
     def __init__(self, view: ParameterView) -> None:
         self.view = view
         self._modules: dict[nn.Module, dict[str, str]] = {}
-        self.obstacle = self._plan()
+        self.why_not = self._why_not()
 
-    def _plan(self) -> str | None:
+    def _why_not(self) -> str | None:
         if self.view.model is None:
             return "the view has no model"
         if self.view.by_layer:
@@ -68,41 +69,64 @@ class Candidates:
             return "a tensor belongs to several modules, or to none"
         return None
 
-    @contextmanager
-    def at(
-        self,
-        points: Sequence[Shift],
-        leads: Collection[int],
-        captured: Callable[[Hashable], bool] = lambda way: False,
-    ) -> Iterator[set[str]]:
-        """Inside, the model computes block i of its rows at ``points[i]``.
+    def at(self, points: Sequence[Shift], leads: Collection[int]) -> "ManyPoints":
+        """The place where block i of a batch's rows is computed at ``points[i]``.
 
         Args:
             points: n of them; a batch's rows are n blocks of equal size.
             leads: Sizes of a module's first dimension that are rows in blocks; any other is
                 refused.
-            captured: Whether the body only replays graphs that were captured in this way of
-                computing: these read the points by themselves.
+        """
+        return ManyPoints(self._modules, self.view.stack(points), len(points), leads)
 
-        Yields:
-            Names of the tensors that were used; filled as the model runs.
+
+class ManyPoints:
+    """Several points, each for its own block of a batch's rows.
+
+    Made by ``Candidates.at``, and written over by the next one: the stacks are the same.
+
+    Args:
+        modules: With the names of their tuned tensors by attribute.
+        stacks: Those tensors that move, at all points, by name.
+        count: n, the number of points.
+        leads: As for ``Candidates.at``.
+
+    Attributes:
+        used: Names of the tensors that were used; filled as the model runs.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[nn.Module, Mapping[str, str]],
+        stacks: Stacks,
+        count: int,
+        leads: Collection[int],
+    ) -> None:
+        self._modules, self._stacks = modules, stacks
+        self._count, self._leads = count, frozenset(leads)
+        self.used: set[str] = set()
+
+    @property
+    def key(self) -> Hashable:
+        """How many points, and where the stacks lie: a graph reads them there."""
+        addresses = tuple((name, stack.data_ptr()) for name, stack in self._stacks.items())
+        return "candidates", self._count, self._leads, addresses
+
+    def entered(self, replaying: bool = False) -> AbstractContextManager[None]:
+        """Inside, the model computes at the points.
 
         Raises:
             NotJoint: (inside) A module is called with rows that are not in blocks.
         """
-        stacks = self.view.stack(points)
-        used: set[str] = set()
-        places = tuple((name, stack.data_ptr()) for name, stack in stacks.items())
-        way = "candidates", len(points), frozenset(leads), places
-        with ExitStack() as undo, self.view.computing(way):
-            for module, names in () if captured(way) else self._modules.items():
-                own = {a: stacks[name] for a, name in names.items() if name in stacks}
-                if own:
-                    forward = _forward(module, own, len(points), leads, used, names)
-                    # As nn.Module.__setattr__ would do, without its search.
-                    module.__dict__["forward"] = forward
-                    undo.callback(module.__dict__.pop, "forward")
-            yield used
+        return replaced_forwards({} if replaying else self._forwards())
+
+    def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        found = {}
+        for module, names in self._modules.items():
+            own = {a: self._stacks[name] for a, name in names.items() if name in self._stacks}
+            if own:
+                found[module] = _forward(module, own, self._count, self._leads, self.used, names)
+        return found
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_adapt.evaluation.forward import replaced_forwards
 from zo_adapt.evaluation.trunk.cut import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
 from zo_adapt.evaluation.trunk.store import Store
@@ -103,14 +104,12 @@ class Calls:
     @contextmanager
     def observed(self) -> Iterator[None]:
         """Inside, the model's own code calls what is defined here."""
-        with ExitStack() as stack:
-            for module in self.where.around:
-                stack.enter_context(_replaced(module, self._around))
-            for index, block in enumerate(self.where.frozen):
-                stack.enter_context(_replaced(block, self._frozen, index))
-            for block in self.where.tuned:
-                stack.enter_context(_replaced(block, self._tuned))
-            for name, module in self.where.after.items():
+        where = self.where
+        forwards = {module: _wrapped(module, self._around) for module in where.around}
+        forwards |= {b: _wrapped(b, self._frozen, i) for i, b in enumerate(where.frozen)}
+        forwards |= {block: _wrapped(block, self._tuned) for block in where.tuned}
+        with replaced_forwards(forwards), ExitStack() as stack:
+            for name, module in where.after.items():
                 # A hook, since objectives look for a forward that was put on the instance.
                 handle = module.register_forward_pre_hook(self._noting(name))
                 stack.callback(handle.remove)
@@ -243,9 +242,7 @@ def skipped(
             hidden = entering
         return _output(hidden, shapes[index])
 
-    with ExitStack() as stack:
-        for index, block in enumerate(where.frozen):
-            stack.enter_context(_replaced(block, skip, index))
+    with replaced_forwards({b: _wrapped(b, skip, i) for i, b in enumerate(where.frozen)}):
         yield
 
 
@@ -258,23 +255,15 @@ def _captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-@contextmanager
-def _replaced(module: nn.Module, function: Callable[..., Any], *more: Any) -> Iterator[None]:
-    """Inside, ``module.forward`` is ``function(forward, *more, ...)``."""
-    before, forward = module.__dict__.get("forward"), module.forward
+def _wrapped(module: nn.Module, function: Callable[..., Any], *more: Any) -> Callable[..., Any]:
+    """``function(forward, *more, ...)`` in place of the module's forward."""
+    forward = module.forward
 
     @wraps(forward)  # generate() looks at the signature for what a model takes
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return function(forward, *more, *args, **kwargs)
 
-    # As nn.Module.__setattr__ would do, without its search: this is done at every evaluation.
-    module.__dict__["forward"] = replacement
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
+    return replacement
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

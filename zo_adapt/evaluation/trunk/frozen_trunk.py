@@ -19,12 +19,12 @@ from torch import Tensor
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.calls import Call, Calls, Recorded, kind_of, skipped
-from zo_adapt.evaluation.trunk.checks import alike, close, tolerance_of
 from zo_adapt.evaluation.trunk.cut import RefusedError, can_trim, cut
 from zo_adapt.evaluation.trunk.form import Form
 from zo_adapt.evaluation.trunk.keys import Keys, Rows
 from zo_adapt.evaluation.trunk.store import Storage, Store
-from zo_adapt.options import at_least_one
+from zo_adapt.evaluation.trust import close, same_calls, tolerance_of
+from zo_adapt.options import at_least_one, renamed
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class FrozenTrunk:
     Nothing is taken on trust: the order in which the layers run is observed, and the first answers
     (for whole rows, and for rows cut to their length) are computed again without the trunk. Where
     the tuned layers' inputs or the objective's values differ by more than 1e-5 (fp32; 1e-2 in fp16
-    and 5e-2 in bf16), the trunk is not used and ``reason`` says why. These two evaluations are not
+    and 5e-2 in bf16), the trunk is not used and ``why_not`` says why. These two evaluations are not
     queries: the optimizer does not see them.
 
     Rows padded on the right are reused in a batch of any width; rows padded on the left in batches
@@ -61,7 +61,7 @@ class FrozenTrunk:
         least: Smallest share of the layers that must be frozen, 0 .. 1.
 
     Attributes:
-        reason: Why nothing is reused, as a sentence; None while it is.
+        why_not: Why nothing is reused, as a sentence; None while it is.
 
     Raises:
         OptionError: ``max_bytes`` below 1, or another storage.
@@ -78,9 +78,9 @@ class FrozenTrunk:
         >>> batch = loss.collate([{"input_ids": [2, 7], "label": 0}])
         >>> with torch.no_grad():
         ...     first, again = trunk.call(loss, batch), trunk.call(loss, batch)
-        >>> trunk.reason, trunk.rows, bool(torch.allclose(first, again))
+        >>> trunk.why_not, trunk.rows, bool(torch.allclose(first, again))
         (None, 1, True)
-        >>> FrozenTrunk(ParameterView.full(model)).reason
+        >>> FrozenTrunk(ParameterView.full(model)).why_not
         'the view holds weights of the first of 4 layers (bert.encoder.layer)'
     """
 
@@ -96,7 +96,9 @@ class FrozenTrunk:
             raise OptionError(f"storage={storage!r}; choose 'device', 'host' or 'disk'")
         self.view = view
         self._store = Store(at_least_one("max_bytes", max_bytes), storage)
-        self.reason: str | None = None
+        self.why_not: str | None = None
+        self.layers = 0
+        """Frozen layers that run once for each example."""
         self._verified: set[str] = set()
         self._shapes: dict[int, tuple[Any, ...] | None] = {}
         self._fruitless = 0
@@ -106,10 +108,17 @@ class FrozenTrunk:
             if len(self._cut.frozen) < least * layers:
                 raise RefusedError(f"only {len(self._cut.frozen)} of {layers} layers are frozen")
         except RefusedError as error:
-            self.reason = str(error)
+            self.why_not = str(error)
             return
+        self.layers = len(self._cut.frozen)
         self._keys = Keys(view.model is not None and can_trim(view.model))
         self._versions = self._now()
+
+    @property
+    def reason(self) -> str | None:
+        """``why_not`` by its old name."""
+        renamed("FrozenTrunk.reason", "FrozenTrunk.why_not")
+        return self.why_not
 
     @property
     def rows(self) -> int:
@@ -138,9 +147,9 @@ class FrozenTrunk:
             content: A batch.
             note: Told of the model's call, where there was one and it was answered.
         """
-        if self.reason is None:
+        if self.why_not is None:
             self._notice_changes()
-        if self.reason is not None or torch.is_grad_enabled():
+        if self.why_not is not None or torch.is_grad_enabled():
             return function(content)
         calls, failed, value = self._calls(serving=True), False, None
         try:
@@ -158,7 +167,7 @@ class FrozenTrunk:
         if refusal is not None:
             self._refuse(refusal)
         elif served:
-            self._believe(served)
+            self._trust(served)
             if len(calls.done) == 1:
                 note(calls.done[0])
         return value
@@ -176,9 +185,9 @@ class FrozenTrunk:
         Raises:
             RefusedError: The rows cannot be kept.
         """
-        if self.reason is None:
+        if self.why_not is None:
             self._notice_changes()
-        if self.reason is not None or torch.is_grad_enabled():
+        if self.why_not is not None or torch.is_grad_enabled():
             return None
         rows = self.rows_of(form, content)
         if not rows.keys or kind_of(rows) not in self._verified:
@@ -214,13 +223,13 @@ class FrozenTrunk:
             expected = function(content)
         tolerance = tolerance_of(self._cut.kept)
         refusal = refusal or plain.refusal
-        if refusal is None and not alike(calls.done, plain.done, tolerance):
+        if refusal is None and not same_calls(calls.done, plain.done, tolerance):
             refusal = "what enters the tuned layers depends on the frozen ones in another way, too"
         if refusal is None and not close(value, expected, tolerance):
             refusal = "the objective's values differ when the frozen layers are not run"
         return expected, refusal
 
-    def _believe(self, kinds: set[str]) -> None:
+    def _trust(self, kinds: set[str]) -> None:
         if not self._verified:
             frozen, store = len(self._cut.frozen), self._store
             logger.info(
@@ -242,7 +251,7 @@ class FrozenTrunk:
             self._verified.clear()
             return
         logger.info("the frozen layers are run every time: %s", reason)
-        self.reason = reason
+        self.why_not = reason
 
     def _calls(self, *, serving: bool, ending: bool = False) -> Calls:
         return Calls(
@@ -270,14 +279,13 @@ class FrozenTrunk:
 
 
 def trunk_for(
-    view: ParameterView, reuse: "bool | Literal['auto'] | FrozenTrunk"
-) -> FrozenTrunk | None:
-    """The trunk that a loop should use, if any.
+    view: ParameterView, reuse: "Literal['auto', 'on', 'off'] | FrozenTrunk"
+) -> FrozenTrunk | str:
+    """The trunk that a run should use, or why it has none.
 
     Args:
         view: What is tuned.
-        reuse: "auto": where a quarter of the layers or more are frozen; True: or raise; a trunk of
-            this view: that one.
+        reuse: As in ``EvaluationOptions``.
 
     Raises:
         OptionError: Reuse was asked for and is impossible, or the trunk is another view's.
@@ -286,13 +294,9 @@ def trunk_for(
         if reuse.view is not view:
             raise OptionError("reuse_trunk is a trunk of another view; make one of this view")
         return reuse
-    if reuse not in (True, False, "auto"):
-        raise OptionError(f"reuse_trunk={reuse!r}; choose 'auto', True, False or a FrozenTrunk")
-    if reuse is False:
-        return None
+    if reuse == "off":
+        return "it is switched off"
     trunk = FrozenTrunk(view, least=LEAST_SHARE if reuse == "auto" else 0.0)
-    if trunk.reason is None:
-        return trunk
-    if reuse is True:
-        raise OptionError(f"reuse_trunk=True, but {trunk.reason}; choose 'auto'")
-    return None
+    if trunk.why_not is not None and reuse == "on":
+        raise OptionError(f"reuse_trunk='on', but {trunk.why_not}; choose 'auto'")
+    return trunk if trunk.why_not is None else trunk.why_not

@@ -1,0 +1,77 @@
+"""Whether a step's probes may go together at all, and where they then are computed."""
+
+import logging
+from collections.abc import Sequence
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.evaluation.joint.batch import JointBatch
+from zo_adapt.evaluation.joint.candidates import Candidates, ManyPoints
+from zo_adapt.evaluation.joint.groups import Groups
+from zo_adapt.evaluation.objective import Objective, SetObjective
+from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.places import Route
+from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.trust import JointCheck
+from zo_adapt.term import Shift
+from zo_adapt.view.parameters import ParameterView
+
+ROWS_DEPEND = "the objective says that the value of a row depends on the others"
+
+logger = logging.getLogger(__name__)
+
+
+class Joint:
+    """Puts probes together where that is asked for, possible, and gives the values of single ones.
+
+    Args:
+        objective: Whether its rows know of each other, and how it is scored.
+        view: Where the probes shift.
+        options: How many rows, or "off".
+        batch_size: Most rows of a probe that is put together with others.
+
+    Attributes:
+        why_not: Why probes are evaluated one at a time; None: they are not, or not known yet.
+        most: Most probes that have gone together so far.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        view: ParameterView,
+        options: EvaluationOptions,
+        batch_size: int | None,
+    ) -> None:
+        self._view, self._is_sound = view, False
+        self._score = objective.score if isinstance(objective, SetObjective) else None
+        self._candidates: Candidates | None = None
+        self.most, self.why_not = 1, None if objective.independent_rows else ROWS_DEPEND
+        if options.joint_rows == "off":
+            self.why_not = "it is switched off"
+            return
+        self._groups = Groups(view, options.joint_rows, options.micro_batch_size, batch_size)
+
+    def groups(self, probes: Sequence[Probe]) -> list[list[int]]:
+        """Indices of the probes that go together, at least two each; none where none may."""
+        if self.why_not is None and self._candidates is None and len(probes) > 1:
+            self._candidates = Candidates(self._view)
+            self.why_not = self._candidates.why_not
+        if self._candidates is None or self.why_not is not None:
+            return []
+        return self._groups.of(probes)
+
+    def is_sound(self, first: Batch, last: Batch, route: Route) -> bool:
+        """Whether joint values are those of single ones; found out once, on two batches."""
+        if self._candidates is not None and not self._is_sound and self.why_not is None:
+            check = JointCheck(self._candidates, route, self._score)
+            self.why_not = check.why_not(first, last)
+            self._is_sound = self.why_not is None
+            if self.why_not is not None:
+                logger.info("probes are evaluated one at a time: %s", self.why_not)
+        return self._is_sound
+
+    def at(self, points: Sequence[Shift], batch: JointBatch) -> ManyPoints:
+        """The place where block i of the batch is computed at point i."""
+        if self._candidates is None:
+            raise RuntimeError("groups() comes first")
+        self.most = max(self.most, len(points))
+        return self._candidates.at(points, batch.leads)

@@ -1,0 +1,64 @@
+"""How evaluations are made: what a user may say of memory and speed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
+from zo_adapt.options import at_least_one
+
+JointRows = int | Literal["auto", "off"]
+ReuseTrunk = Literal["auto", "on", "off"] | FrozenTrunk
+CudaGraphs = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Memory and speed of evaluations; none of it changes what is computed.
+
+    Args:
+        micro_batch_size: Most rows in one call of the objective; None: the rows of a minibatch, so
+            that a snapshot needs no more memory than a minibatch.
+        joint_rows: Most rows in a call that evaluates several points together, each on its own
+            rows; it needs the memory of inference on so many. "auto": 8192 tokens on a GPU, 2048 on
+            a CPU, beyond which joining gains little. "off": one point at a time. Views of linear
+            layers, norms and embeddings (LoRA, new heads) and objectives with a value per example
+            can be joined, the others never are. Never more than ``micro_batch_size``, where given.
+        reuse_trunk: Run the layers below the first that the view holds weights of once for each
+            example, and keep what they put out: "auto" where it is possible, is checked to give the
+            same values, and a quarter of the layers or more are frozen (up to 1 GiB, on the model's
+            device); "on": wherever it is possible, an error where the view rules it out; "off":
+            never; a ``FrozenTrunk`` says how much is kept and where. Queries are counted as always.
+        cuda_graphs: Capture an evaluation's kernels on a GPU, once for each shape of a batch, and
+            replay them: "auto" for objectives that say they can be captured; "on": for any; "off":
+            never. Where a trunk is reused, the frozen layers are not captured.
+
+    Raises:
+        OptionError: A value that is none of these.
+
+    Example:
+        >>> EvaluationOptions(joint_rows="off").joint_rows
+        'off'
+    """
+
+    micro_batch_size: int | None = None
+    joint_rows: JointRows = "auto"
+    reuse_trunk: ReuseTrunk = "auto"
+    cuda_graphs: CudaGraphs = "auto"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is not None:
+            at_least_one("micro_batch_size", self.micro_batch_size)
+        if self.joint_rows not in ("auto", "off"):
+            whole = isinstance(self.joint_rows, int) and not isinstance(self.joint_rows, bool)
+            if not (whole and self.joint_rows >= 1):
+                raise OptionError(
+                    f"joint_rows={self.joint_rows!r}; choose an integer >= 1, 'auto' or 'off'"
+                )
+        choices = ("auto", "on", "off")
+        if self.reuse_trunk not in choices and not isinstance(self.reuse_trunk, FrozenTrunk):
+            raise OptionError(
+                f"reuse_trunk={self.reuse_trunk!r}; choose 'auto', 'on', 'off' or a FrozenTrunk"
+            )
+        if self.cuda_graphs not in choices:
+            raise OptionError(f"cuda_graphs={self.cuda_graphs!r}; choose 'auto', 'on' or 'off'")

@@ -1,0 +1,43 @@
+"""What was found out about how a run is evaluated, for the log and for the user."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How probes are evaluated, and why not faster.
+
+    Args:
+        candidates: Most points evaluated in one forward so far; 1: one at a time.
+        layers: Frozen layers that run once for each example; 0: all run every time.
+        nbytes: Bytes that their kept activations take.
+        captured: Whether evaluations are replayed from CUDA graphs.
+        why_not: Why a faster way is not gone, by its name: "joint", "trunk", "graphs"; one that is
+            gone, or may still be, is missing.
+
+    Example:
+        >>> print(Plan(8, 4, 2**20, False, {"graphs": "the view is not on a GPU"}))
+        8 candidates a forward; trunk of 4 layers reused, 1 MB; graphs: the view is not on a GPU
+    """
+
+    candidates: int = 1
+    layers: int = 0
+    nbytes: int = 0
+    captured: bool = False
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.candidates > 1:
+            parts.append(f"{self.candidates} candidates a forward")
+        elif "joint" in self.why_not:
+            parts.append(f"one candidate a forward: {self.why_not['joint']}")
+        if self.layers:
+            parts.append(f"trunk of {self.layers} layers reused, {self.nbytes / 2**20:.0f} MB")
+        elif "trunk" in self.why_not:
+            parts.append(f"no trunk reused: {self.why_not['trunk']}")
+        if self.captured:
+            parts.append("evaluations replayed from CUDA graphs")
+        elif "graphs" in self.why_not:
+            parts.append(f"graphs: {self.why_not['graphs']}")
+        return "; ".join(parts)
