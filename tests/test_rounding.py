@@ -9,7 +9,7 @@ from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
 from zo_adapt.noise.accumulate import Accumulation, OnCPU, Place
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER
 from zo_adapt.noise.sums import Sum, Sums
-from zo_adapt.noise.torch_accumulate import Anywhere
+from zo_adapt.noise.torch_accumulate import OnAnyDevice
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -65,7 +65,7 @@ def test_torch_operations_round_alike(dtype: torch.dtype, noise: object, seed: i
     x = magnitudes(dtype)
     sums = Sums([Sum([(seed, 1e-3), (2**64 - 1, -2e-3)], 0.9)], rounding=seed)
     results = []
-    for runner in (OnCPU, Anywhere):
+    for runner in (OnCPU, OnAnyDevice):
         place = Place(torch.empty_like(x), x, key=3)
         runner(noise, [place])(sums, [place.out])  # type: ignore[arg-type]
         results.append(bits(place.out))

@@ -39,7 +39,7 @@ class RowIndex:
         return values.index_select(0, self._on[device])
 
 
-def taken(tree: Any, index: Sequence[int] | slice, rows: int) -> Any:
+def select_rows(tree: Any, index: Sequence[int] | slice, rows: int) -> Any:
     """The same structure with some of its rows only.
 
     Args:
@@ -51,14 +51,14 @@ def taken(tree: Any, index: Sequence[int] | slice, rows: int) -> Any:
         NoRowsError: A part has not one entry a row, or it cannot be told.
 
     Example:
-        >>> taken({"x": torch.arange(3), "text": ["a", "b", "c"]}, [2, 2], 3)
+        >>> select_rows({"x": torch.arange(3), "text": ["a", "b", "c"]}, [2, 2], 3)
         {'x': tensor([2, 2]), 'text': ['c', 'c']}
     """
-    return _Taker(index, rows)(tree)
+    return _Selector(index, rows)(tree)
 
 
-class _Taker:
-    """``taken``, remembering: what is one object stays one object."""
+class _Selector:
+    """``select_rows``, remembering: what is one object stays one object."""
 
     def __init__(self, index: Sequence[int] | slice, rows: int) -> None:
         self.index, self.rows = index, rows
@@ -67,10 +67,10 @@ class _Taker:
 
     def __call__(self, tree: Any) -> Any:
         if id(tree) not in self._done:
-            self._done[id(tree)] = self._taken(tree)
+            self._done[id(tree)] = self._selected(tree)
         return self._done[id(tree)]
 
-    def _taken(self, tree: Any) -> Any:
+    def _selected(self, tree: Any) -> Any:
         if isinstance(tree, Tensor | np.ndarray):
             if tree.ndim == 0 or len(tree) != self.rows:
                 raise NoRowsError(f"shape {tuple(tree.shape)} for {self.rows} rows")
@@ -134,7 +134,7 @@ def _tokens(leaf: Tensor | np.ndarray) -> int:
     return max(1, entries // FLOATS_OF_A_TOKEN if whole else entries)
 
 
-def joined(trees: Sequence[Any], rows: Sequence[int]) -> Any:
+def concatenate_rows(trees: Sequence[Any], rows: Sequence[int]) -> Any:
     """The rows of several structures in one; None where they are not tensors of one width.
 
     Args:
@@ -142,15 +142,15 @@ def joined(trees: Sequence[Any], rows: Sequence[int]) -> Any:
         rows: How many each has.
 
     Example:
-        >>> joined([{"x": torch.zeros(1, 2)}, {"x": torch.ones(1, 2)}], [1, 1])
+        >>> concatenate_rows([{"x": torch.zeros(1, 2)}, {"x": torch.ones(1, 2)}], [1, 1])
         {'x': tensor([[0., 0.],
                 [1., 1.]])}
-        >>> joined([torch.zeros(1, 2), torch.zeros(1, 3)], [1, 1])
-        >>> joined([torch.zeros(2), torch.zeros(2)], [2, 1])
+        >>> concatenate_rows([torch.zeros(1, 2), torch.zeros(1, 3)], [1, 1])
+        >>> concatenate_rows([torch.zeros(2), torch.zeros(2)], [2, 1])
     """
     first = trees[0]
     if type(first) is dict and all(type(t) is dict and t.keys() == first.keys() for t in trees):
-        found = {name: joined([tree[name] for tree in trees], rows) for name in first}
+        found = {name: concatenate_rows([tree[name] for tree in trees], rows) for name in first}
         return None if any(value is None for value in found.values()) else found
     kinds = {
         (tree.shape[1:], tree.dtype, tree.device)
@@ -167,7 +167,7 @@ def second_sizes(tree: Any) -> list[int]:
     return [leaf.shape[1] for leaf in found if leaf.ndim > 1]
 
 
-def numbers(tree: Any, rows: int) -> np.ndarray:
+def as_matrix(tree: Any, rows: int) -> np.ndarray:
     """All entries as one float64 matrix (rows, m).
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from zo_adapt.data.rows import NoRowsError, leaves, taken
+from zo_adapt.data.rows import NoRowsError, leaves, select_rows
 from zo_adapt.evaluation.objective import SetObjective
 
 MOST = 128
@@ -99,7 +99,7 @@ def _without(
     for prediction, size in zip(predictions, sizes, strict=True):
         kept = [row for row in range(size) if not first <= row < last]
         if kept:
-            yield prediction if len(kept) == size else taken(prediction, kept, size)
+            yield prediction if len(kept) == size else select_rows(prediction, kept, size)
         first, last = first - size, last - size
 
 
@@ -115,7 +115,7 @@ def _rows(prediction: Any) -> int:
         sizes.append(len(prediction))
     for size in dict.fromkeys(sizes):
         try:
-            taken(prediction, slice(None), size)
+            select_rows(prediction, slice(None), size)
         except NoRowsError:
             continue
         return size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.data.batches import Batch
-from zo_adapt.data.rows import NoRowsError, numbers, taken
+from zo_adapt.data.rows import NoRowsError, as_matrix, select_rows
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
@@ -74,7 +74,7 @@ class JointCheck:
         place = self._candidates.at([HERE, Shift(terms)], batch.leads)
         with place.entered():
             pieces = batch.read(self._route(batch.content, place.key))
-        joint = [numbers(piece, size) for piece, size in zip(pieces, batch.sizes, strict=True)]
+        joint = [as_matrix(piece, size) for piece, size in zip(pieces, batch.sizes, strict=True)]
         alone = [base[: batch.sizes[0]], shifted[: batch.sizes[1]]]
         error = _rms(np.concatenate(joint) - np.concatenate(alone)) / effect
         if not error <= (0.1 if coarse else 0.01):
@@ -117,7 +117,7 @@ class JointCheck:
             inside = self._scored(returned)
         if inside != self._scored(returned):
             raise NoRowsError("the score is not of the predictions alone")
-        return numbers(taken(returned, slice(None), len(part)), len(part))
+        return as_matrix(select_rows(returned, slice(None), len(part)), len(part))
 
     def _scored(self, returned: Any) -> str:
         """The score of predictions or the error that they give."""
@@ -135,7 +135,7 @@ class JointCheck:
         view = ParameterView(tensors, noise=self._view.noise.name, groups=())
         place = OnePoint(view, Shift(terms))
         with place.entered():
-            return _rms(numbers(self._route(part.content, place.key), len(part)) - base)
+            return _rms(as_matrix(self._route(part.content, place.key), len(part)) - base)
 
 
 def _rms(values: np.ndarray) -> float:

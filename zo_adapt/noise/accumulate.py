@@ -122,9 +122,9 @@ def _runner(device: torch.device) -> type:
         from zo_adapt.noise.triton_accumulate import OnCUDA
 
         return OnCUDA
-    from zo_adapt.noise.torch_accumulate import Anywhere
+    from zo_adapt.noise.torch_accumulate import OnAnyDevice
 
-    return Anywhere
+    return OnAnyDevice
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

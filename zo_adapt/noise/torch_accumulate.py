@@ -18,7 +18,7 @@ BUCKET = 1 << 22
 """Elements of noise made at a time."""
 
 
-class Anywhere:
+class OnAnyDevice:
     """The same numbers from torch operations, on any device that has 64-bit integers."""
 
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:

@@ -77,7 +77,7 @@ class Layer:
 
     def enter(self, sums: Sums, kept: Tensors, inputs: Any) -> None:
         """The forward begins."""
-        self.locate()
+        self.find_tensors()
         outs = {name: torch.empty_like(t, requires_grad=False) for name, t in self.sources.items()}
         self.run(sums, list(outs.values()))
         self.show({name: kept.get(name, out) for name, out in outs.items()} if kept else outs)
@@ -87,7 +87,7 @@ class Layer:
         self.show({})
         return output
 
-    def locate(self) -> None:
+    def find_tensors(self) -> None:
         """Find the live tensors, if they are not those of the last time."""
         if self.sources and all(part.holds(a, self.sources[n]) for part, a, n in self._names):
             return
@@ -173,7 +173,7 @@ class Sharing(Layer):
 
     def enter(self, sums: Sums, kept: Tensors, inputs: Any) -> None:
         """The forward begins."""
-        self.locate()
+        self.find_tensors()
         if self._scratch.owner is not None or not self.sources.keys().isdisjoint(kept):
             super().enter(sums, kept, inputs)
             return

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zo_adapt.data.batches import Batch
-from zo_adapt.data.rows import joined, second_sizes, taken
+from zo_adapt.data.rows import concatenate_rows, second_sizes, select_rows
 from zo_adapt.data.sources import TensorRows
 from zo_adapt.evaluation.values import RowsOf
 
@@ -49,10 +49,12 @@ class JointBatch(Batch):
             return self.source.take(self.rows)
         parts = list(self._distinct.values())
         contents = [part.content for part in parts]
-        whole = contents[0] if len(parts) == 1 else joined(contents, list(map(len, parts)))
+        whole = (
+            contents[0] if len(parts) == 1 else concatenate_rows(contents, list(map(len, parts)))
+        )
         if whole is None:  # together they are padded to another length
             whole = self.source.take(self._read)
-        return taken(whole, self._index, len(self._read))
+        return select_rows(whole, self._index, len(self._read))
 
     @property
     def leads(self) -> set[int]:
@@ -69,7 +71,7 @@ class JointBatch(Batch):
             NoRowsError: There is not one entry for every row.
         """
         tree = tree.to("cpu") if isinstance(tree, Tensor) else tree  # one transfer for all
-        return [taken(tree, rows, len(self)) for rows in self._slices()]
+        return [select_rows(tree, rows, len(self)) for rows in self._slices()]
 
     def rows_of(self, tree: Any) -> list[Any]:
         """The rows of every candidate, those of a tensor left on its device: reading would wait.
@@ -89,5 +91,5 @@ class JointBatch(Batch):
         """One candidate's rows, as they are read here."""
         rows = slice(index * self.block, (index + 1) * self.block)
         part = Batch(self.source, self.rows[rows])
-        part.content = taken(self.content, rows, len(self))
+        part.content = select_rows(self.content, rows, len(self))
         return part
