@@ -17,6 +17,10 @@ class AdapterError(ViewError):
     """A peft adapter is merged or disabled: perturbing it would not change the model's output."""
 
 
+class ViewInUseError(ViewError, RuntimeError):
+    """A view is changed, or used by another thread, while it is shifted."""
+
+
 class TermError(ZOError, ValueError):
     """A term has a seed, coefficient or group outside its range."""
 

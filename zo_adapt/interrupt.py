@@ -1,15 +1,82 @@
-"""Work that Ctrl-C must not cut in half."""
+"""Work that no signal cuts in half, and changes that are undone whatever ends them.
 
+Python calls a signal's handler between any two bytecodes of the main thread, and what the handler
+raises (KeyboardInterrupt, a timeout) surfaces there: also in the middle of a ``finally`` that was
+to put weights back. So while something is changed, signals wait: from before the first write to
+after the last, but for the body in between, which may take long and is cut at once. Within the
+body, too, they wait where this package's own frames or contextlib's run, for these lie on the way
+from the body to the undoing; the code of an objective, a model or a caller does not.
+"""
+
+import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
+)
+OWN_FILES = (str(Path(__file__).parent), contextlib.__file__)
+"""Frames of these files lie between a body and its undoing."""
+
+Handler = Callable[[int, FrameType | None], Any]
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside, an interrupt waits; it is raised at the end, when what was begun is whole.
+class Guard:
+    """A context in which signals wait; what was done inside is undone at its end.
+
+    Args:
+        undo: Called at the end, whatever happened, before any signal that waits is handled.
+
+    Example:
+        >>> done = []
+        >>> with Guard(lambda: done.append("undone")) as guard:
+        ...     done.append("written")    # signals wait
+        ...     guard.open()
+        ...     done.append("evaluated")  # a signal ends this at once
+        >>> done
+        ['written', 'evaluated', 'undone']
+    """
+
+    def __init__(self, undo: Callable[[], None] | None = None) -> None:
+        self._undo = undo
+        self.is_open = False
+        """Whether signals are handled inside."""
+
+    def __enter__(self) -> Self:
+        if _is_main_thread():
+            if not _guards:
+                _install()
+            # From here on signals wait: nothing is raised between this line and the body.
+            _guards.append(self)
+        return self
+
+    def open(self) -> None:
+        """Let signals in until the end."""
+        self.is_open = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.is_open = False
+        try:
+            if self._undo is not None:
+                self._undo()
+        finally:
+            if self in _guards:
+                _guards.remove(self)
+            if _is_main_thread():
+                _handle_waiting()
+
+
+def uninterrupted() -> Guard:
+    """A context in which signals wait; they are handled at its end, when what was begun is whole.
 
     For weights and for the file that describes them: after Ctrl-C both are those of one step. Only
     the main thread is ever interrupted; elsewhere this does nothing.
@@ -18,26 +85,62 @@ def uninterrupted() -> Iterator[None]:
         >>> with uninterrupted():
         ...     pass
     """
-    if threading.current_thread() is not threading.main_thread() or _Waiting.begun:
-        yield
+    return Guard()
+
+
+_guards: list[Guard] = []
+_handlers: dict[int, Handler] = {}
+"""What was installed before, while ours are."""
+_waiting: dict[int, FrameType | None] = {}
+"""One of each kind, as an operating system keeps them."""
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _install() -> None:
+    """Put our handler in place of those written in Python; others end the process anyway."""
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        if callable(handler) and handler is not _receive:
+            _handlers[number] = handler
+            signal.signal(number, _receive)
+
+
+def _uninstall() -> None:
+    for number, handler in list(_handlers.items()):
+        if signal.getsignal(number) is _receive:  # and not one that was installed inside
+            signal.signal(number, handler)
+        del _handlers[number]
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    if _guards and not (_guards[-1].is_open and _is_foreign(frame)):
+        _waiting.setdefault(number, frame)
         return
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        yield
+    handler = _handlers.get(number)
+    if handler is not None:
+        handler(number, frame)
+
+
+def _is_foreign(frame: FrameType | None) -> bool:
+    return frame is None or not frame.f_code.co_filename.startswith(OWN_FILES)
+
+
+def _handle_waiting() -> None:
+    """Handle what waits, unless a guard further out still keeps it waiting."""
+    if _guards and not _guards[-1].is_open:
         return
-    waiting: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *received: waiting.append(received))
-    _Waiting.begun = True
+    handlers = dict(_handlers)
+    if not _guards:
+        _uninstall()
     try:
-        yield
+        while _waiting:
+            number = next(iter(_waiting))
+            frame = _waiting.pop(number)
+            if number in handlers:
+                handlers[number](number, frame)
     finally:
-        _Waiting.begun = False
-        signal.signal(signal.SIGINT, handler)
-        if waiting:
-            handler(*waiting[0])
-
-
-class _Waiting:
-    """Whether interrupts of the main thread wait already: what is within need not see to it."""
-
-    begun = False
+        if _waiting:  # the handler has raised: the others are not forgotten
+            _handle_waiting()

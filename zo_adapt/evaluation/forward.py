@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from zo_adapt.interrupt import Guard
+
 Forward = Callable[..., Any]
 
 
@@ -29,15 +31,17 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
         >>> "forward" in layer.__dict__
         False
     """
-    # Listed before the first is replaced: undoing does not depend on how far replacing went.
     before = [(module, module.__dict__.get("forward")) for module in forwards]
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
+
+    def undo() -> None:
         for module, own in before:
             if own is None:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
+
+    with Guard(undo) as guard:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        guard.open()
+        yield

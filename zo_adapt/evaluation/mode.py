@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from zo_adapt.errors import DropoutError
+from zo_adapt.interrupt import Guard
 
 
 class EvaluationMode:
@@ -45,13 +46,16 @@ class EvaluationMode:
             self._families = [family for family in families if family]
             self._children = self._now()
         training = [module for module in self._modules if module.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
+
+        def undo() -> None:
             for module in training:
                 module.training = True
+
+        with Guard(undo) as guard:
+            for module in training:
+                module.training = False
+            guard.open()
+            yield
 
     def _now(self) -> list[tuple[nn.Module | None, ...]]:
         """The children of the modules that have any."""

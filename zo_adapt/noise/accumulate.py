@@ -8,6 +8,7 @@ the cache, over the cores for large tensors; on NVIDIA GPUs one kernel does it a
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
@@ -200,6 +201,10 @@ def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="zo_adapt-noise")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool's object, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _run_span(noise: Noise, row: Row, rounding: int | None, start: int, stop: int) -> None:

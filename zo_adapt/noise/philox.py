@@ -47,8 +47,9 @@ def words_numpy(seed: int, key: int, stream: int, start: int, blocks: int) -> np
     generator = getattr(_local, "generator", None)
     if generator is None:
         # Constructing one reads the system's entropy (12 us); setting its state does not (2 us).
-        generator = _local.generator = np.random.Philox(key=[0, 0])
+        generator = np.random.Philox(key=[0, 0])
         _local.state = _state()
+        _local.generator = generator  # last: an interrupt in between leaves no half of it
     inner = _local.state["state"]
     # numpy increments the counter before it is used: block b is made from counter b + 1.
     inner["counter"][0], inner["counter"][3] = start, stream

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_adapt.interrupt import uninterrupted
+from zo_adapt.errors import ViewInUseError
+from zo_adapt.interrupt import Guard
 from zo_adapt.noise.sums import Sums
 from zo_adapt.view.layers import Plan, Tensors
 
@@ -25,23 +26,45 @@ class Copied:
         self._tensors, self._run = list(tensors.values()), plan(tensors, tensors)
         self._room: list[Tensor] = []
         self._kinds: list[Any] = []
-        self._is_used = False
+        self._copies: list[list[Tensor]] = []
+        """What to restore, one for every context that is open, outermost first."""
 
     @contextmanager
     def shifted(self, sums: Sums) -> Iterator[None]:
-        """Inside, the live tensors hold the shifted values."""
-        outermost = not self._is_used
-        kept = self._room_for_a_copy() if outermost else _like(self._tensors)
+        """Inside, the live tensors hold the shifted values.
+
+        Raises:
+            ViewInUseError: (at the end) A context that was entered inside is open still, or the
+                tensors have another dtype or shape now. They are restored all the same.
+        """
+        copy = _like(self._tensors) if self._copies else self._room_for_a_copy()
+        kinds = list(map(_KIND, self._tensors))
         with torch.no_grad():
-            torch._foreach_copy_(kept, self._tensors)
-        self._is_used = True
-        try:
+            torch._foreach_copy_(copy, self._tensors)
+        with Guard(lambda: self._restore(copy, kinds)) as guard:
+            self._copies.append(copy)
             self._run(sums)
+            guard.open()
             yield
-        finally:
-            with uninterrupted(), torch.no_grad():
-                torch._foreach_copy_(self._tensors, kept)
-            self._is_used = not outermost
+
+    def _restore(self, copy: list[Tensor], kinds: list[Any]) -> None:
+        places = [i for i, other in enumerate(self._copies) if other is copy]
+        if not places:  # restored with a context further out
+            return
+        with torch.no_grad():
+            torch._foreach_copy_(self._tensors, copy)
+        inside = len(self._copies) - places[0] - 1
+        del self._copies[places[0] :]
+        if inside:
+            raise ViewInUseError(
+                f"a shift of the view ended while {inside} that began inside it went on; leave "
+                "them in the reverse order (use `with`)"
+            )
+        if list(map(_KIND, self._tensors)) != kinds:
+            raise ViewInUseError(
+                "tensors of the view changed their dtype, device or shape while it was shifted; "
+                "convert the model (half(), to()) before or after a probe"
+            )
 
     def _room_for_a_copy(self) -> list[Tensor]:
         """Always the same while the tensors are of the same kinds: every step needs it."""

@@ -179,10 +179,11 @@ class Sharing(Layer):
             return
         self._scratch.owner = self
         if self._laid_out is not self.sources:
-            self._laid_out, outs = self.sources, self._scratch.laid_out(self.sources)
+            outs = self._scratch.laid_out(self.sources)
             self._outs = list(outs.values())
             self._storages = {out.untyped_storage().data_ptr() for out in self._outs}
             self._shown = [(p, {a: outs[n] for a, n in p.names.items()}) for p in self.parts]
+            self._laid_out = self.sources  # last: an interrupt in between leaves no half of it
         self.run(sums, self._outs)
         for part, values in self._shown:
             part.running = values

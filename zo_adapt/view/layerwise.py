@@ -11,7 +11,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from zo_adapt.interrupt import Guard
 from zo_adapt.noise.sums import Sums
 from zo_adapt.view.copied import Copied
 from zo_adapt.view.layers import (
@@ -85,9 +87,17 @@ class Layerwise:
     def shifted(self, sums: Sums) -> Iterator[None]:
         """Inside, each module computes with shifted parameters."""
         self._sums = sums
-        handles = []
+        handles: list[RemovableHandle] = []
         before = {module: module._parameters for module in self._parameters}
-        try:
+
+        def undo() -> None:
+            for module, live in before.items():
+                module.__dict__["_parameters"] = live
+            for handle in handles:
+                handle.remove()
+            self._forget()
+
+        with Guard(undo) as guard, self._rest_shifted(sums):
             for module, parameters in self._parameters.items():
                 parameters.refer_to(before[module])
                 module.__dict__["_parameters"] = parameters
@@ -96,26 +106,24 @@ class Layerwise:
                 leaving = module.register_forward_hook
                 handles.append(leaving(layer.leave, prepend=layer.is_first, always_call=True))
             self._small.enter(sums, {}, ())
-            with self._rest_shifted(sums):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, live in before.items():
-                module.__dict__["_parameters"] = live
-            self._kept.clear()
-            self._small.leave(None, None, None)
-            self._scratch.owner = None
+            guard.open()
+            yield
 
     @contextmanager
     def loaded(self, sums: Sums) -> Iterator[None]:
         """Inside, a graph that was captured inside ``shifted`` computes with shifted parameters."""
-        self._small.enter(sums, {}, ())
-        try:
-            with self._rest_shifted(sums):
-                yield
-        finally:
-            self._small.leave(None, None, None)
+        with Guard(self._forget) as guard, self._rest_shifted(sums):
+            self._small.enter(sums, {}, ())
+            guard.open()
+            yield
+
+    def _forget(self) -> None:
+        """Drop every value that was made, also of a layer that was cut short."""
+        for _, layer in self._layers:
+            layer.show({})
+        self._kept.clear()
+        self._small.leave(None, None, None)
+        self._scratch.owner = None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

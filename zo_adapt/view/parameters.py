@@ -24,6 +24,7 @@ from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.stacks import Stacks
 from zo_adapt.view.tensors import is_finite, tunable
 from zo_adapt.view.updates import Updates
+from zo_adapt.view.usage import Usage
 
 ADAPTER_BYTES = 64 * 2**20
 """Up to here a view is shifted by way of a copy; above it, module by module."""
@@ -99,6 +100,7 @@ class ParameterView:
         self.updates = Updates(self._plan(self.tensors, self.tensors))
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
+        self.usage = Usage()
         self._stacks = Stacks(self.noise, self._places(self.tensors, self.tensors))
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
@@ -168,7 +170,7 @@ class ParameterView:
             TermError: A seed, coefficient or group outside its range.
         """
         sums = self._sums_of_shift(terms, decay)
-        with nullcontext() if sums is None else self._way.shifted(sums):
+        with self.usage.shifting(), nullcontext() if sums is None else self._way.shifted(sums):
             yield
 
     @contextmanager
@@ -178,7 +180,7 @@ class ParameterView:
         Such graphs shift the layers by themselves: they read the terms from ``memory``.
         """
         sums = self._sums_of_shift(terms, decay)
-        with nullcontext() if sums is None else self._way.loaded(sums):
+        with self.usage.shifting(), nullcontext() if sums is None else self._way.loaded(sums):
             yield
 
     def _sums_of_shift(self, terms: Iterable[Term], decay: float) -> Sums | None:
@@ -238,6 +240,7 @@ class ParameterView:
 
     def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
         """Apply terms one after the other; a direction may come more than once."""
+        self.usage.check_free("apply")
         if terms or decay != 1.0:
             self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
 
@@ -284,6 +287,7 @@ class ParameterView:
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Write a snapshot back into the live tensors."""
+        self.usage.check_free("restore")
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(snapshot[name])

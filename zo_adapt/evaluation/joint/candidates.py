@@ -9,8 +9,9 @@ so that n small forwards cost little more than one where a forward is bound by l
 reading the frozen weights. The live tensors are never written.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ class Candidates:
             leads: Sizes of a module's first dimension that are rows in blocks; any other is
                 refused.
         """
-        return ManyPoints(self._modules, self.view.stack(points), len(points), leads)
+        return ManyPoints(self.view, self._modules, points, leads)
 
 
 class ManyPoints:
@@ -86,10 +87,9 @@ class ManyPoints:
     Made by ``Candidates.at``, and written over by the next one: the stacks are the same.
 
     Args:
-        modules: With the names of their tuned tensors by attribute.
-        stacks: Those tensors that move, at all points, by name.
-        count: n, the number of points.
-        leads: As for ``Candidates.at``.
+        view: Whose tensors move.
+        modules: That hold them, with their names by attribute.
+        points, leads: As for ``Candidates.at``.
 
     Attributes:
         used: Names of the tensors that were used; filled as the model runs.
@@ -97,28 +97,32 @@ class ManyPoints:
 
     def __init__(
         self,
+        view: ParameterView,
         modules: Mapping[nn.Module, Mapping[str, str]],
-        stacks: Stacks,
-        count: int,
+        points: Sequence[Shift],
         leads: Collection[int],
     ) -> None:
-        self._modules, self._stacks = modules, stacks
-        self._count, self._leads = count, frozenset(leads)
+        self._usage, self._modules, self._stacks = view.usage, modules, view.stack(points)
+        self._count, self._leads = len(points), frozenset(leads)
         self.used: set[str] = set()
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
         """How many points, and where the stacks lie: a graph reads them there."""
         addresses = tuple((name, stack.data_ptr()) for name, stack in self._stacks.items())
         return "candidates", self._count, self._leads, addresses
 
-    def entered(self, replaying: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def entered(self, replaying: bool = False) -> Iterator[None]:
         """Inside, the model computes at the points.
 
         Raises:
             NotJoint: (inside) A module is called with rows that are not in blocks.
+            ViewInUseError: Another thread uses the view.
         """
-        return replaced_forwards({} if replaying else self._forwards())
+        forwards = {} if replaying else self._forwards()
+        with self._usage.shifting(), replaced_forwards(forwards):
+            yield
 
     def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         found = {}
