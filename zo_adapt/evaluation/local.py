@@ -1,7 +1,7 @@
 """Evaluations in this process: the one owner of them and of their count."""
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
@@ -10,8 +10,14 @@ import torch
 from zo_adapt.data.batches import Batch
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.groups import Joint, JointRows
-from zo_adapt.evaluation.mode import check_dropout
-from zo_adapt.evaluation.objective import Objective, SetObjective
+from zo_adapt.evaluation.objective import (
+    ObjectiveLike,
+    SetObjective,
+    as_objective,
+    check_micro_batch_size,
+    keeps_batch_whole,
+    ready,
+)
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.trunk.graphs import TrunkGraphs
@@ -39,7 +45,7 @@ class LocalEvaluator:
 
     def __init__(
         self,
-        objective: Objective | SetObjective,
+        objective: ObjectiveLike,
         view: ParameterView,
         *,
         maximize: bool | None = None,
@@ -50,18 +56,18 @@ class LocalEvaluator:
         trunk: FrozenTrunk | None = None,
         cuda_graphs: bool | Literal["auto"] = "auto",
     ) -> None:
+        objective = as_objective(objective)
+        check_micro_batch_size(objective, micro_batch_size, usual_rows)
         self.objective, self.view, self.trunk = objective, view, trunk
         self._is_scored = isinstance(objective, SetObjective)
-        captures = cuda_graphs is True or (
-            cuda_graphs == "auto" and getattr(objective, "capturable", False)
-        )
+        captures = cuda_graphs is True or (cuda_graphs == "auto" and objective.capturable)
         self._graphs = Graphs(view) if captures else None
         self._trunk_graphs = (
             None if trunk is None or self._graphs is None else TrunkGraphs(trunk, self._graphs)
         )
-        own = bool(getattr(objective, "maximize", False))
-        self.sign = -1.0 if (own if maximize is None else maximize) else 1.0
-        self.micro_batch_size = micro_batch_size or usual_rows
+        self.sign = -1.0 if (objective.maximize if maximize is None else maximize) else 1.0
+        whole = keeps_batch_whole(objective)
+        self.micro_batch_size = None if whole else micro_batch_size or usual_rows
         self.max_queries = max_queries
         self.queries = 0
         self._joint = Joint(
@@ -72,7 +78,7 @@ class LocalEvaluator:
             joint_rows=joint_rows,
             most_rows=micro_batch_size,
             usual_rows=self.micro_batch_size,
-            allowed=bool(getattr(objective, "joint", True)),
+            allowed=objective.independent_rows,
         )
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
@@ -113,12 +119,7 @@ class LocalEvaluator:
 
     def ready(self) -> AbstractContextManager[Any]:
         """The objective's own evaluation mode, or a check that the model is in it."""
-        if hasattr(self.objective, "evaluating"):
-            context: AbstractContextManager[Any] = self.objective.evaluating()
-            return context
-        if self.view.model is not None:
-            check_dropout(self.view.model)
-        return nullcontext()
+        return ready(self.objective, self.view.model)
 
     def _evaluate(self, probe: Probe) -> Returned:
         parts = probe.batch.micro_batches(self.micro_batch_size)
@@ -139,7 +140,7 @@ class LocalEvaluator:
     @property
     def _function(self) -> Callable[[Any], Any]:
         function: Callable[[Any], Any] = (
-            self.objective.predict if self._is_scored else self.objective  # type: ignore[union-attr, assignment]
+            self.objective.predict if self._is_scored else self.objective  # type: ignore[attr-defined]
         )
         return function
 
@@ -154,7 +155,7 @@ class LocalEvaluator:
 
     def _scored(self, returned: list[Any], sizes: list[int]) -> Returned:
         if self._is_scored:
-            score: Callable[[list[Any]], Any] = self.objective.score  # type: ignore[union-attr]
+            score: Callable[[list[Any]], Any] = self.objective.score  # type: ignore[attr-defined]
             return Returned([score(returned)], [sum(sizes)])
         return Returned(returned, sizes)
 
