@@ -64,7 +64,7 @@ def main() -> None:
     scorer = nn.Linear(train[0]["features"].shape[1], 1, bias=False)
     nn.init.zeros_(scorer.weight)
 
-    ndcg = NDCG(scorer, k=10, gain="exponential", min_rows=None)  # the batch whole: less noise
+    ndcg = NDCG(scorer, k=10, gain="exponential", min_rows="all")  # the batch whole: less noise
     bm25 = NDCG(Column(BM25), k=10, gain="exponential")
     before = ndcg(train).mean(), ndcg(test).mean()
     started = time.perf_counter()

@@ -12,6 +12,7 @@ from objectives import _collate, _shared
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, ObjectiveError
 from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.objective import Objective
 
 Batch = dict[str, Tensor]
 
@@ -142,7 +143,7 @@ class ModelRunner:
         """Refuse labels outside their range; for subclasses."""
 
 
-class ModelObjective(Mixable, ModelRunner):
+class ModelObjective(Mixable, ModelRunner, Objective):  # type: ignore[misc]
     """Base of the losses of a model.
 
     The loss is computed here, per example and in at least fp32, whatever the model's dtype. Nothing
@@ -151,6 +152,8 @@ class ModelObjective(Mixable, ModelRunner):
     Args:
         model: A transformers model, a peft one, or any module with ``forward(**batch)``.
     """
+
+    mean_over_rows = True
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str] | None:

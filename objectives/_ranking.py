@@ -1,6 +1,6 @@
 """What the ranking metrics share: scores collected in parts, one value for every query."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -13,7 +13,7 @@ from objectives.mixture import Mixable
 from objectives.scorers import QueryBatch, Scorer
 from objectives.text_scorers import scorer_of
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, UndefinedMetricError
-from zo_adapt.options import at_least_one
+from zo_adapt.evaluation.objective import SetObjective, checked_min_rows
 
 Undefined = Literal["error", "skip"]
 
@@ -25,7 +25,7 @@ class Ranked(NamedTuple):
     scores: list[np.ndarray]
 
 
-class RankingMetric(Mixable, ABC):
+class RankingMetric(Mixable, SetObjective):
     """Base of the ranking metrics: a mean over queries, more is better.
 
     Called on a batch it gives one value for every query, NaN where one is skipped.
@@ -35,7 +35,7 @@ class RankingMetric(Mixable, ABC):
             cross-encoder if it takes ``input_ids``, else as a function of features.
         undefined: What becomes of a query on which the metric has no value, because none of its
             documents is relevant (for correlations: because all are equally): "error", or "skip".
-        min_rows: Fewest queries that one direction sees where a batch is split over several; None
+        min_rows: Fewest queries that one direction sees where a batch is split over several; "all"
             keeps a batch whole.
 
     Raises:
@@ -50,12 +50,12 @@ class RankingMetric(Mixable, ABC):
         model: nn.Module | Scorer,
         *,
         undefined: Undefined = "error",
-        min_rows: int | None = 1,
+        min_rows: int | Literal["all"] = 1,
     ) -> None:
         if undefined not in ("error", "skip"):
             raise OptionError(f"undefined={undefined!r}; choose 'error' or 'skip'")
         self.scorer, self.undefined = scorer_of(model), undefined
-        self.min_rows = None if min_rows is None else at_least_one("min_rows", min_rows)
+        self.min_rows = checked_min_rows(min_rows)
 
     @property
     def model(self) -> nn.Module:

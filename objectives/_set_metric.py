@@ -1,9 +1,9 @@
 """What the metrics of a classifier share: logits and labels collected in parts, scored once."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from objectives._model import Batch
 from objectives.classification import ClassificationLoss
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, UndefinedMetricError
-from zo_adapt.options import at_least_one
+from zo_adapt.evaluation.objective import SetObjective, checked_min_rows
 
 
 class Classifier(Protocol):
@@ -51,24 +51,26 @@ class Predictions(NamedTuple):
     labels: np.ndarray
 
 
-class SetMetric(Mixable, ABC):
+class SetMetric(Mixable, SetObjective):
     """Base of the metrics: more is better, and the value is that of the whole batch.
 
     Args:
         model: A model with a classification head, or an objective that gives logits
             (``VerbalizerLoss`` for a prompted one).
         min_rows: Fewest rows that the metric may be computed on where a batch is split over several
-            directions; None keeps a batch whole.
+            directions; "all" keeps a batch whole.
     """
 
     maximize: bool = True
     step_like: bool = True
 
-    def __init__(self, model: nn.Module | Classifier, *, min_rows: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module | Classifier, *, min_rows: int | Literal["all"] = "all"
+    ) -> None:
         self.classifier: Classifier = (
             ClassificationLoss(model) if isinstance(model, nn.Module) else model
         )
-        self.min_rows = None if min_rows is None else at_least_one("min_rows", min_rows)
+        self.min_rows = checked_min_rows(min_rows)
 
     @property
     def model(self) -> nn.Module:

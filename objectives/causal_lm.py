@@ -64,7 +64,8 @@ class CausalLMLoss(ModelObjective):
             raise OptionError(f"reduction={reduction!r}; choose 'example', 'token' or 'sum'")
         super().__init__(model)
         self.reduction = reduction
-        self.joint = reduction != "token"
+        # Whose tokens are counted together changes every value.
+        self.independent_rows = self.mean_over_rows = reduction != "token"
 
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""

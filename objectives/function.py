@@ -1,8 +1,7 @@
 """Any function as an objective."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,9 +9,10 @@ from objectives.mixture import Mixable
 from zo_adapt.data.sources import Collate
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.objective import Objective, checked_min_rows
 
 
-class CallableObjective(Mixable):
+class CallableObjective(Mixable, Objective):
     """A function of a batch, with what a loop needs to know about it.
 
     A bare function is an objective too; this adds evaluation mode of the model behind it, and how
@@ -25,9 +25,13 @@ class CallableObjective(Mixable):
         maximize: True for a reward: more is better.
         step_like: True where the value changes in jumps, as a count does: the optimizers' own
             perturbation is then ten times as large.
+        mean_over_rows: True where the value is a mean over rows, so that a batch may be cut; False
+            where it is not (in-batch negatives, a metric); "auto": True if it gives one value per
+            example. See ``Objective``.
+        min_rows: Fewest rows that one direction sees; "all": the whole batch.
 
     Raises:
-        OptionError: ``function`` cannot be called.
+        OptionError: ``function`` cannot be called, ``min_rows`` is below 1.
 
     Example:
         >>> import torch
@@ -45,14 +49,16 @@ class CallableObjective(Mixable):
         collate: Collate | None = None,
         maximize: bool = False,
         step_like: bool = False,
+        mean_over_rows: bool | Literal["auto"] = "auto",
+        min_rows: int | Literal["all"] = 1,
     ) -> None:
         if not callable(function):
             raise OptionError(f"{function!r} cannot be called; give a function of a batch")
         self.function, self.model, self.collate = function, model, collate
         self.maximize, self.step_like = maximize, step_like
-        if model is not None:
-            # Absent without a model, so that the loop itself looks for dropout that is on.
-            self.evaluating: Callable[[], AbstractContextManager[None]] = EvaluationMode(model)
+        self.mean_over_rows, self.min_rows = mean_over_rows, checked_min_rows(min_rows)
+        if model is not None:  # without one the loop itself looks for dropout that is on
+            self.evaluating = EvaluationMode(model)
 
     def __call__(self, batch: Any) -> Any:
         """What the function returns."""

@@ -16,9 +16,10 @@ from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.objective import SetObjective
 
 
-class GenerationReward(Mixable):
+class GenerationReward(Mixable, SetObjective):
     r"""Reward of the text that the model writes; more is better.
 
     R(theta) = 1/b sum_i sum_k w_k f_k(x_i, y_i),    y_i ~ p_theta(. | x_i)
@@ -125,7 +126,7 @@ class GenerationReward(Mixable):
             options=generation_kwargs or {},
         )
         # What is drawn for a prompt depends on the prompts beside it.
-        self.joint = not self._generator.draws
+        self.independent_rows = not self._generator.draws
 
     def __call__(self, batch: Any) -> np.ndarray:
         """Rewards of shape (b,), float64, of a collated batch or a list of examples."""

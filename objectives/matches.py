@@ -29,7 +29,7 @@ from zo_adapt.options import positive_or_none
 
 ROWS_OF_A_COUNT = 32
 """Fewest rows on which a hard count is asked for: on four, hardly any difference is not zero."""
-MinRows = int | Literal["auto"] | None
+MinRows = int | Literal["auto", "all"]
 
 
 class Accuracy(SetMetric):
@@ -47,7 +47,7 @@ class Accuracy(SetMetric):
         model: A model with a classification head, or an objective with logits, ``VerbalizerLoss``.
         softness: tau, in units of the logits; about as large as most margins is a good choice.
             None: the accuracy itself.
-        min_rows: Fewest rows of the part of a batch that one direction sees; None: all of it. Any
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it. Any
             number is right for a mean over examples; "auto" is 32, and 1 where it is soft.
 
     Raises:
@@ -222,7 +222,7 @@ def _of_examples(right: Tensor) -> np.ndarray:
     return array(right.reshape(len(right), -1).amin(1))
 
 
-def _rows(given: MinRows, softness: float | None) -> int | None:
+def _rows(given: MinRows, softness: float | None) -> int | Literal["all"]:
     """Fewest rows of a direction."""
     if given == "auto":
         return ROWS_OF_A_COUNT if softness is None else 1

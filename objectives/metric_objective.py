@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class MetricObjective(SetMetric):
         metric_for_best_model: Which entry, with or without "eval_".
         greater_is_better: None: unless the name ends in "loss", as TrainingArguments has it.
         preprocess_logits_for_metrics: ``(logits, labels) -> predictions``, on every micro-batch.
-        min_rows: Fewest rows of the part of a batch that one direction sees; None: the whole batch.
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
         OptionError: ``compute_metrics`` cannot be called.
@@ -55,7 +55,7 @@ class MetricObjective(SetMetric):
         metric_for_best_model: str,
         greater_is_better: bool | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Any] | None = None,
-        min_rows: int | None = None,
+        min_rows: int | Literal["all"] = "all",
     ) -> None:
         if not callable(compute_metrics):
             raise OptionError(f"compute_metrics={compute_metrics!r} cannot be called")

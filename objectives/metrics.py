@@ -32,7 +32,7 @@ class F1(SetMetric):
     Args:
         model: A model with a classification head, or an objective with logits, ``VerbalizerLoss``.
         average: "macro", "micro", "binary" or "weighted".
-        min_rows: Fewest rows of the part of a batch that one direction sees; None: the whole batch.
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
         OptionError: Another ``average``, or "binary" with more than two classes (when called).
@@ -53,7 +53,7 @@ class F1(SetMetric):
         model: nn.Module | Classifier,
         *,
         average: Average = "macro",
-        min_rows: int | None = None,
+        min_rows: int | Literal["all"] = "all",
     ) -> None:
         super().__init__(model, min_rows=min_rows)
         self.average = _one_of("average", average, get_args(Average))
@@ -76,7 +76,7 @@ class MatthewsCorrelation(SetMetric):
 
     Args:
         model: A model with a classification head, or an objective with logits, ``VerbalizerLoss``.
-        min_rows: Fewest rows of the part of a batch that one direction sees; None: the whole batch.
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
         DataError: (when called) Labels missing or of a wrong shape.
@@ -113,7 +113,7 @@ class ROCAUC(SetMetric):
         model: A model with a classification head, or an objective with logits, ``VerbalizerLoss``.
         multi_class: "ovr", each class against the rest, or "ovo", all pairs.
         average: "macro" or "weighted" mean over the classes.
-        min_rows: Fewest rows of the part of a batch that one direction sees; None: the whole batch.
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
         OptionError: Another ``multi_class`` or ``average``.
@@ -135,7 +135,7 @@ class ROCAUC(SetMetric):
         *,
         multi_class: MultiClass = "ovr",
         average: Literal["macro", "weighted"] = "macro",
-        min_rows: int | None = None,
+        min_rows: int | Literal["all"] = "all",
     ) -> None:
         super().__init__(model, min_rows=min_rows)
         self.multi_class = _one_of("multi_class", multi_class, get_args(MultiClass))

@@ -12,19 +12,19 @@ and a sum whose parts pull in opposite ways (``loss + reward``) is an error.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from objectives._shared import shared_forwards
 from zo_adapt.errors import DataError, ObjectiveError, OptionError
-from zo_adapt.evaluation.objective import SetObjective, is_step_like, rows_needed
+from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective
 
-Part = tuple[float, Any]
+Part = tuple[float, Objective]
 """A weight and an objective."""
 
 
@@ -63,7 +63,7 @@ class MixedBatch(NamedTuple):
     of_part: list[Any]
 
 
-class Mixture(Mixable):
+class Mixture(Mixable, Objective):
     """A weighted sum of objectives, made by the operators: ``0.7 * loss - 0.3 * reward``.
 
     f(batch) = sum_j w_j f_j(batch)
@@ -91,17 +91,20 @@ class Mixture(Mixable):
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = [(_number(weight), _checked(part)) for weight, part in parts]
+        self.parts = [(_number(weight), as_objective(part)) for weight, part in parts]
         self.maximize = _orientation(self.parts)
-        self.min_rows = max(rows_needed(part) for _, part in self.parts)
+        each = [part for _, part in self.parts]
+        self.min_rows = _most_rows(each)
         # One smooth part gives a signal at the usual perturbation.
-        self.step_like = all(is_step_like(part) for _, part in self.parts)
-        self.joint = all(getattr(part, "joint", True) for _, part in self.parts)
-        # Absent where no part has one, so that the loop does what it does for a bare function.
-        if any(getattr(part, "collate", None) is not None for _, part in self.parts):
-            self.collate: Callable[[list[Any]], MixedBatch] = self._collate
-        if any(hasattr(part, "evaluating") for _, part in self.parts):
-            self.evaluating: Callable[[], AbstractContextManager[None]] = self._evaluating
+        self.step_like = all(part.step_like for part in each)
+        self.independent_rows = all(part.independent_rows for part in each)
+        said = {part.mean_over_rows for part in each}
+        self.mean_over_rows = all(said) if False in said or "auto" not in said else "auto"
+        # None where no part has one, so that the loop does what it does for a bare function.
+        if any(part.collate is not None for part in each):
+            self.collate = self._collate
+        if any(part.evaluating is not None for part in each):
+            self.evaluating = self._evaluating
 
     def __call__(self, batch: Any) -> Tensor:
         """The sum, float64 on the CPU, of shape (b,) or ()."""
@@ -122,7 +125,7 @@ class Mixture(Mixable):
         return [batch] * len(self.parts)
 
     def _collate(self, examples: list[Any]) -> MixedBatch:
-        makers = [getattr(part, "collate", None) for _, part in self.parts]
+        makers = [part.collate for _, part in self.parts]
         default = next(make for make in makers if make is not None)
         batches: list[Any] = []
         for make in makers:
@@ -134,12 +137,12 @@ class Mixture(Mixable):
     def _evaluating(self) -> Iterator[None]:
         with ExitStack() as stack:
             for _, part in self.parts:
-                if hasattr(part, "evaluating"):
+                if part.evaluating is not None:
                     stack.enter_context(part.evaluating())
             yield
 
 
-class SetMixture(Mixture):
+class SetMixture(Mixture, SetObjective):
     """A mixture with a part that is scored on the whole set at once."""
 
     def __call__(self, batch: Any) -> Tensor:
@@ -170,8 +173,9 @@ class SetMixture(Mixture):
 
 def mixture(parts: Sequence[Part]) -> Mixture:
     """The sum of weighted objectives, scored on the whole set where one of them is."""
-    whole = any(isinstance(part, SetObjective) for _, part in parts)
-    return (SetMixture if whole else Mixture)(parts)
+    ready = [(weight, as_objective(part)) for weight, part in parts]
+    whole = any(isinstance(part, SetObjective) for _, part in ready)
+    return (SetMixture if whole else Mixture)(ready)
 
 
 def _parts(objective: Any, weight: float = 1.0) -> list[Part]:
@@ -183,10 +187,10 @@ def _parts(objective: Any, weight: float = 1.0) -> list[Part]:
     return [(weight, objective)]
 
 
-def _checked(part: Any) -> Any:
-    if not (callable(part) or isinstance(part, SetObjective)):
-        raise OptionError(f"{part!r} is no objective; a sum takes objectives times numbers")
-    return part
+def _most_rows(parts: Sequence[Objective]) -> int | Literal["all"]:
+    """What every part has enough of."""
+    rows = [part.min_rows for part in parts]
+    return "all" if "all" in rows else max(row for row in rows if row != "all")
 
 
 def _number(weight: Any) -> float:
@@ -199,12 +203,10 @@ def _orientation(parts: Sequence[Part]) -> bool:
     """True where the sum is to be maximised."""
     if not parts:
         raise OptionError("a sum of no objectives; give at least one")
-    rises = {
-        (weight > 0) == bool(getattr(part, "maximize", False)) for weight, part in parts if weight
-    }
+    rises = {(weight > 0) == part.maximize for weight, part in parts if weight}
     if len(rises) > 1:
         terms = [
-            f"{weight:+g} * {_name(part)} ({'more' if _rewards(part) else 'less'} is better)"
+            f"{weight:+g} * {_name(part)} ({'more' if part.maximize else 'less'} is better)"
             for weight, part in parts
         ]
         raise OptionError(
@@ -213,10 +215,6 @@ def _orientation(parts: Sequence[Part]) -> bool:
             "CallableObjective(function, maximize=True)"
         )
     return rises == {True}
-
-
-def _rewards(part: Any) -> bool:
-    return bool(getattr(part, "maximize", False))
 
 
 def _name(part: Any) -> str:
@@ -252,9 +250,10 @@ def _joined(column: Sequence[tuple[Tensor, Any]]) -> Tensor:
 
 def _rows(batch: Any) -> int:
     if isinstance(batch, Mapping):
-        batch = next(iter(batch.values()))
-    elif isinstance(batch, tuple):
-        batch = batch[0]
+        return _rows(next(iter(batch.values()), None))
+    # A batch of a class of its own (queries with their documents) knows its rows.
+    if type(batch) is tuple:
+        return _rows(batch[0])
     if not hasattr(batch, "__len__"):
         raise DataError(
             f"a part of the sum gives one number for a whole {type(batch).__name__}, whose rows "

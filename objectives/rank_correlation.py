@@ -35,7 +35,7 @@ class KendallTau(RankCorrelation):
         model: A scorer, or a module (see ``RankingMetric``).
         undefined: What becomes of a query whose documents are all equally relevant: "error" or
             "skip".
-        min_rows: Fewest queries that one direction sees; None: the whole batch.
+        min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
         UndefinedMetricError: (when called) A query's documents are all equally relevant.
@@ -62,7 +62,7 @@ class Spearman(RankCorrelation):
         model: A scorer, or a module (see ``RankingMetric``).
         undefined: What becomes of a query whose documents are all equally relevant: "error" or
             "skip".
-        min_rows: Fewest queries that one direction sees; None: the whole batch.
+        min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
         UndefinedMetricError: (when called) A query's documents are all equally relevant.

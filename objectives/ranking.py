@@ -28,7 +28,7 @@ class NDCG(RankingMetric):
         gain: "linear", the relevance itself, as scikit-learn has it, or "exponential",
             2^relevance - 1, as in the literature on learning to rank.
         undefined: What becomes of a query without a relevant document: "error" or "skip".
-        min_rows: Fewest queries that one direction sees; None: the whole batch.
+        min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
         OptionError: k below 1, another gain or rule.
@@ -50,7 +50,7 @@ class NDCG(RankingMetric):
         *,
         gain: Literal["linear", "exponential"] = "linear",
         undefined: Undefined = "error",
-        min_rows: int | None = 1,
+        min_rows: int | Literal["all"] = 1,
     ) -> None:
         super().__init__(model, undefined=undefined, min_rows=min_rows)
         if gain not in ("linear", "exponential"):
@@ -79,7 +79,7 @@ class MAP(RankingMetric):
         model: A scorer, or a module (see ``RankingMetric``). Documents of relevance > 0 are
             relevant.
         undefined: What becomes of a query without a relevant document: "error" or "skip".
-        min_rows: Fewest queries that one direction sees; None: the whole batch.
+        min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
         UndefinedMetricError: (when called) A query has no relevant document.
@@ -113,7 +113,7 @@ class MRR(RankingMetric):
             relevant.
         k: Ranks that count, beyond them the value is 0; None: all.
         undefined: What becomes of a query without a relevant document: "error" or "skip".
-        min_rows: Fewest queries that one direction sees; None: the whole batch.
+        min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
         OptionError: k below 1.
@@ -133,7 +133,7 @@ class MRR(RankingMetric):
         k: int | None = None,
         *,
         undefined: Undefined = "error",
-        min_rows: int | None = 1,
+        min_rows: int | Literal["all"] = 1,
     ) -> None:
         super().__init__(model, undefined=undefined, min_rows=min_rows)
         self.k = None if k is None else at_least_one("k", k)
@@ -152,7 +152,7 @@ class RecallAt(RankingMetric):
             relevant.
         k: Ranks that count.
         undefined: What becomes of a query without a relevant document: "error" or "skip".
-        min_rows: Fewest queries that one direction sees; None: the whole batch.
+        min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
         OptionError: k below 1.
@@ -172,7 +172,7 @@ class RecallAt(RankingMetric):
         k: int = 10,
         *,
         undefined: Undefined = "error",
-        min_rows: int | None = 1,
+        min_rows: int | Literal["all"] = 1,
     ) -> None:
         super().__init__(model, undefined=undefined, min_rows=min_rows)
         self.k = at_least_one("k", k)

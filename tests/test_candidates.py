@@ -531,8 +531,8 @@ def test_objectives_that_say_so_are_not_joined() -> None:
     view = ParameterView.trainable(model)
     loss = CausalLMLoss(model, reduction="token")
     refused(loss, view, asked(source_of(loss, "opt")), "depends on the others")
-    assert not (loss + CausalLMLoss(model)).joint
-    assert (CausalLMLoss(model) + CausalLMLoss(model, reduction="sum")).joint
+    assert not (loss + CausalLMLoss(model)).independent_rows
+    assert (CausalLMLoss(model) + CausalLMLoss(model, reduction="sum")).independent_rows
     assert GenerationReward.__init__.__kwdefaults__["do_sample"] is False
 
 

@@ -34,6 +34,7 @@ def recorded(data: Any, optimizer: Any = None, **options: Any) -> list[list[int]
         seen.append(rows_of(batch))
         return float(x.sum())
 
+    objective.mean_over_rows = True  # type: ignore[attr-defined]
     settings = {"batch_size": 3, "max_steps": 7, "seed": 5, "progress": False}
     optimizer = optimizer or MeZO(1e-3, perturbation_scale=1e-2)
     minimize(objective, ParameterView({"x": x}), data, optimizer, **(settings | options))
@@ -64,6 +65,8 @@ def test_collate_of_the_caller_and_of_the_objective() -> None:
     seen: list[Any] = []
 
     class Objective:
+        mean_over_rows = True
+
         def collate(self, examples: list[int]) -> str:
             return "objective " + "".join(map(str, examples))
 

@@ -68,9 +68,10 @@ def test_one_number_a_batch_is_told_apart_by_parts(seed: int) -> None:
     rows = gradients(400, mean=0.5, spread=1.0)
     x = torch.zeros(6, dtype=torch.float64)
     view = ParameterView({"x": x})
+    mean = CallableObjective(lambda batch: float((batch @ x).mean()), mean_over_rows=True)
     found = [
         diagnose(
-            lambda batch: float((batch @ x).mean()), view, rows,
+            mean, view, rows,
             batch_size=8, perturbation_scales=TWO, seed=seed + k,
         )
         for k in range(40)
@@ -83,7 +84,7 @@ def test_one_number_a_batch_is_told_apart_by_parts(seed: int) -> None:
 class Scored:
     """A set-level objective."""
 
-    def __init__(self, x: Tensor, min_rows: int | None = None) -> None:
+    def __init__(self, x: Tensor, min_rows: Any = "all") -> None:
         self.x, self.min_rows = x, min_rows
         self.sizes: list[int] = []
 
@@ -96,10 +97,10 @@ class Scored:
         return float(joined.mean())
 
 
-@pytest.mark.parametrize("min_rows", [None, 8, 2])
+@pytest.mark.parametrize("min_rows", ["all", 8, 2])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 5])
 def test_a_set_is_scored_without_each_row_and_never_cut(
-    min_rows: int | None, micro_batch_size: int | None
+    min_rows: Any, micro_batch_size: int | None
 ) -> None:
     x = torch.zeros(6, dtype=torch.float64)
     objective = Scored(x, min_rows)
@@ -228,6 +229,7 @@ def test_nothing_is_changed_and_every_query_counted(dtype: torch.dtype) -> None:
         sizes.append(len(batch))
         return (batch @ x.double()).square()
 
+    objective.mean_over_rows = True  # type: ignore[attr-defined]
     view = ParameterView({"x": x}, groups=[Group("x", perturbation_scale=2.0)])
     found = diagnose(
         objective, view, gradients(50, 0.5, 1.0), batch_size=9, num_directions=5,
@@ -429,5 +431,6 @@ def test_batches_are_fair_to_the_classes_as_those_of_minimize() -> None:
         seen.append(len(batch["labels"].unique()))
         return batch["x"] @ x
 
+    objective.mean_over_rows = True  # type: ignore[attr-defined]
     diagnose(objective, ParameterView({"x": x}), rows, batch_size=16)
     assert set(seen) == {2}

@@ -370,18 +370,18 @@ class Recorded(F1):
 @pytest.mark.parametrize(
     ("optimizer", "min_rows", "expected"),
     [
-        (MeZOSVRG(), None, [48] * 8),
+        (MeZOSVRG(), "all", [48] * 8),
         (MeZOSVRG(num_directions=2), 16, [16] * 6),
-        (MeZOSVRG(one_sided=False), None, [48] * 16),
+        (MeZOSVRG(one_sided=False), "all", [48] * 16),
         (MeZOSVRG(one_sided=False, num_directions=2), 16, [24] * 4),
-        (MeZO(num_directions=4), None, [48] * 8),
-        (MeZO(num_directions=3, one_sided=True), None, [48] * 3),
-        (MeZO(num_directions=3, one_sided=True, shaping=None), None, [48] * 4),
+        (MeZO(num_directions=4), "all", [48] * 8),
+        (MeZO(num_directions=3, one_sided=True), "all", [48] * 3),
+        (MeZO(num_directions=3, one_sided=True, shaping=None), "all", [48] * 4),
         (MeZO(num_directions=4), 8, [12] * 8),
     ],
 )
 def test_a_batch_is_not_cut_below_what_the_metric_needs(
-    optimizer: Any, min_rows: int | None, expected: list[int]
+    optimizer: Any, min_rows: Any, expected: list[int]
 ) -> None:
     model = linear()
     objective = Recorded(model, min_rows=min_rows)
@@ -397,7 +397,7 @@ def test_a_batch_is_not_cut_below_what_the_metric_needs(
 def test_the_batch_of_a_trainer_is_not_cut_either(tmp_path: Any) -> None:
     model = tiny_model("bert")
     objective = Recorded(model)
-    objective.rows, objective.joint = [], False  # one call a point
+    objective.rows, objective.independent_rows = [], False  # one call a point
     args = ZOConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=8, report_to="none", use_cpu=True,
         disable_tqdm=True,

@@ -206,8 +206,12 @@ def test_all_points_of_a_step_see_one_draw_of_the_collate_function() -> None:
         calls.append(len(rows))
         return torch.randn(len(rows), generator=generator)
 
+    def objective(batch: Tensor) -> Tensor:
+        return (batch + x).square()
+
+    objective.mean_over_rows = True  # type: ignore[attr-defined]
     minimize(
-        lambda batch: (batch + x).square(), ParameterView({"x": x}), [0.0] * 12,
+        objective, ParameterView({"x": x}), [0.0] * 12,
         MeZO(lr=1e-9), batch_size=12, micro_batch_size=4, max_steps=3, joint_rows=None,
         collate=noisy, progress=False,
     )  # fmt: skip
@@ -226,6 +230,7 @@ def test_micro_batches_are_weighted_exactly(size: int | None, per_example: bool)
             losses = p.objective(batch)
             return losses if per_example else float(losses.mean())
 
+        objective.mean_over_rows = True  # type: ignore[attr-defined]
         options = QUIET | {"batch_size": 10, "max_steps": 5, "micro_batch_size": micro}
         return p.view, minimize(objective, p.view, p.data, mezo(lr=0.1), **options), sizes
 

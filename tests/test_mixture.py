@@ -98,7 +98,7 @@ def test_parts_that_pull_in_opposite_ways_are_refused() -> None:
     ],
 )
 def test_what_is_no_weight_and_no_objective(bad: Any) -> None:
-    with pytest.raises(OptionError, match=r"choose a finite number|is no objective|no objectives"):
+    with pytest.raises(OptionError, match=r"choose a finite number|cannot be called|no objectives"):
         bad()
 
 
@@ -108,7 +108,9 @@ def test_a_set_level_part_is_scored_once_and_the_rest_is_weighted_by_rows(
 ) -> None:
     model = tiny_model("bert")
     loss, f1, data = ClassificationLoss(model), F1(model), examples()
-    mean = CallableObjective(lambda batch: float(loss(batch).mean()), model=model)
+    mean = CallableObjective(
+        lambda batch: float(loss(batch).mean()), model=model, mean_over_rows=True
+    )
     scored: list[int] = []
     score = f1.score
     f1.score = lambda parts: scored.append(len(parts)) or score(parts)  # type: ignore[method-assign]
@@ -192,7 +194,7 @@ def test_loss_and_metric_together_in_a_run() -> None:
     assert float(mixed(data)) < before - 0.3
     assert mixed.min_rows == accuracy.min_rows == 32  # what the part that counts needs
     assert (loss - 0.5 * Accuracy(model, softness=1.0)).min_rows == 1
-    assert (loss - F1(model)).min_rows > 64
+    assert (loss - F1(model)).min_rows == "all"
 
 
 def test_a_sum_of_losses_has_a_gradient() -> None:

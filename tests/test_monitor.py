@@ -49,6 +49,7 @@ def test_they_change_nothing_and_are_counted_apart() -> None:
         sizes.append(len(batch))
         return logistic(flat(watched.view), batch)
 
+    counting.mean_over_rows = True  # type: ignore[attr-defined]
     without = run(plain, max_steps=None, max_queries=100)
     with_them = run(
         watched, max_steps=None, max_queries=100, metrics={"loss": counting}, metrics_every=1

@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from zo_adapt.data.rows import NoRowsError, leaves, select_rows
-from zo_adapt.evaluation.objective import SetObjective
+from zo_adapt.evaluation.objective import SetObjective, attributes_of
 
 MOST = 128
 """Scores that are computed for one point; of more rows, several are left out together."""
 
 
-class Jackknife:
+class Jackknife(SetObjective):
     """A set objective with a value for every row, where its own is one number f for n rows.
 
     v_i = f + (n - 1) (mean_j f_j - f_i),    f_i the score without row i
@@ -31,7 +31,7 @@ class Jackknife:
         objective: Predicts rows one by one.
 
     Example:
-        >>> class Share:
+        >>> class Share(SetObjective):
         ...     def predict(self, batch):
         ...         return batch
         ...     def score(self, predictions):
@@ -44,9 +44,7 @@ class Jackknife:
 
     def __init__(self, objective: SetObjective) -> None:
         self._objective = objective
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._objective, name)
+        vars(self).update(attributes_of(objective))
 
     def predict(self, batch: Any) -> Any:
         """The objective's predictions."""

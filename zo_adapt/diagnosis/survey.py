@@ -22,7 +22,15 @@ from zo_adapt.diagnosis.advice import (
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import Objective, SetObjective, is_step_like, rows_needed
+from zo_adapt.evaluation.objective import (
+    ObjectiveLike,
+    SetObjective,
+    as_objective,
+    check_micro_batch_size,
+    keeps_batch_whole,
+    resolve_mean_over_rows,
+    rows_needed,
+)
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.noise import philox
@@ -45,7 +53,7 @@ ROUNDING = 1e-13
 
 
 def diagnose(
-    objective: Objective | SetObjective,
+    objective: ObjectiveLike,
     view: ParameterView,
     data: Any = None,
     *,
@@ -95,7 +103,9 @@ def diagnose(
         (16, 16, False, 2816)
     """
     check_run(at_least_one("num_directions", num_directions), None, seed)
-    source = as_source(data, collate or getattr(objective, "collate", None))
+    objective = as_objective(objective)
+    source = as_source(data, collate or objective.collate)
+    objective = resolve_mean_over_rows(objective, source, view.model)
     if batch_size is None and not isinstance(source, NoData):
         least = min(rows_needed(objective), len(source))
         batch_size = min(max(USUAL_ROWS, least), len(source))
@@ -105,10 +115,12 @@ def diagnose(
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
     view.check_adapters()
     view.check_finite()
-    usual, scales = _scales(view, is_step_like(objective), perturbation_scales)
+    usual, scales = _scales(view, objective.step_like, perturbation_scales)
+    check_micro_batch_size(objective, micro_batch_size, rows)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
-    evaluator = LocalEvaluator(objective, view, EvaluationOptions(micro_batch_size or batch_size))
+    most = None if keeps_batch_whole(objective) else micro_batch_size or batch_size
+    evaluator = LocalEvaluator(objective, view, EvaluationOptions(most))
     survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
     table = _table(scales, found)

@@ -7,7 +7,7 @@ answers every step's probes: those that may go together at several points in one
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,15 @@ from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
-from zo_adapt.evaluation.mode import check_dropout
-from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective
+from zo_adapt.evaluation.objective import (
+    Objective,
+    ObjectiveLike,
+    SetObjective,
+    as_objective,
+    check_micro_batch_size,
+    keeps_batch_whole,
+    ready,
+)
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import OnePoint, Place
 from zo_adapt.evaluation.plan import Plan
@@ -50,7 +57,7 @@ class LocalEvaluator:
 
     def __init__(
         self,
-        objective: Objective | Callable[[Any], Any],
+        objective: ObjectiveLike,
         view: ParameterView,
         options: EvaluationOptions | None = None,
         *,
@@ -62,7 +69,9 @@ class LocalEvaluator:
         self.objective, self.view = as_objective(objective), view
         maximize = self.objective.maximize if maximize is None else maximize
         self.sign = -1.0 if maximize else 1.0
-        self.micro_batch_size = options.micro_batch_size or batch_size
+        check_micro_batch_size(self.objective, options.micro_batch_size, batch_size)
+        whole = keeps_batch_whole(self.objective)
+        self.micro_batch_size = None if whole else options.micro_batch_size or batch_size
         self.max_queries, self.queries = max_queries, 0
 
         self._function: Callable[[Any], Any] = self.objective
@@ -111,11 +120,7 @@ class LocalEvaluator:
 
     def ready(self) -> AbstractContextManager[Any]:
         """The objective's own evaluation mode, or a check that the model is in it."""
-        if self.objective.evaluating is not None:
-            return self.objective.evaluating()
-        if self.view.model is not None:
-            check_dropout(self.view.model)
-        return nullcontext()
+        return ready(self.objective, self.view.model)
 
     @property
     def plan(self) -> Plan:

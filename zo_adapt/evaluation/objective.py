@@ -1,34 +1,112 @@
 """What an objective is: the contract between what is tuned for and what asks it."""
 
+import random
 import sys
-from typing import Any, Protocol, runtime_checkable
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from zo_adapt.data.sources import Collate, Source
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.mode import check_dropout
+from zo_adapt.options import at_least_one
 
 
-class Objective(Protocol):
-    """Any callable ``batch -> float`` or one value per example (a 1-d tensor, array or list).
+class Objective(ABC):
+    """Base of what is minimised or maximised: ``batch -> float``, or one value per example.
 
-    It is evaluated where the view is now, without gradient. A single number is taken as the mean
-    over the batch; values per example let micro-batches be weighted exactly and are better.
+    It is called where the weights are now, without gradient. Values per example (a 1-d tensor,
+    array or list) are better than one number: parts of a batch are then weighted exactly.
 
-    Five optional attributes are used when present: ``collate`` (makes a batch of a list of
-    examples), ``evaluating()``, a context in which the model is ready (evaluation mode),
-    ``maximize``: True for a reward or a metric, of which more is better, ``joint``: False where
-    the value of a row depends on the other rows of the batch, by random draws or otherwise, so that
-    several points must not be evaluated in one call, and ``step_like``: True where the value
-    changes in jumps, as a count does, and the usual perturbation is too small to see any.
+    A bare function will do (``as_objective``); a class of its own says more. All that an objective
+    may say of itself is below, with what holds where it says nothing.
+
+    Attributes:
+        collate: ``list of examples -> batch``. None: torch's default, or the loop's own.
+        evaluating: Called, a context in which the model is ready (in evaluation mode). None: the
+            caller keeps it so, and a model with dropout switched on is refused.
+        maximize: More is better: a reward or a metric. Falls by default.
+        independent_rows: The value of a row depends on that row alone, not on random draws or on
+            the other rows of the batch; several points may then be evaluated in one call.
+        step_like: The value changes in jumps, as a count does, so that the usual perturbation is
+            too small to see any; the optimizers then perturb further.
+        mean_over_rows: The value of a batch is the mean over its rows, so that a batch may be cut:
+            over several directions, and into micro-batches, whose means are weighted by their
+            rows. False: a batch stays in one call. "auto": True if it gives one value per
+            example; found out at the start by calling it once, on the first two examples. (The
+            call is not counted as queries; an error in it counts as no values per example.)
+        min_rows: Fewest rows of the part of a batch that one direction sees. "all": every
+            direction sees the whole batch.
+        capturable: A call on a GPU does the same kernels for every batch of one shape and never
+            waits for their results, so that a CUDA graph can replay them.
+
+    Example:
+        >>> class Distance(Objective):
+        ...     mean_over_rows = True
+        ...     def __init__(self, x):
+        ...         self.x = x
+        ...     def __call__(self, batch):
+        ...         return (batch - self.x).square().sum(1)
+        >>> Distance(torch.zeros(2))(torch.ones(3, 2)).tolist()
+        [2.0, 2.0, 2.0]
     """
+
+    collate: Collate | None = None
+    evaluating: Callable[[], AbstractContextManager[Any]] | None = None
+    maximize: bool = False
+    independent_rows: bool = True
+    step_like: bool = False
+    mean_over_rows: bool | Literal["auto"] = "auto"
+    min_rows: int | Literal["all"] = 1
+    capturable: bool = False
+
+    @abstractmethod
+    def __call__(self, batch: Any, /) -> Any:
+        """The value of a batch, or one for each of its examples."""
+
+
+class SetObjective(Objective):
+    """Base of what needs the whole set at once (F1, NDCG): predicted in parts, scored once.
+
+    ``predict`` is called on micro-batches; ``score`` on what it returned for all of them. Every
+    direction sees the whole batch (``min_rows="all"``) unless the class says how many rows will do.
+
+    Example:
+        >>> class Largest(SetObjective):
+        ...     maximize = True
+        ...     def predict(self, batch):
+        ...         return batch.max()
+        ...     def score(self, predictions):
+        ...         return max(predictions)
+        >>> float(Largest()(torch.tensor([1.0, 3.0])))
+        3.0
+    """
+
+    min_rows: int | Literal["all"] = "all"
+    mean_over_rows: bool | Literal["auto"] = True
+    """Here: rows may be predicted in micro-batches."""
 
     def __call__(self, batch: Any, /) -> Any:
-        """The loss of a batch."""
+        """The score of one batch."""
+        return self.score([self.predict(batch)])
+
+    @abstractmethod
+    def predict(self, batch: Any, /) -> Any:
+        """Predictions for one micro-batch."""
+
+    @abstractmethod
+    def score(self, predictions: list[Any], /) -> Any:
+        """One number, or one per example, from the predictions of all micro-batches."""
 
 
-@runtime_checkable
-class SetObjective(Protocol):
-    """An objective that needs the whole set at once (F1, NDCG): predicted in parts, scored once.
-
-    A batch is not cut over several directions below ``min_rows`` rows, where the objective has that
-    attribute; without it, or when it is None, a batch stays whole.
-    """
+class PredictsAndScores(Protocol):
+    """A class of another origin with the two methods of a ``SetObjective``."""
 
     def predict(self, batch: Any, /) -> Any:
         """Predictions for one micro-batch."""
@@ -37,35 +115,198 @@ class SetObjective(Protocol):
         """One number, or one per example, from the predictions of all micro-batches."""
 
 
-def rows_needed(objective: Objective | SetObjective) -> int:
-    """Fewest rows that the objective has a meaningful value on; ``sys.maxsize``: all of a batch."""
-    rows = getattr(objective, "min_rows", None if isinstance(objective, SetObjective) else 1)
-    return sys.maxsize if rows is None else int(rows)
+ObjectiveLike = Objective | Callable[[Any], Any] | PredictsAndScores
+"""What ``as_objective`` takes."""
+
+ATTRIBUTES = (
+    "collate",
+    "evaluating",
+    "maximize",
+    "independent_rows",
+    "step_like",
+    "mean_over_rows",
+    "min_rows",
+    "capturable",
+)
+"""All that an objective says of itself."""
 
 
-def is_step_like(objective: Objective | SetObjective) -> bool:
-    """Whether the objective says that it changes in jumps."""
-    return bool(getattr(objective, "step_like", False))
+class _Wrapped(Objective):
+    """A callable, and what is said of it."""
+
+    def __init__(self, wrapped: Any, said: Mapping[str, Any]) -> None:
+        self.wrapped = wrapped
+        self.__name__ = getattr(wrapped, "__name__", type(wrapped).__name__)
+        vars(self).update(said)
+
+    def __call__(self, batch: Any, /) -> Any:
+        return self.wrapped(batch)
+
+    def __repr__(self) -> str:
+        return f"as_objective({self.wrapped!r})"
 
 
-class _Wrapped:
-    """Temporary: the attributes of an objective, with defaults."""
+class _WrappedSet(_Wrapped, SetObjective):
+    """Something with ``predict`` and ``score``, and what is said of it."""
 
-    def __init__(self, given: Any) -> None:
-        self.given = given
-        self.maximize = bool(getattr(given, "maximize", False))
-        self.independent_rows = bool(getattr(given, "joint", True))
-        self.capturable = bool(getattr(given, "capturable", False))
-        self.step_like = bool(getattr(given, "step_like", False))
-        self.evaluating = getattr(given, "evaluating", None)
+    def __call__(self, batch: Any, /) -> Any:
+        return SetObjective.__call__(self, batch)
 
-    def __call__(self, batch: Any) -> Any:
-        return self.given(batch)
+    def predict(self, batch: Any, /) -> Any:
+        return self.wrapped.predict(batch)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.given, name)
+    def score(self, predictions: list[Any], /) -> Any:
+        return self.wrapped.score(predictions)
 
 
-def as_objective(given: Any) -> Any:
-    """Temporary."""
-    return _Wrapped(given)
+def as_objective(given: ObjectiveLike) -> Objective:
+    """An ``Objective`` of whatever the caller has.
+
+    Args:
+        given: An ``Objective``, returned as it is; any callable ``batch -> float`` or one value per
+            example; or an object with ``predict`` and ``score``, which makes a ``SetObjective``.
+            Its attributes of an objective's names are read once, here; the others have the
+            defaults.
+
+    Raises:
+        OptionError: Something else, or a ``min_rows`` that is neither an integer >= 1 nor "all".
+
+    Example:
+        >>> as_objective(lambda batch: 0.0).maximize
+        False
+    """
+    if isinstance(given, Objective):
+        return given
+    if isinstance(given, type):
+        raise OptionError(
+            f"the objective is the class {given.__name__}; make one: {given.__name__}(...)"
+        )
+    said = attributes_of(given)
+    if callable(getattr(given, "predict", None)) and callable(getattr(given, "score", None)):
+        return _WrappedSet(given, said)
+    if not callable(given):
+        raise OptionError(
+            f"the objective {given!r:.80} cannot be called; give a function of a batch, or an "
+            "object with predict and score"
+        )
+    return _Wrapped(given, said)
+
+
+def attributes_of(given: Any) -> dict[str, Any]:
+    """Those of an objective's attributes that an object has, by name."""
+    said = {name: getattr(given, name) for name in ATTRIBUTES if hasattr(given, name)}
+    if "joint" in dir(given) and "independent_rows" not in said:
+        _warn(f"{type(given).__name__}.joint", "independent_rows")
+        said["independent_rows"] = bool(given.joint)
+    if "min_rows" in said:
+        said["min_rows"] = checked_min_rows(said["min_rows"])
+    return said
+
+
+def checked_min_rows(rows: int | Literal["all"] | None) -> int | Literal["all"]:
+    """The same, if it is an integer >= 1 or "all".
+
+    Raises:
+        OptionError: It is neither.
+    """
+    if rows is None:
+        _warn("min_rows=None", 'min_rows="all"')
+        return "all"
+    return "all" if rows == "all" else at_least_one("min_rows", rows)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}; the old name goes in 0.3", DeprecationWarning, stacklevel=4)
+
+
+def rows_needed(objective: Objective) -> int:
+    """Fewest rows of the part of a batch that one direction sees; ``sys.maxsize``: all of it."""
+    if objective.min_rows == "all" or keeps_batch_whole(objective):
+        return sys.maxsize
+    return objective.min_rows
+
+
+def keeps_batch_whole(objective: Objective) -> bool:
+    """Whether every call must have all rows of a batch."""
+    return objective.mean_over_rows is not True
+
+
+def check_micro_batch_size(
+    objective: Objective, micro_batch_size: int | None, batch_size: int | None
+) -> None:
+    """Refuse micro-batches of what cannot be cut.
+
+    Args:
+        objective: After ``resolve_mean_over_rows``.
+        micro_batch_size: As the caller gives it; None: no limit was asked for.
+        batch_size: Rows of a batch; None: not known.
+
+    Raises:
+        OptionError: The objective gives one number for a whole batch.
+    """
+    cuts = micro_batch_size is not None and (batch_size is None or micro_batch_size < batch_size)
+    if cuts and keeps_batch_whole(objective):
+        raise OptionError(
+            f"micro_batch_size={micro_batch_size} with an objective that gives one number for a "
+            "batch: the mean over micro-batches would be another number; return one value per "
+            "example, set mean_over_rows=True if the number is a mean over rows, give the "
+            "objective predict and score, or leave micro_batch_size out"
+        )
+
+
+def resolve_mean_over_rows(
+    objective: Objective, source: Source, model: nn.Module | None
+) -> Objective:
+    """The objective, saying whether its value is a mean over rows, so that a batch may be cut.
+
+    One that does not say is called once, on the first two rows: the same two in every run, also in
+    one that is resumed. One value for each is a mean over rows. One number need not be: a metric,
+    or in-batch negatives, are another figure on another number of rows.
+
+    Args:
+        objective: What is asked.
+        source: Of the rows.
+        model: Looked at for dropout, where the objective has no evaluation mode of its own.
+
+    Raises:
+        DropoutError: The model is not in evaluation mode.
+    """
+    if objective.mean_over_rows != "auto" or len(source) < 2:  # a single row cannot be cut
+        return objective
+    with torch.no_grad(), _randomness_kept(model), ready(objective, model):
+        try:
+            shape = np.shape(_detached(objective(source.take([0, 1]))))
+        # A metric may have no value on two rows. What is wrong with the data or the function says
+        # itself again, where it counts, at the first step.
+        except Exception:
+            shape = ()
+    said = attributes_of(objective) | {"mean_over_rows": shape == (2,)}
+    kind = _WrappedSet if isinstance(objective, SetObjective) else _Wrapped
+    return kind(objective, said)
+
+
+def ready(objective: Objective, model: nn.Module | None) -> AbstractContextManager[Any]:
+    """The objective's own evaluation mode, or a check that the model is in it."""
+    if objective.evaluating is not None:
+        return objective.evaluating()
+    if model is not None:
+        check_dropout(model)
+    return nullcontext()
+
+
+def _detached(returned: Any) -> Any:
+    return returned.detach().cpu() if isinstance(returned, torch.Tensor) else returned
+
+
+@contextmanager
+def _randomness_kept(model: nn.Module | None) -> Iterator[None]:
+    """The global generators afterwards as before: a collate function or an objective may draw."""
+    parameters = () if model is None else model.parameters()
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002

@@ -49,12 +49,10 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.micro_batch_size is not None:
             at_least_one("micro_batch_size", self.micro_batch_size)
-        if self.joint_rows not in ("auto", "off"):
-            whole = isinstance(self.joint_rows, int) and not isinstance(self.joint_rows, bool)
-            if not (whole and self.joint_rows >= 1):
-                raise OptionError(
-                    f"joint_rows={self.joint_rows!r}; choose an integer >= 1, 'auto' or 'off'"
-                )
+        rows = self.joint_rows
+        whole = isinstance(rows, int) and not isinstance(rows, bool) and rows >= 1
+        if not whole and rows not in ("auto", "off"):
+            raise OptionError(f"joint_rows={rows!r}; choose an integer >= 1, 'auto' or 'off'")
         choices = ("auto", "on", "off")
         if self.reuse_trunk not in choices and not isinstance(self.reuse_trunk, FrozenTrunk):
             raise OptionError(

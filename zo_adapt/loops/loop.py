@@ -13,7 +13,12 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Collate, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
+from zo_adapt.evaluation.objective import (
+    ObjectiveLike,
+    as_objective,
+    resolve_mean_over_rows,
+    rows_needed,
+)
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
@@ -69,7 +74,7 @@ class Result(NamedTuple):
 
 
 def minimize(
-    objective: Objective | SetObjective,
+    objective: ObjectiveLike,
     view: ParameterView,
     data: Any,
     optimizer: Optimizer,
@@ -153,7 +158,9 @@ def minimize(
     check_run(max_steps, max_queries, seed)
     if micro_batch_size is not None:
         at_least_one("micro_batch_size", micro_batch_size)
-    source = as_source(data, collate or getattr(objective, "collate", None))
+    objective = as_objective(objective)
+    source = as_source(data, collate or objective.collate)
+    objective = resolve_mean_over_rows(objective, source, view.model)
     classes = class_labels(data) if stratify else None
     samples = Samples(source, batch_size, seed, classes, rows_needed(objective))
     options = EvaluationOptions(

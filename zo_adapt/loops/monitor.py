@@ -8,13 +8,13 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import Collate, Source, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import Objective, SetObjective
+from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, resolve_mean_over_rows
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.options import at_least_one
 from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
-Metrics = Mapping[str, Objective | SetObjective]
+Metrics = Mapping[str, ObjectiveLike]
 
 
 class Monitor:
@@ -43,10 +43,11 @@ class Monitor:
         self._last: tuple[int, dict[str, float]] | None = None
         self._ready = {}
         for name, metric in metrics.items():
-            source = as_source(data, collate or getattr(metric, "collate", None))
-            evaluator = LocalEvaluator(
-                metric, view, maximize=False, micro_batch_size=micro_batch_size
-            )
+            objective = as_objective(metric)
+            source = as_source(data, collate or objective.collate)
+            if micro_batch_size is not None and len(source) > micro_batch_size:
+                objective = resolve_mean_over_rows(objective, source, view.model)
+            evaluator = LocalEvaluator(objective, view, maximize=False, batch_size=micro_batch_size)
             self._ready[name] = evaluator, source
 
     @property

@@ -7,7 +7,6 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError, TrajectoryError, TrajectoryWriteError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import is_step_like
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.rule import Budget
@@ -54,8 +53,7 @@ class Run:
         self.last: Step | None = None
         self.logged: list[Step] = []
         """Steps of the run that were made before this process; filled by resuming."""
-        step_like = is_step_like(evaluator.objective)
-        optimizer.start(evaluator.view, seed, step_like=step_like)
+        optimizer.start(evaluator.view, seed, step_like=evaluator.objective.step_like)
         self._writer: Writer | None = None
         self._state_path: Path | None = None
         if trajectory is not None:

@@ -12,6 +12,7 @@ from zo_adapt.data.labels import class_labels
 from zo_adapt.data.samples import Samples, stratified
 from zo_adapt.data.sources import Collate, Examples
 from zo_adapt.errors import DataError
+from zo_adapt.evaluation.objective import Objective
 
 EXAMPLES = "examples"
 """Where a batch that is not collated yet has its examples."""
@@ -29,8 +30,8 @@ class Batching:
         collator: What the trainer was given, or None.
     """
 
-    def __init__(self, trainer: Any, objective: object, collator: Collate | None) -> None:
-        own: Collate | None = getattr(objective, "collate", None)
+    def __init__(self, trainer: Any, objective: Objective | None, collator: Collate | None) -> None:
+        own = None if objective is None else objective.collate
         self._trainer, self._own = trainer, own if collator in (None, own) else None
 
     @contextmanager

@@ -1,7 +1,7 @@
 """What ZOTrainer minimises by default: Trainer's own loss, in fp32."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.objective import Objective
 
 
-class TrainerLoss:
+class TrainerLoss(Objective):
     """Trainer's own ``compute_loss`` as an objective: the mean over the rows it is shown."""
 
-    joint = False  # one number cannot be cut into the parts of several candidates
+    mean_over_rows = True
+    independent_rows = False  # one number cannot be cut into the parts of several candidates
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._trainer, self._model = trainer, model
-        self.evaluating: Callable[[], AbstractContextManager[None]] = EvaluationMode(model)
+        self.evaluating = EvaluationMode(model)
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
 

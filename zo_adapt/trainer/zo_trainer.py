@@ -16,7 +16,12 @@ from transformers.utils import logging
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import Objective, SetObjective, rows_needed
+from zo_adapt.evaluation.objective import (
+    ObjectiveLike,
+    as_objective,
+    resolve_mean_over_rows,
+    rows_needed,
+)
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.loops.loop import FAULTS, StopReason
@@ -86,7 +91,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         args: ZOConfig | None = None,
         *positional: Any,
         view: ParameterView | None = None,
-        objective: Objective | SetObjective | None = None,
+        objective: ObjectiveLike | None = None,
         zo_optimizer: Optimizer | None = None,
         metrics: Metrics | None = None,
         metrics_data: Any = None,
@@ -96,12 +101,13 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         check_arguments(args, ZOConfig)
         check_choices(args, view, objective, zo_optimizer, options)
         collator = options.get("data_collator", positional[0] if positional else None)
-        self._batching = Batching(self, objective, collator)
+        wanted = None if objective is None else as_objective(objective)
+        self._batching = Batching(self, wanted, collator)
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
-        self._given = (view, objective, zo_optimizer)
+        self._given = (view, wanted, zo_optimizer)
         self._metrics, self._metrics_data = metrics or {}, metrics_data
         self._monitor: Monitor | None = None
         self._run: Run | None = None
@@ -184,8 +190,12 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         self.view.check_finite()
         _, objective, optimizer = self._given
         self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
+        source = self._batching.training(loader)
+        objective = objective or TrainerLoss(self, self.model_wrapped)
+        if source.has_length:
+            objective = resolve_mean_over_rows(objective, source, self.view.model)
         evaluator = LocalEvaluator(
-            objective or TrainerLoss(self, self.model_wrapped),
+            objective,
             self.view,
             EvaluationOptions(
                 self.args.micro_batch_size,
@@ -195,7 +205,6 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             batch_size=self.state.train_batch_size,
             max_queries=self.args.max_queries,
         )
-        source = self._batching.training(loader)
         samples = TrainerSamples(source, self.args.seed, rows_needed(evaluator.objective))
         budget = Budget(self.state.max_steps, self.args.max_queries)
         self._samples = samples
