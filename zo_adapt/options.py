@@ -1,6 +1,7 @@
-"""Checks of hyper-parameters."""
+"""Checks of hyper-parameters, and the warning for those that have a new name."""
 
 import math
+import warnings
 
 from zo_adapt.errors import OptionError
 
@@ -49,3 +50,15 @@ def check_run(max_steps: int | None, max_queries: int | None, seed: int) -> None
             raise OptionError(f"{name}={limit}; choose a number >= 0")
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
+
+
+def renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that an old spelling still works, for one version.
+
+    Args:
+        old: As the user wrote it, as in ``"snapshot_size=None"``.
+        new: What to write instead.
+        stacklevel: Frames up to the user's own line; 3 where the function that users call warns.
+    """
+    message = f"{old} is now {new}; the old spelling goes with the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
