@@ -371,7 +371,7 @@ class Recorded(F1):
         (MeZOSVRG(one_sided=False, num_directions=2), 16, [24] * 4),
         (MeZO(num_directions=4), None, [48] * 8),
         (MeZO(num_directions=3, one_sided=True), None, [48] * 3),
-        (MeZO(num_directions=3, one_sided=True, shaping=None), None, [48] * 4),
+        (MeZO(num_directions=3, one_sided=True, shaping="base"), None, [48] * 4),
         (MeZO(num_directions=4), 8, [12] * 8),
     ],
 )
