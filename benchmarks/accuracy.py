@@ -77,7 +77,7 @@ METHODS: dict[str, tuple[Callable[[], Optimizer], int]] = {
 for _mu in (0.01, 0.03, 0.1, 0.2):  # of a LoRA view: 1, 3, 10 and 20 times the scale for a loss
     METHODS[f"MeZOSVRG mu={_mu:g}"] = (partial(MeZOSVRG, perturbation_scale=_mu), 16)
 METHODS["MeZOSVRG, ranks"] = (partial(MeZOSVRG, shaping="ranks"), 16)
-METHODS["MeZOSVRG, base points"] = (partial(MeZOSVRG, shaping=None), 16)
+METHODS["MeZOSVRG, base points"] = (partial(MeZOSVRG, shaping="base"), 16)
 for _rho in (0.15, 0.25, 0.4):
     for _batch in (16, 64):
         METHODS[f"MeZO rho={_rho:g} b={_batch}"] = (partial(MeZO, displacement=_rho), _batch)

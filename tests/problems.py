@@ -11,7 +11,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise.distributions import Noise, draw
-from zo_adapt.optimizers.rule import Budget
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.step import Step
 from zo_adapt.term import Shift, Term
 

@@ -52,7 +52,7 @@ ZEROTH_ORDER = {
     ),
     "mezo_from_base_points": Row(
         MeZO,
-        PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True, "shaping": None},
+        PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True, "shaping": "base"},
         lambda t: 24,
     ),
     "mezo_by_distance": Row(
@@ -70,7 +70,7 @@ ZEROTH_ORDER = {
     "svrg_one_sided": Row(MeZOSVRG, SVRG | {"one_sided": True, "num_directions": 2}, cycle(32, 24)),
     "svrg_from_base_points": Row(
         MeZOSVRG,
-        SVRG | {"one_sided": True, "num_directions": 2, "shaping": None},
+        SVRG | {"one_sided": True, "num_directions": 2, "shaping": "base"},
         cycle(48, 24),
     ),
     "svrg_by_distance": Row(
@@ -78,7 +78,7 @@ ZEROTH_ORDER = {
         SVRG | {"lr": None, "snapshot_lr": None, "normalize": True, "displacement": 0.5},
         cycle(32, 24),
     ),
-    "svrg_whole_set": Row(MeZOSVRG, SVRG | {"snapshot_size": None}, cycle(48, 24)),
+    "svrg_whole_set": Row(MeZOSVRG, SVRG | {"snapshot_size": "all"}, cycle(48, 24)),
     "svrg_normalised": Row(
         MeZOSVRG,
         SVRG | {"lr": 0.01, "normalize": True, "schedule": "cosine", "scale_memory": 0.9},

@@ -46,7 +46,7 @@ def loss(x: Values) -> float:
 
 def made(row: Row) -> Any:
     """The row's optimizer for a function without data, whose one row is its largest batch."""
-    return row.make(**({"snapshot_size": None} if "snapshot_size" in row.options else {}))
+    return row.make(**({"snapshot_size": "all"} if "snapshot_size" in row.options else {}))
 
 
 def talk(

@@ -124,7 +124,7 @@ def svrg_of_appendix(directions: int, lr: float, snapshot_lr: float) -> MeZOSVRG
         lr,
         snapshot_lr=snapshot_lr,
         snapshot_interval=2,
-        snapshot_size=None,
+        snapshot_size="all",
         num_directions=directions,
         coupling="shared",
         one_sided=False,
@@ -147,7 +147,7 @@ def corrected_square(coupling: str | None, seed: int) -> float:
         (info,) = steps(MeZO(**common), *p, batch_size=4, seed=seed, count=1)
         return float((vector(p.view, info.update) / info.lr).square().mean())
     optimizer = MeZOSVRG(
-        snapshot_interval=2, snapshot_size=None, num_directions=4, coupling=coupling,  # type: ignore[arg-type]
+        snapshot_interval=2, snapshot_size="all", num_directions=4, coupling=coupling,  # type: ignore[arg-type]
         one_sided=False, **common,
     )  # fmt: skip
     snapshot, minibatch = steps(optimizer, *p, batch_size=4, seed=seed, count=2)

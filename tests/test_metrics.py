@@ -376,7 +376,7 @@ class Recorded(F1):
         (MeZOSVRG(one_sided=False, num_directions=2), 16, [24] * 4),
         (MeZO(num_directions=4), "all", [48] * 8),
         (MeZO(num_directions=3, one_sided=True), "all", [48] * 3),
-        (MeZO(num_directions=3, one_sided=True, shaping=None), "all", [48] * 4),
+        (MeZO(num_directions=3, one_sided=True, shaping="base"), "all", [48] * 4),
         (MeZO(num_directions=4), 8, [12] * 8),
     ],
 )

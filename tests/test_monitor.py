@@ -154,7 +154,7 @@ def test_the_trainer_logs_a_reward_with_its_own_sign(tmp_path: Path) -> None:
     assert len(losses) == 30
     assert losses[0] == pytest.approx(5.0, abs=0.5)
     assert losses[-1] > losses[0] + 0.1, "climbed"
-    assert trainer.zo_optimizer.shaping == "ranks"  # type: ignore[attr-defined]
+    assert trainer.zo_optimizer.estimate.shaping == "ranks"  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")

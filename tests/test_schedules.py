@@ -8,6 +8,7 @@ import torch
 
 from zo_adapt import Annealing, MeZO, MeZOSVRG, ParameterView, minimize
 from zo_adapt.errors import OptionError
+from zo_adapt.optimizers.schedule import Annealed
 
 
 def one() -> ParameterView:
@@ -55,7 +56,7 @@ def test_annealing_divides_both_rates_when_the_loss_rises() -> None:
         1e-6,
         snapshot_lr=1e-5,
         snapshot_interval=2,
-        snapshot_size=None,
+        snapshot_size="all",
         num_directions=1,
         one_sided=False,
         perturbation_scale=1e-3,
@@ -67,10 +68,10 @@ def test_annealing_divides_both_rates_when_the_loss_rises() -> None:
 
 
 def test_annealing_judges_each_window_once() -> None:
-    annealing = Annealing(factor=5.0, threshold=1.0, window=2)
+    annealed = Annealed(Annealing(factor=5.0, threshold=1.0, window=2))
     losses = [1, 1, 2, 2, 1, 1, 3, 3]
-    assert [annealing.observe(loss) for loss in losses] == [1, 1, 1, 0.2, 0.2, 0.2, 0.2, 0.04]
-    patient = Annealing(factor=5.0, threshold=3.0, window=2)
+    assert [annealed.observe(loss) for loss in losses] == [1, 1, 1, 0.2, 0.2, 0.2, 0.2, 0.04]
+    patient = Annealed(Annealing(factor=5.0, threshold=3.0, window=2))
     assert [patient.observe(loss) for loss in losses] == [1] * 8
     with pytest.raises(OptionError):
         Annealing(factor=1.0)

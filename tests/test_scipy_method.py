@@ -135,7 +135,7 @@ def test_a_callback_of_the_intermediate_result() -> None:
         seen.append(intermediate_result)
 
     fun = Bowl()
-    method = scipy_method("mezo-svrg", maxiter=5, shaping=None)
+    method = scipy_method("mezo-svrg", maxiter=5, shaping="base")
     result = minimize(fun, X0, method=method, callback=callback)
     assert [r.nit for r in seen] == [1, 2, 3, 4, 5]
     assert [r.nfev for r in seen] == [9, 18, 27, 36, 45]

@@ -16,8 +16,9 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.optimizers.estimator import Directions, OneSided, TwoSided
-from zo_adapt.optimizers.shaping import SHAPES, ShapedOneSided, ShapedTwoSided, estimator
+from zo_adapt.optimizers.directions import Directions
+from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
+from zo_adapt.optimizers.shaping import SHAPES, leave_one_out
 
 MU, BATCH = 0.05, 6
 SETTINGS = {
@@ -30,20 +31,25 @@ SETTINGS = {
 SHAPED = [
     (name, shaping)
     for name in SETTINGS
-    for shaping in SHAPES
-    if shaping != "loo" or name in ("mezo one-sided", "svrg")
+    for shaping in (*SHAPES, "others")
+    if shaping != "others" or name in ("mezo one-sided", "svrg")
 ]
 EVERY = pytest.mark.parametrize(("name", "shaping"), SHAPED)
 
 
 def estimate(
-    p: Problem, kind: Any, seeds: list[int], objective: Callable[[Any], Any] | None = None
+    p: Problem,
+    kind: Estimator,
+    seeds: list[int],
+    objective: Callable[[Any], Any] | None = None,
+    mu: float = MU,
 ) -> Any:
     """An estimate on the whole data, shared by all directions."""
     batches = [Batch(as_source(p.data), range(len(p.data)))] * len(seeds)
+    directions = Directions(seeds, batches, p.view.groups, mu)
     evaluator = LocalEvaluator(objective or p.objective, p.view)
-    answers = evaluator.evaluate(kind.probes(Directions(seeds, batches, p.view.groups)))
-    return kind.estimate(Directions(seeds, batches, p.view.groups), answers), evaluator.queries
+    answers = evaluator.evaluate(kind.probes(directions))
+    return kind.combine(directions, answers), evaluator.queries
 
 
 # What the shapes are
@@ -58,24 +64,24 @@ def test_shapes_are_those_of_scipy(seed: int) -> None:
         assert np.allclose(SHAPES["ranks"](values), (ranks - ranks.mean()) / (size - 1), atol=1e-15)
         assert np.allclose(SHAPES["zscore"](values), stats.zscore(values), rtol=1e-12)
         others = [values[k] - np.delete(values, k).mean() for k in range(size)]
-        assert np.allclose(SHAPES["loo"](values), others, atol=1e-12)
-        for shape in SHAPES.values():
+        assert np.allclose(leave_one_out(values), others, atol=1e-12)
+        for shape in (*SHAPES.values(), leave_one_out):
             assert abs(shape(values).sum()) < 1e-12 * size
 
 
-@pytest.mark.parametrize("kind", [ShapedOneSided, ShapedTwoSided])
+@pytest.mark.parametrize("kind", [OneSided, TwoSided])
 @pytest.mark.parametrize("shaping", ["ranks", "zscore"])
 def test_ranks_and_z_scores_do_not_see_the_scale(shaping: str, kind: Any) -> None:
     p, seeds = problem(logistic), list(range(8))
-    plain = estimate(p, kind(MU, SHAPES[shaping]), seeds)[0]
-    other = estimate(p, kind(MU, SHAPES[shaping]), seeds, lambda b: 1000 * p.objective(b) + 5)[0]
+    plain = estimate(p, kind(8, shaping=shaping), seeds)[0]
+    other = estimate(p, kind(8, shaping=shaping), seeds, lambda b: 1000 * p.objective(b) + 5)[0]
     assert np.allclose(other.projected, plain.projected, rtol=1e-7)
     assert len(set(plain.projected)) == 8
 
 
 def test_one_sided_ranks_see_the_order_alone() -> None:
     p, seeds = problem(logistic), list(range(8))
-    kind = ShapedOneSided(MU, SHAPES["ranks"])
+    kind = OneSided(shaping="ranks")
     plain = estimate(p, kind, seeds)[0]
     bent = estimate(p, kind, seeds, lambda b: math.exp(9 * float(p.objective(b).mean())))[0]
     assert bent.terms == plain.terms
@@ -84,9 +90,9 @@ def test_one_sided_ranks_see_the_order_alone() -> None:
 
 def test_two_sided_ranks_are_signed_ranks_of_the_differences() -> None:
     p, seeds = problem(logistic), list(range(7))
-    differences = np.array(estimate(p, TwoSided(MU), seeds)[0].projected)
+    differences = np.array(estimate(p, TwoSided(), seeds)[0].projected)
     signed = np.sign(differences) * stats.rankdata(np.abs(differences))
-    shaped = estimate(p, ShapedTwoSided(MU, SHAPES["ranks"]), seeds)[0]
+    shaped = estimate(p, TwoSided(8, shaping="ranks"), seeds)[0]
     # among 2 K values, K of either sign: |rank| 1..K is (2 |rank| - 1) / (2 K - 1) from the centre
     expected = (2 * signed - np.sign(signed)) / 13 / 2
     assert np.allclose(shaped.projected, expected, rtol=1e-12)
@@ -94,8 +100,8 @@ def test_two_sided_ranks_are_signed_ranks_of_the_differences() -> None:
 
 def test_two_sided_z_scores_are_differences_over_their_rms() -> None:
     p, seeds = problem(logistic), list(range(7))
-    differences = np.array(estimate(p, TwoSided(MU), seeds)[0].projected)
-    shaped = estimate(p, ShapedTwoSided(MU, SHAPES["zscore"]), seeds)[0]
+    differences = np.array(estimate(p, TwoSided(), seeds)[0].projected)
+    shaped = estimate(p, TwoSided(8, shaping="zscore"), seeds)[0]
     expected = differences / np.sqrt((differences**2).mean())
     assert np.allclose(shaped.projected, expected, rtol=1e-10)
 
@@ -104,12 +110,10 @@ def test_directions_are_compared_on_the_same_rows_only() -> None:
     p = problem(logistic, labelled(24, 10))
     parts = Batch(as_source(p.data), range(24)).split(3)
     batches = [part for part in parts for _ in range(4)]
-    kind = ShapedOneSided(MU, SHAPES["ranks"])
-    probes = kind.probes(Directions(range(12), batches, p.view.groups))
-    answers = LocalEvaluator(p.objective, p.view).evaluate(probes)
-    found = np.array(
-        kind.estimate(Directions(range(12), batches, p.view.groups), answers).projected
-    )
+    kind = OneSided(shaping="ranks")
+    directions = Directions(range(12), batches, p.view.groups, MU)
+    answers = LocalEvaluator(p.objective, p.view).evaluate(kind.probes(directions))
+    found = np.array(kind.combine(directions, answers).projected)
     for part in range(3):
         values = [answer.value for answer in answers[4 * part : 4 * part + 4]]
         assert np.allclose(found[4 * part : 4 * part + 4], SHAPES["ranks"](np.array(values)))
@@ -117,14 +121,14 @@ def test_directions_are_compared_on_the_same_rows_only() -> None:
 
 def test_no_base_point_is_evaluated() -> None:
     p, seeds = problem(logistic), list(range(8))
-    shaped, queries = estimate(p, ShapedOneSided(MU, SHAPES["loo"]), seeds)
+    shaped, queries = estimate(p, OneSided(), seeds)
     assert queries == 8 * 24
-    assert estimate(p, OneSided(MU), seeds)[1] == 9 * 24
+    assert estimate(p, OneSided(baseline="base"), seeds)[1] == 9 * 24
     centre = float(logistic(flat(p.view), p.data).mean())
     assert shaped.value == pytest.approx(centre, rel=0.1)
-    pair = estimate(p, ShapedTwoSided(MU, SHAPES["ranks"]), seeds)
+    pair = estimate(p, TwoSided(8, shaping="ranks"), seeds)
     assert pair[1] == 16 * 24
-    assert pair[0].value == estimate(p, TwoSided(MU), seeds)[0].value
+    assert pair[0].value == estimate(p, TwoSided(), seeds)[0].value
 
 
 def test_the_optimizer_uses_it() -> None:
@@ -182,7 +186,7 @@ def test_what_is_not_constant_moves(name: str, shaping: Any) -> None:
 def test_equal_pairs_have_no_say_among_others() -> None:
     p, seeds = problem(logistic), list(range(5))
     differences = iter([0.0, 0.0, 0.3, 0.1, 0.0, 0.0, 0.1, 0.2, 0.3, 0.1])
-    kind = ShapedTwoSided(MU, SHAPES["ranks"])
+    kind = TwoSided(8, shaping="ranks")
     found = estimate(p, kind, seeds, lambda batch: next(differences))[0].projected
     assert found[0] == found[2] == 0.0
     assert found[1] == found[4] > -found[3] > 0
@@ -196,8 +200,10 @@ def step_function(x: torch.Tensor, normal: torch.Tensor) -> Callable[[Any], floa
     return lambda batch: float(x @ normal > 0.04)
 
 
-@pytest.mark.parametrize("kind", ["one-sided", "two-sided", "loo"])
-def test_the_smoothed_gradient_of_a_step_is_estimated_without_bias(kind: str, seed: int) -> None:
+@pytest.mark.parametrize("form", [OneSided(baseline="base"), TwoSided(), OneSided()], ids=repr)
+def test_the_smoothed_gradient_of_a_step_is_estimated_without_bias(
+    form: Estimator, seed: int
+) -> None:
     x = torch.tensor([0.02, -0.01, 0.03], dtype=torch.float64)
     normal = torch.tensor([1.0, -2.0, 2.0], dtype=torch.float64)
     mu, norm = 0.03, 3.0
@@ -206,12 +212,10 @@ def test_the_smoothed_gradient_of_a_step_is_estimated_without_bias(kind: str, se
     exact = math.exp(-t * t / 2) / math.sqrt(2 * math.pi) * normal / (mu * norm)
     view = ParameterView({"x": x})
     p = Problem(view, step_function(x, normal), torch.zeros(1, 1))
-    shape = "loo" if kind == "loo" else None
-    form = estimator(mu, kind != "two-sided", shape)
     count = 500
     found = torch.stack(
         [
-            vector(view, Shift(estimate(p, form, list(range(first, first + 4)))[0].terms))
+            vector(view, Shift(estimate(p, form, list(range(first, first + 4)), mu=mu)[0].terms))
             for first in range(seed, seed + 4 * count, 4)
         ]
     )
@@ -224,10 +228,13 @@ def test_leave_one_out_is_unbiased_on_a_smooth_function(seed: int) -> None:
     p = problem(squares)
     theta = flat(p.view).requires_grad_()
     (exact,) = torch.autograd.grad(squares(theta, p.data).mean(), theta)
-    form, count = estimator(1e-3, one_sided=True, shaping="loo"), 300
+    count = 300
     found = torch.stack(
         [
-            vector(p.view, Shift(estimate(p, form, list(range(first, first + 4)))[0].terms))
+            vector(
+                p.view,
+                Shift(estimate(p, OneSided(), list(range(first, first + 4)), mu=1e-3)[0].terms),
+            )
             for first in range(seed, seed + 4 * count, 4)
         ]
     )
@@ -249,14 +256,14 @@ def test_ranks_withstand_an_outlier() -> None:
 
         return objective
 
-    clean = vector(p.view, Shift(estimate(p, TwoSided(MU), seeds)[0].terms))
+    clean = vector(p.view, Shift(estimate(p, TwoSided(), seeds)[0].terms))
 
     def cosine(terms: tuple[Term, ...]) -> float:
         found = vector(p.view, Shift(terms))
         return float(found @ clean / found.norm() / clean.norm())
 
-    plain = estimate(p, TwoSided(MU), seeds, spoiled())[0].terms
-    ranks = estimate(p, ShapedTwoSided(MU, SHAPES["ranks"]), seeds, spoiled())[0].terms
+    plain = estimate(p, TwoSided(), seeds, spoiled())[0].terms
+    ranks = estimate(p, TwoSided(8, shaping="ranks"), seeds, spoiled())[0].terms
     assert cosine(ranks) > 0.6
     assert abs(cosine(plain)) < cosine(ranks)
 
@@ -268,9 +275,13 @@ def test_ranks_withstand_an_outlier() -> None:
     ("make", "message"),
     [
         (lambda: MeZO(shaping="ranks"), "num_directions=1; choose at least 2"),
-        (lambda: MeZO(num_directions=4, shaping="rank"), "shaping='rank'; choose 'auto', one of"),
-        (lambda: MeZO(num_directions=4, shaping="loo"), "each other's baseline"),
-        (lambda: MeZOSVRG(num_directions=1, shaping="loo"), "at least 2"),
+        (lambda: MeZO(num_directions=4, shaping="rank"), "shaping='rank'; choose one of"),
+        (lambda: MeZO(num_directions=4, shaping="others"), "each other's baseline"),
+        (lambda: MeZO(num_directions=4, shaping="base"), "each other's baseline"),
+        (lambda: MeZOSVRG(num_directions=1, shaping="others"), "at least 2"),
+        (lambda: OneSided(8, baseline="mean"), "choose 'auto', 'others' or 'base'"),
+        (lambda: OneSided(8, baseline="base", shaping="ranks"), "leave out one of the two"),
+        (lambda: TwoSided(8, shaping="rank"), "choose 'none' or one of"),
         (lambda: MeZOSVRG(snapshot_interval=2, shaping="ranks"), "needs snapshot_interval=1"),
     ],
 )

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from objectives import CausalLMLoss, ClassificationLoss
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer
+from zo_adapt import ByDistance, MeZO, MeZOSVRG, ParameterView, Rate, ZOConfig, ZOTrainer
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import TensorRows
@@ -32,7 +32,7 @@ from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOE
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.loop import StopReason
-from zo_adapt.optimizers.rule import Budget
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
 
 pytestmark = [
@@ -410,9 +410,9 @@ def test_without_a_rate_the_optimizers_own_rule_applies(tmp_path: Path) -> None:
     trainer.train()
     rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
     assert rates == pytest.approx([rates[0] * (1 - step / 4) for step in range(4)])
-    assert trainer.zo_optimizer.rule.lr is None
-    assert trainer.zo_optimizer.rule.normalize
-    assert not arguments(tmp_path, learning_rate=1e-4).build_optimizer().rule.normalize
+    assert isinstance(trainer.zo_optimizer.apply, ByDistance)
+    plain = arguments(tmp_path, learning_rate=1e-4).build_optimizer().apply
+    assert plain == Rate(1e-4)
     own = trainer_of(tmp_path, max_steps=4, logging_steps=1, zo_optimizer=MeZO(lr=3e-4))
     own.train()
     rates = [e["learning_rate"] for e in own.state.log_history if "loss" in e]

@@ -29,7 +29,7 @@ from zo_adapt.data.sources import Examples
 from zo_adapt.errors import DataError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.optimizers.rule import Budget
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.trainer.data import InputRows
 
 pytestmark = [

@@ -48,7 +48,7 @@ def optimizers(draw: Any) -> Optimizer:
     if kind == "zo-svrg":
         return ZOSVRG(lr, **options, **interval)
     options["coupling"] = draw(st.sampled_from(["shared", "independent"]))
-    options["snapshot_size"] = draw(st.sampled_from(["batch", 16, None]))
+    options["snapshot_size"] = draw(st.sampled_from(["batch", 16, "all"]))
     options["annealing"] = draw(st.sampled_from([None, Annealing(window=2)]))
     return MeZOSVRG(lr, **options, **several, **interval)
 

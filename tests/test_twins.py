@@ -140,7 +140,7 @@ def test_mezo_one_sided(noise: str) -> None:
             num_directions=3,
             one_sided=True,
             normalize=False,
-            shaping=None,
+            shaping="base",
         )
 
     for _, rows, twin in side_by_side(make, noise):
@@ -161,8 +161,8 @@ def test_mezo_one_sided_with_the_others_as_baseline(noise: str) -> None:
 @NOISES
 @pytest.mark.parametrize("coupling", ["shared", "independent"])
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("size", [None, 16])
-def test_mezo_svrg(size: int | None, k: int, coupling: str, noise: str) -> None:
+@pytest.mark.parametrize("size", ["all", 16])
+def test_mezo_svrg(size: Any, k: int, coupling: str, noise: str) -> None:
     def make() -> MeZOSVRG:
         return MeZOSVRG(
             lr=0.02,
@@ -178,13 +178,15 @@ def test_mezo_svrg(size: int | None, k: int, coupling: str, noise: str) -> None:
         )
 
     for t, rows, twin in side_by_side(make, noise):
-        assert sum(map(len, rows)) == (2 * (size or 24) if t % 4 == 0 else 4 * BATCH)
+        assert sum(map(len, rows)) == (
+            2 * (24 if size == "all" else size) if t % 4 == 0 else 4 * BATCH
+        )
         twin.mezo_svrg(t, rows, 4, (0.05, 0.02), coupling)
 
 
 @NOISES
-@pytest.mark.parametrize("size", [None, 8])
-def test_zo_svrg(size: int | None, noise: str) -> None:
+@pytest.mark.parametrize("size", ["all", 8])
+def test_zo_svrg(size: Any, noise: str) -> None:
     def make() -> ZOSVRG:
         return ZOSVRG(
             0.02,
@@ -196,5 +198,7 @@ def test_zo_svrg(size: int | None, noise: str) -> None:
         )
 
     for t, rows, twin in side_by_side(make, noise):
-        assert sum(map(len, rows)) == (2 * (size or 24) if t % 3 == 0 else 4 * BATCH)
+        assert sum(map(len, rows)) == (
+            2 * (24 if size == "all" else size) if t % 3 == 0 else 4 * BATCH
+        )
         twin.zo_svrg(t, rows, 3, 0.02)

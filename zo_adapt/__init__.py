@@ -14,11 +14,15 @@ from zo_adapt.loops.for_scipy import scipy_method as scipy_method
 from zo_adapt.loops.loop import Result as Result
 from zo_adapt.loops.loop import StopReason as StopReason
 from zo_adapt.loops.loop import minimize as minimize
+from zo_adapt.optimizers.estimator import OneSided as OneSided
+from zo_adapt.optimizers.estimator import TwoSided as TwoSided
 from zo_adapt.optimizers.first_order import SGD as SGD
 from zo_adapt.optimizers.first_order import Adam as Adam
 from zo_adapt.optimizers.mezo import MeZO as MeZO
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG as MeZOSVRG
 from zo_adapt.optimizers.schedule import Annealing as Annealing
+from zo_adapt.optimizers.step_size import ByDistance as ByDistance
+from zo_adapt.optimizers.step_size import Rate as Rate
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
 from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
@@ -34,13 +38,16 @@ __all__ = [
     "Adam",
     "Annealing",
     "AskTell",
+    "ByDistance",
     "Diagnosis",
     "FrozenTrunk",
     "Group",
     "MeZO",
     "MeZOSVRG",
     "Objective",
+    "OneSided",
     "ParameterView",
+    "Rate",
     "Replay",
     "Result",
     "SetObjective",
@@ -48,6 +55,7 @@ __all__ = [
     "Step",
     "StopReason",
     "Term",
+    "TwoSided",
     "ZOConfig",
     "ZOError",
     "ZOTrainer",

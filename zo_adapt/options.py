@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters."""
+"""Checks of hyper-parameters, and the warning for those that have a new name."""
 
 import math
 import warnings
@@ -52,11 +52,13 @@ def check_run(max_steps: int | None, max_queries: int | None, seed: int) -> None
         raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
 
 
-def renamed(old: str, new: str) -> None:
-    """Warn that a name goes away with the next version.
+def renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that an old spelling still works, for one version.
 
     Args:
-        old: As the caller wrote it.
+        old: As the user wrote it, as in ``"snapshot_size=None"``.
         new: What to write instead.
+        stacklevel: Frames up to the user's own line; 3 where the function that users call warns.
     """
-    warnings.warn(f"{old} is now {new}; the old name goes in 0.3", DeprecationWarning, stacklevel=3)
+    message = f"{old} is now {new}; the old spelling goes with the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)

@@ -75,7 +75,7 @@ class Samples:
         if not 1 <= size <= len(self.source):
             raise DataError(
                 f"snapshot_size={size} with {len(self.source)} examples; choose "
-                f"1..{len(self.source)}, or None for all"
+                f"1..{len(self.source)}, or 'all'"
             )
         return self._next(LARGE_BATCH_STREAM, size)
 

@@ -34,9 +34,12 @@ from zo_adapt.evaluation.objective import (
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.noise import philox
-from zo_adapt.optimizers.estimator import direction
-from zo_adapt.optimizers.optimizer import usual_perturbation
-from zo_adapt.optimizers.resolution import check_resolution, finest_perturbation
+from zo_adapt.optimizers.directions import direction
+from zo_adapt.optimizers.perturbation import (
+    check_resolution,
+    finest_perturbation,
+    usual_perturbation,
+)
 from zo_adapt.options import at_least_one, check_run, positive
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
@@ -217,7 +220,7 @@ def _scales(
     scales = sorted({positive("perturbation_scales", mu) for mu in given})
     if len(scales) < 2:
         raise OptionError(f"perturbation_scales={list(given)}; give at least two, to compare")
-    check_resolution(view, scales[0])
+    check_resolution(view, scales[0], finest)
     return usual, scales
 
 

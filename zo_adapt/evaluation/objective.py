@@ -2,7 +2,6 @@
 
 import random
 import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +14,7 @@ from torch import nn
 from zo_adapt.data.sources import Collate, Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.mode import check_dropout
-from zo_adapt.options import at_least_one
+from zo_adapt.options import at_least_one, renamed
 
 
 class Objective(ABC):
@@ -196,7 +195,7 @@ def attributes_of(given: Any) -> dict[str, Any]:
     """Those of an objective's attributes that an object has, by name."""
     said = {name: getattr(given, name) for name in ATTRIBUTES if hasattr(given, name)}
     if "joint" in dir(given) and "independent_rows" not in said:
-        _warn(f"{type(given).__name__}.joint", "independent_rows")
+        renamed(f"{type(given).__name__}.joint", "independent_rows", stacklevel=4)
         said["independent_rows"] = bool(given.joint)
     if "min_rows" in said:
         said["min_rows"] = checked_min_rows(said["min_rows"])
@@ -210,13 +209,9 @@ def checked_min_rows(rows: int | Literal["all"] | None) -> int | Literal["all"]:
         OptionError: It is neither.
     """
     if rows is None:
-        _warn("min_rows=None", 'min_rows="all"')
+        renamed("min_rows=None", 'min_rows="all"', stacklevel=4)
         return "all"
     return "all" if rows == "all" else at_least_one("min_rows", rows)
-
-
-def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}; the old name goes in 0.3", DeprecationWarning, stacklevel=4)
 
 
 def rows_needed(objective: Objective) -> int:

@@ -17,8 +17,8 @@ from zo_adapt.errors import (
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.loop import StopReason
+from zo_adapt.optimizers.budget import Budget, Progress
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.optimizers.rule import Budget, Progress
 from zo_adapt.options import check_run
 from zo_adapt.step import Step
 from zo_adapt.view.group import Group
@@ -118,7 +118,7 @@ class AskTell:
         share = self._budget.used(self.steps + 1, self.queries) - done
         self._asked = []
         try:
-            step = self._optimizer.told(evaluations, Progress(done, share))
+            step = self._optimizer.tell(evaluations, Progress(done, share))
             self._view.apply(step.update)
         except StepTooLargeError:
             self.stop_reason = StopReason.STEP_TOO_LARGE

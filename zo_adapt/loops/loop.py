@@ -24,8 +24,8 @@ from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.loops.monitor import Metrics, Monitor
 from zo_adapt.loops.run import Run
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.optimizers.rule import Budget
 from zo_adapt.options import at_least_one, check_run
 from zo_adapt.step import Step
 from zo_adapt.view.parameters import ParameterView

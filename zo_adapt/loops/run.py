@@ -8,8 +8,8 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError, TrajectoryError, TrajectoryWriteError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.interrupt import uninterrupted
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
-from zo_adapt.optimizers.rule import Budget
 from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Position, Reader, Writer
 from zo_adapt.trajectory.playback import apply_all, check_header, header_of

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,14 +12,25 @@ from torch import Tensor
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.optimizers.rule import Budget
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.schedule import Schedule, schedule_named
+from zo_adapt.optimizers.settings import Settings
 from zo_adapt.options import positive
 from zo_adapt.step import Step
 from zo_adapt.view.parameters import ParameterView
 
 
-class FirstOrder:
+@dataclass
+class _Run:
+    """One run: the view's tensors as torch.optim sees them, and what moves them."""
+
+    tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    steps: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class FirstOrder(Settings):
     """A torch.optim optimizer over a view: b queries a step, the backward pass is not counted.
 
     Args:
@@ -32,68 +44,72 @@ class FirstOrder:
         NonFiniteObjectiveError: The loss or its gradient is not finite; nothing was changed.
     """
 
-    kind: type[torch.optim.Optimizer]
+    lr: float
+    _: KW_ONLY
+    schedule: str | Schedule = "linear"
+    weight_decay: float = 0.0
+    kind: ClassVar[type[torch.optim.Optimizer]]
 
-    def __init__(
-        self, lr: float, *, schedule: str | Schedule = "linear", weight_decay: float = 0.0
-    ) -> None:
-        self.lr = positive("lr", lr)
-        self.schedule = schedule_named(schedule)
-        self.weight_decay = weight_decay
+    def __post_init__(self) -> None:
+        schedule_named(self.schedule)
+        self._set(lr=positive("lr", self.lr))
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view."""
-        self._steps = 0
-        self._tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}
+        # Detached, they share the view's memory, and the view's tensors never hold a gradient.
+        tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}
         groups = [
             {
-                "params": [
-                    self._tensors[name] for name in view.tensors if view.group_of(name) is group
-                ],
+                "params": [tensors[name] for name in tensors if view.group_of(name) is group],
                 "factor": group.lr,
             }
             for group in view.groups
         ]
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        self._optimizer = self.kind([g for g in groups if g["params"]], **options)
+        optimizer = self.kind([g for g in groups if g["params"]], **options)
+        self._set(_run=_Run(tensors, optimizer))
 
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
         """One gradient step on one minibatch."""
-        factor = self.schedule(budget.used(self._steps, evaluator.queries))
+        run: _Run = vars(self)["_run"]
+        factor = schedule_named(self.schedule)(budget.used(run.steps, evaluator.queries))
         batch = samples.minibatch()
         evaluator.reserve(len(batch))
         live = list(evaluator.view.tensors.values())
         with _differentiable(live), evaluator.ready():
             loss = evaluator.sign * _mean_loss(evaluator.objective(batch.content))
             gradients = torch.autograd.grad(loss, live, allow_unused=True)
+        # Before anything is written: the weights stay those of the last good step.
         _check_finite(loss, gradients)
-        for shadow, gradient in zip(self._tensors.values(), gradients, strict=True):
+        for shadow, gradient in zip(run.tensors.values(), gradients, strict=True):
             shadow.grad = gradient
-        for group in self._optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = self.lr * factor * group["factor"]
-        self._optimizer.step()
-        self._steps += 1
-        self._optimizer.zero_grad()
-        return Step(self._steps, 0, float(loss.detach()), self.lr * factor, math.nan)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.steps += 1
+        return Step(run.steps, 0, float(loss.detach()), self.lr * factor, math.nan)
 
 
+@dataclass(frozen=True, repr=False)
 class SGD(FirstOrder):
     """Stochastic gradient descent (torch.optim.SGD), the first-order baseline.
 
     Example:
-        >>> SGD(lr=1e-2).lr
-        0.01
+        >>> SGD(lr=1e-2)
+        SGD(lr=0.01)
     """
 
     kind = torch.optim.SGD
 
 
+@dataclass(frozen=True, repr=False)
 class Adam(FirstOrder):
     """Adam with decoupled decay (torch.optim.AdamW), the first-order baseline.
 
     Example:
-        >>> Adam(lr=1e-3).lr
-        0.001
+        >>> Adam(lr=1e-3)
+        Adam(lr=0.001)
     """
 
     kind = torch.optim.AdamW

@@ -1,18 +1,20 @@
 """MeZO: stochastic gradient descent on SPSA estimates."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, Unpack
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.estimator import dealt
+from zo_adapt.optimizers.budget import Progress
+from zo_adapt.optimizers.estimator import Estimator, TwoSided
+from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
-from zo_adapt.optimizers.schedule import Schedule
-from zo_adapt.optimizers.shaping import Shaping, estimator, shaping_of
-from zo_adapt.options import at_least_one
+from zo_adapt.optimizers.step_size import Rate, StepSize
 from zo_adapt.step import Step
 
 
+@dataclass(frozen=True, repr=False, init=False)
 class MeZO(ZerothOrder):
     """MeZO (Malladi et al. 2023, Algorithm 1).
 
@@ -20,36 +22,31 @@ class MeZO(ZerothOrder):
     p_k = [f(theta + mu z_k) - f(theta - mu z_k)] / (2 mu)
 
     Queries a step with a batch of b rows: 2 b, whatever K, for the batch is split over the
-    directions; one-sided K b, and b more for the base points with ``shaping=None``.
+    directions; one-sided K b, and b more for the base points with ``baseline="base"``.
 
     Args:
-        lr: Learning rate. None: the step by distance (see ``StepRule``). A number: the paper's
-            plain step at that rate.
-        displacement: How far noise alone would move a weight over the run (rho); only for lr=None.
-            None: as the view says.
-        perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
-            ``step_like``.
-        num_directions: K.
-        one_sided: f(theta + mu z) alone, of K directions for each share of the batch, compared as
-            ``shaping`` says.
-        shaping: K >= 2 directions compared with each other: by "ranks" or "zscore", for rewards
-            that are steps or have outliers, or one-sided by "loo", each less the mean of the
-            others. No base point is evaluated then. None: differences from the base point; "auto":
-            "loo" where it can be. See ``shaping``.
-        normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
+        lr: Learning rate, short for ``apply=Rate(lr)``: the paper's plain step. None: the step by
+            distance, ``ByDistance()``.
+        estimate: How an estimate is formed; ``TwoSided()`` by default.
+        apply: How it is applied.
+        keywords: Short for the parts of ``estimate`` and ``apply``: ``num_directions``,
+            ``one_sided``, ``shaping``, ``perturbation_scale``; ``displacement``, ``normalize``,
+            ``schedule``, ``weight_decay``, ``scale_memory``, ``annealing``. See ``Keywords``.
 
     Raises:
-        OptionError: A number outside its range.
+        OptionError: A number outside its range, or the same thing said twice.
 
     Example:
         >>> import torch
-        >>> from zo_adapt import MeZO, ParameterView, minimize
+        >>> from zo_adapt import MeZO, OneSided, ParameterView, minimize
         >>> x = torch.zeros(2)
         >>> result = minimize(
         ...     lambda batch: float(((x - 3) ** 2).sum()), ParameterView({"x": x}), None,
         ...     MeZO(lr=1e-2), max_steps=500, progress=False)
         >>> bool(((x - 3).abs() < 0.05).all()), result.queries
         (True, 1000)
+        >>> MeZO(estimate=OneSided(8), lr=1e-2) == MeZO(1e-2, num_directions=8, one_sided=True)
+        True
 
     Reference: arXiv 2305.17333.
     """
@@ -58,46 +55,44 @@ class MeZO(ZerothOrder):
         self,
         lr: float | None = None,
         *,
-        displacement: float | None = None,
-        perturbation_scale: float | None = None,
-        num_directions: int = 1,
-        one_sided: bool = False,
-        shaping: Shaping = "auto",
-        normalize: bool | None = None,
-        schedule: str | Schedule | None = None,
-        weight_decay: float = 0.0,
-        scale_memory: float = 0.98,
+        estimate: Estimator | None = None,
+        apply: StepSize | None = None,
+        **keywords: Unpack[Keywords],
     ) -> None:
-        rule = StepRule(
-            lr,
-            normalize=normalize,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            scale_memory=scale_memory,
+        of_estimate, of_step_size = split(keywords)
+        self._set(
+            estimate=estimator_of(estimate, of_estimate, usual=TwoSided()),
+            apply=step_size_of(apply, lr, of_step_size),
         )
-        self.num_directions = at_least_one("num_directions", num_directions)
-        self.one_sided = one_sided
-        self.shaping = shaping_of(shaping, num_directions, one_sided)
-        super().__init__(rule, perturbation_scale, displacement)
 
-    def reset(self) -> None:
-        """The estimate at this run's mu."""
-        self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
+    @classmethod
+    def paper(cls, lr: float, *, perturbation_scale: float = 1e-3) -> Self:
+        """Algorithm 1 of Malladi et al. 2023 (arXiv 2305.17333), by name.
+
+        One direction a step, both points on the whole minibatch, a constant rate, no normalisation
+        and no decay.
+
+        Args:
+            lr: eta, which the paper chooses for each model and task.
+            perturbation_scale: epsilon there.
+
+        Example:
+            >>> MeZO.paper(1e-6)
+            MeZO(estimate=TwoSided(num_directions=1, perturbation_scale=0.001), \
+apply=Rate(lr=1e-06, schedule='constant'))
+        """
+        return cls(
+            estimate=TwoSided(1, perturbation_scale=perturbation_scale),
+            apply=Rate(lr, schedule="constant"),
+        )
 
     def ask(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
-        batch = samples.minibatch()
-        batches = dealt(
-            batch,
-            self.num_directions,
-            one_sided=self.one_sided,
-            share=samples.share,
-            min_rows=samples.min_rows,
-        )
-        self._along = self.directions(batches)
-        return self.estimator.probes(self._along)
+        batches = self.estimate.divide(samples.minibatch(), samples)
+        asked = self.state.asked = self.new_directions(batches)
+        return self.estimate.probes(asked)
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
-        """The step from the answers; not yet applied."""
-        estimate = self.estimator.estimate(self._along, evaluations)
-        return self.descend(estimate.terms, estimate, progress, lr=self.rule.lr)
+    def advance(self, evaluations: Sequence[Evaluation], progress: Progress) -> Step:
+        """A step along the estimate."""
+        found = self.estimate.combine(self.asked, evaluations)
+        return self.descend(found.terms, found, progress)

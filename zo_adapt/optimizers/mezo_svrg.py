@@ -1,20 +1,23 @@
 """MeZO-SVRG: SPSA with variance reduction from large-batch snapshots."""
 
-from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Self, Unpack
 
+from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.estimator import dealt
-from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
-from zo_adapt.optimizers.schedule import Annealing, Schedule
-from zo_adapt.optimizers.shaping import Shaping, estimator, shaping_of
-from zo_adapt.optimizers.variance_reduced import VarianceReduced
-from zo_adapt.options import at_least_one, positive
-from zo_adapt.step import Step
+from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
+from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
+from zo_adapt.optimizers.schedule import Annealing
+from zo_adapt.optimizers.step_size import Rate, StepSize
+from zo_adapt.optimizers.variance_reduced import (
+    Coupling,
+    SnapshotSize,
+    VarianceReduced,
+    size_named,
+)
 
 
+@dataclass(frozen=True, repr=False, init=False)
 class MeZOSVRG(VarianceReduced):
     """MeZO-SVRG (Gautam et al. 2024, Algorithm 1), the snapshot kept as terms.
 
@@ -33,29 +36,24 @@ class MeZOSVRG(VarianceReduced):
 
     Memory: one copy of the weights. theta_bar is theta minus the terms applied since.
     Queries: two-sided 2 |B| a snapshot step and 4 b a minibatch step; one-sided K |B|, and |B| more
-    with ``shaping=None``, and 4 b.
+    with ``baseline="base"``, and 4 b.
 
     Args:
-        lr: Rate of the minibatch steps (eta_2); None: the step by distance (see ``StepRule``).
-        snapshot_lr: Rate of the snapshot steps (eta_1); None: the same as ``lr``, which a shared
-            direction allows.
-        snapshot_interval: q >= 1; 1 makes every step a snapshot step.
-        snapshot_size: Rows of the large batch; None is the whole set. "batch": as many
-            as a minibatch.
-        num_directions: K, for each share if one-sided; two-sided they split the large batch.
-        one_sided: f(theta + mu z) compared as ``shaping`` says, or the paper's pair.
-        shaping: As in ``MeZO``, of the snapshots' estimates; ranks and z-scores with
+        lr: Rate of the minibatch steps (eta_2), short for ``apply=Rate(lr)``. None: the step by
+            distance, ``ByDistance()``.
+        estimate: How the snapshots' estimates are formed; ``OneSided(8)`` by default. Shaping with
             ``snapshot_interval=1`` alone, as minibatch steps have none.
-        displacement: rho of the step by distance; None: as the view says.
-        perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
-            ``step_like``.
+        apply: How an estimate is applied.
+        snapshot_lr: Rate of the snapshot steps (eta_1); None: the same as of the others, which a
+            shared direction allows.
+        snapshot_interval: q >= 1; 1 makes every step a snapshot step.
+        snapshot_size: Rows of the large batch; "batch": as many as a minibatch; "all": all.
         coupling: "shared" uses one z for both estimates of a minibatch step, as the proof does;
             "independent" draws two, as the paper's text does.
-        annealing: Algorithm 4, or None.
-        normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
+        keywords: Short for the parts of ``estimate`` and ``apply``; as in ``MeZO``.
 
     Raises:
-        OptionError: A number outside its range.
+        OptionError: A number outside its range, or the same thing said twice.
 
     Example:
         >>> import torch
@@ -75,74 +73,64 @@ class MeZOSVRG(VarianceReduced):
         self,
         lr: float | None = None,
         *,
+        estimate: Estimator | None = None,
+        apply: StepSize | None = None,
         snapshot_lr: float | None = None,
         snapshot_interval: int = 1,
-        snapshot_size: int | Literal["batch"] | None = "batch",
-        num_directions: int = 8,
-        one_sided: bool = True,
-        shaping: Shaping = "auto",
-        displacement: float | None = None,
-        perturbation_scale: float | None = None,
-        coupling: Literal["shared", "independent"] = "shared",
-        annealing: Annealing | None = None,
-        normalize: bool | None = None,
-        schedule: str | Schedule | None = None,
-        weight_decay: float = 0.0,
-        scale_memory: float = 0.98,
+        snapshot_size: SnapshotSize | None = "batch",
+        coupling: Coupling = "shared",
+        **keywords: Unpack[Keywords],
     ) -> None:
-        rule = StepRule(
-            lr,
-            normalize=normalize,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            scale_memory=scale_memory,
-            annealing=annealing,
+        of_estimate, of_step_size = split(keywords)
+        self._set(
+            estimate=estimator_of(estimate, of_estimate, usual=OneSided(8)),
+            apply=step_size_of(apply, lr, of_step_size),
+            snapshot_interval=snapshot_interval,
+            snapshot_size=size_named(snapshot_size),
+            snapshot_lr=snapshot_lr,
+            coupling=coupling,
         )
-        self.snapshot_lr = rule.lr if snapshot_lr is None else positive("snapshot_lr", snapshot_lr)
-        if isinstance(snapshot_size, int):
-            at_least_one("snapshot_size", snapshot_size)
-        self.snapshot_size = snapshot_size
-        self.num_directions = at_least_one("num_directions", num_directions)
-        if coupling not in ("shared", "independent"):
-            raise OptionError(f"coupling={coupling!r}; choose 'shared' or 'independent'")
-        self.coupling, self.one_sided = coupling, one_sided
-        self.shaping = shaping_of(shaping, num_directions, one_sided)
-        if self.shaping in ("ranks", "zscore") and snapshot_interval != 1:
-            raise OptionError(f"shaping={shaping!r} needs snapshot_interval=1")
-        super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
+        self._check()
 
-    def reset(self) -> None:
-        """No snapshot, and the estimate at this run's mu."""
-        super().reset()
-        self.estimator = estimator(self.perturbation_scale, self.one_sided, self.shaping)
-        self.pair = estimator(self.perturbation_scale, self.one_sided, None)
-        """Of minibatch steps: one direction at two places."""
+    @classmethod
+    def paper(
+        cls,
+        lr: float,
+        snapshot_lr: float,
+        *,
+        epoch_steps: int = 32,
+        snapshot_interval: int = 2,
+        coupling: Coupling = "independent",
+        perturbation_scale: float = 1e-3,
+    ) -> Self:
+        """Algorithm 1 of Gautam et al. 2024 (arXiv 2404.08080) with Algorithm 4, by name.
 
-    def ask(self, samples: Samples) -> list[Probe]:
-        """The probes of the next step."""
-        if self.at_snapshot:
-            size = samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
-            batch = samples.large(size)
-            batches = dealt(
-                batch,
-                self.num_directions,
-                one_sided=self.one_sided,
-                share=samples.share,
-                min_rows=samples.min_rows,
-            )
-            self._here = self.directions(batches)
-            return self.estimator.probes(self._here)
-        batches = [samples.minibatch()]
-        self._here = self.directions(batches)
-        self._there = self._here if self.coupling == "shared" else self.directions(batches)
-        there = self.pair.probes(self._there, self.snapshot_point)
-        return self.pair.probes(self._here) + there
+        Pairs along one direction, a snapshot of the whole set, two constant rates, divided by 5
+        where the mean loss of an epoch is more than 1.05 times that of the epoch before.
 
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
-        """The step from the answers; not yet applied."""
-        if self.at_snapshot:
-            here = self.estimator.estimate(self._here, evaluations)
-            return self.snapshot_step(here, progress, self.snapshot_lr)
-        here = self.pair.estimate(self._here, evaluations[:2])
-        there = self.pair.estimate(self._there, evaluations[2:])
-        return self.corrected_step(here, there, progress, self.rule.lr)
+        Args:
+            lr: eta_2, of the minibatch steps.
+            snapshot_lr: eta_1, of the full-batch steps; larger in the paper.
+            epoch_steps: w, steps of an epoch, which Algorithm 4 compares.
+            snapshot_interval: q.
+            coupling: "independent", a z for each of the two estimates of a minibatch step, or
+                "shared", as in the paper's proof.
+            perturbation_scale: mu.
+
+        Example:
+            >>> MeZOSVRG.paper(1e-6, 1e-4, epoch_steps=16).apply.annealing
+            Annealing(factor=5.0, threshold=1.05, window=16)
+        """
+        annealing = Annealing(factor=5.0, threshold=1.05, window=epoch_steps)
+        return cls(
+            estimate=TwoSided(1, perturbation_scale=perturbation_scale),
+            apply=Rate(lr, schedule="constant", annealing=annealing),
+            snapshot_lr=snapshot_lr,
+            snapshot_interval=snapshot_interval,
+            snapshot_size="all",
+            coupling=coupling,
+        )
+
+    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
+        """At a snapshot as the estimator does; a minibatch is whole, for one direction."""
+        return self.estimate.divide(batch, samples) if self.at_snapshot else [batch]

@@ -1,11 +1,13 @@
-"""Parts of a step rule: schedules, the running scale, annealing."""
+"""Parts of a step size: schedules, the running scale, annealing."""
 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from zo_adapt.errors import OptionError
+from zo_adapt.optimizers.settings import Settings
 
 Schedule = Callable[[float], float]
 """Progress through the budget, 0..1 -> factor on the learning rate."""
@@ -40,10 +42,15 @@ def schedule_named(schedule: str | Schedule) -> Schedule:
     return SCHEDULES[schedule]
 
 
-def described(schedule: Schedule) -> str | list[float]:
+def described(schedule: str | Schedule) -> str | list[float]:
     """A schedule's name, or its values at the quarters of a run if it has none."""
-    names = (name for name, known in SCHEDULES.items() if known is schedule)
-    return next(names, None) or [float(schedule(quarter / 4)) for quarter in range(5)]
+    # A function has no form that a later process could compare; its values have.
+    known = schedule if isinstance(schedule, str) else _name_of(schedule)
+    return known or [float(schedule_named(schedule)(quarter / 4)) for quarter in range(5)]
+
+
+def _name_of(schedule: Schedule) -> str | None:
+    return next((name for name, known in SCHEDULES.items() if known is schedule), None)
 
 
 class RunningScale:
@@ -63,7 +70,7 @@ class RunningScale:
     def __init__(self, beta: float) -> None:
         self.beta = beta
         self.total = 0.0
-        self.weight = 0.0
+        self.weight = 0.0  # 1 - beta^t, summed as the total is, so that their errors cancel
 
     @property
     def value(self) -> float:
@@ -78,7 +85,8 @@ class RunningScale:
         return self.value
 
 
-class Annealing:
+@dataclass(frozen=True, repr=False)
+class Annealing(Settings):
     """Divide both learning rates when the loss stops falling (MeZO-SVRG, Algorithm 4).
 
     With m1 and m2 the mean loss of the last ``window`` steps and of the ``window`` before, the
@@ -93,47 +101,53 @@ class Annealing:
         OptionError: A number outside its range.
 
     Example:
-        >>> annealing = Annealing(factor=5.0, window=2)
-        >>> [annealing.observe(loss) for loss in (1.0, 1.0, 2.0, 2.0)]
+        >>> annealed = Annealed(Annealing(factor=5.0, window=2))
+        >>> [annealed.observe(loss) for loss in (1.0, 1.0, 2.0, 2.0)]
         [1.0, 1.0, 1.0, 0.2]
     """
 
-    def __init__(self, factor: float = 5.0, threshold: float = 1.0, window: int = 32) -> None:
-        if not (factor > 1 and threshold > 0 and window >= 1):
-            raise OptionError(
-                f"Annealing(factor={factor}, threshold={threshold}, window={window}); choose "
-                "factor > 1, threshold > 0, window >= 1"
-            )
-        self.factor, self.threshold, self.window = factor, threshold, window
-        self.restart()
+    factor: float = 5.0
+    threshold: float = 1.0
+    window: int = 32
 
-    def restart(self) -> None:
-        """Forget every loss: a new run begins at the full rates."""
-        self.scale = 1.0
-        self._losses: deque[float] = deque(maxlen=2 * self.window)
+    def __post_init__(self) -> None:
+        if not (self.factor > 1 and self.threshold > 0 and self.window >= 1):
+            raise OptionError(f"{self}; choose factor > 1, threshold > 0, window >= 1")
 
-    def settings(self) -> list[float]:
-        """factor, threshold, window."""
-        return [self.factor, self.threshold, self.window]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step."""
-        return {"scale": self.scale, "losses": list(self._losses)}
+class Annealed:
+    """The factor on the learning rates that annealing has come to in a run.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.restart()
-        self.scale = state["scale"]
-        self._losses.extend(state["losses"])
+    Args:
+        annealing: When to divide, and by how much; None: never.
+    """
+
+    def __init__(self, annealing: Annealing | None) -> None:
+        self.annealing = annealing
+        self.factor = 1.0
+        self._losses: deque[float] = deque()
 
     def observe(self, loss: float) -> float:
         """Take one step's loss in and return the factor on the learning rates."""
+        if self.annealing is None:
+            return self.factor
+        window = self.annealing.window
         self._losses.append(loss)
-        if len(self._losses) == 2 * self.window:
+        if len(self._losses) == 2 * window:
             losses = list(self._losses)
-            earlier, recent = sum(losses[: self.window]), sum(losses[self.window :])
-            if recent > self.threshold * earlier:
-                self.scale /= self.factor
-            for _ in range(self.window):
+            earlier, recent = sum(losses[:window]), sum(losses[window:])
+            # m1 / m2 > kappa without the division, so that a mean loss of zero is no fault.
+            if recent > self.annealing.threshold * earlier:
+                self.factor /= self.annealing.factor
+            for _ in range(window):
                 self._losses.popleft()
-        return self.scale
+        return self.factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step."""
+        return {"scale": self.factor, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.factor = state["scale"]
+        self._losses = deque(state["losses"])

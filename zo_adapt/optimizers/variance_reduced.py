@@ -1,105 +1,187 @@
-"""What the SVRG optimizers share: the snapshot, kept as terms."""
+"""Steps corrected by a snapshot, which is kept as terms: what the SVRG optimizers share."""
 
-from collections.abc import Mapping
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
-from zo_adapt.optimizers.estimator import Estimate
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.samples import Samples
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.optimizers.budget import Progress
+from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.optimizers.rule import Progress, StepRule
-from zo_adapt.options import at_least_one
+from zo_adapt.options import at_least_one, positive_or_none, renamed
 from zo_adapt.step import Step
 from zo_adapt.term import HERE, Shift, Term, Terms, coalesced, scaled
+from zo_adapt.view.parameters import ParameterView
+
+SnapshotSize = int | Literal["batch", "all"]
+Coupling = Literal["shared", "independent"]
 
 
+@dataclass
+class Snapshot:
+    """The last snapshot of a run.
+
+    Neither theta_bar nor g is a copy of the weights: g is its terms, and theta_bar is where the
+    weights are less all that was applied since.
+
+    Args:
+        gradient: g, the large-batch estimate at the snapshot.
+        directions: N, how many there are in g.
+        since: The updates since then, as one shift.
+        elsewhere: The directions asked about at theta_bar, of a step that has not been taken.
+    """
+
+    gradient: Terms = ()
+    directions: int = 1
+    since: Shift = HERE
+    elsewhere: Directions | None = None
+
+
+@dataclass(frozen=True, repr=False)
 class VarianceReduced(ZerothOrder):
     """Base of the optimizers with snapshots: theta_bar and g as terms, one copy of the weights.
 
     Args:
-        rule: How an estimate is applied.
-        snapshot_interval: q, steps from one snapshot to the next.
-        perturbation_scale, displacement: See ``ZerothOrder``.
+        estimate: Of the large batch; minibatch steps take its differences along one direction.
+        apply: How an estimate is applied.
+        snapshot_interval: q >= 1, steps from one snapshot to the next.
+        snapshot_size: Rows of the large batch; "batch": of a minibatch; "all": the whole set.
+        snapshot_lr: Rate of the snapshot steps; None: as of the others.
+        coupling: Whether the two estimates of a minibatch step share their directions.
 
     Raises:
         OptionError: A number outside its range.
     """
 
-    def __init__(
-        self,
-        rule: StepRule,
-        snapshot_interval: int,
-        perturbation_scale: float | None,
-        displacement: float | None,
-    ) -> None:
-        self.snapshot_interval = at_least_one("snapshot_interval", snapshot_interval)
-        super().__init__(rule, perturbation_scale, displacement)
+    _: KW_ONLY
+    snapshot_interval: int = 1
+    snapshot_size: SnapshotSize = "batch"
+    snapshot_lr: float | None = None
+    coupling: Coupling = "shared"
 
-    def reset(self) -> None:
-        """No snapshot."""
-        self._gradient: Terms = ()
-        self._directions_of_snapshot = 1
-        self._since = HERE
+    def _check(self) -> None:
+        at_least_one("snapshot_interval", self.snapshot_interval)
+        if isinstance(self.snapshot_size, str):
+            if self.snapshot_size not in ("batch", "all"):
+                raise OptionError(
+                    f"snapshot_size={self.snapshot_size!r}; choose rows, 'batch' or 'all'"
+                )
+        else:
+            at_least_one("snapshot_size", self.snapshot_size)
+        self._set(snapshot_lr=positive_or_none("snapshot_lr", self.snapshot_lr))
+        if self.coupling not in ("shared", "independent"):
+            raise OptionError(f"coupling={self.coupling!r}; choose 'shared' or 'independent'")
+        if self.estimate.shaping != "none" and self.snapshot_interval != 1:
+            # g has no unit then, and a difference of two estimates along one direction has.
+            raise OptionError(f"shaping={self.estimate.shaping!r} needs snapshot_interval=1")
+
+    def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
+        """Begin a run on a view, without a snapshot."""
+        super().start(view, seed, step_like=step_like)
+        self._set(_snapshot=Snapshot())
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The last one of the last run."""
+        snapshot: Snapshot = vars(self)["_snapshot"]
+        return snapshot
 
     @property
     def at_snapshot(self) -> bool:
         """Whether the next step begins with a snapshot."""
         return self.steps % self.snapshot_interval == 0
 
-    @property
-    def snapshot_point(self) -> Shift:
-        """theta_bar, seen from the live weights: the updates since then, undone."""
-        return self._since.inverse()
+    @abstractmethod
+    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
+        """The batch of every direction of the next step."""
 
-    def snapshot_step(self, here: Estimate, progress: Progress, lr: float | None) -> Step:
-        """Set theta_bar <- theta, g <- the estimate, and step along it."""
-        self._gradient, self._since = here.terms, HERE
-        self._directions_of_snapshot = len(here.projected)
-        return self._move(here.terms, here, progress, lr, 0.0, "snapshot")
+    def ask(self, samples: Samples) -> list[Probe]:
+        """The probes of the next step: at a snapshot here, otherwise here and at theta_bar."""
+        state, snapshot = self.state, self.snapshot
+        batches = self.divide(self._batch(samples), samples)
+        here = state.asked = self.new_directions(batches)
+        if self.at_snapshot:
+            return self.estimate.probes(here)
+        # One z for the pair: the proof conditions on it, and with a z of its own for theta_bar the
+        # correction has more variance than the plain estimate that it is to improve.
+        there = here if self.coupling == "shared" else self.new_directions(batches)
+        snapshot.elsewhere = there
+        one = self.estimate.of_one_direction
+        return one.probes(here) + one.probes(there, snapshot.since.inverse())
 
-    def corrected_step(
-        self, here: Estimate, there: Estimate, progress: Progress, lr: float | None
-    ) -> Step:
-        """A step along g_I(theta) - g_I(theta_bar) + g."""
-        terms = coalesced((*here.terms, *scaled(there.terms, -1.0), *self._gradient))
+    def advance(self, evaluations: Sequence[Evaluation], progress: Progress) -> Step:
+        """A step along g, or along g_I(theta) - g_I(theta_bar) + g."""
+        snapshot = self.snapshot
+        if self.at_snapshot:
+            here = self.estimate.combine(self.asked, evaluations)
+            snapshot.gradient, snapshot.since = here.terms, HERE
+            snapshot.directions = len(here.projected)
+            return self._move(here.terms, here, progress, 0.0, "snapshot")
+        one, half = self.estimate.of_one_direction, len(evaluations) // 2
+        here = one.combine(self.asked, evaluations[:half])
+        there = one.combine(snapshot.elsewhere or self.asked, evaluations[half:])
+        terms = coalesced((*here.terms, *scaled(there.terms, -1.0), *snapshot.gradient))
         pairs = zip(here.projected, there.projected, strict=True)
         change = sum((p - q) ** 2 for p, q in pairs) / len(here.projected) ** 2
-        return self._move(terms, here, progress, lr, change, "minibatch")
+        return self._move(terms, here, progress, change, "minibatch")
 
     def _move(
-        self,
-        terms: Terms,
-        here: Estimate,
-        progress: Progress,
-        lr: float | None,
-        change: float,
-        kind: str,
+        self, terms: Terms, here: Estimate, progress: Progress, change: float, kind: str
     ) -> Step:
-        # The correction's directions add their noise to that of the snapshot's N.
-        scale = self.rule.scale.value
+        snapshot, scale = self.snapshot, self.state.descent.scale.value
+        # The noise of g is 1 / N in squares of the running scale, and the correction's directions
+        # add theirs: together that of an estimate from fewer directions.
         relative = change / scale**2 if scale else 0.0
-        info = self.descend(
+        step = self.descend(
             terms,
             here,
             progress,
-            lr=lr,
+            lr=self.snapshot_lr if kind == "snapshot" else None,
             kind=kind,
-            directions=1.0 / (1.0 / self._directions_of_snapshot + relative),
+            directions=1.0 / (1.0 / snapshot.directions + relative),
             reuse=self.snapshot_interval,
         )
-        self._since = self._since.then(info.update)
-        return info
+        snapshot.since = snapshot.since.then(step.update)
+        return step
+
+    def _batch(self, samples: Samples) -> Batch:
+        if not self.at_snapshot:
+            return samples.minibatch()
+        if self.snapshot_size == "all":
+            return samples.large(None)
+        return samples.large(
+            samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, the snapshot included."""
+        snapshot = self.snapshot
         return super().state_dict() | {
-            "gradient": self._gradient,
-            "directions_of_snapshot": self._directions_of_snapshot,
-            "since": self._since,
+            "gradient": snapshot.gradient,
+            "directions_of_snapshot": snapshot.directions,
+            "since": snapshot.since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; ``start`` comes first."""
         super().load_state_dict(state)
-        self._gradient = tuple(Term(*term) for term in state["gradient"])
-        self._directions_of_snapshot = state["directions_of_snapshot"]
         terms, decay = state["since"]
-        self._since = Shift(tuple(Term(*term) for term in terms), decay)
+        self._set(
+            _snapshot=Snapshot(
+                tuple(Term(*term) for term in state["gradient"]),
+                state["directions_of_snapshot"],
+                Shift(tuple(Term(*term) for term in terms), decay),
+            )
+        )
+
+
+def size_named(snapshot_size: SnapshotSize | None) -> SnapshotSize:
+    """The size by its present name."""
+    if snapshot_size is not None:
+        return snapshot_size
+    renamed("snapshot_size=None", "snapshot_size='all'", stacklevel=4)
+    return "all"

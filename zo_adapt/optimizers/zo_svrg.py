@@ -1,18 +1,18 @@
 """ZO-SVRG: variance-reduced gradient descent with a direction for every sample (a baseline)."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Unpack
 
+from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.estimator import TwoSided
-from zo_adapt.optimizers.rule import NOWHERE, Progress, StepRule
-from zo_adapt.optimizers.schedule import Schedule
-from zo_adapt.optimizers.variance_reduced import VarianceReduced
-from zo_adapt.options import at_least_one
-from zo_adapt.step import Step
+from zo_adapt.optimizers.keywords import StepSizeKeywords, split, step_size_of
+from zo_adapt.optimizers.step_size import StepSize
+from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced, size_named
 
 
+@dataclass(frozen=True, repr=False, init=False)
 class ZOSVRG(VarianceReduced):
     """ZO-SVRG (Gautam et al. 2024, Algorithm 2; Liu et al. 2018).
 
@@ -26,16 +26,16 @@ class ZOSVRG(VarianceReduced):
     time, and n terms in every update.
 
     Args:
-        lr: Learning rate; None: the step by distance (see ``StepRule``).
+        lr: Learning rate, short for ``apply=Rate(lr)``. None: the step by distance,
+            ``ByDistance()``.
+        apply: How an estimate is applied.
         snapshot_interval: q >= 1.
-        snapshot_size: Rows of the large batch; None is the whole set.
-        displacement: rho of the step by distance; None: as the view says.
-        perturbation_scale: mu; None: displacement / 25, and ten times that where the objective is
-            ``step_like``.
-        normalize, schedule, weight_decay, scale_memory: See ``StepRule``.
+        snapshot_size: Rows of the large batch; "all" is the whole set.
+        perturbation_scale: mu; None: see ``usual_perturbation``.
+        keywords: Short for the parts of ``apply``; as in ``MeZO``.
 
     Raises:
-        OptionError: A number outside its range.
+        OptionError: A number outside its range, or the same thing said twice.
 
     Example:
         >>> import torch
@@ -54,51 +54,27 @@ class ZOSVRG(VarianceReduced):
         self,
         lr: float | None = None,
         *,
+        apply: StepSize | None = None,
         snapshot_interval: int = 5,
-        snapshot_size: int | None = None,
-        displacement: float | None = None,
+        snapshot_size: SnapshotSize | None = "all",
         perturbation_scale: float | None = None,
-        normalize: bool | None = None,
-        schedule: str | Schedule | None = None,
-        weight_decay: float = 0.0,
-        scale_memory: float = 0.98,
+        **keywords: Unpack[StepSizeKeywords],
     ) -> None:
-        rule = StepRule(
-            lr,
-            normalize=normalize,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            scale_memory=scale_memory,
+        self._set(
+            estimate=TwoSided(perturbation_scale=perturbation_scale),
+            apply=step_size_of(apply, lr, split(keywords)[1]),
+            snapshot_interval=snapshot_interval,
+            snapshot_size=size_named(snapshot_size),
+            snapshot_lr=None,
+            coupling="shared",
         )
-        if snapshot_size is not None:
-            at_least_one("snapshot_size", snapshot_size)
-        self.snapshot_size = snapshot_size
-        super().__init__(rule, snapshot_interval, perturbation_scale, displacement)
+        self._check()
 
-    def reset(self) -> None:
-        """No snapshot, and the estimate at this run's mu."""
-        super().reset()
-        self.estimator = TwoSided(self.perturbation_scale)
-
-    def ask(self, samples: Samples) -> list[Probe]:
-        """The probes of the next step."""
+    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
+        """A direction for every sample."""
         if samples.min_rows > 1:
             raise OptionError(
                 "ZOSVRG asks for one sample at a time, on which this objective has no value (its "
                 "min_rows is larger); choose MeZO or MeZOSVRG"
             )
-        batch = samples.large(self.snapshot_size) if self.at_snapshot else samples.minibatch()
-        self._along = self.directions(batch.split(len(batch)))
-        here = self.estimator.probes(self._along)
-        if self.at_snapshot:
-            return here
-        return here + self.estimator.probes(self._along, self.snapshot_point)
-
-    def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NOWHERE) -> Step:
-        """The step from the answers; not yet applied."""
-        count = 2 * len(self._along.seeds)
-        here = self.estimator.estimate(self._along, evaluations[:count])
-        if self.at_snapshot:
-            return self.snapshot_step(here, progress, self.rule.lr)
-        there = self.estimator.estimate(self._along, evaluations[count:])
-        return self.corrected_step(here, there, progress, self.rule.lr)
+        return batch.split(len(batch))

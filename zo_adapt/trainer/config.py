@@ -33,7 +33,7 @@ class ZOConfig(TrainingArguments):
             distance.
         perturbation_scale: mu.
         num_directions: K.
-        shaping: "ranks", "zscore" or "loo": how directions are compared; see ``shaping``.
+        shaping: "base", "others", "ranks" or "zscore": how directions are compared.
         snapshot_interval: q, steps from one large batch to the next.
         snapshot_size: Rows of a large batch.
         noise: "gaussian" or "rademacher".
@@ -56,7 +56,7 @@ class ZOConfig(TrainingArguments):
     displacement: float | None = _option(None, "How far noise alone would move a weight.")
     perturbation_scale: float | None = _option(None, "mu.")
     num_directions: int | None = _option(None, "Directions of an estimate.")
-    shaping: str | None = _option(None, "ranks, zscore or loo.")
+    shaping: str | None = _option(None, "base, others, ranks or zscore.")
     snapshot_interval: int | None = _option(None, "Steps between large batches.")
     snapshot_size: int | None = _option(None, "Rows of a large batch.")
     noise: str | None = _option(None, "gaussian or rademacher.")

@@ -27,8 +27,8 @@ from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.loops.loop import FAULTS, StopReason
 from zo_adapt.loops.monitor import Metrics, Monitor
 from zo_adapt.loops.run import Run
+from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.optimizers.rule import Budget
 from zo_adapt.trainer.checks import check_arguments, check_choices
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples

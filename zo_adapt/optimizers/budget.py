@@ -1,0 +1,36 @@
+"""What a run may use, and where in it a step stands."""
+
+from typing import NamedTuple
+
+
+class Progress(NamedTuple):
+    """Where a step stands in its run.
+
+    Args:
+        done: Share of the budget used before the step, 0..1.
+        share: Share of the budget that the step itself uses.
+    """
+
+    done: float = 0.0
+    share: float = 1e-3
+
+
+NO_BUDGET = Progress()
+"""For ask and tell without a budget: every step is the first of a thousand equal ones."""
+
+
+class Budget(NamedTuple):
+    """What a run may use; None is no limit of that kind.
+
+    Args:
+        max_steps: Steps.
+        max_queries: Forwards of one sample.
+    """
+
+    max_steps: int | None = None
+    max_queries: int | None = None
+
+    def used(self, steps: int, queries: int) -> float:
+        """The share that is used, 0..1."""
+        pairs = ((steps, self.max_steps), (queries, self.max_queries))
+        return max((count / limit for count, limit in pairs if limit), default=0.0)

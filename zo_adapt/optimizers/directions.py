@@ -1,0 +1,73 @@
+"""Directions as terms: from seeds to probes, from projected gradients to an estimate."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.term import Shift, Term, Terms, coalesced
+from zo_adapt.view.group import Group
+
+
+class Directions(NamedTuple):
+    """The directions of an estimate, how far along them it looks, and on which rows.
+
+    Args:
+        seeds: Of K directions.
+        batches: K, that of every direction; one batch may be that of several.
+        groups: The parts of the view.
+        perturbation_scale: mu, in the parameters' units; > 0.
+    """
+
+    seeds: Sequence[int]
+    batches: Sequence[Batch]
+    groups: Sequence[Group]
+    perturbation_scale: float
+
+    def probe(self, number: int, factor: float, at: Shift) -> Probe:
+        """The point ``at`` + factor mu z of one direction, on its batch."""
+        along = direction(self.seeds[number], factor * self.perturbation_scale, self.groups)
+        # One term a direction, also where the place is reached along the same one.
+        return Probe(Shift(coalesced((*at.terms, *along)), at.decay), self.batches[number])
+
+
+class Estimate(NamedTuple):
+    """A gradient estimate.
+
+    Args:
+        terms: The vector, as sum_k c_k z(s_k).
+        projected: Projected gradients, one per direction.
+        value: Mean loss at the point (no probe of its own: the mean of the pair, the base,
+            or the mean of the perturbed points where there is no base).
+    """
+
+    terms: Terms
+    projected: tuple[float, ...]
+    value: float
+
+
+def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
+    """The terms of coefficient * z(seed), each group by its own perturbation_scale."""
+    if len(groups) == 1:
+        return (Term(seed, coefficient),)
+    return tuple(
+        Term(seed, coefficient * group.perturbation_scale, index)
+        for index, group in enumerate(groups)
+        if group.perturbation_scale > 0
+    )
+
+
+def gradient(directions: Directions, projected: Sequence[float]) -> Terms:
+    """1/K sum_k p_k z_k, unbiased in every group."""
+    seeds, groups = directions.seeds, directions.groups
+    share = 1.0 / len(seeds)
+    if len(groups) == 1:
+        return tuple(Term(s, p * share) for s, p in zip(seeds, projected, strict=True))
+    # A probe stretched by s in a group sees p = s z.grad there: its share is p z / s, so that
+    # E g = grad f in every group, whatever its scale.
+    return tuple(
+        Term(seed, p * share / group.perturbation_scale, index)
+        for seed, p in zip(seeds, projected, strict=True)
+        for index, group in enumerate(groups)
+        if group.perturbation_scale > 0
+    )

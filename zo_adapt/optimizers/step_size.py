@@ -1,0 +1,242 @@
+"""How an estimate is applied: learning rate, schedule, normalisation, decay, annealing.
+
+Three ways, s(t) the schedule at progress t, r the running scale of the projected gradients:
+
+    plain:       theta <- theta - lr s(t) g                       ``Rate(lr)``
+    normalised:  theta <- theta - lr s(t) g / r                   ``Rate(lr, normalize=True)``
+    by distance: the same with lr = rho sqrt(N dt / int s^2)      ``ByDistance(rho)``
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any
+
+from zo_adapt.errors import OptionError
+from zo_adapt.optimizers.budget import Progress
+from zo_adapt.optimizers.schedule import (
+    Annealed,
+    Annealing,
+    RunningScale,
+    Schedule,
+    described,
+    schedule_named,
+)
+from zo_adapt.optimizers.settings import Settings
+from zo_adapt.options import positive, positive_or_none
+from zo_adapt.term import HERE, Shift, Terms, scaled
+from zo_adapt.view.group import Group
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class StepSize(Settings, ABC):
+    """Base of the ways to apply an estimate.
+
+    Args:
+        schedule: "constant", "linear", "cosine" or a callable of the progress.
+        weight_decay: Decoupled, as in AdamW.
+        scale_memory: beta of the running scale.
+        annealing: Algorithm 4 of MeZO-SVRG, or None.
+
+    Raises:
+        OptionError: A number outside its range.
+    """
+
+    schedule: str | Schedule = "linear"
+    weight_decay: float = 0.0
+    scale_memory: float = 0.98
+    annealing: Annealing | None = None
+
+    def __post_init__(self) -> None:
+        schedule_named(self.schedule)
+        if not self.weight_decay >= 0:
+            raise OptionError(f"weight_decay={self.weight_decay}; choose weight_decay >= 0")
+        if not 0 <= self.scale_memory < 1:
+            raise OptionError(f"scale_memory={self.scale_memory}; choose 0 <= scale_memory < 1")
+
+    @property
+    @abstractmethod
+    def normalized(self) -> bool:
+        """Whether estimates are divided by their running scale."""
+
+    @abstractmethod
+    def full_rate(self, displacement: float, directions: float, share: float) -> float:
+        """The learning rate at factor 1 of schedule and annealing.
+
+        Args:
+            displacement: How far a weight may go over the run.
+            directions: N, directions in the estimate.
+            share: Of the budget, which the step uses.
+        """
+
+    def displacement_on(self, reach: float) -> float:
+        """How far a weight may go on a view that lets it go as far as ``reach``."""
+        return reach
+
+    def settings(self) -> dict[str, Any]:
+        """Every hyper-parameter by name, as JSON can hold it."""
+        annealing = None if self.annealing is None else self.annealing.settings()
+        return super().settings() | {"schedule": described(self.schedule), "annealing": annealing}
+
+
+@dataclass(frozen=True, repr=False)
+class ByDistance(StepSize):
+    """Steps such that noise alone would move each weight by rho over the whole run.
+
+    theta <- theta - rho sqrt(N dt / int s^2) s(t) g / r,
+    with N directions in g and dt the step's share of the budget. rho is a root mean square,
+    whatever the budget, the batch and N. What a longer run has to spare goes into smaller steps.
+
+    Args:
+        displacement: rho, in the parameters' units, > 0; None: as the view says.
+        schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
+
+    Raises:
+        OptionError: A number outside its range.
+
+    Example:
+        >>> ByDistance(0.25, schedule="cosine")
+        ByDistance(displacement=0.25, schedule='cosine')
+    """
+
+    displacement: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(displacement=positive_or_none("displacement", self.displacement))
+
+    @property
+    def normalized(self) -> bool:
+        """Always: a distance has no use for the objective's unit."""
+        return True
+
+    def full_rate(self, displacement: float, directions: float, share: float) -> float:
+        """Rho sqrt(N dt / int s^2): N noisy directions of size r / N each, added up at random."""
+        return displacement * math.sqrt(directions * share / self._power)
+
+    def displacement_on(self, reach: float) -> float:
+        """Rho, or the view's own."""
+        return self.displacement or reach
+
+    @cached_property
+    def _power(self) -> float:
+        """The integral of s(t)^2 over a run; 1 for a schedule that is zero throughout."""
+        schedule = schedule_named(self.schedule)
+        squares = (schedule((k + 0.5) / 256) ** 2 for k in range(256))
+        return math.fsum(squares) / 256 or 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class Rate(StepSize):
+    """Steps at a learning rate, plain or normalised by the running scale.
+
+    Args:
+        lr: Learning rate, > 0.
+        normalize: Divide estimates by the running root mean square of their projected gradients.
+        schedule: See ``StepSize``. "auto": "linear" when normalised, else "constant": a rate in
+            absolute terms is taken at its word.
+        weight_decay: Decoupled, as in AdamW; < 1 / lr.
+        scale_memory, annealing: See ``StepSize``.
+
+    Raises:
+        OptionError: A number outside its range.
+
+    Example:
+        >>> Rate(1e-3)
+        Rate(lr=0.001, schedule='constant')
+    """
+
+    lr: float
+    _: KW_ONLY
+    normalize: bool = False
+    schedule: str | Schedule = "auto"
+
+    def __post_init__(self) -> None:
+        self._set(lr=positive("lr", self.lr))
+        if self.schedule == "auto":
+            self._set(schedule="linear" if self.normalize else "constant")
+        super().__post_init__()
+        if self.weight_decay * self.lr >= 1:
+            raise OptionError(f"weight_decay={self.weight_decay}; choose 0 <= weight_decay < 1/lr")
+
+    @property
+    def normalized(self) -> bool:
+        """As ``normalize`` says."""
+        return self.normalize
+
+    def full_rate(self, displacement: float, directions: float, share: float) -> float:
+        """Lr."""
+        return self.lr
+
+
+class Descent:
+    """What changes from step to step while estimates are applied: running scale and annealing.
+
+    Args:
+        step_size: The hyper-parameters.
+        displacement: How far a weight may go over this run.
+    """
+
+    def __init__(self, step_size: StepSize, displacement: float) -> None:
+        self.step_size, self.displacement = step_size, displacement
+        self.scale = RunningScale(step_size.scale_memory)
+        self.annealed = Annealed(step_size.annealing)
+
+    def rate(self, directions: float, progress: Progress, lr: float | None = None) -> float:
+        """The learning rate now, schedule and annealing included.
+
+        Args:
+            directions: N, directions in the estimate.
+            progress: Where the step stands in its run.
+            lr: In place of the step size's own.
+        """
+        if lr is None:
+            lr = self.step_size.full_rate(self.displacement, directions, progress.share)
+        schedule = schedule_named(self.step_size.schedule)
+        return lr * self.annealed.factor * schedule(progress.done)
+
+    def update(
+        self, terms: Terms, projected: Sequence[float], rate: float, groups: Sequence[Group]
+    ) -> Shift:
+        """The step along -terms at a rate that ``rate`` gave."""
+        scale = self.scale.update(projected)
+        if self.step_size.normalized and scale > 0.0:
+            terms = scaled(terms, 1.0 / scale)
+        return downhill(terms, rate, groups, self.step_size.weight_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step."""
+        return {
+            "scale": [self.scale.total, self.scale.weight],
+            "annealing": self.annealed.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.scale.total, self.scale.weight = state["scale"]
+        # Runs of the first version have None here where nothing anneals.
+        if state["annealing"] is not None:
+            self.annealed.load_state_dict(state["annealing"])
+
+
+def downhill(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Shift:
+    """Update theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
+
+    Raises:
+        OptionError: The decay is 1 or more.
+    """
+    # Ties are no signal: where the estimate is exactly zero nothing moves, not even by the decay.
+    if all(term.coefficient == 0.0 for term in terms):
+        return HERE
+    if lr * weight_decay >= 1.0:
+        raise OptionError(
+            f"weight_decay={weight_decay} at lr={lr:.3g} turns the weights' sign; choose "
+            f"weight_decay < {1 / lr:.3g}"
+        )
+    moved = tuple(
+        term._replace(coefficient=-lr * groups[term.group or 0].lr * term.coefficient)
+        for term in terms
+    )
+    return Shift(moved, 1.0 - lr * weight_decay)
