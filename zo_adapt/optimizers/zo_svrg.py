@@ -84,8 +84,9 @@ class ZOSVRG(VarianceReduced):
         """The probes of the next step."""
         if samples.min_rows > 1:
             raise OptionError(
-                "ZOSVRG asks for one sample at a time, on which this objective has no value (its "
-                "min_rows is larger); choose MeZO or MeZOSVRG"
+                "ZOSVRG asks for one sample at a time, and this objective wants more: its min_rows "
+                "is larger, or it gives one number for a batch (return one value per example, or "
+                "set mean_over_rows=True if the number is a mean); or choose MeZO or MeZOSVRG"
             )
         batch = samples.large(self.snapshot_size) if self.at_snapshot else samples.minibatch()
         self._along = self.directions(batch.split(len(batch)))
