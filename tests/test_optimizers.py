@@ -97,6 +97,7 @@ def test_queries_are_exact_and_within_the_budget(row: Row) -> None:
         rows_seen.append(len(batch))
         return p.objective(batch)
 
+    counting.mean_over_rows = True  # type: ignore[attr-defined]
     expected = [row.queries(t) for t in range(7)]
     budget = sum(expected) + row.queries(7) - 1  # one short of an eighth step
     counted = Problem(p.view, counting, DATA)
@@ -160,6 +161,7 @@ def failing(p: Problem, at: int, failure: Callable[[Tensor], Tensor]) -> Problem
         count[0] += 1
         return failure(p.objective(batch)) if count[0] == at else p.objective(batch)
 
+    objective.mean_over_rows = True  # type: ignore[attr-defined]
     return Problem(p.view, objective, DATA)
 
 

@@ -74,7 +74,8 @@ class ZOSVRG(VarianceReduced):
         """A direction for every sample."""
         if samples.min_rows > 1:
             raise OptionError(
-                "ZOSVRG asks for one sample at a time, on which this objective has no value (its "
-                "min_rows is larger); choose MeZO or MeZOSVRG"
+                "ZOSVRG asks for one sample at a time, and this objective wants more: its min_rows "
+                "is larger, or it gives one number for a batch (return one value per example, or "
+                "set mean_over_rows=True if the number is a mean); or choose MeZO or MeZOSVRG"
             )
         return batch.split(len(batch))

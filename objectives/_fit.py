@@ -1,0 +1,113 @@
+"""Which models an objective fits, and how far they read."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from zo_adapt.errors import OptionError
+
+
+class Reads(NamedTuple):
+    """What a language model's outputs mean.
+
+    Args:
+        is_causal: The logits of a token depend on the tokens before it alone: they predict the next.
+        is_masked: They depend on all tokens, and are meant for masked ones.
+        is_encoder_decoder: One text is read, another is written.
+    """
+
+    is_causal: bool
+    is_masked: bool
+    is_encoder_decoder: bool
+
+
+def reads(model: nn.Module) -> Reads:
+    """What a model's own configuration and class say; a class of the user's own may be anything."""
+    from transformers.models.auto import modeling_auto as known
+
+    config, name = getattr(model, "config", None), type(base_model(model)).__name__
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    masked = set(known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    causal = set(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    # An encoder's causal class (BertLMHeadModel) looks ahead unless its configuration says not to.
+    looks_ahead = (
+        getattr(config, "model_type", None) in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_decoder", True)
+        and not getattr(config, "causal", False)
+    )
+    is_masked = not both and (name in masked - causal or (name in causal and looks_ahead))
+    return Reads(not (both or is_masked), is_masked, both)
+
+
+def check_causal(model: nn.Module, objective: str) -> None:
+    """Refuse a model whose logits do not predict the next token.
+
+    Raises:
+        OptionError: Names the objective that fits it.
+    """
+    found, name = reads(model), type(base_model(model)).__name__
+    if found.is_encoder_decoder:
+        raise OptionError(
+            f"{objective} is of causal language models, and {name} is an encoder-decoder; choose "
+            "Seq2SeqLoss"
+        )
+    if found.is_masked:
+        raise OptionError(
+            f"{objective} is of causal language models, and in {name} every token sees those after "
+            "it, so that it would be shown what it has to predict; load a causal model (an "
+            "encoder with config.is_decoder=True), or choose VerbalizerLoss with {mask}"
+        )
+
+
+def check_encoder_decoder(model: nn.Module, objective: str) -> None:
+    """Refuse a model that is no encoder-decoder.
+
+    Raises:
+        OptionError: Names the objective that fits it.
+    """
+    if not reads(model).is_encoder_decoder:
+        raise OptionError(
+            f"{objective} is of encoder-decoder models (T5, BART), and "
+            f"{type(base_model(model)).__name__} is none; choose CausalLMLoss"
+        )
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model itself, peft seen through."""
+    unwrap = getattr(model, "get_base_model", None)
+    base: nn.Module = model if unwrap is None else unwrap()
+    return base
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many tokens peft's prompt, prefix or p-tuning puts before every text."""
+    config = getattr(model, "active_peft_config", None)
+    is_prompt = bool(getattr(config, "is_prompt_learning", False))
+    return int(config.num_virtual_tokens) if config is not None and is_prompt else 0
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest text in tokens that the model is made for; None where nothing says so."""
+    limit: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    # RoBERTa and its kin count positions from the padding token's id on.
+    offset = max((_offset(table) for table in _position_tables(model)), default=0)
+    return limit - offset - virtual_tokens(model)
+
+
+def has_position_table(model: nn.Module) -> bool:
+    """Whether a longer text than ``positions`` is an error, not only untrained."""
+    return any(True for _ in _position_tables(model))
+
+
+def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
+            yield module
+
+
+def _offset(table: Any) -> int:
+    return 0 if table.padding_idx is None else int(table.padding_idx) + 1
