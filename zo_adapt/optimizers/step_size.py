@@ -77,8 +77,10 @@ class StepSize(Settings, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON can hold it."""
-        annealing = None if self.annealing is None else self.annealing.settings()
-        return super().settings() | {"schedule": described(self.schedule), "annealing": annealing}
+        own = super().settings() | {"schedule": described(self.schedule)}
+        if self.annealing is not None:
+            own["annealing"] = list(self.annealing.settings().values())
+        return own
 
 
 @dataclass(frozen=True, repr=False)
