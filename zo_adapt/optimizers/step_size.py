@@ -115,7 +115,9 @@ class ByDistance(StepSize):
         return True
 
     def full_rate(self, displacement: float, directions: float, share: float) -> float:
-        """Rho sqrt(N dt / int s^2): N noisy directions of size r / N each, added up at random."""
+        """Rho sqrt(N dt / int s^2)."""
+        # A normalised estimate from N directions of pure noise has a mean square of 1 / N in every
+        # weight, so a run adds sum lr^2 s^2 / N = rho^2 sum s^2 dt / int s^2 = rho^2 to it.
         return displacement * math.sqrt(directions * share / self._power)
 
     def displacement_on(self, reach: float) -> float:
@@ -169,7 +171,7 @@ class Rate(StepSize):
         return self.normalize
 
     def full_rate(self, displacement: float, directions: float, share: float) -> float:
-        """Lr."""
+        """As given, however long the run."""
         return self.lr
 
 
@@ -204,6 +206,7 @@ class Descent:
     ) -> Shift:
         """The step along -terms at a rate that ``rate`` gave."""
         scale = self.scale.update(projected)
+        # 0 where no difference was ever seen: then there is nothing to scale, either.
         if self.step_size.normalized and scale > 0.0:
             terms = scaled(terms, 1.0 / scale)
         return downhill(terms, rate, groups, self.step_size.weight_decay)
