@@ -41,7 +41,7 @@ Baseline = Literal["auto", "others", "base"]
 
 @dataclass(frozen=True, repr=False)
 class Estimator(Settings, ABC):
-    """Base of the estimators: a value without state, asked and told by an optimizer.
+    """Base of the estimators: values without state, which an optimizer uses at every step.
 
     Args:
         num_directions: K >= 1.
@@ -118,6 +118,8 @@ class TwoSided(Estimator):
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
         """K parts, or the whole for each where parts would be too small to have a value."""
         count = self.num_directions
+        # The directions' own noise falls by K, and that of the rows stays as it is: at the queries
+        # of one pair on the whole batch.
         separate = len(batch) >= count * samples.min_rows
         return batch.split(count) if separate else [batch] * count
 
@@ -164,7 +166,7 @@ class OneSided(Estimator):
         >>> OneSided(8)
         OneSided(num_directions=8, baseline='others')
         >>> OneSided(1, perturbation_scale=1e-3)
-        OneSided(num_directions=1, baseline='base', perturbation_scale=0.001)
+        OneSided(num_directions=1, perturbation_scale=0.001, baseline='base')
     """
 
     num_directions: int = 8
@@ -192,6 +194,8 @@ class OneSided(Estimator):
 
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
         """Parts that are fair to every class, as many as there are; K directions on each."""
+        # More parts mean more directions at the same queries. A part that lacks a class, or has
+        # fewer rows than the objective needs, would compare directions on a one-sided sample.
         parts = batch.split(max(1, len(batch) // samples.share))
         return [part for part in parts for _ in range(self.num_directions)]
 
@@ -207,6 +211,7 @@ class OneSided(Estimator):
         if self.baseline == "base":
             return _from_base(directions, evaluations)
         if self.shaping == "none":
+            # In the values' units, unlike ranks: over mu they are projected gradients.
             return _compared(directions, evaluations, leave_one_out, directions.perturbation_scale)
         return _compared(directions, evaluations, SHAPES[self.shaping], 1.0)
 

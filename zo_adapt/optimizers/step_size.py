@@ -77,8 +77,10 @@ class StepSize(Settings, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON can hold it."""
-        annealing = None if self.annealing is None else self.annealing.settings()
-        return super().settings() | {"schedule": described(self.schedule), "annealing": annealing}
+        own = super().settings() | {"schedule": described(self.schedule)}
+        if self.annealing is not None:
+            own["annealing"] = list(self.annealing.settings().values())
+        return own
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,7 +115,9 @@ class ByDistance(StepSize):
         return True
 
     def full_rate(self, displacement: float, directions: float, share: float) -> float:
-        """Rho sqrt(N dt / int s^2): N noisy directions of size r / N each, added up at random."""
+        """Rho sqrt(N dt / int s^2)."""
+        # A normalised estimate from N directions of pure noise has a mean square of 1 / N in every
+        # weight, so a run adds sum lr^2 s^2 / N = rho^2 sum s^2 dt / int s^2 = rho^2 to it.
         return displacement * math.sqrt(directions * share / self._power)
 
     def displacement_on(self, reach: float) -> float:
@@ -167,7 +171,7 @@ class Rate(StepSize):
         return self.normalize
 
     def full_rate(self, displacement: float, directions: float, share: float) -> float:
-        """Lr."""
+        """As given, however long the run."""
         return self.lr
 
 
@@ -202,6 +206,7 @@ class Descent:
     ) -> Shift:
         """The step along -terms at a rate that ``rate`` gave."""
         scale = self.scale.update(projected)
+        # 0 where no difference was ever seen: then there is nothing to scale, either.
         if self.step_size.normalized and scale > 0.0:
             terms = scaled(terms, 1.0 / scale)
         return downhill(terms, rate, groups, self.step_size.weight_decay)

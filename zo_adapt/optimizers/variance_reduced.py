@@ -124,6 +124,7 @@ class VarianceReduced(ZerothOrder):
         one, half = self.estimate.of_one_direction, len(evaluations) // 2
         here = one.combine(self.asked, evaluations[:half])
         there = one.combine(snapshot.elsewhere or self.asked, evaluations[half:])
+        # Along shared directions the pair is one term each: p - q, small near the snapshot.
         terms = coalesced((*here.terms, *scaled(there.terms, -1.0), *snapshot.gradient))
         pairs = zip(here.projected, there.projected, strict=True)
         change = sum((p - q) ** 2 for p, q in pairs) / len(here.projected) ** 2

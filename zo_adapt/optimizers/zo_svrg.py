@@ -72,7 +72,8 @@ class ZOSVRG(VarianceReduced):
 
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
         """A direction for every sample."""
-        if samples.min_rows > 1:
+        # A batch of one row, as a function without data has, is whole already.
+        if samples.min_rows > 1 and len(batch) > 1:
             raise OptionError(
                 "ZOSVRG asks for one sample at a time, and this objective wants more: its min_rows "
                 "is larger, or it gives one number for a batch (return one value per example, or "
