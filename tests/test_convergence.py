@@ -18,7 +18,7 @@ from problems import (
 )
 from torch import Tensor
 
-from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, minimize
+from zo_adapt import SGD, ZOSVRG, Adam, EvaluationOptions, MeZO, MeZOSVRG, ParameterView, minimize
 
 PLAIN: dict[str, Any] = {"perturbation_scale": 1e-3, "normalize": False, "schedule": "constant"}
 SCALED: dict[str, Any] = {
@@ -113,7 +113,8 @@ def least_squares(optimizer: Any, queries: int) -> float:
     assert float(loss(data).mean()) > 80
     result = minimize(
         lambda rows: loss(rows).mean(), ParameterView({"w": w}), data, optimizer,
-        batch_size=50, max_queries=queries, micro_batch_size=1000, progress=False,
+        batch_size=50, max_queries=queries, progress=False,
+        evaluation=EvaluationOptions(micro_batch_size=1000),
     )  # fmt: skip
     assert queries - 2000 < result.queries <= queries
     return float(loss(data).mean())
