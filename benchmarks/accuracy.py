@@ -30,7 +30,7 @@ import transformers
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
 from objectives import F1, Accuracy, ClassificationLoss
-from zo_adapt import Adam, MeZO, MeZOSVRG, ParameterView, minimize
+from zo_adapt import Adam, Data, MeZO, MeZOSVRG, ParameterView, minimize
 from zo_adapt.optimizers.optimizer import Optimizer
 
 TRAIN, TEST = 512, 1024
@@ -179,20 +179,19 @@ def run(job: Job) -> dict[str, Any]:
     result = minimize(
         OBJECTIVES[task.objective](model),
         view_of(model, task.view, job.method),
-        train,
+        Data(train, stratify=job.stratify),
         make(),
         batch_size=job.batch_size or (batch_size if task.objective == "loss" else COUNTED),
         max_queries=job.max_queries or task.max_queries,
         seed=job.seed,
         progress=False,
-        stratify=job.stratify,
     )
     return {
         **job._asdict(),
         "accuracy": accuracy(ClassificationLoss(model), test),
         "value": statistics.fmean(record.value for record in result.history[-50:]),
         "queries": result.queries,
-        "steps": result.nit,
+        "steps": result.steps,
         "stop_reason": result.stop_reason.name,
         "seconds": time.perf_counter() - started,
     }

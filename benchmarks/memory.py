@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from step import DTYPES, LR, SIZES, encoder, rows, svrg
 
 from objectives import ClassificationLoss
-from zo_adapt import SGD, Adam, MeZO, ParameterView, minimize
+from zo_adapt import SGD, Adam, EvaluationOptions, MeZO, ParameterView, minimize
 from zo_adapt.optimizers.optimizer import Optimizer
 
 SHAPES = [(16, 128), (32, 128), (64, 128), (64, 256), (64, 512)]
@@ -58,7 +58,7 @@ def peak(method: str, dtype: str, batch: int, tokens: int, size: str) -> float |
                 batch_size=batch,
                 max_steps=4,
                 progress=False,
-                cuda_graphs=False,
+                evaluation=EvaluationOptions(cuda_graphs="off"),
             )
     except torch.cuda.OutOfMemoryError:
         return None

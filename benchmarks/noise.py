@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from objectives import ClassificationLoss
-from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
+from zo_adapt import EvaluationOptions, MeZO, ParameterView, Shift, Term, minimize
 
 REPEATS = 5
 BATCH, TOKENS = 16, 128
@@ -106,8 +106,7 @@ def share_of_step(noise: str, device: str, adapter: bool) -> dict[str, float]:
         max_steps=2 + REPEATS,
         callback=note,
         progress=False,
-        joint_rows=None,
-        cuda_graphs=False,
+        evaluation=EvaluationOptions(joint_rows="off", cuda_graphs="off"),
     )
     whole = statistics.median(b - a for a, b in pairwise(ends[1:]))
     bare = seconds(forwards)

@@ -157,8 +157,10 @@ def step(loss: Any, view: ParameterView, data: Any, size: Size, device: str, kin
         max_steps=WARM + REPEATS + 1,
         callback=note,
         progress=False,
-        reuse_trunk=kind.reused,
-        cuda_graphs=kind.captured,
+        evaluation=EvaluationOptions(
+            reuse_trunk="on" if kind.reused else "off",
+            cuda_graphs="on" if kind.captured else "off",
+        ),
     )
     return statistics.median(b - a for a, b in pairwise(ends[WARM:]))
 
@@ -191,7 +193,7 @@ def measure(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
             loss,
             view,
             EvaluationOptions(
-                reuse_trunk=trunk if kind.reused else None,
+                reuse_trunk=trunk if kind.reused else "off",
                 cuda_graphs="on" if kind.captured else "off",
             ),
         )

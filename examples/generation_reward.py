@@ -109,7 +109,7 @@ def main() -> None:
     gains = look(reward, held_out, "after") - before
     error = gains.std(ddof=1) / len(gains) ** 0.5
     print(f"\ngain {gains.mean():+.3f} +- {error:.3f} (standard error over headlines)")
-    print(f"{result.queries} texts in {result.nit} steps, {seconds:.0f} s; {result.message}")
+    print(f"{result.queries} texts in {result.steps} steps, {seconds:.0f} s; {result.message}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_a_perturbation_below_the_resolution_is_refused(dtype: torch.dtype) -> N
         lambda batch: float(view.tensors["coarse"].double().sum()), view, None,
         mezo(perturbation_scale=smallest * 1.1), max_steps=1, **QUIET,
     )  # fmt: skip
-    assert fine.nit == 1
+    assert fine.steps == 1
 
 
 DROPPING: dict[str, Callable[[], nn.Module]] = {
@@ -142,7 +142,7 @@ def test_dropout_left_on_is_refused(name: str) -> None:
         minimize(never, view, None, mezo(), max_steps=1, **QUIET)
     model.eval()
     result = minimize(lambda batch: 0.0, view, None, mezo(), max_steps=1, **QUIET)
-    assert result.nit == 1
+    assert result.steps == 1
 
 
 RETURNS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
@@ -174,7 +174,7 @@ def test_a_tensor_that_requires_grad_is_refused() -> None:
     with pytest.raises(ObjectiveError, match="requires grad"):
         minimize(objective, view, None, mezo(), max_steps=1, **QUIET)
     fine = minimize(lambda batch: weight.square().sum(), view, None, mezo(), max_steps=1, **QUIET)
-    assert fine.nit == 1, "without enable_grad the loop's no_grad holds"
+    assert fine.steps == 1, "without enable_grad the loop's no_grad holds"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_is_explained(value: float) -> None:
     result = minimize(lambda batch: value, one(), None, mezo(), max_steps=3, **QUIET)
     assert result.stop_reason is StopReason.NON_FINITE
     assert str(value) in result.message
-    assert (result.nit, math.isnan(result.value)) == (0, True)
+    assert (result.steps, math.isnan(result.value)) == (0, True)
 
 
 def test_a_step_beyond_every_number_stops_at_the_last_good_one() -> None:
@@ -191,7 +191,7 @@ def test_a_step_beyond_every_number_stops_at_the_last_good_one() -> None:
     result = minimize(lambda batch: next(values), view, None, mezo(lr=1e200), max_steps=3, **QUIET)
     assert result.stop_reason is StopReason.STEP_TOO_LARGE
     assert "use a smaller lr" in result.message
-    assert (result.nit, view.hash()) == (1, before)
+    assert (result.steps, view.hash()) == (1, before)
 
 
 @pytest.mark.parametrize(

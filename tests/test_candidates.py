@@ -353,7 +353,7 @@ def test_examples_of_one_length_are_collated_once(lengths: tuple[int, int]) -> N
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_run_and_its_twin(optimizer: Callable[[], Any], adapter: bool) -> None:
     histories = {}
-    for joint_rows in (None, "auto"):
+    for joint_rows in ("off", "auto"):
         torch.manual_seed(0)
         model = with_lora("bert") if adapter else tiny_model("bert")
         view = ParameterView.trainable(model) if adapter else ParameterView.last_layers(model, 1)
@@ -365,11 +365,11 @@ def test_a_run_and_its_twin(optimizer: Callable[[], Any], adapter: bool) -> None
                 optimizer(),
                 batch_size=16,
                 max_steps=8,
-                joint_rows=joint_rows,
+                evaluation=EvaluationOptions(joint_rows=joint_rows),  # type: ignore[arg-type]
                 **QUIET,
             )
         histories[joint_rows] = result.history, len(calls)
-    (alone, many), (joined, few) = histories[None], histories["auto"]
+    (alone, many), (joined, few) = histories["off"], histories["auto"]
     assert few < many
     assert [r.queries for r in alone] == [r.queries for r in joined]
     assert [r.value for r in joined] == pytest.approx([r.value for r in alone], rel=1e-5, abs=1e-5)
@@ -582,6 +582,5 @@ def test_nan_is_an_error() -> None:
 
 @pytest.mark.parametrize("bad", [0, -3, 2.5, "all"])
 def test_joint_rows_out_of_range(bad: Any) -> None:
-    view = ParameterView({"x": torch.zeros(2)})
     with pytest.raises(OptionError, match="joint_rows"):
-        minimize(lambda _: 0.0, view, None, MeZO(), max_steps=1, joint_rows=bad, **QUIET)
+        EvaluationOptions(joint_rows=bad)

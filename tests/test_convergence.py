@@ -114,7 +114,8 @@ def least_squares(optimizer: Any, queries: int) -> float:
     assert float(loss(data).mean()) > 80
     result = minimize(
         loss, ParameterView({"w": w}), data, optimizer,
-        batch_size=50, max_queries=queries, micro_batch_size=1000, progress=False,
+        batch_size=50, max_queries=queries, progress=False,
+        evaluation=EvaluationOptions(micro_batch_size=1000),
     )  # fmt: skip
     assert queries - 2000 < result.queries <= queries
     return float(loss(data).mean())

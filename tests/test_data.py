@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, minimize
+from zo_adapt import Data, EvaluationOptions, MeZO, MeZOSVRG, ParameterView, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
@@ -57,7 +57,7 @@ def test_data_of_any_form_gives_the_same_batches() -> None:
     expected = recorded(FORMS["tensor"])
     for name in ("array", "mapping", "tuple", "list", "list of dicts", "dataset"):
         assert recorded(FORMS[name]) == expected, name
-    as_lists = recorded(FORMS["torch dataset"], collate=lambda rows: [row[0] for row in rows])
+    as_lists = recorded(Data(FORMS["torch dataset"], collate=lambda rows: [row[0] for row in rows]))
     assert as_lists == expected
 
 
@@ -77,7 +77,7 @@ def test_collate_of_the_caller_and_of_the_objective() -> None:
     view = ParameterView({"x": torch.zeros(1)})
     options: dict[str, Any] = {"batch_size": N, "max_steps": 1, "progress": False}
     minimize(Objective(), view, NUMBERS, MeZO(1e-3), **options)
-    minimize(Objective(), view, NUMBERS, MeZO(1e-3), collate=lambda rows: "mine", **options)
+    minimize(Objective(), view, Data(NUMBERS, lambda rows: "mine"), MeZO(1e-3), **options)
     assert sorted(seen[0].removeprefix("objective ")) == [str(n) for n in NUMBERS]
     assert seen[-1] == "mine"
 
@@ -131,7 +131,7 @@ def test_large_batches_do_not_disturb_the_minibatches() -> None:
             one_sided=False, perturbation_scale=1e-2,
         )  # fmt: skip
 
-    options = {"micro_batch_size": N}
+    options = {"evaluation": EvaluationOptions(micro_batch_size=N)}
     few = recorded(torch.arange(N), make(6), **options)
     whole = recorded(torch.arange(N), make("all"), **options)
     assert [len(rows) for rows in few] == ([6] * 2 + [3] * 4) * 3 + [6] * 2
@@ -149,7 +149,7 @@ def test_stratified_passes_hold_every_class_in_proportion(seed: int) -> None:
         assert abs(count[0] - 12) <= 2
         assert abs(count[1] - 6) <= 2
         assert abs(count[2] - 2) <= 1
-    uniform = recorded(data, batch_size=20, max_steps=10, seed=seed, stratify=False)
+    uniform = recorded(Data(data, stratify=False), batch_size=20, max_steps=10, seed=seed)
     assert uniform != recorded(data, batch_size=20, max_steps=10, seed=seed)
 
 

@@ -12,7 +12,7 @@ from problems import bits
 from torch import Tensor
 
 from objectives import F1, ROCAUC, Accuracy, CallableObjective, MatthewsCorrelation
-from zo_adapt import Diagnosis, Group, ParameterView, diagnose
+from zo_adapt import Diagnosis, EvaluationOptions, Group, ParameterView, diagnose
 from zo_adapt.diagnosis.advice import Noise, Scale, choose_batch, choose_scale, judge_snapshot
 from zo_adapt.diagnosis.jackknife import MOST
 from zo_adapt.errors import (
@@ -105,7 +105,7 @@ def test_a_set_is_scored_without_each_row_and_never_cut(
     x = torch.zeros(6, dtype=torch.float64)
     objective = Scored(x, min_rows)
     rows = gradients(64, 0.5, 1.0)
-    options = {"batch_size": 16, "micro_batch_size": micro_batch_size}
+    options: Any = {"batch_size": 16, "evaluation": EvaluationOptions(micro_batch_size)}
     found = diagnose(objective, ParameterView({"x": x}), rows, **options)
     assert set(objective.sizes) == {16, 15}
     by_row = diagnose(linear(x), ParameterView({"x": x}), rows, **options)
@@ -233,7 +233,7 @@ def test_nothing_is_changed_and_every_query_counted(dtype: torch.dtype) -> None:
     view = ParameterView({"x": x}, groups=[Group("x", perturbation_scale=2.0)])
     found = diagnose(
         objective, view, gradients(50, 0.5, 1.0), batch_size=9, num_directions=5,
-        micro_batch_size=4,
+        evaluation=EvaluationOptions(micro_batch_size=4),
     )  # fmt: skip
     assert torch.equal(bits(x), before)
     assert torch.equal(torch.get_rng_state(), state[0])

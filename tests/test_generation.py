@@ -203,8 +203,8 @@ def test_every_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
     reward = a_reward(tokenizer=tokenizer)
     view = ParameterView.matching(reward.model, "norm")
-    options = {"max_steps": 3, "progress": False, "micro_batch_size": 2}
-    minimize(reward, view, prompts(4), MeZO(lr=1e-3), batch_size=4, **options)
+    options = {"max_steps": 3, "progress": False, "evaluation": EvaluationOptions(2)}
+    minimize(reward, view, prompts(4), MeZO(lr=1e-3), batch_size=4, **options)  # type: ignore[arg-type]
     assert sorted(calls) == sorted(example["prompt"] for example in prompts(4))
 
 
@@ -380,7 +380,7 @@ def test_skipped_examples_change_neither_the_value_nor_the_estimate(
         return minimize(
             reward, ParameterView.full(reward.model), data,
             MeZO(lr=1e-4, perturbation_scale=0.05), batch_size=len(data), max_steps=4,
-            micro_batch_size=size, progress=False,
+            evaluation=EvaluationOptions(size), progress=False,
         ).history  # fmt: skip
 
     found, expected = histories(examples, micro_batch_size), histories(alone, None)
@@ -640,7 +640,7 @@ def test_it_is_one_objective_among_others() -> None:
     np.testing.assert_allclose(mixed(batch).detach().numpy(), expected, rtol=1e-6)
     view = ParameterView.matching(reward.model, "norm")
     result = minimize(mixed, view, examples, MeZOSVRG(), batch_size=4, max_steps=2, progress=False)
-    assert result.nit == 2
+    assert result.steps == 2
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "max_new_tokens", "do_sample", "foo"])

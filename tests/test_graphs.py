@@ -115,7 +115,7 @@ def test_a_run_is_the_same_with_graphs(make: Any, full: bool) -> None:
             batch_size=16,
             max_steps=12,
             progress=False,
-            cuda_graphs=graphs,
+            evaluation=EvaluationOptions(cuda_graphs="on" if graphs else "off"),
         )
         losses.append(torch.tensor([record.value for record in result.history]))
     assert torch.allclose(*losses, atol=1e-4)

@@ -400,7 +400,7 @@ def test_same_seed_same_run() -> None:
         rows = [supervised([5 + i % 3, 20, 21], [30 + i % 3]) for i in range(12)]
         result = minimize(
             ExactMatch(model, softness=1.0), ParameterView.full(model), rows, MeZO(), batch_size=4,
-            max_steps=4, micro_batch_size=3, **QUIET,
+            max_steps=4, evaluation=EvaluationOptions(micro_batch_size=3), **QUIET,
         )  # fmt: skip
         values.append([record.value for record in result.history])
     assert values[0] == values[1]
@@ -423,7 +423,14 @@ def test_the_default_optimizer_asks_a_hard_count_on_enough_rows(
     data = table(torch.randn(64, 2), torch.arange(64) % 2)
     view = ParameterView.full(objective.model)
     minimize(
-        objective, view, data, MeZOSVRG(), batch_size=64, max_steps=1, joint_rows=None, **QUIET
+        objective,
+        view,
+        data,
+        MeZOSVRG(),
+        batch_size=64,
+        max_steps=1,
+        evaluation=EvaluationOptions(joint_rows="off"),
+        **QUIET,
     )
     assert set(sizes) == {rows}
 

@@ -388,7 +388,14 @@ def test_a_batch_is_not_cut_below_what_the_metric_needs(
     objective.rows = []
     view = ParameterView.trainable(model)
     minimize(
-        objective, view, blobs(), optimizer, batch_size=48, max_steps=1, micro_batch_size=7, **QUIET
+        objective,
+        view,
+        blobs(),
+        optimizer,
+        batch_size=48,
+        max_steps=1,
+        evaluation=EvaluationOptions(micro_batch_size=7),
+        **QUIET,
     )
     assert objective.rows == expected
 

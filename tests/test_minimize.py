@@ -9,8 +9,11 @@ import torch
 from problems import labelled, logistic, problem
 from torch import Tensor
 
+from objectives import CallableObjective
 from zo_adapt import (
     SGD,
+    Data,
+    EvaluationOptions,
     MeZO,
     MeZOSVRG,
     ParameterView,
@@ -57,7 +60,7 @@ def test_the_example_of_the_contract() -> None:
         **QUIET,
     )
     assert bool(((x - 3).abs() < 0.05).all())
-    assert (result.nit, result.queries) == (500, 1000)
+    assert (result.steps, result.queries) == (500, 1000)
     assert result.stop_reason is StopReason.MAX_STEPS
     assert result.message == "the maximum number of steps was reached"
 
@@ -102,7 +105,7 @@ def test_budgets(budget: dict[str, int], nit: int, reason: StopReason) -> None:
     view = one()
     objective = Counting(bowl(view))
     result = minimize(objective, view, None, mezo(), **budget, **QUIET)
-    assert (result.nit, result.stop_reason) == (nit, reason)
+    assert (result.steps, result.stop_reason) == (nit, reason)
     assert result.queries == objective.calls == 2 * nit
     assert math.isnan(result.value) == (nit == 0)
 
@@ -145,10 +148,8 @@ def test_maximize_flips_the_sign_once() -> None:
     down, up = one(), one()
     optimizers: list[Any] = [mezo(), mezo()]
     falling = minimize(bowl(down), down, None, optimizers[0], max_steps=20, **QUIET)
-    rising = minimize(
-        lambda batch: -bowl(up)(batch), up, None, optimizers[1], max_steps=20,
-        maximize=True, **QUIET,
-    )  # fmt: skip
+    reward = CallableObjective(lambda batch: -bowl(up)(batch), maximize=True)
+    rising = minimize(reward, up, None, optimizers[1], max_steps=20, **QUIET)
     assert up.hash() == down.hash()
     assert [r.value for r in rising.history] == [-r.value for r in falling.history]
     assert rising.history[-1].value > rising.history[0].value
@@ -157,12 +158,11 @@ def test_maximize_flips_the_sign_once() -> None:
 def test_a_first_order_optimizer_maximizes_too() -> None:
     x = torch.zeros(2)
     result = minimize(
-        lambda batch: -(x - 3).square().sum(),
+        CallableObjective(lambda batch: -(x - 3).square().sum(), maximize=True),
         ParameterView({"x": x}),
         None,
         SGD(lr=0.1),
         max_steps=30,
-        maximize=True,
         **QUIET,
     )
     assert bool(((x - 3).abs() < 0.2).all())
@@ -191,7 +191,8 @@ def test_a_set_objective_is_scored_once_for_each_point() -> None:
     objective = SetSum(view)
     data = torch.arange(12)[:, None]
     result = minimize(
-        objective, view, data, mezo(), batch_size=10, max_steps=3, micro_batch_size=4, **QUIET
+        objective, view, data, mezo(), batch_size=10, max_steps=3,
+        evaluation=EvaluationOptions(micro_batch_size=4), **QUIET,
     )  # fmt: skip
     assert objective.scored == [10] * 6
     assert max(objective.predicted) <= 4
@@ -211,9 +212,9 @@ def test_all_points_of_a_step_see_one_draw_of_the_collate_function() -> None:
 
     objective.mean_over_rows = True  # type: ignore[attr-defined]
     minimize(
-        objective, ParameterView({"x": x}), [0.0] * 12,
-        MeZO(lr=1e-9), batch_size=12, micro_batch_size=4, max_steps=3, joint_rows=None,
-        collate=noisy, progress=False,
+        objective, ParameterView({"x": x}),
+        Data([0.0] * 12, collate=noisy), MeZO(lr=1e-9), batch_size=12, max_steps=3, progress=False,
+        evaluation=EvaluationOptions(micro_batch_size=4, joint_rows="off"),
     )  # fmt: skip
     assert calls == [4] * 9
 
@@ -231,7 +232,7 @@ def test_micro_batches_are_weighted_exactly(size: int | None, per_example: bool)
             return losses if per_example else float(losses.mean())
 
         objective.mean_over_rows = True  # type: ignore[attr-defined]
-        options = QUIET | {"batch_size": 10, "max_steps": 5, "micro_batch_size": micro}
+        options = QUIET | {"batch_size": 10, "max_steps": 5, "evaluation": EvaluationOptions(micro)}
         return p.view, minimize(objective, p.view, p.data, mezo(lr=0.1), **options), sizes
 
     whole, expected, _ = weights_after(10)

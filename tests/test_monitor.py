@@ -10,8 +10,8 @@ from problems import Problem, flat, logistic, problem
 from torch import Tensor
 
 from objectives import ROCAUC, Accuracy
-from zo_adapt import MeZO, ParameterView, Result, Step, StopReason, minimize
-from zo_adapt.errors import DataError, OptionError
+from zo_adapt import Metrics, MeZO, ParameterView, Result, Step, StopReason, minimize
+from zo_adapt.errors import ArgumentTypeError, DataError, OptionError
 
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05}
 
@@ -33,9 +33,7 @@ def test_metrics_are_those_of_the_weights_after_the_step() -> None:
         else:
             assert record.metrics == {"loss": pytest.approx(expected[-1], rel=1e-12)}
 
-    result = run(
-        p, metrics={"loss": p.objective}, metrics_data=held_out, metrics_every=3, callback=keep
-    )
+    result = run(p, metrics=Metrics({"loss": p.objective}, held_out, every=3), callback=keep)
     assert [r.step for r in result.history if r.metrics] == [3, 6]
     assert result.metrics == {"loss": pytest.approx(expected[-1], rel=1e-12)}
     assert result.metric_queries == 30
@@ -51,9 +49,8 @@ def test_they_change_nothing_and_are_counted_apart() -> None:
 
     counting.mean_over_rows = True  # type: ignore[attr-defined]
     without = run(plain, max_steps=None, max_queries=100)
-    with_them = run(
-        watched, max_steps=None, max_queries=100, metrics={"loss": counting}, metrics_every=1
-    )
+    watching = Metrics({"loss": counting}, every=1)
+    with_them = run(watched, max_steps=None, max_queries=100, metrics=watching)
     assert watched.view.hash() == plain.view.hash()
     assert with_them.queries == without.queries == 96
     assert with_them.metric_queries == sum(sizes) == 8 * 24  # not measured twice at the end
@@ -79,7 +76,7 @@ class Share:
 
 def test_a_metric_keeps_its_sign_and_may_need_the_whole_set() -> None:
     p = problem()
-    result = run(p, metrics={"share": Share(p)}, maximize=True)
+    result = run(p, metrics={"share": Share(p)})
     right = (logistic(flat(p.view), p.data) < math.log(2)).double().mean()
     assert result.metrics == {"share": pytest.approx(float(right))}
     assert result.metric_queries == 24
@@ -99,9 +96,9 @@ def test_a_metric_of_one_class_does_not_stop_the_run() -> None:
     one_class = {"input": rows["input"], "labels": torch.zeros(16, dtype=torch.long)}
     result = minimize(
         Accuracy(model), ParameterView.full(model), rows, MeZO(), batch_size=16, max_steps=3,
-        progress=False, metrics={"auc": ROCAUC(model)}, metrics_data=one_class,
+        progress=False, metrics=Metrics({"auc": ROCAUC(model)}, one_class),
     )  # fmt: skip
-    assert result.nit == 3
+    assert result.steps == 3
     assert result.metrics is not None
     assert math.isnan(result.metrics["auc"])
 
@@ -119,10 +116,13 @@ def test_a_function_without_data_has_metrics_too() -> None:
 def test_bad_options_are_named_before_any_evaluation() -> None:
     p = problem()
     before = p.view.hash()
-    with pytest.raises(OptionError, match="metrics_every=0"):
-        run(p, metrics={"loss": p.objective}, metrics_every=0)
+    with pytest.raises(OptionError, match="every=0"):
+        Metrics({"loss": p.objective}, every=0)
     with pytest.raises(DataError):
-        run(p, metrics={"loss": p.objective}, metrics_data=(p.data, p.data[:3]))
+        run(p, metrics=Metrics({"loss": p.objective}, (p.data, p.data[:3])))
+    for wrong in ("loss", p.objective, {"loss": "accuracy"}, {"loss": Accuracy}):
+        with pytest.raises(ArgumentTypeError, match="metric"):
+            run(p, metrics=wrong)
     assert p.view.hash() == before
 
 
@@ -172,7 +172,7 @@ def test_the_trainer_logs_metrics_beside_its_loss(tmp_path: Path) -> None:
     data = [{"input_ids": [2, 5 + i % 2, 7], "labels": i % 2} for i in range(24)]
     held_out, accuracy = data[:10], Accuracy(model)
     trainer = ZOTrainer(
-        model, args, train_dataset=data, metrics={"right": accuracy}, metrics_data=held_out
+        model, args, train_dataset=data, metrics=Metrics({"right": accuracy}, held_out)
     )
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]

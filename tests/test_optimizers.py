@@ -106,7 +106,7 @@ def test_queries_are_exact_and_within_the_budget(row: Row) -> None:
     assert [r.queries for r in result.history] == [sum(expected[: t + 1]) for t in range(7)]
     assert result.queries == sum(rows_seen) == sum(expected)
     exact = run(fresh(), row.make(), max_steps=None, max_queries=sum(expected))
-    assert (exact.nit, exact.queries) == (7, sum(expected))
+    assert (exact.steps, exact.queries) == (7, sum(expected))
 
 
 @EVERY_ZEROTH
@@ -187,8 +187,8 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(
         result = run(broken, row.make(), max_steps=30, callback=keep(hashes, p.view))
         assert result.stop_reason is StopReason.NON_FINITE
         assert p.view.hash() == hashes[-1]
-        assert result.nit == len(hashes) - 1 < 30
-        p.view.check_finite()
+        assert result.steps == len(hashes) - 1 < 30
+        p.view.norms()
 
 
 def throw(error: type[BaseException]) -> Callable[[Tensor], Tensor]:

@@ -31,7 +31,7 @@ from zo_adapt.data.sources import TensorRows
 from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.loops.loop import StopReason
+from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
 

@@ -18,6 +18,7 @@ from trajectories import STEPS, copies, equal, run, tensors
 
 from zo_adapt import (
     SGD,
+    EvaluationOptions,
     Group,
     MeZO,
     MeZOSVRG,
@@ -201,7 +202,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer": ("optimizer", {"optimizer": MeZOSVRG()}),
     "seed": ("seed", {"seed": 4}),
     "batch size": ("batch_size", {"batch_size": 4}),
-    "micro-batches": ("micro_batch_size", {"micro_batch_size": 2}),
+    "micro-batches": ("micro_batch_size", {"evaluation": EvaluationOptions(micro_batch_size=2)}),
     "sign": ("sign", {"maximize": True}),
     "steps": ("max_steps", {"max_steps": 13}),
 }
@@ -280,10 +281,10 @@ def room_for(size: int) -> Iterator[None]:
 def check_stopped_with_the_last_step_safe(path: Path, live: dict[str, Any], result: Result) -> None:
     """The weights, the file, the result and a resumed run agree."""
     assert result.stop_reason is StopReason.CANNOT_WRITE
-    assert 0 < result.nit < STEPS
-    assert len(result.history) == result.nit
+    assert 0 < result.steps < STEPS
+    assert len(result.history) == result.steps
     again = tensors()
-    assert replay(ParameterView(again), path) == result.nit
+    assert replay(ParameterView(again), path) == result.steps
     assert equal(live, again)
     whole, resumed = tensors(), tensors()
     run(whole, path.with_name("whole"), MeZO())
@@ -315,7 +316,7 @@ def test_a_full_disk_while_the_state_is_written_is_the_same(
     monkeypatch.setattr(Path, "write_bytes", full)
     result = run(live, path, MeZO())
     monkeypatch.undo()
-    assert result.nit == 3
+    assert result.steps == 3
     assert not (tmp_path / "f.state.new").exists()
     check_stopped_with_the_last_step_safe(path, live, result)
 
@@ -328,7 +329,7 @@ def test_a_folder_that_vanishes_stops_the_run(tmp_path: Path) -> None:
             shutil.rmtree(path.parent)
 
     result = run(live, path, MeZO(), callback=callback)
-    assert (result.stop_reason, result.nit) == (StopReason.CANNOT_WRITE, 3)
+    assert (result.stop_reason, result.steps) == (StopReason.CANNOT_WRITE, 3)
 
 
 def test_a_record_that_is_too_large_is_named(tmp_path: Path) -> None:

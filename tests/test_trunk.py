@@ -271,17 +271,17 @@ def run(family: str, reuse: Any, optimizer: Any, **options: Any) -> Any:
         batch_size=4,
         max_steps=6,
         progress=False,
-        reuse_trunk=FrozenTrunk(view) if reuse == "own" else reuse,
+        evaluation=EvaluationOptions(reuse_trunk=FrozenTrunk(view) if reuse == "own" else reuse),
         **options,
     )
     return result, view
 
 
-@pytest.mark.parametrize("reuse", ["auto", True, "own"])
+@pytest.mark.parametrize("reuse", ["auto", "on", "own"])
 @pytest.mark.parametrize("optimizer", [MeZO(lr=1e-3), MeZOSVRG()])
 @pytest.mark.parametrize("family", ["roberta", "gpt2"])
 def test_a_run_is_the_same_run(family: str, optimizer: Any, reuse: Any) -> None:
-    (plain, weights), (reused, again) = (run(family, r, optimizer) for r in (False, reuse))
+    (plain, weights), (reused, again) = (run(family, r, optimizer) for r in ("off", reuse))
     assert plain.queries == reused.queries
     for a, b in zip(plain.history, reused.history, strict=True):
         assert a.value == pytest.approx(b.value, rel=1e-5)
@@ -295,7 +295,8 @@ def test_a_run_runs_the_frozen_layers_once_an_example() -> None:
     view, loss = ParameterView.last_layers(model, 1), ClassificationLoss(model)
     data, options = examples((6,) * 8), {"batch_size": 8, "max_steps": 10, "progress": False}
     with counted(model) as ran:
-        minimize(loss, view, data, MeZO(lr=1e-3), joint_rows=None, **options)
+        alone = EvaluationOptions(joint_rows="off")
+        minimize(loss, view, data, MeZO(lr=1e-3), evaluation=alone, **options)
     # Once to record, once more in the check of the first answer; a block has two norms or more.
     assert ran.count(2) == 21
     assert ran.count(0) == 2
@@ -673,15 +674,15 @@ def test_auto_wants_a_quarter_of_the_layers_and_true_wants_any() -> None:
     assert FrozenTrunk(all_but_one, least=0.5).why_not == "only 1 of 3 layers are frozen"
     options: dict[str, Any] = {"batch_size": 2, "max_steps": 1, "progress": False}
     loss, full = ClassificationLoss(model), ParameterView.full(model)
-    with pytest.raises(OptionError, match="first of 3 layers"):
-        minimize(loss, full, examples(), MeZO(lr=1e-3), reuse_trunk=True, **options)
-    with pytest.raises(OptionError, match="another view"):
-        minimize(loss, full, examples(), MeZO(lr=1e-3), reuse_trunk=FrozenTrunk(last), **options)
+    for reuse, message in (("on", "first of 3 layers"), (FrozenTrunk(last), "another view")):
+        evaluation = EvaluationOptions(reuse_trunk=reuse)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=message):
+            minimize(loss, full, examples(), MeZO(lr=1e-3), evaluation=evaluation, **options)
     with pytest.raises(OptionError, match="reuse_trunk='yes'"):
-        minimize(loss, last, examples(), MeZO(lr=1e-3), reuse_trunk="yes", **options)  # type: ignore[arg-type]
+        EvaluationOptions(reuse_trunk="yes")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="storage='tape'"):
         FrozenTrunk(last, storage="tape")  # type: ignore[arg-type]
-    assert minimize(loss, full, examples(), MeZO(lr=1e-3), **options).nit == 1
+    assert minimize(loss, full, examples(), MeZO(lr=1e-3), **options).steps == 1
 
 
 def calls_of(trunk: FrozenTrunk, objective: Callable[[Any], Any], batch: Any) -> list[Call]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from objectives import CallableObjective
 from zo_adapt import ZOSVRG, Annealing, MeZO, MeZOSVRG, ParameterView, Result, minimize
 from zo_adapt.optimizers.optimizer import Optimizer
 
@@ -55,8 +56,9 @@ def run(
         "seed": 3,
         "progress": False,
     } | options
-    view = options.pop("view", None) or ParameterView(live, groups=options.pop("groups", None))
-    return minimize(loss, view, data, optimizer, trajectory=path, **options)
+    view = options.pop("view", None) or ParameterView(live, groups=options.pop("groups", "auto"))
+    objective = CallableObjective(loss, maximize=options.pop("maximize", False))
+    return minimize(objective, view, data, optimizer, trajectory=path, **options)
 
 
 def copies(live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

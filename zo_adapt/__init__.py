@@ -3,17 +3,20 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from zo_adapt.data.examples import Data as Data
 from zo_adapt.diagnosis.advice import Diagnosis as Diagnosis
 from zo_adapt.diagnosis.survey import diagnose as diagnose
 from zo_adapt.errors import ZOError as ZOError
 from zo_adapt.evaluation.objective import Objective as Objective
 from zo_adapt.evaluation.objective import SetObjective as SetObjective
+from zo_adapt.evaluation.options import EvaluationOptions as EvaluationOptions
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk as FrozenTrunk
 from zo_adapt.loops.ask_tell import AskTell as AskTell
 from zo_adapt.loops.for_scipy import scipy_method as scipy_method
-from zo_adapt.loops.loop import Result as Result
-from zo_adapt.loops.loop import StopReason as StopReason
 from zo_adapt.loops.loop import minimize as minimize
+from zo_adapt.loops.monitor import Metrics as Metrics
+from zo_adapt.loops.result import Result as Result
+from zo_adapt.loops.result import StopReason as StopReason
 from zo_adapt.optimizers.estimator import OneSided as OneSided
 from zo_adapt.optimizers.estimator import TwoSided as TwoSided
 from zo_adapt.optimizers.first_order import SGD as SGD
@@ -39,11 +42,14 @@ __all__ = [
     "Annealing",
     "AskTell",
     "ByDistance",
+    "Data",
     "Diagnosis",
+    "EvaluationOptions",
     "FrozenTrunk",
     "Group",
     "MeZO",
     "MeZOSVRG",
+    "Metrics",
     "Objective",
     "OneSided",
     "ParameterView",

@@ -29,6 +29,14 @@ class OptionError(ZOError, ValueError):
     """A hyper-parameter is outside its range."""
 
 
+class ArgumentTypeError(OptionError, TypeError):
+    """An argument is of another kind than is asked for; the message says what to pass."""
+
+
+class MissingPackageError(ZOError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
 class PerturbationError(OptionError):
     """The perturbation is smaller than the resolution of the tensors' dtype."""
 

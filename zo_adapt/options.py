@@ -1,9 +1,16 @@
 """Checks of hyper-parameters, and the warning for those that have a new name."""
 
+import inspect
 import math
 import warnings
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from zo_adapt.errors import OptionError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def positive(name: str, value: float) -> float:
@@ -62,3 +69,44 @@ def renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """
     message = f"{old} is now {new}; the old spelling goes with the next version"
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def former_keywords(
+    names: Mapping[str, str],
+    translate: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function accept keywords that its signature no longer shows, with a warning for each.
+
+    Args:
+        names: Former keyword -> how to say it now.
+        translate: ``translate(arguments, former)`` changes the arguments (by name) in place, so
+            that they say what the former keywords said.
+
+    Example:
+        >>> @former_keywords({"size": "length="}, lambda new, old: new.update(length=old["size"]))
+        ... def double(*, length: int) -> int:
+        ...     return 2 * length
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     double(size=3)
+        6
+        >>> inspect.signature(double)
+        <Signature (*, length: int) -> int>
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def accepting(*args: P.args, **kwargs: P.kwargs) -> R:
+            former = {name: kwargs.pop(name) for name in names if name in kwargs}
+            if not former:
+                return function(*args, **kwargs)
+            for name in former:
+                renamed(f"{name}=", names[name])
+            bound = signature.bind_partial(*args, **kwargs)
+            translate(bound.arguments, former)
+            return function(*bound.args, **bound.kwargs)
+
+        return accepting
+
+    return decorate

@@ -53,6 +53,8 @@ class Samples:
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._classes = None if classes is None else np.asarray(classes)
         self.positions = {MINIBATCH_STREAM: 0, LARGE_BATCH_STREAM: 0}
+        self._passes: dict[int, tuple[int, list[int]]] = {}
+        """The pass that each stream is in, by stream."""
 
     @property
     def share(self) -> int:
@@ -89,16 +91,15 @@ class Samples:
         return Batch(self.source, rows)
 
     def _order(self, stream: int, number: int) -> list[int]:
-        cached = getattr(self, "_cache", {})
-        if cached.get(stream, (None,))[0] != number:
+        """Rows of pass ``number``: the list that is kept, so a step copies its own rows alone."""
+        if self._passes.get(stream, (None,))[0] != number:
             # Sorting random words: unlike a library's shuffle, the same in every version.
             words = philox.words_numpy(self.seed, number, stream, 0, -(-len(self.source) // 4))
             order = np.argsort(words[: len(self.source)], kind="stable")
             if self._classes is not None:
                 order = stratified(order, self._classes)
-            self._cache = cached | {stream: (number, order.tolist())}
-        order = self._cache[stream][1]
-        return list(order)
+            self._passes[stream] = number, order.tolist()
+        return self._passes[stream][1]
 
 
 def stratified(order: np.ndarray, classes: np.ndarray) -> np.ndarray:

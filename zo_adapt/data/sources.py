@@ -107,6 +107,14 @@ def as_source(data: Any, collate: Collate | None = None) -> Source:
     if isinstance(data, Mapping):
         kinds = sorted({type(value).__name__ for value in data.values()})
         raise DataError(f"a mapping of {kinds} is no data; give tensors or arrays of equal length")
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise DataError(
+            "data is a DataLoader, which makes its own batches; give its dataset, as "
+            "Data(loader.dataset, collate=loader.collate_fn)"
+        )
+    # A module may have a length (nn.Sequential), and text has one: neither is a list of examples.
+    if isinstance(data, str | bytes | torch.nn.Module):
+        raise DataError(f"data is a {type(data).__name__}; give a sequence of examples or tensors")
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
             f"data of type {type(data).__name__} has no length; give a sequence or tensors"

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from zo_adapt.arguments import check_data, check_evaluation, check_view, checked_objective
 from zo_adapt.data.batches import Batch
-from zo_adapt.data.labels import class_labels
+from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Collate, NoData, as_source
+from zo_adapt.data.sources import NoData
 from zo_adapt.diagnosis.advice import (
     Diagnosis,
     Noise,
@@ -25,14 +26,12 @@ from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import (
     ObjectiveLike,
     SetObjective,
-    as_objective,
-    check_micro_batch_size,
-    keeps_batch_whole,
     resolve_mean_over_rows,
     rows_needed,
 )
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.loops import former
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.directions import direction
 from zo_adapt.optimizers.perturbation import (
@@ -40,7 +39,7 @@ from zo_adapt.optimizers.perturbation import (
     finest_perturbation,
     usual_perturbation,
 )
-from zo_adapt.options import at_least_one, check_run, positive
+from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
 
@@ -55,20 +54,21 @@ ROUNDING = 1e-13
 """Means of a batch that are as near as this, relative to the largest value, are equal."""
 
 
+@former_keywords(
+    former.DATA | {"micro_batch_size": former.EVALUATION["micro_batch_size"]}, former.translate
+)
 def diagnose(
     objective: ObjectiveLike,
     view: ParameterView,
     data: Any = None,
     *,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
     num_directions: int = 16,
-    perturbation_scales: Sequence[float] | None = None,
+    perturbation_scales: Sequence[float] | Literal["auto"] = "auto",
     seed: int = 0,
-    collate: Collate | None = None,
-    micro_batch_size: int | None = None,
-    stratify: bool = True,
+    evaluation: EvaluationOptions = EvaluationOptions(),
 ) -> Diagnosis:
-    """How much an objective tells at the current weights, and what to do about it.
+    """Measure signal and noise of an objective at the current weights, and advise on settings.
 
     K directions, each on a batch of its own, at several perturbation scales. With p_ki the
     projected gradient of example i along direction k, a random-effects analysis of variance splits
@@ -80,14 +80,13 @@ def diagnose(
         objective: As for ``minimize``.
         view: As for ``minimize``; bit-identical afterwards.
         data: As for ``minimize``; None for a function without data.
-        batch_size: Rows that a direction is measured on, at least 2; None: 16, or the fewest that
+        batch_size: Rows that a direction is measured on, at least 2; "auto": 16, or the fewest that
             the objective needs.
         num_directions: K; the relative error of G is about sqrt(2 / K).
-        perturbation_scales: mu to try, at least two; 1/16, 1/4, 1, 4, 16 times the default if None.
+        perturbation_scales: mu to try, at least two; "auto": 1/16, 1/4, 1, 4 and 16 times the
+            optimizers' default.
         seed: Of directions and rows.
-        collate: Makes a batch of a list of examples; the objective's own by default.
-        micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default.
-        stratify: As for ``minimize``.
+        evaluation: As for ``minimize``.
 
     Returns:
         The table, the noise and the advice; it cost (2 scales + 1) K b queries.
@@ -105,25 +104,27 @@ def diagnose(
         >>> found.batch_size, found.num_directions, found.snapshot_helps, found.queries
         (16, 16, False, 2816)
     """
+    batch_size = _auto("batch_size", batch_size)
+    perturbation_scales = _auto("perturbation_scales", perturbation_scales)
+    objective = checked_objective(objective)
+    check_view(view)
+    check_data(data)
+    check_evaluation(evaluation)
     check_run(at_least_one("num_directions", num_directions), None, seed)
-    objective = as_objective(objective)
-    source = as_source(data, collate or objective.collate)
+    examples = as_data(data)
+    source = examples.source(objective)
     objective = resolve_mean_over_rows(objective, source, view.model)
-    if batch_size is None and not isinstance(source, NoData):
-        least = min(rows_needed(objective), len(source))
-        batch_size = min(max(USUAL_ROWS, least), len(source))
-    samples = Samples(source, batch_size, seed, class_labels(data) if stratify else None)
+    least = max(USUAL_ROWS, rows_needed(objective))
+    size = min(least, len(source)) if batch_size == "auto" else batch_size
+    samples = Samples(source, size, seed, examples.classes())
     rows = samples.batch_size
     if rows < 2 and not isinstance(source, NoData):
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
     view.check_adapters()
-    view.check_finite()
     usual, scales = _scales(view, objective.step_like, perturbation_scales)
-    check_micro_batch_size(objective, micro_batch_size, rows)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
-    most = None if keeps_batch_whole(objective) else micro_batch_size or batch_size
-    evaluator = LocalEvaluator(objective, view, EvaluationOptions(most))
+    evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
     survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
     table = _table(scales, found)
@@ -135,6 +136,14 @@ def diagnose(
     reasons = {"perturbation_scale": why, **reasons, "snapshot": verdict}
     mu = chosen.perturbation_scale
     return Diagnosis(table, noise, mu, batch, directions, helps, reasons, evaluator.queries)
+
+
+def _auto(name: str, value: Any) -> Any:
+    """The value, or "auto" for the former None."""
+    if value is not None:
+        return value
+    renamed(f"{name}=None", f"{name}='auto'", stacklevel=5)
+    return "auto"
 
 
 class Differences(NamedTuple):
@@ -210,12 +219,12 @@ def _alike(*values: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _scales(
-    view: ParameterView, step_like: bool, given: Sequence[float] | None
+    view: ParameterView, step_like: bool, given: Sequence[float] | Literal["auto"]
 ) -> tuple[float, list[float]]:
     """The optimizers' default, and the scales to try, in ascending order."""
     finest = finest_perturbation(view)
-    usual = usual_perturbation(view.reach, finest, step_like)
-    if given is None:
+    usual = usual_perturbation(view.displacement, finest, step_like)
+    if isinstance(given, str):
         return usual, [usual * factor for factor in FACTORS if usual * factor >= finest]
     scales = sorted({positive("perturbation_scales", mu) for mu in given})
     if len(scales) < 2:

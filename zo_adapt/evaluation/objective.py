@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zo_adapt.data.sources import Collate, Source
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import ArgumentTypeError, OptionError
 from zo_adapt.evaluation.mode import check_dropout
 from zo_adapt.options import at_least_one, renamed
 
@@ -168,7 +168,8 @@ def as_objective(given: ObjectiveLike) -> Objective:
             defaults.
 
     Raises:
-        OptionError: Something else, or a ``min_rows`` that is neither an integer >= 1 nor "all".
+        ArgumentTypeError: Something else.
+        OptionError: A ``min_rows`` that is neither an integer >= 1 nor "all".
 
     Example:
         >>> as_objective(lambda batch: 0.0).maximize
@@ -177,14 +178,14 @@ def as_objective(given: ObjectiveLike) -> Objective:
     if isinstance(given, Objective):
         return given
     if isinstance(given, type):
-        raise OptionError(
+        raise ArgumentTypeError(
             f"the objective is the class {given.__name__}; make one: {given.__name__}(...)"
         )
     said = attributes_of(given)
     if callable(getattr(given, "predict", None)) and callable(getattr(given, "score", None)):
         return _WrappedSet(given, said)
     if not callable(given):
-        raise OptionError(
+        raise ArgumentTypeError(
             f"the objective {given!r:.80} cannot be called; give a function of a batch, or an "
             "object with predict and score"
         )
@@ -200,6 +201,12 @@ def attributes_of(given: Any) -> dict[str, Any]:
     if "min_rows" in said:
         said["min_rows"] = checked_min_rows(said["min_rows"])
     return said
+
+
+def with_attributes(objective: Objective, **changes: Any) -> Objective:
+    """The same objective, of which some attributes are others."""
+    kind = _WrappedSet if isinstance(objective, SetObjective) else _Wrapped
+    return kind(objective, attributes_of(objective) | changes)
 
 
 def checked_min_rows(rows: int | Literal["all"] | None) -> int | Literal["all"]:
@@ -275,9 +282,7 @@ def resolve_mean_over_rows(
         # itself again, where it counts, at the first step.
         except Exception:
             shape = ()
-    said = attributes_of(objective) | {"mean_over_rows": shape == (2,)}
-    kind = _WrappedSet if isinstance(objective, SetObjective) else _Wrapped
-    return kind(objective, said)
+    return with_attributes(objective, mean_over_rows=shape == (2,))
 
 
 def ready(objective: Objective, model: nn.Module | None) -> AbstractContextManager[Any]:

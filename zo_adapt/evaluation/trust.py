@@ -92,7 +92,7 @@ class JointCheck:
         beyond = 0.5 if _coarsest(self._view) > 1e-4 else 0.05
         best: tuple[Terms, np.ndarray] = (), base
         for power in range(TRIES):
-            terms = (Term(CHECK_SEED, self._view.reach * FARTHER**power),)
+            terms = (Term(CHECK_SEED, self._view.displacement * FARTHER**power),)
             try:
                 values = self._one(part, terms)
             except ObjectiveError:

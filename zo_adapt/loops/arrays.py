@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, from_numpy
+from torch import Tensor, from_numpy, nn
 
-from zo_adapt.errors import ViewError
+from zo_adapt.errors import ArgumentTypeError, ViewError
+from zo_adapt.view.parameters import ParameterView
 
 
 class Form:
@@ -35,7 +36,13 @@ class Form:
 
         Raises:
             ViewError: An empty array.
+            ArgumentTypeError: A model or a view.
         """
+        if isinstance(x0, nn.Module | ParameterView):
+            raise ArgumentTypeError(
+                f"x0 is a {type(x0).__name__}; give an array, a tensor or a mapping of these, or "
+                "tune a model by minimize(objective, view, data)"
+            )
         form = cls(x0)
         named = {"x": x0} if form.single else x0
         copies = {name: _copied(name, value) for name, value in named.items()}

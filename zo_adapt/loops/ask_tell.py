@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from zo_adapt.arguments import check_optimizer
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import NoData
 from zo_adapt.errors import (
@@ -16,7 +17,7 @@ from zo_adapt.errors import (
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.loops.arrays import Form
-from zo_adapt.loops.loop import StopReason
+from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.budget import Budget, Progress
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.options import check_run
@@ -74,6 +75,7 @@ class AskTell:
         noise: str = "gaussian",
         groups: Sequence[Group] = (),
     ) -> None:
+        check_optimizer(optimizer)
         if not isinstance(optimizer, ZerothOrder):
             raise OptionError(
                 f"{type(optimizer).__name__} needs more than values; choose MeZOSVRG, MeZO, ZOSVRG"
@@ -81,7 +83,6 @@ class AskTell:
         check_run(max_steps, max_queries, seed)
         self._form, tensors = Form.of(x0)
         self._view = ParameterView(tensors, noise=noise, groups=groups)
-        self._view.check_finite()
         self._optimizer = copy.deepcopy(optimizer)
         self._optimizer.start(self._view, seed)
         self._samples = Samples(NoData(), None, seed)

@@ -9,7 +9,7 @@ import numpy as np
 
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.loops.ask_tell import AskTell, number
-from zo_adapt.loops.loop import StopReason
+from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.options import at_least_one
@@ -26,7 +26,7 @@ STATUS = {
     StopReason.MAX_QUERIES: 0,
     StopReason.NON_FINITE: 2,
     StopReason.STEP_TOO_LARGE: 3,
-    StopReason.CALLBACK: 99,
+    StopReason.CALLBACK: 99,  # scipy's own number for it
 }
 
 

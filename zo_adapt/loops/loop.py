@@ -1,83 +1,49 @@
 """The loop for anything callable."""
 
 import math
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from zo_adapt.data.labels import class_labels
+from zo_adapt.arguments import (
+    check_data,
+    check_evaluation,
+    check_optimizer,
+    check_view,
+    checked_objective,
+)
+from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Collate, as_source
-from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import (
     ObjectiveLike,
-    as_objective,
     resolve_mean_over_rows,
     rows_needed,
 )
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
-from zo_adapt.loops.monitor import Metrics, Monitor
+from zo_adapt.loops import former
+from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
+from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.budget import Budget
+from zo_adapt.optimizers.mezo_svrg import MeZOSVRG
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.options import at_least_one, check_run
+from zo_adapt.options import check_run, former_keywords
 from zo_adapt.step import Step
 from zo_adapt.view.parameters import ParameterView
 
 
-class StopReason(StrEnum):
-    """Why a run ended; the values are the sentences that users read."""
-
-    MAX_STEPS = "the maximum number of steps was reached"
-    MAX_QUERIES = "the next step would exceed the maximum number of queries"
-    CALLBACK = "the callback raised StopIteration"
-    NON_FINITE = "the objective was not finite; the weights are those of the last good step"
-    STEP_TOO_LARGE = "a step left the dtype's range; the weights are those of the last good step"
-    CANNOT_WRITE = "the trajectory cannot be written; the weights are those of the last good step"
-
-
-FAULTS: dict[type[Exception], StopReason] = {
-    NonFiniteObjectiveError: StopReason.NON_FINITE,
-    StepTooLargeError: StopReason.STEP_TOO_LARGE,
-    TrajectoryWriteError: StopReason.CANNOT_WRITE,
-}
-
-
-class Result(NamedTuple):
-    """What ``minimize`` returns. The weights are in the view's own tensors.
-
-    Args:
-        value: The last record's value, an estimate from one batch; NaN if there was no step.
-        nit: Steps done.
-        queries: Forwards of one sample.
-        stop_reason: Why it ended.
-        message: The same, as a sentence, with the details.
-        history: One record per step.
-        metrics: The metrics of interest at the final weights.
-        metric_queries: Forwards of one sample made for them, which ``queries`` leaves out.
-    """
-
-    value: float
-    nit: int
-    queries: int
-    stop_reason: StopReason
-    message: str
-    history: list[Step]
-    metrics: dict[str, float] | None = None
-    metric_queries: int = 0
-
-
+@former_keywords(
+    former.DATA | former.EVALUATION | former.METRICS | former.MAXIMIZE, former.translate
+)
 def minimize(
     objective: ObjectiveLike,
     view: ParameterView,
-    data: Any,
-    optimizer: Optimizer,
+    data: Any = None,
+    optimizer: Optimizer | None = None,
     *,
     batch_size: int | None = None,
     max_steps: int | None = None,
@@ -85,62 +51,35 @@ def minimize(
     seed: int = 0,
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
-    maximize: bool | None = None,
-    collate: Collate | None = None,
-    micro_batch_size: int | None = None,
-    joint_rows: int | Literal["auto"] | None = "auto",
-    stratify: bool = True,
-    metrics: Metrics | None = None,
-    metrics_data: Any = None,
-    metrics_every: int = 100,
+    evaluation: EvaluationOptions = EvaluationOptions(),
+    metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
     trajectory: str | Path | None = None,
     resume: bool = False,
-    reuse_trunk: bool | Literal["auto"] | FrozenTrunk = "auto",
-    cuda_graphs: bool | Literal["auto"] = "auto",
 ) -> Result:
-    """Minimise an objective over a view by an optimizer of this package.
+    """Minimise an objective over a view by forward passes (or maximise it, if it says so).
 
     Args:
         objective: Any callable ``batch -> float`` or one value per example; see ``Objective``.
         view: What may change; it is changed in place.
-        data: None (the objective is called with None); tensors; or a sequence of examples.
-        optimizer: ``MeZOSVRG()``, ``MeZO()``, ... It is restarted.
+        data: None (the objective is called with None); tensors; a sequence of examples; or ``Data``
+            of these, with a collate function.
+        optimizer: ``MeZO()``, ``ZOSVRG()``, ...; None: the recommended one, ``MeZOSVRG()``. It is
+            restarted.
         batch_size: Rows of a minibatch; not needed without data.
         max_steps: Budget in steps.
         max_queries: Budget in forwards of one sample; never exceeded.
         seed: Of directions and data order, 0 <= seed < 2**64. Same seed, same run.
         callback: Called with a ``Step`` after every step; StopIteration stops the run.
         progress: Show a progress bar.
-        maximize: Climb instead of descend; None: as the objective says (a metric is climbed).
-        collate: Makes a batch of a list of examples; the objective's own by default.
-        micro_batch_size: Most rows in one call of the objective; ``batch_size`` by default, so
-            that a snapshot needs no more memory than a minibatch.
-        joint_rows: Most rows in a call that evaluates several points at once, each on its own
-            rows; it needs the memory of inference on so many. "auto": 8192 tokens on a GPU, 2048 on
-            a CPU, beyond which joining gains little. None: one point at a time, in the memory of
-            one. Views of linear layers, norms and embeddings (LoRA, new heads) and objectives with
-            a value per example can be joined, the others never are. Never more than
-            ``micro_batch_size``, where given.
-        stratify: Spread the classes evenly over every pass, where the data have a field ``labels``
-            or ``label`` of one integer an example.
-        metrics: Objectives by name, measured beside the one that is minimised: after every
-            ``metrics_every`` steps and at the end. Their queries count apart, outside the budget.
-        metrics_data: What they are measured on, all of it; ``data`` by default.
-        metrics_every: Steps.
+        evaluation: Memory against time: rows in one call, candidates together, reuse, graphs.
+        metrics: Objectives by name, watched beside the one that is minimised; ``Metrics`` of them
+            says on which data and how often (the run's, every 100 steps and at the end).
         trajectory: File that every step is appended to; see ``replay``.
         resume: Go on with the trajectory's run if the file is there, bit-identical to a run that
             was never stopped. The view must be at the weights that the run started from.
-        reuse_trunk: Run the layers below the first that the view holds weights of once for each
-            example, and keep what they put out: "auto" where it is possible, is checked to give the
-            same values, and a quarter of the layers or more are frozen (up to 1 GiB, on the model's
-            device); True: wherever it is possible, an error where the view rules it out; False:
-            never; a ``FrozenTrunk`` says how much is kept and where. Queries are counted as always.
-        cuda_graphs: Capture an evaluation's kernels on a GPU, once for each shape of a batch, and
-            replay them: "auto" for objectives that say they can be captured; True: for any; False:
-            never. Where a trunk is reused, the frozen layers are not captured.
 
     Returns:
-        Value, steps, queries, stop reason and history.
+        Value, steps, queries, stop reason and history; ``print`` it.
 
     Raises:
         ZOError: Named errors for bad input, before any evaluation.
@@ -150,39 +89,28 @@ def minimize(
         >>> from zo_adapt import MeZO, ParameterView, minimize
         >>> x = torch.zeros(2)
         >>> result = minimize(
-        ...     lambda batch: float(((x - 3) ** 2).sum()), ParameterView({"x": x}), None,
-        ...     MeZO(lr=1e-2), max_steps=3, progress=False)
-        >>> result.nit, result.queries, result.stop_reason.name
+        ...     lambda batch: float(((x - 3) ** 2).sum()), ParameterView({"x": x}),
+        ...     optimizer=MeZO(lr=1e-2), max_steps=3, progress=False)
+        >>> result.steps, result.queries, result.stop_reason.name
         (3, 6, 'MAX_STEPS')
     """
+    optimizer = MeZOSVRG() if optimizer is None else optimizer
+    objective = checked_objective(objective)
+    check_view(view)
+    check_data(data)
+    check_optimizer(optimizer)
+    check_evaluation(evaluation)
     check_run(max_steps, max_queries, seed)
-    if micro_batch_size is not None:
-        at_least_one("micro_batch_size", micro_batch_size)
-    objective = as_objective(objective)
-    source = as_source(data, collate or objective.collate)
-    objective = resolve_mean_over_rows(objective, source, view.model)
-    classes = class_labels(data) if stratify else None
-    samples = Samples(source, batch_size, seed, classes, rows_needed(objective))
-    options = EvaluationOptions(
-        micro_batch_size,
-        "off" if joint_rows is None else joint_rows,
-        {True: "on", False: "off"}.get(reuse_trunk, reuse_trunk),  # type: ignore
-        {True: "on", False: "off"}.get(cuda_graphs, cuda_graphs),  # type: ignore
-    )
-    evaluator = LocalEvaluator(
-        objective, view, options, batch_size=batch_size, max_queries=max_queries, maximize=maximize
-    )
+    examples, watched = as_data(data), as_metrics(metrics)
     view.check_adapters()
-    view.check_finite()
-    budget = Budget(max_steps, max_queries)
-    monitor = Monitor(
-        metrics or {},
-        view,
-        data if metrics_data is None else metrics_data,
-        every=metrics_every,
-        collate=collate,
-        micro_batch_size=micro_batch_size or batch_size,
+    source = examples.source(objective)
+    objective = resolve_mean_over_rows(objective, source, view.model)
+    samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
+    evaluator = LocalEvaluator(
+        objective, view, evaluation, batch_size=batch_size, max_queries=max_queries
     )
+    monitor = Monitor(watched, view, examples, evaluation=evaluation, batch_size=batch_size)
+    budget = Budget(max_steps, max_queries)
     loop = _Loop(Run(optimizer, evaluator, samples, budget, seed, trajectory, resume), monitor)
     with tqdm(
         total=max_queries or max_steps,
@@ -192,17 +120,16 @@ def minimize(
         dynamic_ncols=True,
     ) as bar:
         reason, detail = loop.until_stopped(callback, bar)
-    value = loop.history[-1].value if loop.history else math.nan
-    message = f"{reason}{detail}"
     return Result(
-        value,
-        loop.run.steps,
-        evaluator.queries,
-        reason,
-        message,
-        loop.history,
-        monitor.at(loop.run.steps),
-        monitor.queries,
+        value=loop.history[-1].value if loop.history else math.nan,
+        steps=loop.run.steps,
+        queries=evaluator.queries,
+        stop_reason=reason,
+        message=f"{reason}{detail}",
+        history=loop.history,
+        metrics=monitor.at(loop.run.steps),
+        metric_queries=monitor.queries,
+        evaluation=evaluator.plan,
     )
 
 
@@ -220,22 +147,22 @@ class _Loop:
         limit = self.run.budget.max_steps
         while limit is None or self.run.steps < limit:
             try:
-                record = self.step()
+                step = self.step()
             except BudgetExhausted:
                 return StopReason.MAX_QUERIES, ""
-            except tuple(FAULTS) as error:
-                return FAULTS[type(error)], f" ({error})"
-            bar.update(record.queries - bar.n if self.run.budget.max_queries else 1)
-            bar.set_postfix(value=f"{record.value:.4f}", refresh=False)
+            except FAULTS as error:
+                return reason_of(error), f" ({error})"
+            bar.update(step.queries - bar.n if self.run.budget.max_queries else 1)
+            bar.set_postfix(value=f"{step.value:.4f}", refresh=False)
             try:
                 if callback is not None:
-                    callback(record)
+                    callback(step)
             except StopIteration:
                 return StopReason.CALLBACK, ""
         return StopReason.MAX_STEPS, ""
 
     def step(self) -> Step:
-        """One step, on record."""
+        """One step, in the history."""
         step = self.run.step().brief()
         step = step._replace(metrics=self.monitor.after(step.step))
         self.history.append(step)

@@ -2,31 +2,92 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from zo_adapt.arguments import check_data, checked_objective
 from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import Collate, Source, as_source
-from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
+from zo_adapt.data.examples import Data, as_data
+from zo_adapt.data.sources import Source
+from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, resolve_mean_over_rows
+from zo_adapt.evaluation.objective import (
+    Objective,
+    ObjectiveLike,
+    as_objective,
+    resolve_mean_over_rows,
+)
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.options import at_least_one
 from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
-Metrics = Mapping[str, ObjectiveLike]
+
+@dataclass(frozen=True, eq=False)
+class Metrics:
+    """What to watch during a run: objectives by name, on some data, every so many steps.
+
+    They are measured on all of the data, as one batch, at the end as well, and reported with their
+    own sign. Their queries count apart, outside the budget.
+
+    Args:
+        objectives: By the names that they are reported under.
+        data: As for ``minimize``; None: the data of the run.
+        every: Steps from one measurement to the next (in ``ZOTrainer``, logging has its own).
+
+    Raises:
+        ArgumentTypeError: Not a mapping of objectives.
+        OptionError: ``every`` below 1.
+
+    Example:
+        >>> Metrics({"largest": max}, every=10).every
+        10
+    """
+
+    objectives: Mapping[str, ObjectiveLike] = field(default_factory=dict)
+    data: Any = None
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.objectives, Mapping):
+            raise ArgumentTypeError(
+                f"metrics are a {type(self.objectives).__name__}; give objectives by name, as "
+                "{'accuracy': Accuracy(model)}"
+            )
+        checked = {name: _checked(name, given) for name, given in self.objectives.items()}
+        object.__setattr__(self, "objectives", checked)
+        check_data(self.data)
+        at_least_one("every", self.every)
+
+
+def _checked(name: str, given: ObjectiveLike) -> Objective:
+    try:
+        return checked_objective(given)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"metric {name!r}: {error}") from error
+
+
+def as_metrics(metrics: Any) -> Metrics:
+    """The metrics as they are, or a mapping as ``Metrics``; None is none.
+
+    Raises:
+        ArgumentTypeError: Something else.
+    """
+    if isinstance(metrics, Metrics):
+        return metrics
+    return Metrics() if metrics is None else Metrics(metrics)
 
 
 class Monitor:
-    """Measures some objectives on the whole of a data set, every so many steps.
+    """Measures metrics at the weights as they are.
 
     Args:
-        metrics: By name; reported as they are, whatever ``maximize`` says.
+        metrics: What to measure.
         view: Whose weights.
-        data: As for ``minimize``; all of it is one batch.
-        every: Steps from one measurement to the next.
-        collate: Makes a batch of a list of examples; each objective's own by default.
-        micro_batch_size: Most rows in one call of an objective.
+        data: For metrics without data of their own.
+        evaluation: How.
+        batch_size: Most rows in one call where ``evaluation`` sets no limit.
     """
 
     def __init__(
@@ -35,20 +96,19 @@ class Monitor:
         view: ParameterView,
         data: Any,
         *,
-        every: int,
-        collate: Collate | None = None,
-        micro_batch_size: int | None = None,
+        evaluation: EvaluationOptions,
+        batch_size: int | None,
     ) -> None:
-        self.every = at_least_one("metrics_every", every)
+        self.every = metrics.every
         self._last: tuple[int, dict[str, float]] | None = None
-        self._ready = {}
-        for name, metric in metrics.items():
-            objective = as_objective(metric)
-            source = as_source(data, collate or objective.collate)
-            if micro_batch_size is not None and len(source) > micro_batch_size:
-                objective = resolve_mean_over_rows(objective, source, view.model)
-            evaluator = LocalEvaluator(objective, view, maximize=False, batch_size=micro_batch_size)
-            self._ready[name] = evaluator, source
+        examples = as_data(data if metrics.data is None else metrics.data)
+        # The run's trunk is filled by its own examples: these would push them out.
+        options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
+        most = evaluation.micro_batch_size or batch_size
+        self._ready = {
+            name: _prepared(as_objective(metric), view, examples, options, most)
+            for name, metric in metrics.objectives.items()
+        }
 
     @property
     def queries(self) -> int:
@@ -68,11 +128,26 @@ class Monitor:
         return self._last[1]
 
 
+def _prepared(
+    metric: Objective,
+    view: ParameterView,
+    examples: Data,
+    options: EvaluationOptions,
+    most: int | None,
+) -> tuple[LocalEvaluator, Source]:
+    """A metric's evaluator and rows; one that is cut has to be a mean over rows."""
+    source = examples.source(metric)
+    if most is not None and len(source) > most:
+        metric = resolve_mean_over_rows(metric, source, view.model)
+    return LocalEvaluator(metric, view, options, batch_size=most), source
+
+
 def _measured(evaluator: LocalEvaluator, source: Source) -> float:
     """NaN where a metric is undefined (one class only): no reason to stop a run."""
     # A batch of its own: what is read of it is not kept from one measurement to the next.
     whole = Batch(source, range(len(source)))
     try:
-        return evaluator.evaluate([Probe(HERE, whole)])[0].value
+        # The evaluator gives losses: its sign turns them into what the metric itself said.
+        return evaluator.sign * evaluator.evaluate([Probe(HERE, whole)])[0].value
     except (NonFiniteObjectiveError, UndefinedMetricError):
         return math.nan

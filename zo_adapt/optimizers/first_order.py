@@ -55,7 +55,12 @@ class FirstOrder(Settings):
         self._set(lr=positive("lr", self.lr))
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
-        """Begin a run on a view."""
+        """Begin a run on a view.
+
+        Raises:
+            ViewError: The weights are not finite.
+        """
+        view.norms()
         # Detached, they share the view's memory, and the view's tensors never hold a gradient.
         tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}
         groups = [

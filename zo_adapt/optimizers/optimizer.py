@@ -51,6 +51,9 @@ class Optimizer(Protocol):
             view: What will move.
             seed: Of the directions.
             step_like: Whether the objective changes in jumps, as ``Objective`` has it.
+
+        Raises:
+            ViewError: The weights are not finite.
         """
 
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
@@ -106,8 +109,12 @@ class ZerothOrder(Settings, ABC):
 
         Raises:
             PerturbationError: mu is below the resolution of a tensor's dtype.
+            ViewError: The weights are not finite.
         """
-        displacement, finest = self.apply.displacement_on(view.reach), finest_perturbation(view)
+        displacement, finest = (
+            self.apply.displacement_on(view.displacement),
+            finest_perturbation(view),
+        )
         usual = usual_perturbation(displacement, finest, step_like)
         mu = self.estimate.perturbation_scale or usual
         check_resolution(view, mu, finest)

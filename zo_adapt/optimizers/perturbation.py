@@ -6,7 +6,6 @@ import torch
 
 from zo_adapt.errors import PerturbationError
 from zo_adapt.view.parameters import ParameterView
-from zo_adapt.view.tensors import norm
 
 SHARE, STEP_LIKE_SHARE = 1 / 25, 1 / 2.5
 """Of the way that a run goes: what a difference spans, on a smooth objective and on a count."""
@@ -34,6 +33,9 @@ def finest_perturbation(view: ParameterView) -> float:
 
     A scalar resolves mu if half a unit in the last place, at its tensor's root mean square, is not
     larger than mu times its group's factor.
+
+    Raises:
+        ViewError: The weights are not finite.
     """
     # Once: a norm reads the whole tensor, and a view may be a whole model.
     tensors = sorted(_finest(view))
@@ -66,10 +68,10 @@ def check_resolution(view: ParameterView, perturbation_scale: float, finest: flo
 
 def _finest(view: ParameterView) -> list[tuple[float, int]]:
     """Smallest usable mu and number of scalars of every tensor that is perturbed."""
-    rows = []
+    rows, norms = [], view.norms()
     for name, tensor in view.tensors.items():
         factor = view.group_of(name).perturbation_scale
         if factor > 0:
-            rms = norm(tensor) / math.sqrt(tensor.numel())
+            rms = norms[name] / math.sqrt(tensor.numel())
             rows.append((0.5 * torch.finfo(tensor.dtype).eps * rms / factor, tensor.numel()))
     return rows

@@ -71,9 +71,9 @@ class StepSize(Settings, ABC):
             share: Of the budget, which the step uses.
         """
 
-    def displacement_on(self, reach: float) -> float:
-        """How far a weight may go on a view that lets it go as far as ``reach``."""
-        return reach
+    def displacement_on(self, usual: float) -> float:
+        """How far a weight may go on a view that lets it go as far as ``usual``."""
+        return usual
 
     def settings(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON can hold it."""
@@ -120,9 +120,9 @@ class ByDistance(StepSize):
         # weight, so a run adds sum lr^2 s^2 / N = rho^2 sum s^2 dt / int s^2 = rho^2 to it.
         return displacement * math.sqrt(directions * share / self._power)
 
-    def displacement_on(self, reach: float) -> float:
+    def displacement_on(self, usual: float) -> float:
         """Rho, or the view's own."""
-        return self.displacement or reach
+        return self.displacement or usual
 
     @cached_property
     def _power(self) -> float:

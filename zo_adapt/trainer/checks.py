@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from zo_adapt.arguments import check_optimizer, check_view
 from zo_adapt.errors import OptionError
 from zo_adapt.view.parameters import ParameterView
 
@@ -39,7 +40,16 @@ def check_choices(
     zo_optimizer: object,
     options: Mapping[str, Any],
 ) -> None:
-    """Refuse to be told the same thing twice, or something that would be ignored."""
+    """Refuse the same thing said twice, or something that would be ignored.
+
+    Raises:
+        OptionError: One of these.
+        ArgumentTypeError: A view or an optimizer of another kind.
+    """
+    if view is not None:
+        check_view(view)
+    if zo_optimizer is not None:
+        check_optimizer(zo_optimizer, "zo_optimizer")
     in_args = {name for name in OPTIONS if getattr(args, name) is not None}
     if zo_optimizer is not None and in_args:
         raise OptionError(f"zo_optimizer is given, and so is {sorted(in_args)} in args; give one")

@@ -1,17 +1,25 @@
 """ZOConfig: TrainingArguments with what a zeroth-order step needs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 
 from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.options import CudaGraphs, EvaluationOptions
+from zo_adapt.evaluation.trunk.frozen_trunk import DEFAULT_BYTES, LEAST_SHARE, FrozenTrunk
 from zo_adapt.noise.distributions import noise_named
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.options import at_least_one
+from zo_adapt.options import at_least_one, renamed
 from zo_adapt.trainer.checks import OPTIONS
+from zo_adapt.view.parameters import ParameterView
+
+if TYPE_CHECKING:
+    CountOrWord = int | str
+else:  # HfArgumentParser reads the annotations, and of two types it takes but one.
+    CountOrWord = str
 
 
 def _option(default: Any, text: str) -> Any:
@@ -24,6 +32,7 @@ class ZOConfig(TrainingArguments):
 
     Of Trainer's own arguments, ``lr_scheduler_type``, ``warmup_steps``, ``weight_decay`` and
     ``seed`` have their usual meaning; ``optim``, ``max_grad_norm`` and Adam's have none.
+    HfArgumentParser reads them all from a command line.
 
     Args:
         learning_rate: None: the step by distance, the optimizers' default. A number: the plain
@@ -35,12 +44,14 @@ class ZOConfig(TrainingArguments):
         num_directions: K.
         shaping: "base", "others", "ranks" or "zscore": how directions are compared.
         snapshot_interval: q, steps from one large batch to the next.
-        snapshot_size: Rows of a large batch.
-        noise: "gaussian" or "rademacher".
-        max_queries: Stop before more forward passes of one sample than this.
-        micro_batch_size: Most rows in one forward pass; the training batch size by default.
-        reuse_trunk: As ``minimize``'s "auto", or never.
-        cuda_graphs: As ``minimize``'s "auto", or never.
+        snapshot_size: Rows of a large batch; "all" of them, or "batch", as many as a minibatch.
+        noise: "gaussian" or "rademacher"; None: the view's, or "gaussian".
+        max_queries: Stop before more forward passes of one sample than this; None: no limit.
+        stratify: Spread the classes evenly over large batches and over the parts of a batch.
+        micro_batch_size: Most rows in one forward pass; None: the training batch size.
+        joint_rows, reuse_trunk, cuda_graphs: As in ``EvaluationOptions``.
+        trunk_storage: Where a reused trunk's activations are kept: "device", "host" or "disk".
+        trunk_bytes: Most bytes of them.
 
     Raises:
         OptionError: An option that the optimizer does not have, or gradient accumulation.
@@ -58,12 +69,18 @@ class ZOConfig(TrainingArguments):
     num_directions: int | None = _option(None, "Directions of an estimate.")
     shaping: str | None = _option(None, "base, others, ranks or zscore.")
     snapshot_interval: int | None = _option(None, "Steps between large batches.")
-    snapshot_size: int | None = _option(None, "Rows of a large batch.")
+    snapshot_size: CountOrWord | None = _option(None, "Rows of a large batch, all or batch.")
     noise: str | None = _option(None, "gaussian or rademacher.")
     max_queries: int | None = _option(None, "Budget in forward passes of one sample.")
+    stratify: bool = _option(True, "Spread the classes evenly.")
     micro_batch_size: int | None = _option(None, "Most rows in one forward pass.")
-    reuse_trunk: bool = _option(True, "Run frozen layers below the view once an example.")
-    cuda_graphs: bool = _option(True, "Capture evaluations that can be, on a GPU.")
+    joint_rows: CountOrWord = _option("auto", "Most rows of several points at once, auto or off.")
+    reuse_trunk: Literal["auto", "on", "off"] = _option(
+        "auto", "Run frozen layers below the view once an example."
+    )
+    trunk_storage: Literal["device", "host", "disk"] = _option("device", "Where these are kept.")
+    trunk_bytes: int = _option(DEFAULT_BYTES, "Most bytes of what is kept.")
+    cuda_graphs: CudaGraphs = _option("auto", "Capture evaluations on a GPU.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -73,11 +90,58 @@ class ZOConfig(TrainingArguments):
                 "raise per_device_train_batch_size: no gradient is accumulated, and "
                 "micro_batch_size bounds the memory of a forward pass"
             )
-        for name in ("max_queries", "micro_batch_size"):
-            if (value := getattr(self, name)) is not None:
-                at_least_one(name, value)
+        self._read_words()
+        if self.max_queries is not None:
+            at_least_one("max_queries", self.max_queries)
+        at_least_one("trunk_bytes", self.trunk_bytes)
+        if self.trunk_storage not in ("device", "host", "disk"):
+            raise OptionError(
+                f"trunk_storage={self.trunk_storage!r}; choose 'device', 'host' or 'disk'"
+            )
         noise_named(self.noise or "gaussian")
-        self.build_optimizer()  # what is wrong with the options is said here, before any work
+        # What is wrong with the options is said here, before any work.
+        self._switches()
+        self.build_optimizer()
+
+    def _read_words(self) -> None:
+        """Numbers of a command line, and the booleans of the version before."""
+        for name in ("snapshot_size", "joint_rows"):
+            if isinstance(value := getattr(self, name), str) and value.lstrip("-").isdigit():
+                setattr(self, name, int(value))
+        for name in ("reuse_trunk", "cuda_graphs"):
+            if isinstance(value := getattr(self, name), bool):
+                word = "auto" if value else "off"
+                renamed(f"{name}={value}", f"{name}={word!r}", stacklevel=5)
+                setattr(self, name, word)
+
+    def _switches(self) -> EvaluationOptions:
+        return EvaluationOptions(
+            micro_batch_size=self.micro_batch_size,
+            joint_rows=self.joint_rows,  # type: ignore[arg-type]  # checked there
+            reuse_trunk=self.reuse_trunk,
+            cuda_graphs=self.cuda_graphs,
+        )
+
+    def evaluation_options(self, view: ParameterView) -> EvaluationOptions:
+        """How evaluations of a view are made, a trunk of that view included.
+
+        Raises:
+            OptionError: ``reuse_trunk="on"`` where the view rules it out.
+        """
+        options = self._switches()
+        kept_as_usual = (self.trunk_storage, self.trunk_bytes) == ("device", DEFAULT_BYTES)
+        if self.reuse_trunk == "off" or kept_as_usual:
+            return options
+        trunk = FrozenTrunk(
+            view,
+            max_bytes=self.trunk_bytes,
+            storage=self.trunk_storage,
+            least=LEAST_SHARE if self.reuse_trunk == "auto" else 0.0,
+        )
+        if trunk.why_not is None:
+            return replace(options, reuse_trunk=trunk)
+        # Refused here or there alike: "on" is an error, "auto" goes without.
+        return options
 
     def build_optimizer(self, schedule: Callable[[float], float] | None = None) -> Optimizer:
         """The optimizer that these arguments describe.

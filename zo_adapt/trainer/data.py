@@ -73,19 +73,23 @@ def _uncollated(examples: list[Any]) -> dict[str, list[Any]]:
 class TrainerSamples(Samples):
     """Minibatches are what Trainer hands over; large batches are drawn from its training set."""
 
-    def __init__(self, source: "TrainingRows", seed: int, min_rows: int = 1) -> None:
+    def __init__(
+        self, source: "TrainingRows", seed: int, min_rows: int = 1, stratify: bool = True
+    ) -> None:
         self._training, self.min_rows = source, min_rows
-        self._classes = None
+        self._stratify, self._classes = stratify, None
         self.positions = {}
         if source.has_length:
-            super().__init__(source, 1, seed, source.classes, min_rows)
+            classes = source.classes if stratify else None
+            super().__init__(source, 1, seed, classes, min_rows)
 
     def receive(self, rows: "InputRows | TrainingRows") -> None:
         """The rows of the next step."""
         self.batch_size = len(rows)
         if not self._training.has_length:
             self.source = rows  # of a stream this is all that there is to draw from
-        self._inputs = Batch(rows, _fair_order(rows.classes, len(rows)))
+        classes = rows.classes if self._stratify else None
+        self._inputs = Batch(rows, _fair_order(classes, len(rows)))
         self._training.forget()
 
     def minibatch(self, size: int | None = None) -> Batch:

@@ -4,7 +4,7 @@
 ``compute_metrics``, checkpoints and the progress bar are Trainer's own code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from zo_adapt.arguments import checked_objective
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ObjectiveLike,
-    as_objective,
-    resolve_mean_over_rows,
-    rows_needed,
-)
-from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.objective import ObjectiveLike, resolve_mean_over_rows, rows_needed
+from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.loops.loop import FAULTS, StopReason
-from zo_adapt.loops.monitor import Metrics, Monitor
+from zo_adapt.loops import former
+from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
+from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.options import former_keywords
 from zo_adapt.trainer.checks import check_arguments, check_choices
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples
@@ -59,8 +57,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             with all their columns (prompts, documents); evaluation stays Trainer's.
         zo_optimizer: An optimizer of this package, with its own schedule, instead of the one that
             ``args`` describes.
-        metrics: Objectives by name, measured and logged beside the loss at every logging step.
-        metrics_data: What they are measured on, all of it; ``eval_dataset`` by default, or else
+        metrics: Objectives by name, or ``Metrics`` of them, measured and logged beside the loss at
+            every logging step; on ``eval_dataset`` if they have no data of their own, or else on
             ``train_dataset``.
 
     Attributes:
@@ -85,6 +83,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
 
     args: ZOConfig
 
+    @former_keywords({"metrics_data": former.METRICS["metrics_data"]}, former.translate)
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -93,22 +92,21 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         view: ParameterView | None = None,
         objective: ObjectiveLike | None = None,
         zo_optimizer: Optimizer | None = None,
-        metrics: Metrics | None = None,
-        metrics_data: Any = None,
+        metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
         **options: Any,
     ) -> None:
         args = ZOConfig("tmp_trainer") if args is None else args
         check_arguments(args, ZOConfig)
         check_choices(args, view, objective, zo_optimizer, options)
         collator = options.get("data_collator", positional[0] if positional else None)
-        wanted = None if objective is None else as_objective(objective)
+        wanted = None if objective is None else checked_objective(objective)
         self._batching = Batching(self, wanted, collator)
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, wanted, zo_optimizer)
-        self._metrics, self._metrics_data = metrics or {}, metrics_data
+        self._metrics = as_metrics(metrics)
         self._monitor: Monitor | None = None
         self._run: Run | None = None
         self._checkpoint: Path | None = None
@@ -119,6 +117,11 @@ class ZOTrainer(WholeCheckpoints, Trainer):
     def queries(self) -> int:
         """Forward passes of one sample made by the training steps of this run."""
         return 0 if self._run is None else self._run.evaluator.queries
+
+    @property
+    def evaluation(self) -> Plan:
+        """How training steps were evaluated, and in ``why_not`` why not faster."""
+        return Plan() if self._run is None else self._run.evaluator.plan
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
@@ -150,8 +153,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             loss = self._run.step().value
         except BudgetExhausted:
             self._stop(StopReason.MAX_QUERIES, taken=False)
-        except tuple(FAULTS) as error:
-            reason = FAULTS[type(error)]
+        except FAULTS as error:
+            reason = reason_of(error)
             logger.error(f"Training stops: {reason} ({error})")
             self._stop(reason, taken=False)
         else:
@@ -187,8 +190,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
                 "choose linear, cosine, constant or another of those"
             )
         self.view.check_adapters()
-        self.view.check_finite()
         _, objective, optimizer = self._given
+        options = self.args.evaluation_options(self.view)
         self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
         source = self._batching.training(loader)
         objective = objective or TrainerLoss(self, self.model_wrapped)
@@ -197,28 +200,21 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         evaluator = LocalEvaluator(
             objective,
             self.view,
-            EvaluationOptions(
-                self.args.micro_batch_size,
-                reuse_trunk="auto" if self.args.reuse_trunk else "off",
-                cuda_graphs="auto" if self.args.cuda_graphs else "off",
-            ),
+            options,
             batch_size=self.state.train_batch_size,
             max_queries=self.args.max_queries,
         )
-        samples = TrainerSamples(source, self.args.seed, rows_needed(evaluator.objective))
+        self._samples = TrainerSamples(
+            source, self.args.seed, rows_needed(evaluator.objective), self.args.stratify
+        )
         budget = Budget(self.state.max_steps, self.args.max_queries)
-        self._samples = samples
-        self._run = Run(self.zo_optimizer, evaluator, samples, budget, self.args.seed)
+        self._run = Run(self.zo_optimizer, evaluator, self._samples, budget, self.args.seed)
         self._monitor = Monitor(
             self._metrics,
             self.view,
-            next(
-                data
-                for data in (self._metrics_data, self.eval_dataset, self.train_dataset)
-                if data is not None
-            ),
-            every=1,
-            micro_batch_size=self.args.micro_batch_size or self.args.eval_batch_size,
+            self.train_dataset if self.eval_dataset is None else self.eval_dataset,
+            evaluation=options,
+            batch_size=self.args.eval_batch_size,
         )
         self.stop_reason = None
         begin_log(self._run, Path(self.args.output_dir or "."), self.args.seed, self._checkpoint)

@@ -42,7 +42,7 @@ def header_of(view: ParameterView, seed: int, **more: Any) -> dict[str, Any]:
         "view": [
             [name, list(tensor.shape), str(tensor.dtype)] for name, tensor in view.tensors.items()
         ],
-        "groups": [list(group) for group in view.groups],
+        "groups": [group.as_list() for group in view.groups],
         "noise": view.noise.name,
         "fingerprint": view.fingerprint(),
         "initial": view.hash(),

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from zo_adapt.view.adapters import lora_a_names, tuner_names
-from zo_adapt.view.group import REACH, Group, exactly
+from zo_adapt.view.group import DISPLACEMENT, Group
 from zo_adapt.view.tensors import norm
 
 PRETRAINED_SHARE = 0.1
-"""Reach of a pretrained weight as a share of the view's root mean square."""
+"""Displacement of a pretrained weight as a share of the view's root mean square."""
 
 
-def reach_and_groups(
+def displacement_and_groups(
     tensors: Mapping[str, Tensor], model: nn.Module | None
 ) -> tuple[float, tuple[Group, ...]]:
     """The displacement that suits a view, and the groups that differ from it.
@@ -29,21 +29,26 @@ def reach_and_groups(
         model: Its model; None for plain tensors, of which nothing is known.
     """
     if model is None:
-        return REACH, ()
+        return DISPLACEMENT, ()
     tuners = tuner_names(model) & set(tensors)
     new = (tuners | _new_head(model)) & set(tensors)
     pretrained = {name: tensor for name, tensor in tensors.items() if name not in new}
     rest = lora_a_names(model) & set(tensors)
-    groups = (exactly(rest, perturbation_scale=0.0),) if rest and rest != set(tensors) else ()
+    groups = (
+        (Group(names=sorted(rest), perturbation_scale=0.0),)
+        if rest and rest != set(tensors)
+        else ()
+    )
     if not pretrained:
-        return REACH, groups
-    reach = PRETRAINED_SHARE * _root_mean_square(pretrained)
-    further = (new - rest) if reach > 0 else set()
+        return DISPLACEMENT, groups
+    displacement = PRETRAINED_SHARE * _root_mean_square(pretrained)
+    further = (new - rest) if displacement > 0 else set()
     if not further:
-        return reach or REACH, groups
-    stretch = REACH / reach
+        return displacement or DISPLACEMENT, groups
+    stretch = DISPLACEMENT / displacement
     # A weight that is to go s times as far is perturbed s times as much at s^2 times the rate.
-    return reach, (*groups, exactly(further, lr=stretch**2, perturbation_scale=stretch))
+    new_parts = Group(names=sorted(further), lr=stretch**2, perturbation_scale=stretch)
+    return displacement, (*groups, new_parts)
 
 
 def _root_mean_square(tensors: Mapping[str, Tensor]) -> float:

@@ -21,7 +21,7 @@ def fingerprint_of(
         (name, list(tensor.shape), str(tensor.dtype), group_of[name])
         for name, tensor in tensors.items()
     ]
-    text = json.dumps([noise, [list(group) for group in groups], rows])
+    text = json.dumps([noise, [group.as_list() for group in groups], rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

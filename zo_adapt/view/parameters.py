@@ -2,35 +2,27 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.errors import OptionError, StepTooLargeError, ViewError
+from zo_adapt.errors import StepTooLargeError
 from zo_adapt.noise.accumulate import Accumulation, Place
-from zo_adapt.noise.distributions import LARGEST_VALUE, noise_named, tensor_key
+from zo_adapt.noise.distributions import LARGEST_VALUE, tensor_key
 from zo_adapt.noise.gathered import Gathered
 from zo_adapt.noise.sums import Memory, Sum, Sums
 from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
-from zo_adapt.view import selection
-from zo_adapt.view.adapters import check_adapters
 from zo_adapt.view.copied import Copied
-from zo_adapt.view.defaults import reach_and_groups
-from zo_adapt.view.group import Group, assign_groups
-from zo_adapt.view.identity import fingerprint_of, hash_of
+from zo_adapt.view.group import Groups
 from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.stacks import Stacks
-from zo_adapt.view.tensors import is_finite, tunable
+from zo_adapt.view.tuned import Scratch, TunedTensors
 from zo_adapt.view.updates import Updates
 from zo_adapt.view.usage import Usage
 
-ADAPTER_BYTES = 64 * 2**20
-"""Up to here a view is shifted by way of a copy; above it, module by module."""
 
-
-class ParameterView:
+class ParameterView(TunedTensors):
     """An ordered mapping name -> live tensor: what an optimizer may change, and nothing else.
 
     ``shifted(terms)`` computes at theta + sum_k c_k z(s_k) and restores every bit;
@@ -46,14 +38,14 @@ class ParameterView:
             Several devices are fine.
         model: The model that owns them; None for plain tensors.
         noise: "gaussian" (the paper's) or "rademacher".
-        groups: Parts with their own step; the first matching pattern wins. None: LoRA's A factors
-            rest and a new head goes further than pretrained weights (see ``defaults``); () treats
-            all alike.
+        groups: Parts with their own step; the first that a tensor belongs to wins. "auto": LoRA's A
+            factors rest and a new head goes further than pretrained weights (see ``defaults``); ()
+            treats all alike.
         scratch: "auto", "copy" or "layer".
 
     Raises:
         ViewError: No tensors; an integer, quantised, meta or expanded tensor.
-        NoMatchingParameterError: A group's pattern matches nothing.
+        NoMatchingParameterError: A group has no tensor.
         AdapterError: The model's peft adapter is merged or disabled.
 
     Example:
@@ -72,29 +64,14 @@ class ParameterView:
         *,
         model: nn.Module | None = None,
         noise: str = "gaussian",
-        groups: Sequence[Group] | None = None,
-        scratch: Literal["auto", "copy", "layer"] = "auto",
+        groups: Groups = "auto",
+        scratch: Scratch = "auto",
     ) -> None:
-        self.tensors = tunable(tensors)
-        self.model = model
-        self.noise = noise_named(noise)
+        super().__init__(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
         self._keys = {name: tensor_key(name) for name in self.tensors}
-        self.reach, usual = reach_and_groups(self.tensors, model)
-        """How far noise alone may move a weight over a run, where an optimizer is not told."""
-        self.groups, self._group_of = assign_groups(
-            list(self.tensors), usual if groups is None else groups
-        )
-        if scratch not in ("auto", "copy", "layer"):
-            raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
-        if scratch == "layer" and model is None:
-            raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
-        large = model is not None and self.nbytes > ADAPTER_BYTES
-        by_layer = scratch == "layer" or (scratch == "auto" and large)
-        self.by_layer = model is not None and by_layer
-        """Whether it is shifted layer by layer, for want of room for a copy."""
         self._way: Copied | Layerwise = (
             Layerwise(model, self.tensors, self._plan, self._rows)
-            if model is not None and by_layer
+            if model is not None and self.by_layer
             else Copied(self.tensors, self._plan)
         )
         self.updates = Updates(self._plan(self.tensors, self.tensors))
@@ -105,55 +82,6 @@ class ParameterView:
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
         self.check_adapters()
-
-    @classmethod
-    def trainable(cls, model: nn.Module, **options: object) -> Self:
-        """Every tensor with ``requires_grad``: any peft adapter with its ``modules_to_save``.
-
-        Args:
-            model: Any torch module.
-            options: ``noise``, ``groups``, ``scratch`` of the constructor.
-
-        Raises:
-            ViewError: No parameter requires a gradient.
-        """
-        return cls(selection.trainable(model), model=model, **options)  # type: ignore[arg-type]
-
-    @classmethod
-    def matching(cls, model: nn.Module, pattern: str, **options: object) -> Self:
-        """Every parameter whose name a regular expression finds (``re.search``).
-
-        Raises:
-            NoMatchingParameterError: Nothing matches; near names are listed.
-        """
-        return cls(selection.matching(model, pattern), model=model, **options)  # type: ignore[arg-type]
-
-    @classmethod
-    def last_layers(cls, model: nn.Module, n: int, head: bool = True, **options: object) -> Self:
-        """The last ``n`` transformer blocks and, with ``head``, all that runs after them.
-
-        A head that is tied to the input embedding belongs to the embedding and is left out.
-
-        Raises:
-            OptionError: ``n`` is larger than the number of blocks, or nothing is selected.
-            ViewError: The model has no list of repeated blocks.
-        """
-        return cls(selection.last_layers(model, n, head), model=model, **options)  # type: ignore[arg-type]
-
-    @classmethod
-    def full(cls, model: nn.Module, **options: object) -> Self:
-        """Every parameter of the model, tied ones once."""
-        return cls(dict(model.named_parameters()), model=model, **options)  # type: ignore[arg-type]
-
-    @property
-    def numel(self) -> int:
-        """Number of scalars d."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the live tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @contextmanager
     def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
@@ -277,44 +205,9 @@ class ParameterView:
             for index, group in enumerate(self.groups)
         ]
 
-    def group_of(self, name: str) -> Group:
-        """The group that a tensor of the view belongs to."""
-        return self.groups[self._group_of[name]]
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the tensors (never references); costs the view's bytes."""
-        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Write a snapshot back into the live tensors."""
         self.usage.check_free("restore")
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(snapshot[name])
-
-    def fingerprint(self) -> str:
-        """sha256 of names, shapes, dtypes, noise and groups: which view this is."""
-        return fingerprint_of(self.tensors, self.noise.name, self.groups, self._group_of)
-
-    def hash(self) -> str:
-        """sha256 of the tensors' bits in row-major order: which weights these are."""
-        return hash_of(self.tensors)
-
-    def check_adapters(self) -> None:
-        """Refuse a merged or disabled peft adapter.
-
-        Raises:
-            AdapterError: Names the module and the call that mends it.
-        """
-        if self.model is not None:
-            check_adapters(self.model)
-
-    def check_finite(self) -> None:
-        """Refuse NaN and infinite weights.
-
-        Raises:
-            ViewError: Names the first such tensor.
-        """
-        for name, tensor in self.tensors.items():
-            if not is_finite(tensor):
-                raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")

@@ -2,18 +2,32 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from zo_adapt.errors import NoMatchingParameterError, OptionError, ViewError
+from zo_adapt.errors import ArgumentTypeError, NoMatchingParameterError, OptionError, ViewError
 
 Parameters = dict[str, nn.Parameter]
 
 
+def full(model: nn.Module) -> Parameters:
+    """Every parameter, tied ones once.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no torch module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"model is a {type(model).__name__}; give a torch.nn.Module, or tensors by name to "
+            "ParameterView(tensors)"
+        )
+    return dict(model.named_parameters())
+
+
 def trainable(model: nn.Module) -> Parameters:
     """Every parameter that requires a gradient, tied ones once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in full(model).items() if p.requires_grad}
 
 
 def matching(model: nn.Module, pattern: str) -> Parameters:
@@ -22,9 +36,8 @@ def matching(model: nn.Module, pattern: str) -> Parameters:
     Raises:
         NoMatchingParameterError: Nothing matches; near names are listed.
     """
-    names = [name for name, _ in model.named_parameters()]
-    found = set(names_matching(names, pattern))
-    return {name: p for name, p in model.named_parameters() if name in found}
+    parameters = full(model)
+    return {name: parameters[name] for name in names_matching(list(parameters), pattern)}
 
 
 def names_matching(names: list[str], pattern: str) -> list[str]:
@@ -41,14 +54,32 @@ def names_matching(names: list[str], pattern: str) -> list[str]:
         ) from error
     found = [name for name in names if expression.search(name)]
     if not found:
-        parts = {
-            part for name in names for part in (name, name.rsplit(".", 1)[0], *name.split("."))
-        }
-        near = difflib.get_close_matches(pattern, sorted(parts), n=5, cutoff=0.3) or names[:5]
         raise NoMatchingParameterError(
-            f"pattern {pattern!r} matches none of {len(names)} parameters; near names: {near}"
+            f"pattern {pattern!r} matches none of {len(names)} parameters; near names: "
+            f"{_near(pattern, names)}"
         )
     return found
+
+
+def names_listed(names: list[str], listed: Sequence[str]) -> list[str]:
+    """The names that a list has, in order.
+
+    Raises:
+        NoMatchingParameterError: One of the list is not among the names.
+    """
+    known = frozenset(names)
+    for name in listed:
+        if name not in known:
+            raise NoMatchingParameterError(
+                f"{name!r} is none of {len(names)} parameters; near names: {_near(name, names)}"
+            )
+    wanted = frozenset(listed)
+    return [name for name in names if name in wanted]
+
+
+def _near(wanted: str, names: list[str]) -> list[str]:
+    parts = {part for name in names for part in (name, name.rsplit(".", 1)[0], *name.split("."))}
+    return difflib.get_close_matches(wanted, sorted(parts), n=5, cutoff=0.3) or names[:5]
 
 
 def last_layers(model: nn.Module, n: int, head: bool) -> Parameters:
@@ -58,6 +89,7 @@ def last_layers(model: nn.Module, n: int, head: bool) -> Parameters:
         ViewError: The model has no list of repeated blocks.
         OptionError: ``n`` is outside 0 .. number of blocks, or nothing would be selected.
     """
+    full(model)
     path, blocks = _block_list(model)
     if not 0 <= n <= len(blocks) or (n == 0 and not head):
         raise OptionError(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import ViewError
+from zo_adapt.errors import ArgumentTypeError, ViewError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -23,9 +23,18 @@ def norm(tensor: Tensor) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in parts))
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity, looked at part by part."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().flatten().split(PART))
+def finite_norm(name: str, tensor: Tensor) -> float:
+    """The norm of a tensor without NaN and infinity.
+
+    Raises:
+        ViewError: It holds one of these.
+    """
+    found = norm(tensor)
+    # Squares of finite fp64 numbers may overflow: only then are the numbers looked at themselves.
+    parts = tensor.detach().flatten().split(PART)
+    if not math.isfinite(found) and not all(bool(part.isfinite().all()) for part in parts):
+        raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
+    return found
 
 
 def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
@@ -33,7 +42,14 @@ def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
 
     Raises:
         ViewError: No tensors, or one that cannot be tuned.
+        ArgumentTypeError: Not a mapping.
     """
+    if not isinstance(tensors, Mapping):
+        is_model = isinstance(tensors, torch.nn.Module)
+        raise ArgumentTypeError(
+            f"tensors is a {type(tensors).__name__}; give names and tensors"
+            + (", or ParameterView.trainable(model), .full(model)" if is_model else "")
+        )
     distinct: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name, given in tensors.items():

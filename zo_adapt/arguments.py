@@ -1,0 +1,96 @@
+"""Checks of what users pass: where it is of another kind, the error says what to pass instead."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo_adapt.data.examples import Data
+from zo_adapt.errors import ArgumentTypeError
+from zo_adapt.evaluation.objective import Objective, as_objective
+from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.optimizers.named import OPTIMIZERS
+from zo_adapt.view.parameters import ParameterView
+
+
+def check_view(view: Any) -> None:
+    """Refuse what is not a view.
+
+    Raises:
+        ArgumentTypeError: Names how to make one.
+    """
+    if isinstance(view, ParameterView):
+        return
+    if isinstance(view, nn.Module):
+        way_out = "say what of it may change: ParameterView.trainable(model), or .full(model)"
+    elif isinstance(view, Mapping):
+        way_out = "make a view of tensors by ParameterView(tensors)"
+    else:
+        way_out = "give a ParameterView"
+    raise ArgumentTypeError(f"view is {_kind(view)}; {way_out}")
+
+
+def checked_objective(objective: Any) -> Objective:
+    """The objective, of anything that is one.
+
+    Raises:
+        ArgumentTypeError: Names what to give.
+    """
+    if isinstance(objective, ParameterView):
+        raise ArgumentTypeError(
+            "the objective is a ParameterView; the order is (objective, view, data, ...)"
+        )
+    return as_objective(objective)
+
+
+def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
+    """Refuse what is not an optimizer of this package, or of its form.
+
+    Raises:
+        ArgumentTypeError: Names one to give.
+    """
+    if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
+        way_out = f"give the object, {OPTIMIZERS[optimizer].__name__}()"
+    elif isinstance(optimizer, type):
+        way_out = f"give an instance of it, {optimizer.__name__}()"
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        way_out = "a torch optimizer needs gradients; give MeZOSVRG(), or zo_adapt.Adam(lr=...)"
+    elif hasattr(optimizer, "start") and hasattr(optimizer, "step"):
+        return
+    else:
+        way_out = "give MeZOSVRG(), MeZO(), ... or None for the recommended one"
+    raise ArgumentTypeError(f"{name} is {_kind(optimizer)}; {way_out}")
+
+
+def check_evaluation(evaluation: Any) -> None:
+    """Refuse anything but ``EvaluationOptions``.
+
+    Raises:
+        ArgumentTypeError: It is something else.
+    """
+    if not isinstance(evaluation, EvaluationOptions):
+        raise ArgumentTypeError(
+            f"evaluation is {_kind(evaluation)}; give EvaluationOptions(micro_batch_size=..., ...)"
+        )
+
+
+def check_data(data: Any) -> None:
+    """Refuse a view or an optimizer where data belong.
+
+    Raises:
+        ArgumentTypeError: Names the order of the arguments.
+    """
+    given = data.examples if isinstance(data, Data) else data
+    is_optimizer = hasattr(given, "start") and hasattr(given, "step")
+    if isinstance(given, ParameterView) or (is_optimizer and not isinstance(given, range)):
+        raise ArgumentTypeError(
+            f"data is {_kind(given)}; the order is (objective, view, data, optimizer), with "
+            "data=None for a function without data"
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

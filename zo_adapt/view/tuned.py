@@ -1,0 +1,198 @@
+"""What may change: tensors by name, the groups they form, and what tells them from others."""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import numpy as np
+from torch import Tensor, nn
+
+from zo_adapt.errors import OptionError
+from zo_adapt.noise.distributions import noise_named
+from zo_adapt.options import renamed
+from zo_adapt.view import selection
+from zo_adapt.view.adapters import check_adapters
+from zo_adapt.view.defaults import displacement_and_groups
+from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
+from zo_adapt.view.identity import fingerprint_of, hash_of
+from zo_adapt.view.summary import in_one_line, summary_of
+from zo_adapt.view.tensors import finite_norm, tunable
+
+ADAPTER_BYTES = 64 * 2**20
+"""Up to here a view is shifted by way of a copy; above it, module by module."""
+Scratch = Literal["auto", "copy", "layer"]
+
+
+class TunedTensors:
+    """Base of ``ParameterView``: which tensors, from where, in which groups; not how they move.
+
+    Args:
+        tensors, model, noise, groups, scratch: See ``ParameterView``.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | np.ndarray],
+        *,
+        model: nn.Module | None = None,
+        noise: str = "gaussian",
+        groups: Groups = "auto",
+        scratch: Scratch = "auto",
+    ) -> None:
+        if groups is None:
+            renamed("groups=None", "groups='auto'")
+            groups = "auto"
+        self.tensors = tunable(tensors)
+        self.model = model
+        self.noise = noise_named(noise)
+        self.displacement, usual = displacement_and_groups(self.tensors, model)
+        """How far noise alone may move a weight over a run, where the optimizer has no other."""
+        self.groups, self._group_of = assign_groups(
+            list(self.tensors), checked_groups(groups, usual)
+        )
+        if scratch not in ("auto", "copy", "layer"):
+            raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
+        if scratch == "layer" and model is None:
+            raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
+        large = model is not None and self.nbytes > ADAPTER_BYTES
+        by_layer = scratch == "layer" or (scratch == "auto" and large)
+        self.by_layer = model is not None and by_layer
+        """Whether it is shifted layer by layer, for want of room for a copy."""
+
+    @classmethod
+    def trainable(
+        cls,
+        model: nn.Module,
+        *,
+        noise: str = "gaussian",
+        groups: Groups = "auto",
+        scratch: Scratch = "auto",
+    ) -> Self:
+        """Every tensor with ``requires_grad``: any peft adapter with its ``modules_to_save``.
+
+        Args:
+            model: Any torch module.
+            noise: As for the constructor, as are the others.
+            groups: Parts with their own step.
+            scratch: How it is shifted.
+
+        Raises:
+            ViewError: No parameter requires a gradient.
+        """
+        tensors = selection.trainable(model)
+        return cls(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
+
+    @classmethod
+    def matching(
+        cls,
+        model: nn.Module,
+        pattern: str,
+        *,
+        noise: str = "gaussian",
+        groups: Groups = "auto",
+        scratch: Scratch = "auto",
+    ) -> Self:
+        """Every parameter whose name a regular expression finds (``re.search``).
+
+        Raises:
+            NoMatchingParameterError: Nothing matches; near names are listed.
+        """
+        tensors = selection.matching(model, pattern)
+        return cls(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
+
+    @classmethod
+    def last_layers(
+        cls,
+        model: nn.Module,
+        n: int,
+        head: bool = True,
+        *,
+        noise: str = "gaussian",
+        groups: Groups = "auto",
+        scratch: Scratch = "auto",
+    ) -> Self:
+        """The last ``n`` transformer blocks and, with ``head``, all that runs after them.
+
+        A head that is tied to the input embedding belongs to the embedding and is left out.
+
+        Raises:
+            OptionError: ``n`` is larger than the number of blocks, or nothing is selected.
+            ViewError: The model has no list of repeated blocks.
+        """
+        tensors = selection.last_layers(model, n, head)
+        return cls(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
+
+    @classmethod
+    def full(
+        cls,
+        model: nn.Module,
+        *,
+        noise: str = "gaussian",
+        groups: Groups = "auto",
+        scratch: Scratch = "auto",
+    ) -> Self:
+        """Every parameter of the model, tied ones once."""
+        tensors = selection.full(model)
+        return cls(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
+
+    @property
+    def numel(self) -> int:
+        """Number of scalars d."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def group_of(self, name: str) -> Group:
+        """The group that a tensor of the view belongs to."""
+        return self.groups[self._group_of[name]]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the tensors (never references); costs the view's bytes."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 of names, shapes, dtypes, noise and groups: which view this is."""
+        return fingerprint_of(self.tensors, self.noise.name, self.groups, self._group_of)
+
+    def hash(self) -> str:
+        """sha256 of the tensors' bits in row-major order: which weights these are."""
+        return hash_of(self.tensors)
+
+    def check_adapters(self) -> None:
+        """Refuse a merged or disabled peft adapter.
+
+        Raises:
+            AdapterError: Names the module and the call that mends it.
+        """
+        if self.model is not None:
+            check_adapters(self.model)
+
+    def norms(self) -> dict[str, float]:
+        """The Euclidean norm of every tensor, from one look at the weights.
+
+        Raises:
+            ViewError: A tensor holds NaN or infinity; names the first.
+        """
+        return {name: finite_norm(name, tensor) for name, tensor in self.tensors.items()}
+
+    @property
+    def reach(self) -> float:
+        """The former name of ``displacement``."""
+        renamed("ParameterView.reach", "ParameterView.displacement")
+        return self.displacement
+
+    def __repr__(self) -> str:
+        return in_one_line(self.tensors, self.groups, self.noise.name)
+
+    def summary(self) -> str:
+        """A short table: tensors, scalars and bytes of each group, how they move. ``print`` it."""
+        return summary_of(
+            self.tensors,
+            self.groups,
+            self._group_of,
+            noise=self.noise.name,
+            by_layer=self.by_layer,
+            displacement=self.displacement,
+        )
