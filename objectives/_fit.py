@@ -12,7 +12,7 @@ class Reads(NamedTuple):
     """What a language model's outputs mean.
 
     Args:
-        is_causal: The logits of a token depend on the tokens before it alone: they predict the next.
+        is_causal: A token's logits depend on the tokens before it alone: they predict the next.
         is_masked: They depend on all tokens, and are meant for masked ones.
         is_encoder_decoder: One text is read, another is written.
     """

@@ -40,13 +40,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tensors for a view": ({"view": {"x": ROWS}}, r"dict; .*ParameterView\(tensors\)"),
     "nothing for a view": ({"view": None}, "give a ParameterView"),
     "view for an objective": ({"objective": VIEW}, r"the order is \(objective, view, data"),
-    "class for an objective": ({"objective": dict}, "class dict; give an instance"),
-    "number for an objective": ({"objective": 3.0}, "float; give a function of a batch"),
+    "class for an objective": ({"objective": dict}, "class dict; make one"),
+    "number for an objective": ({"objective": 3.0}, "3.0 cannot be called; give a function of a batch"),
     "view for data": ({"data": VIEW}, "data is a ParameterView; the order"),
     "optimizer for data": ({"data": MeZO()}, r"data is a MeZO; the order .*data=None"),
     "options as a dict": ({"evaluation": {}}, r"dict; give EvaluationOptions\("),
     "metrics as a list": ({"metrics": [never]}, "list; give objectives by name"),
-    "metric by name": ({"metrics": {"f1": "f1"}}, "metric 'f1' is 'f1'; give a function"),
+    "metric by name": ({"metrics": {"f1": "f1"}}, "metric 'f1': the objective 'f1' cannot be called"),
 }
 
 

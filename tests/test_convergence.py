@@ -19,6 +19,7 @@ from problems import (
 from torch import Tensor
 
 from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, minimize
+from zo_adapt.evaluation.options import EvaluationOptions
 
 PLAIN: dict[str, Any] = {"perturbation_scale": 1e-3, "normalize": False, "schedule": "constant"}
 SCALED: dict[str, Any] = {

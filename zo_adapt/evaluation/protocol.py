@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from zo_adapt.data.batches import Batch
+from zo_adapt.evaluation.plan import Plan
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 
@@ -52,12 +53,17 @@ class Evaluator(Protocol):
         view: What the probes are places of.
         sign: -1.0 where the objective is maximised: values come out as losses.
         queries: Made so far.
+        plan: How probes are evaluated, and why not faster.
     """
 
     objective: Any
     view: ParameterView
     sign: float
     queries: int
+
+    @property
+    def plan(self) -> Plan:
+        """See the class."""
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Answer every probe, in order; the weights are bit-identical afterwards.

@@ -1,5 +1,6 @@
 """One run: what both loops do at every step, and what is kept so that a run survives a kill."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Position, Reader, Writer
 from zo_adapt.trajectory.playback import apply_all, check_header, header_of
 from zo_adapt.trajectory.safe_file import read_state, write_state
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -66,7 +69,7 @@ class Run:
             BudgetExhausted, NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError: The
                 weights and the file are those after the step before.
         """
-        view = self.evaluator.view
+        view, before = self.evaluator.view, self.evaluator.queries
         with view.updates.fixed_addresses():
             step = self.optimizer.step(self.evaluator, self.samples, self.budget)
             applied = step.update._replace(terms=view.checked(step.update))
@@ -84,7 +87,10 @@ class Run:
                     self.steps -= 1
                     raise
                 view.apply_in_order(applied.terms, applied.decay)
-                self.last = step
+                is_first, self.last = self.last is None, step
+        if is_first:
+            cost = self.budget.planned(self.evaluator.queries - before)
+            logger.info("%s", "; ".join(filter(None, (str(self.evaluator.plan), cost))))
         return step
 
     def _write(self, step: Step) -> None:

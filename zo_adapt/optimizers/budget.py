@@ -1,5 +1,6 @@
 """What a run may use, and where in it a step stands."""
 
+import math
 from typing import NamedTuple
 
 
@@ -34,3 +35,22 @@ class Budget(NamedTuple):
         """The share that is used, 0..1."""
         pairs = ((steps, self.max_steps), (queries, self.max_queries))
         return max((count / limit for count, limit in pairs if limit), default=0.0)
+
+    def planned(self, queries: int) -> str:
+        """What a run of equal steps will come to, in words.
+
+        Args:
+            queries: Of one step.
+
+        Example:
+            >>> Budget(max_queries=40_000).planned(128)
+            'about 312 steps, 40,000 queries planned'
+        """
+        by_queries = self.max_queries // queries if self.max_queries and queries else math.inf
+        steps = min(by_queries, math.inf if self.max_steps is None else self.max_steps)
+        if steps == math.inf:
+            return ""
+        most = self.max_queries or steps * queries
+        return (
+            f"about {steps:,} steps, {min(most, steps * queries + queries - 1):,} queries planned"
+        )
