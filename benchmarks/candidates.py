@@ -32,9 +32,8 @@ from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import ParameterView, Term
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
-from zo_adapt.evaluation.joint.groups import JointRows
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.options import EvaluationOptions, JointRows
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.term import Shift
 
@@ -122,7 +121,7 @@ def measure(
     same = Batch(source, range(batch))
     probes = [Probe(Shift((Term(seed, MU),)), same) for seed in range(args.candidates)]
     limits: dict[str, JointRows] = {
-        "alone": None,
+        "alone": "off",
         "joined": args.candidates * batch,
         "auto": "auto",
     }
