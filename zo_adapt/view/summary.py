@@ -6,7 +6,7 @@ from torch import Tensor
 
 from zo_adapt.view.group import Group
 
-WIDEST_LABEL = 40
+WIDEST_LABEL = 30
 
 
 def in_one_line(tensors: Mapping[str, Tensor], groups: Sequence[Group], noise: str) -> str:
