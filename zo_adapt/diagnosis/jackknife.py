@@ -24,8 +24,8 @@ class Jackknife(SetObjective):
     it is f that is optimised.) With g groups of m rows left out, n is g, and the deviation is
     stretched by sqrt(m), to the variance of one row.
 
-    Where the rows of the predictions cannot be determined, or the score is not defined without some of
-    them, f stays one number. All else is the objective's own.
+    Where the rows of the predictions cannot be determined, or the score is not defined without some
+    of them, f stays one number. All else is the objective's own.
 
     Args:
         objective: Predicts rows one by one.
