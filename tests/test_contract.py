@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from objectives import CallableObjective, CausalLMLoss
 from tests.tiny_models import tiny_model, token_rows
-from zo_adapt import MeZO, MeZOSVRG, Objective, ParameterView, SetObjective, diagnose, minimize
+from zo_adapt import (
+    EvaluationOptions,
+    MeZO,
+    MeZOSVRG,
+    Objective,
+    ParameterView,
+    SetObjective,
+    diagnose,
+    minimize,
+)
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DropoutError, OptionError
@@ -28,7 +37,10 @@ from zo_adapt.evaluation.objective import (
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
 
-QUIET: dict[str, Any] = {"progress": False, "joint_rows": None}
+QUIET: dict[str, Any] = {
+    "progress": False,
+    "evaluation": EvaluationOptions(joint_rows="off"),
+}
 
 
 class Duck:
@@ -165,7 +177,8 @@ def test_a_snapshot_of_one_number_is_one_call() -> None:
 def test_one_that_says_it_is_a_mean_is_cut_and_not_looked_at() -> None:
     recorder = Recorder(one_number)
     objective = CallableObjective(recorder, mean_over_rows=True)
-    options = {"batch_size": 16, "max_steps": 1, "micro_batch_size": 2} | QUIET
+    options = {"batch_size": 16, "max_steps": 1}
+    options = QUIET | options | {"evaluation": EvaluationOptions(2, "off")}
     minimize(objective, one(), torch.arange(64.0), MeZO(1e-3, num_directions=4), **options)
     assert recorder.rows == [2] * 16
 
@@ -188,11 +201,12 @@ def test_in_batch_negatives_see_the_batch_that_was_asked_for() -> None:
 
 @pytest.mark.parametrize("call", [minimize, diagnose])
 def test_micro_batches_of_one_number_are_refused(call: Any) -> None:
-    more = {} if call is diagnose else {"optimizer": MeZO(1e-3), "max_steps": 1} | QUIET
+    more: dict[str, Any] = {"optimizer": MeZO(1e-3), "max_steps": 1, "progress": False}
+    more = {} if call is diagnose else more
     data = torch.arange(64.0)
     with pytest.raises(OptionError, match="mean_over_rows=True"):
-        call(one_number, one(), data, batch_size=16, micro_batch_size=4, **more)
-    call(one_number, one(), data, batch_size=16, micro_batch_size=16, **more)
+        call(one_number, one(), data, batch_size=16, evaluation=EvaluationOptions(4), **more)
+    call(one_number, one(), data, batch_size=16, evaluation=EvaluationOptions(16), **more)
 
 
 def test_a_metric_of_interest_that_is_one_number_is_one_call() -> None:
@@ -211,11 +225,11 @@ def test_a_token_mean_does_not_depend_on_micro_batches() -> None:
     loss = CausalLMLoss(model, reduction="token")
     batch = Batch(as_source(data, loss.collate), range(8))
     view = ParameterView.full(model)
-    value = LocalEvaluator(loss, view, usual_rows=2).evaluate([Probe(HERE, batch)])[0].value
+    value = LocalEvaluator(loss, view, batch_size=2).evaluate([Probe(HERE, batch)])[0].value
     with torch.no_grad():
         assert value == pytest.approx(float(loss(data).mean()), rel=1e-6)
     with pytest.raises(OptionError, match="micro_batch_size=2"):
-        LocalEvaluator(loss, view, micro_batch_size=2)
+        LocalEvaluator(loss, view, EvaluationOptions(2))
 
 
 def test_a_sum_is_a_mean_over_rows_if_its_parts_are() -> None:

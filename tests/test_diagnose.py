@@ -173,7 +173,7 @@ def test_a_set_without_a_value_for_fewer_rows_has_no_data_noise_to_tell(kind: An
     assert found.queries == 16 * 16 * (2 * 5 + 1)
     assert found.batch_size >= 16
     assert not found.snapshot_helps
-    assert "cannot be told" in found.reasons["snapshot"]
+    assert "cannot be estimated" in found.reasons["snapshot"]
 
 
 def labelled_texts(n: int = 96) -> tuple[torch.nn.Linear, dict[str, Tensor]]:

@@ -136,6 +136,8 @@ def test_other_former_names() -> None:
         assert result.nit == result.steps == 3
     with pytest.warns(DeprecationWarning, match=r"ParameterView\.displacement"):
         assert p.view.reach == p.view.displacement
+    with pytest.warns(DeprecationWarning, match=r"ParameterView\.norms"):
+        p.view.check_finite()
     with pytest.warns(DeprecationWarning, match="groups='auto'"):
         ParameterView({"x": torch.zeros(2)}, groups=None)  # type: ignore[arg-type]
 

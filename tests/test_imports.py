@@ -34,7 +34,10 @@ def imported(nodes: Iterator[ast.AST] | list[ast.stmt]) -> set[str]:
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node that runs at import: all but the bodies of functions."""
     for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or typing_only
+        ):
             yield node
             yield from outside_functions(node)
 

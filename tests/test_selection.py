@@ -231,3 +231,46 @@ def test_no_layers_and_no_head_is_nothing() -> None:
 def test_bad_options_are_named(make: Any) -> None:
     with pytest.raises(ZOError):
         make()
+
+
+def parts() -> dict[str, Tensor]:
+    return {name: torch.ones(2, 3) for name in ("head.weight", "head.bias", "body.weight")}
+
+
+def test_groups_by_name_are_those_of_the_pattern_that_finds_just_these_names() -> None:
+    by_name = ParameterView(parts(), groups=[Group(names=["head.weight", "head.bias"], lr=3.0)])
+    by_pattern = ParameterView(parts(), groups=[Group(r"^(head\.bias|head\.weight)$", 3.0, 1.0)])
+    assert by_name.group_of("head.bias").lr == 3.0
+    assert by_name.group_of("body.weight").lr == 1.0
+    assert by_name.fingerprint() == by_pattern.fingerprint()
+    with pytest.raises(NoMatchingParameterError, match=r"'head\.wieght'.*near names.*head\.weight"):
+        ParameterView(parts(), groups=[Group(names=["head.bias", "head.wieght"])])
+
+
+def test_fingerprints_of_views_with_groups_are_those_of_the_files_that_exist() -> None:
+    """Frozen: files of format 2 hold them."""
+    plain = ParameterView(parts(), groups=())
+    grouped = ParameterView(parts(), groups=[Group("head", lr=2.0, perturbation_scale=0.5)])
+    assert plain.fingerprint().startswith("7c72cb94a71c5af9")
+    assert grouped.fingerprint().startswith("42fca497afebf7fd")
+
+
+def test_a_view_reads_as_a_line_and_its_summary_as_a_short_table() -> None:
+    view = ParameterView(parts(), groups=[Group("head", lr=2.0, perturbation_scale=0.5)])
+    line = "ParameterView(3 tensors, 18 scalars, float32 on cpu, 2 groups, gaussian-philox-v1)"
+    assert repr(view) == line
+    first, _, head, rest, shifted, displacement = view.summary().splitlines()
+    assert first == line
+    assert head.split() == ["2", "12", "48", "B", "x", "2", "x", "0.5", "'head'"]
+    assert rest.split() == ["1", "6", "24", "B", "x", "1", "x", "1", "the", "rest"]
+    assert "by way of a copy" in shifted
+    assert displacement == "default displacement 0.25"
+    layered = ParameterView.full(FAMILIES["bert"](), scratch="layer").summary()
+    assert "layer by layer" in layered
+
+
+def test_the_groups_that_suit_a_view_read_by_name() -> None:
+    summary = ParameterView.trainable(adapted()).summary()
+    at_rest = next(line for line in summary.splitlines() if "lora_A" in line)
+    assert "x 0 " in at_rest
+    assert max(map(len, summary.splitlines())) <= 100

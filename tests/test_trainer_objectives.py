@@ -294,7 +294,7 @@ def test_every_point_sees_the_same_draw_of_the_objectives_own_collator(tmp_path:
         seen.append(batch["input_ids"])
         return loss(batch)
 
-    objective = CallableObjective(kept, model=model, collate=drawing)
+    objective = CallableObjective(kept, model=model, collate=drawing, mean_over_rows=True)
     rows = [{"input_ids": [5, 6 + i % 3, 7], "labels": i % 2} for i in range(16)]
     args = arguments(tmp_path, max_steps=2, optimizer="mezo", micro_batch_size=4)
     ZOTrainer(model, args, train_dataset=rows, objective=objective).train()
@@ -314,7 +314,7 @@ def test_parts_of_a_batch_of_examples_are_fair_to_every_class(tmp_path: Path) ->
         shares.append(float(batch["labels"].float().mean()))
         return loss(batch)
 
-    objective = CallableObjective(kept, model=model, collate=loss.collate)
+    objective = CallableObjective(kept, model=model, collate=loss.collate, mean_over_rows=True)
     rows = [{"input_ids": [5, 6, 7], "labels": int(i >= 4)} for i in range(8)]
     args = arguments(tmp_path, max_steps=2, optimizer="mezo", micro_batch_size=4)
     ZOTrainer(model, args, train_dataset=rows, objective=objective).train()
@@ -387,6 +387,7 @@ def test_a_collator_may_hand_on_text_beside_tensors(tmp_path: Path) -> None:
         assert [int(answer[1:]) for answer in batch["answer"]] == batch["first"].tolist()
         return batch["first"].float()
 
+    objective.mean_over_rows = True  # type: ignore[attr-defined]  # else it is called to find out
     args = arguments(
         tmp_path, max_steps=1, optimizer="mezo", micro_batch_size=3, remove_unused_columns=False
     )

@@ -37,7 +37,7 @@ class Noise(NamedTuple):
     Args:
         direction: G, variance between directions: the squared norm of the gradient.
         error: Standard error of G.
-        data: sigma^2, variance within a direction, of one example; NaN if it cannot be told: a
+        data: sigma^2, variance within a direction, of one example; NaN if it cannot be estimated: a
             batch has one value, and can neither be cut nor be scored without some of its rows.
     """
 
@@ -153,7 +153,7 @@ def _rows_wanted(noise: Noise, equal: float, batch_size: int) -> tuple[float, st
             "is soft: softness=..., as in Accuracy(model, softness=1.0)"
         )
     if math.isnan(noise.data):
-        return batch_size, "as given: data noise cannot be told from the one value of a whole batch"
+        return batch_size, "as given: one value of a whole batch does not show data noise"
     if math.isnan(noise.rows):
         return 4 * batch_size, (
             f"at least, for on {batch_size} rows the gradient does not show above the noise"
@@ -169,7 +169,7 @@ def judge_snapshot(noise: Noise, rows: int) -> tuple[bool, str]:
     sigma^2 / G > n.
     """
     if math.isnan(noise.data):
-        return False, "cannot be told from the one value of a whole batch"
+        return False, "cannot be estimated from the one value of a whole batch"
     # An unlucky sample of directions should not advise it: two standard errors.
     most = max(noise.direction, 0.0) + 2 * noise.error
     if noise.data > rows * most:
@@ -177,7 +177,7 @@ def judge_snapshot(noise: Noise, rows: int) -> tuple[bool, str]:
             f"yes, sigma^2 / G is above the {rows} rows of data even at G = {most:.2g}, and "
             "removing data noise pays there"
         )
-    known = "cannot be told" if math.isnan(noise.rows) else f"= {noise.rows:.3g}"
+    known = "cannot be estimated" if math.isnan(noise.rows) else f"= {noise.rows:.3g}"
     return False, (
         f"no, removing data noise pays where sigma^2 / G (here {known}) is above the {rows} rows "
         "of data; below, the same queries do more in fresh directions"

@@ -24,8 +24,8 @@ class Jackknife(SetObjective):
     it is f that is optimised.) With g groups of m rows left out, n is g, and the deviation is
     stretched by sqrt(m), to the variance of one row.
 
-    Where the rows of the predictions cannot be told, or the score is not defined without some of
-    them, f stays one number. All else is the objective's own.
+    Where the rows of the predictions cannot be determined, or the score is not defined without some
+    of them, f stays one number. All else is the objective's own.
 
     Args:
         objective: Predicts rows one by one.
@@ -105,7 +105,7 @@ def _rows(prediction: Any) -> int:
     """How many rows a prediction is of: all its parts have an entry for each.
 
     Raises:
-        NoRowsError: It cannot be told.
+        NoRowsError: It cannot be determined.
     """
     arrays = [leaf for leaf in leaves(prediction) if isinstance(leaf, Tensor | np.ndarray)]
     sizes = [len(array) for array in arrays if array.ndim > 0]

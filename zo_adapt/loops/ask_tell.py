@@ -39,12 +39,12 @@ class AskTell:
         max_steps: Budget in steps.
         max_queries: Budget in candidates; never exceeded.
         seed: Of the directions, 0 <= seed < 2**64.
-        maximize: Values told are to grow.
+        maximize: Larger values are better.
         noise: "gaussian" or "rademacher".
         groups: Variables with their own step, by name (a single array's name is "x").
 
     Attributes:
-        queries: Values told so far.
+        queries: Values received so far.
         steps: Steps done. All candidates of a step are compared with each other: a simulator
             with noise does best with the same random numbers for all of them.
         stop_reason: Why ``ask`` has nothing more to ask, or None.
@@ -109,8 +109,8 @@ class AskTell:
         Raises:
             ObjectiveError: Not one number for every candidate, or nothing was asked.
             NonFiniteObjectiveError: NaN or infinity. As with the others, nothing has changed and
-                the same candidates can be told again.
-            StepTooLargeError: The step would leave the range of the dtype. It is not taken, and
+                `tell` can be called again for the same candidates.
+            StepTooLargeError: The step would leave the range of the dtype. It is not made, and
                 the run ends with the variables as they were.
         """
         evaluations = self._checked(values)
@@ -148,7 +148,7 @@ class AskTell:
             raise ObjectiveError("tell without ask; call ask() for the candidates first")
         if not isinstance(values, Sequence | np.ndarray) or getattr(values, "ndim", 1) == 0:
             raise ObjectiveError(
-                f"told {values!r:.80}; give a list of one number for each candidate"
+                f"tell({values!r:.80}); give a list of one number for each candidate"
             )
         numbers = np.array([number(value) for value in values])
         if len(numbers) != len(self._asked):

@@ -101,12 +101,12 @@ class Monitor:
     ) -> None:
         self.every = metrics.every
         self._last: tuple[int, dict[str, float]] | None = None
-        examples = as_data(data if metrics.data is None else metrics.data)
+        rows = data if metrics.data is None else metrics.data
         # The run's trunk is filled by its own examples: these would push them out.
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
         most = evaluation.micro_batch_size or batch_size
         self._ready = {
-            name: _prepared(as_objective(metric), view, examples, options, most)
+            name: _prepared(as_objective(metric), view, as_data(rows), options, most)
             for name, metric in metrics.objectives.items()
         }
 

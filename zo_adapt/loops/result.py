@@ -85,7 +85,7 @@ class Result:
     history: list[Step] = field(repr=False)
     metrics: dict[str, float] | None = None
     metric_queries: int = 0
-    evaluation: Plan = field(default_factory=Plan)
+    evaluation: Plan = field(default_factory=Plan, compare=False)
 
     @property
     def success(self) -> bool:

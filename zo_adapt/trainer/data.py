@@ -26,7 +26,7 @@ class Batching:
 
     Args:
         trainer: Whose batches they are.
-        objective: Its ``collate``, if it has one, is taken unless there is another collator.
+        objective: Its ``collate``, if it has one, is used unless there is another collator.
         collator: What the trainer was given, or None.
     """
 
@@ -171,18 +171,18 @@ class TrainingRows(Examples):
 
     def __init__(self, examples: Any, collate: Collate) -> None:
         super().__init__(examples, collate)
-        self._taken: dict[tuple[int, ...], Any] = {}
+        self._collated: dict[tuple[int, ...], Any] = {}
 
     def take(self, rows: Sequence[int]) -> Any:
         """The collated batch of these rows, the same one until ``forget``."""
         key = tuple(rows)
-        if key not in self._taken:
-            self._taken[key] = super().take(key)
-        return self._taken[key]
+        if key not in self._collated:
+            self._collated[key] = super().take(key)
+        return self._collated[key]
 
     def forget(self) -> None:
         """Collate anew from here on."""
-        self._taken.clear()
+        self._collated.clear()
 
     @property
     def has_length(self) -> bool:

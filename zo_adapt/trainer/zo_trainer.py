@@ -152,14 +152,14 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             self._samples.receive(self._batching.received(inputs))
             loss = self._run.step().value
         except BudgetExhausted:
-            self._stop(StopReason.MAX_QUERIES, taken=False)
+            self._stop(StopReason.MAX_QUERIES, made=False)
         except FAULTS as error:
             reason = reason_of(error)
             logger.error(f"Training stops: {reason} ({error})")
-            self._stop(reason, taken=False)
+            self._stop(reason, made=False)
         else:
             if self.queries == self.args.max_queries:
-                self._stop(StopReason.MAX_QUERIES, taken=True)
+                self._stop(StopReason.MAX_QUERIES, made=True)
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -234,11 +234,11 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
         return factor(progress * self.state.max_steps)
 
-    def _stop(self, reason: StopReason, *, taken: bool) -> None:
+    def _stop(self, reason: StopReason, *, made: bool) -> None:
         self.stop_reason = reason
         self.control.should_training_stop = True
         self.control.should_log = self.args.logging_strategy != "no"
-        if not taken:
+        if not made:
             self.state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from zo_adapt.view.group import Group
 
-WIDEST_LABEL = 40
+WIDEST_LABEL = 30
 
 
 def in_one_line(tensors: Mapping[str, Tensor], groups: Sequence[Group], noise: str) -> str:
@@ -52,8 +52,13 @@ def _row(members: Sequence[Tensor], group: Group, label: str) -> str:
 def _label(group: Group, is_rest: bool, groups: int) -> str:
     if is_rest:
         return "the rest" if groups > 1 else "all"
-    label = ", ".join(group.names) or repr(group.pattern)
-    return label if len(label) <= WIDEST_LABEL else f"{label[: WIDEST_LABEL - 3]}..."
+    if not group.names:
+        label = repr(group.pattern)
+        return label if len(label) <= WIDEST_LABEL else f"{label[: WIDEST_LABEL - 3]}..."
+    first, *others = group.names
+    # The end of a parameter's name tells more than its beginning, which all have in common.
+    label = first if len(first) <= WIDEST_LABEL else f"...{first[3 - WIDEST_LABEL :]}"
+    return f"{label} and {len(others)} more" if others else label
 
 
 def _size(nbytes: float) -> str:

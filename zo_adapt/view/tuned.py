@@ -177,6 +177,11 @@ class TunedTensors:
         """
         return {name: finite_norm(name, tensor) for name, tensor in self.tensors.items()}
 
+    def check_finite(self) -> None:
+        """The former name of ``norms``, for the sake of its error."""
+        renamed("ParameterView.check_finite()", "ParameterView.norms()")
+        self.norms()
+
     @property
     def reach(self) -> float:
         """The former name of ``displacement``."""
