@@ -18,6 +18,7 @@ from objectives.ranking import MRR as MRR
 from objectives.ranking import NDCG as NDCG
 from objectives.ranking import RecallAt as RecallAt
 from objectives.scorers import FeatureScorer as FeatureScorer
+from objectives.seq2seq import Seq2SeqLoss as Seq2SeqLoss
 from objectives.text_scorers import BiEncoder as BiEncoder
 from objectives.text_scorers import CrossEncoder as CrossEncoder
 from objectives.verbalizer import VerbalizerLoss as VerbalizerLoss
@@ -42,6 +43,7 @@ __all__ = [
     "MetricObjective",
     "Mixture",
     "RecallAt",
+    "Seq2SeqLoss",
     "Spearman",
     "VerbalizerLoss",
 ]

@@ -12,7 +12,7 @@ class Reads(NamedTuple):
     """What a language model's outputs mean.
 
     Args:
-        is_causal: The logits of a token depend on the tokens before it alone: they predict the next.
+        is_causal: Logits of a token depend on the tokens before it alone, and predict the next.
         is_masked: They depend on all tokens, and are meant for masked ones.
         is_encoder_decoder: One text is read, another is written.
     """
@@ -105,7 +105,8 @@ def has_position_table(model: nn.Module) -> bool:
 def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
+        absolute = ("position" in leaf and "relative" not in leaf) or leaf == "wpe"
+        if isinstance(module, nn.Embedding) and absolute:
             yield module
 
 
