@@ -7,6 +7,8 @@ from torch import nn
 
 from zo_adapt.errors import OptionError
 
+UNLIMITED = 10**9
+
 
 class Reads(NamedTuple):
     """What a language model's outputs mean.
@@ -95,6 +97,16 @@ def positions(model: nn.Module) -> int | None:
     # RoBERTa and its kin count positions from the padding token's id on.
     offset = max((_offset(table) for table in _position_tables(model)), default=0)
     return limit - offset - virtual_tokens(model)
+
+
+def shortest(*limits: int | None) -> int | None:
+    """The smallest limit on a text's length that is one; a tokenizer without one says 10^30."""
+    return min((one for one in limits if one is not None and one < UNLIMITED), default=None)
+
+
+def tokens_of(tokenizer: Any) -> int | None:
+    """The longest text that a tokenizer says is meant."""
+    return None if tokenizer is None else int(tokenizer.model_max_length)
 
 
 def has_position_table(model: nn.Module) -> bool:

@@ -76,6 +76,7 @@ class SetMetric(Mixable, SetObjective):
             ClassificationLoss(model) if isinstance(model, nn.Module) else model
         )
         self.min_rows = checked_min_rows(min_rows)
+        self.check_labels = getattr(self.classifier, "check_labels", None)
 
     @property
     def model(self) -> nn.Module:

@@ -5,6 +5,7 @@ from typing import Any
 
 from objectives._collate import IGNORED, LABELS
 from objectives._encoded import is_chat
+from objectives._fit import shortest, tokens_of
 from zo_adapt.errors import DataError, OptionError
 from zo_adapt.options import at_least_one
 
@@ -31,9 +32,8 @@ class TextEncoder:
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
         self._tokenizer = tokenizer
-        limits = [longest, None if tokenizer is None else tokenizer.model_max_length]
         own = None if max_length is None else at_least_one("max_length", max_length)
-        self._limit = min((limit for limit in (own, *limits) if limit is not None), default=None)
+        self._limit = shortest(own, longest, tokens_of(tokenizer))
         self._completion_only, self._assistant_only = completion_only, assistant_only
         self._options = dict(chat_template_kwargs or {})
 

@@ -1,11 +1,14 @@
 """Losses of models with a classification head."""
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
-from objectives._model import ModelObjective, at_least_float32, check_range
+from objectives._model import Batch, ModelObjective, at_least_float32, check_range
 from zo_adapt.errors import DataError
 
 
@@ -83,6 +86,22 @@ class ClassificationLoss(ModelObjective):
             if labels is not None:
                 self.check_labels(labels)
         return at_least_float32(logits)
+
+    def outputs(self, batch: Batch, hidden: Collection[str] = ("labels",)) -> Any:
+        """What the model returns.
+
+        Raises:
+            DataError: A decoder is to find the end of several texts and knows no padding token.
+        """
+        try:
+            return super().outputs(batch, hidden)
+        except ValueError as error:
+            if "no padding token" not in str(error):
+                raise
+            raise DataError(
+                f"{type(self.model).__name__} looks for the padding token to find the end of a "
+                "text, and has none; set model.config.pad_token_id (tokenizer.pad_token_id)"
+            ) from error
 
     def problem(self, classes: int, labels: Tensor) -> str:
         """As transformers decides it, except that nothing is written into the configuration."""

@@ -195,6 +195,8 @@ def _rightness(logits: Tensor, labels: Tensor, softness: float | None) -> Tensor
     yes_or_no = logits.shape == labels.shape
     if yes_or_no or labels.is_floating_point():
         check_labels(array(labels), shape)
+    else:
+        check_range(labels, shape[-1])
     if softness is None:
         said = (logits > 0).to(labels.dtype) if yes_or_no else _likeliest(logits)
         return (said == labels).cpu().double()
@@ -211,8 +213,6 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
     """By how much the label's logit is above the largest other one, at least fp32, (n,)."""
-    if labels.numel() > 0:
-        check_range(labels, logits.shape[-1])
     index = labels.long()[..., None]
     # The two largest rather than a copy without the label's: that would be another vocabulary wide.
     top = logits.topk(2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
-from objectives._fit import check_encoder_decoder
+from objectives._fit import check_encoder_decoder, shortest, tokens_of
 from objectives._head import narrow_logits
 from objectives._model import Batch
 from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
@@ -58,9 +58,8 @@ class Seq2SeqLoss(TokenLoss):
         check_encoder_decoder(model, "Seq2SeqLoss")
         super().__init__(model, reduction=reduction)
         self._tokenizer = tokenizer
-        limits = [self.longest, None if tokenizer is None else tokenizer.model_max_length]
         own = None if max_length is None else at_least_one("max_length", max_length)
-        self._limit = min((limit for limit in (own, *limits) if limit is not None), default=None)
+        self._limit = shortest(own, self.longest, tokens_of(tokenizer))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """A batch from examples of tokens or of text."""

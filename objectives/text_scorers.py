@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from objectives._fit import shortest, tokens_of
 from objectives._lists import as_list
 from objectives._model import Batch, ModelRunner, at_least_float32
 from objectives._padding import last_positions, token_mask
@@ -43,9 +44,7 @@ class TextScorer(Scorer):
         self.tokenizer = tokenizer
         self.max_length = None if max_length is None else at_least_one("max_length", max_length)
         self.documents_per_forward = at_least_one("documents_per_forward", documents_per_forward)
-        own = None if tokenizer is None else tokenizer.model_max_length
-        limits = (self.max_length, own, self.longest)
-        self._limit = min((limit for limit in limits if limit is not None), default=None)
+        self._limit = shortest(self.max_length, self.longest, tokens_of(tokenizer))
 
     def encoded(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """The example with tokens in place of text; encode once what is used often.
@@ -77,7 +76,7 @@ class TextScorer(Scorer):
         """
         if self.tokenizer is None:
             raise OptionError("queries and documents given as text need tokenizer=...")
-        columns = self.tokenizer(*texts, truncation=True, max_length=self._limit)
+        columns = self.tokenizer(*texts, truncation=self._limit is not None, max_length=self._limit)
         names = list(columns)
         return [
             dict(zip(names, row, strict=True))

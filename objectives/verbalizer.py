@@ -1,6 +1,5 @@
 """Prompted classification: the label is a word that the language model is asked to write."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives._fit import reads
+from objectives._fit import reads, shortest
 from objectives._head import narrow_logits
 from objectives._model import Batch, ModelObjective, at_least_float32, check_range
 from objectives._padding import last_positions, right_padded, token_mask
@@ -67,7 +66,7 @@ class VerbalizerLoss(ModelObjective):
         self.prompt: Prompt | None = None
         kind = reads(model)
         if template is not None:
-            limit = min(max_length or self.longest or sys.maxsize, self.longest or sys.maxsize)
+            limit = shortest(max_length, self.longest)
             continued = kind.is_causal and "{mask}" not in template
             self.prompt = Prompt(tokenizer, template, limit, is_continued=continued)
             mask_token_id = self.prompt.mask_token_id

@@ -19,13 +19,9 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DropoutError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ATTRIBUTES,
-    as_objective,
-    resolve_mean_over_rows,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ATTRIBUTES, as_objective, rows_needed
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.term import HERE
 
 QUIET: dict[str, Any] = {"progress": False, "joint_rows": None}

@@ -26,12 +26,15 @@ from zo_adapt.evaluation.objective import (
     ObjectiveLike,
     SetObjective,
     as_objective,
-    check_micro_batch_size,
     keeps_batch_whole,
-    resolve_mean_over_rows,
     rows_needed,
 )
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.start_checks import (
+    check_all_labels,
+    check_micro_batch_size,
+    resolve_mean_over_rows,
+)
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.estimator import direction
 from zo_adapt.optimizers.optimizer import usual_perturbation
@@ -104,6 +107,7 @@ def diagnose(
     check_run(at_least_one("num_directions", num_directions), None, seed)
     objective = as_objective(objective)
     source = as_source(data, collate or objective.collate)
+    check_all_labels(objective, data)
     objective = resolve_mean_over_rows(objective, source, view.model)
     if batch_size is None and not isinstance(source, NoData):
         least = min(rows_needed(objective), len(source))

@@ -14,11 +14,11 @@ from zo_adapt.evaluation.objective import (
     ObjectiveLike,
     SetObjective,
     as_objective,
-    check_micro_batch_size,
     keeps_batch_whole,
     ready,
 )
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
+from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.trunk.graphs import TrunkGraphs
 from zo_adapt.evaluation.values import Returned, checked_values, on_host

@@ -14,13 +14,9 @@ from zo_adapt.data.sources import Collate, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError
 from zo_adapt.evaluation.joint.groups import JointRows
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ObjectiveLike,
-    as_objective,
-    resolve_mean_over_rows,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, rows_needed
 from zo_adapt.evaluation.protocol import BudgetExhausted
+from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk, trunk_for
 from zo_adapt.loops.monitor import Metrics, Monitor
 from zo_adapt.loops.run import Run
@@ -161,6 +157,7 @@ def minimize(
         at_least_one("micro_batch_size", micro_batch_size)
     objective = as_objective(objective)
     source = as_source(data, collate or objective.collate)
+    check_all_labels(objective, data)
     objective = resolve_mean_over_rows(objective, source, view.model)
     classes = class_labels(data) if stratify else None
     samples = Samples(source, batch_size, seed, classes, rows_needed(objective))

@@ -8,8 +8,9 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import Collate, Source, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, resolve_mean_over_rows
+from zo_adapt.evaluation.objective import ObjectiveLike, as_objective
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.options import at_least_one
 from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView

@@ -16,13 +16,9 @@ from transformers.utils import logging
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ObjectiveLike,
-    as_objective,
-    resolve_mean_over_rows,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, rows_needed
 from zo_adapt.evaluation.protocol import BudgetExhausted
+from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.evaluation.trunk.frozen_trunk import trunk_for
 from zo_adapt.loops.loop import FAULTS, StopReason
 from zo_adapt.loops.monitor import Metrics, Monitor
@@ -193,6 +189,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         source = self._batching.training(loader)
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
+            check_all_labels(objective, loader.dataset)
             objective = resolve_mean_over_rows(objective, source, self.view.model)
         evaluator = LocalEvaluator(
             objective,
