@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model, token_rows
 from torch import Tensor, nn
 
 from objectives import CallableObjective, CausalLMLoss
-from tests.tiny_models import tiny_model, token_rows
 from zo_adapt import MeZO, MeZOSVRG, Objective, ParameterView, SetObjective, diagnose, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
