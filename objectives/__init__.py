@@ -11,6 +11,9 @@ from objectives.metrics import F1 as F1
 from objectives.metrics import ROCAUC as ROCAUC
 from objectives.metrics import MatthewsCorrelation as MatthewsCorrelation
 from objectives.mixture import Mixture as Mixture
+from objectives.question_answering import QuestionAnsweringLoss as QuestionAnsweringLoss
+from objectives.question_answering import SpanExactMatch as SpanExactMatch
+from objectives.question_answering import SpanF1 as SpanF1
 from objectives.rank_correlation import KendallTau as KendallTau
 from objectives.rank_correlation import Spearman as Spearman
 from objectives.ranking import MAP as MAP
@@ -18,8 +21,11 @@ from objectives.ranking import MRR as MRR
 from objectives.ranking import NDCG as NDCG
 from objectives.ranking import RecallAt as RecallAt
 from objectives.scorers import FeatureScorer as FeatureScorer
+from objectives.seq2seq import Seq2SeqLoss as Seq2SeqLoss
 from objectives.text_scorers import BiEncoder as BiEncoder
 from objectives.text_scorers import CrossEncoder as CrossEncoder
+from objectives.token_classification import EntityF1 as EntityF1
+from objectives.token_classification import TokenClassificationLoss as TokenClassificationLoss
 from objectives.verbalizer import VerbalizerLoss as VerbalizerLoss
 
 __all__ = [
@@ -34,6 +40,7 @@ __all__ = [
     "CausalLMLoss",
     "ClassificationLoss",
     "CrossEncoder",
+    "EntityF1",
     "ExactMatch",
     "FeatureScorer",
     "GenerationReward",
@@ -41,7 +48,12 @@ __all__ = [
     "MatthewsCorrelation",
     "MetricObjective",
     "Mixture",
+    "QuestionAnsweringLoss",
     "RecallAt",
+    "Seq2SeqLoss",
+    "SpanExactMatch",
+    "SpanF1",
     "Spearman",
+    "TokenClassificationLoss",
     "VerbalizerLoss",
 ]

@@ -14,6 +14,7 @@ from zo_adapt.errors import DataError
 IGNORED = -100
 """Label of a token that no loss counts, as everywhere in transformers."""
 LABEL_NAMES = {"label": "labels", "label_ids": "labels"}
+LABELS = {"labels", *LABEL_NAMES}
 
 
 def collate(
@@ -35,8 +36,9 @@ def collate(
     if "input_ids" in rows:
         _check_tokens(rows["input_ids"], pad_token_id)
         rows.setdefault("attention_mask", [torch.ones_like(ids) for ids in rows["input_ids"]])
-    padding = {"input_ids": pad_token_id or 0, "labels": IGNORED}
-    named = {LABEL_NAMES.get(name, name): column for name, column in rows.items()}
+    fill = pad_token_id or 0
+    padding = {"input_ids": fill, "decoder_input_ids": fill, "labels": IGNORED}
+    named = _renamed(rows)
     batch = {name: _stack(name, column, padding.get(name, 0)) for name, column in named.items()}
     if "input_ids" not in batch or pad_token_id is None:
         return batch
@@ -51,11 +53,36 @@ def collate(
 
 def tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """A ready batch: its tensors and arrays, under the names that models know."""
-    return {
-        LABEL_NAMES.get(name, name): torch.as_tensor(value)
+    found = {
+        name: torch.as_tensor(value)
         for name, value in batch.items()
-        if isinstance(value, Tensor | np.ndarray)
+        if isinstance(value, Tensor | np.ndarray) and is_numeric(value)
     }
+    return _renamed(found)
+
+
+def _renamed(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the labels under one name.
+
+    Raises:
+        DataError: There are labels under two names, and they differ.
+    """
+    named: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, column in columns.items():
+        new = LABEL_NAMES.get(name, name)
+        if new in named and not _equal(named[new], column):
+            raise DataError(
+                f"the examples have labels under {origin[new]!r} and others under {name!r}; leave "
+                "one of them out"
+            )
+        named[new], origin[new] = column, name
+    return named
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = [(one, other)] if isinstance(one, Tensor) else zip(one, other, strict=True)
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
 
 
 def _fields(examples: Sequence[Any]) -> list[str]:
@@ -73,12 +100,29 @@ def _fields(examples: Sequence[Any]) -> list[str]:
             )
     if len(examples) == 0:
         raise DataError("a batch of no examples; give at least one")
-    return [name for name in examples[0] if all(_is_numeric(e[name]) for e in examples)]
+    numeric = [name for name in examples[0] if all(is_numeric(e[name]) for e in examples)]
+    if not LABELS & set(numeric):
+        for name in sorted(LABELS & examples[0].keys()):
+            _refuse_labels(name, [example[name] for example in examples])
+    return numeric
 
 
-def _is_numeric(value: Any) -> bool:
+def _refuse_labels(name: str, column: list[Any]) -> None:
+    """Say what is wrong with labels that are no numbers; None for all is as good as no labels.
+
+    Raises:
+        DataError: Some are text or None.
+    """
+    bad = next(index for index, label in enumerate(column) if not is_numeric(label))
+    if all(label is None for label in column):
+        return
+    hint = "map the names to integers 0..C-1" if isinstance(column[bad], str) else "leave it out"
+    raise DataError(f"{name!r} of example {bad} of the batch is {column[bad]!r:.80}; {hint}")
+
+
+def is_numeric(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return all(_is_numeric(item) for item in value[:1])
+        return all(is_numeric(item) for item in value[:1])
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "biuf"
     return isinstance(value, Tensor | int | float | np.number | np.bool_)

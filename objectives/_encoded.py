@@ -42,10 +42,18 @@ class PromptEncoder:
     Args:
         tokenizer: Of the model.
         chat_template_kwargs: More for its chat template (``enable_thinking=False``, ``tools=...``).
+        is_continued: The model goes on with the text, so that the end token which a tokenizer may
+            put after it is left out; an encoder-decoder reads it.
     """
 
-    def __init__(self, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template_kwargs: Mapping[str, Any] | None,
+        *,
+        is_continued: bool = True,
+    ) -> None:
+        self._tokenizer, self._is_continued = tokenizer, is_continued
         self._options = dict(chat_template_kwargs or {})
         self._known: dict[str, list[int]] = {}
 
@@ -73,7 +81,7 @@ class PromptEncoder:
 
     def _text(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        return ids
+        return without_end(self._tokenizer, prompt, ids) if self._is_continued else ids
 
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if getattr(self._tokenizer, "chat_template", None) is None:
@@ -93,6 +101,16 @@ class PromptEncoder:
         )
         ids: list[int] = encoded["input_ids"]
         return ids
+
+
+def without_end(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
+    """The ids of a text without the end token that the tokenizer itself has put after it."""
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    if not (ids and ids[-1] in ends):
+        return list(ids)
+    bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    written = bool(bare) and bare[-1] == ids[-1]  # by the user, who may mean it
+    return list(ids if written else ids[:-1])
 
 
 def is_chat(prompt: Any) -> bool:

@@ -7,12 +7,14 @@ from torch import nn
 
 from zo_adapt.errors import OptionError
 
+UNLIMITED = 10**9
+
 
 class Reads(NamedTuple):
     """What a language model's outputs mean.
 
     Args:
-        is_causal: A token's logits depend on the tokens before it alone: they predict the next.
+        is_causal: Logits of a token depend on the tokens before it alone, and predict the next.
         is_masked: They depend on all tokens, and are meant for masked ones.
         is_encoder_decoder: One text is read, another is written.
     """
@@ -97,6 +99,16 @@ def positions(model: nn.Module) -> int | None:
     return limit - offset - virtual_tokens(model)
 
 
+def shortest(*limits: int | None) -> int | None:
+    """The smallest limit on a text's length that is one; a tokenizer without one says 10^30."""
+    return min((one for one in limits if one is not None and one < UNLIMITED), default=None)
+
+
+def tokens_of(tokenizer: Any) -> int | None:
+    """The longest text that a tokenizer says is meant."""
+    return None if tokenizer is None else int(tokenizer.model_max_length)
+
+
 def has_position_table(model: nn.Module) -> bool:
     """Whether a longer text than ``positions`` is an error, not only untrained."""
     return any(True for _ in _position_tables(model))
@@ -105,7 +117,8 @@ def has_position_table(model: nn.Module) -> bool:
 def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
+        absolute = ("position" in leaf and "relative" not in leaf) or leaf == "wpe"
+        if isinstance(module, nn.Embedding) and absolute:
             yield module
 
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
-from zo_adapt.errors import DataError, OptionError
+from objectives._fit import positions
+from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError
 from zo_adapt.options import at_least_one, positive
 
 _GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -52,11 +53,13 @@ class Generator:
         top_k: int,
         options: Mapping[str, Any],
     ) -> None:
+        self._model = model
+        self._check_completions(max_new_tokens)
         if not hasattr(model, "generate"):
             raise OptionError(
                 f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
             )
-        self._model, self._tokenizer = model, tokenizer
+        self._tokenizer = tokenizer
         self._longest = at_least_one("max_new_tokens", max_new_tokens)
         self._ends, self.pad = _special_tokens(model, tokenizer)
         sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
@@ -77,9 +80,14 @@ class Generator:
         # It is the tokenizer that knows which tokens spell a stop string.
         spelling = {"tokenizer": self._tokenizer} if self._stops else {}
         with _own_randomness(seed, self._model):
-            output: Tensor = self._model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=self._config, **spelling
+            output: Any = self._model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self._config,
+                logits_processor=LogitsProcessorList([_refuse_nan]),
+                **spelling,
             )
+        output = output if isinstance(output, Tensor) else output.sequences
         if len(output) != len(ids):
             raise OptionError(
                 f"generate returned {len(output)} texts for {len(ids)} prompts; leave "
@@ -94,13 +102,22 @@ class Generator:
         Raises:
             DataError: Gives the model's limit.
         """
-        limit = self._configured("max_position_embeddings")
+        limit = positions(self._model)
         used = width if self._configured("is_encoder_decoder") else width + self._longest - 1
         if limit is not None and used > limit:
             raise DataError(
                 f"a prompt has {width} tokens, and with max_new_tokens={self._longest} that "
                 f"takes {used} positions of the model's {limit}; shorten the prompts or the "
                 "completions"
+            )
+
+    def _check_completions(self, longest: int) -> None:
+        """Refuse completions that the decoder of an encoder-decoder has no positions for."""
+        limit = positions(self._model)
+        if self._configured("is_encoder_decoder") and limit is not None and longest > limit:
+            raise OptionError(
+                f"max_new_tokens={longest}, and the model's decoder has {limit} positions; choose "
+                f"1..{limit}"
             )
 
     def _configured(self, name: str) -> Any:
@@ -127,6 +144,17 @@ class Generator:
             return any(stop in text for stop in self._stops)
 
         return ids[: bisect_left(range(len(ids)), True, key=stopped)]
+
+
+def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
+    """Passes on scores that have a largest one: of NaN every choice is as good as another."""
+    bad = ~scores.amax(-1).isfinite()
+    if bool(bad.any()):
+        raise NonFiniteObjectiveError(
+            f"the model's logits for {int(bad.sum())} of {len(bad)} texts are NaN or infinite; a "
+            "smaller lr or perturbation_scale keeps them finite"
+        )
+    return scores
 
 
 @contextmanager

@@ -1,20 +1,22 @@
 """What the objectives that run a model share: evaluation mode, batches, the call, the precision."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from objectives import _collate, _shared
+from objectives import _collate, _fit, _shared
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, ObjectiveError
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
 
 Batch = dict[str, Tensor]
+_TASK_IDS = "task_ids"
+"""Which task every row is of, for peft's Poly and multitask prompt tuning."""
 
 
 class ModelRunner:
@@ -35,6 +37,9 @@ class ModelRunner:
         self._accepted = accepted_arguments(model)
         self._evaluation_mode = EvaluationMode(model)
         self._is_evaluating = False
+        self.longest = _fit.positions(model)
+        self._has_position_table = _fit.has_position_table(model)
+        self._vocabulary = _vocabulary(model)
         self._device: torch.device | None = None
 
     @contextmanager
@@ -65,8 +70,8 @@ class ModelRunner:
     def _padded_length(self, tokens: int) -> int:
         """On a GPU a few lengths instead of many: a CUDA graph is of one shape."""
         multiple = self.pad_to_multiple_of or (16 if self.device.type == "cuda" else 1)
-        longest: int = self.configured("max_position_embeddings", tokens)
-        return max(tokens, min(-(-tokens // multiple) * multiple, longest))
+        rounded = -(-tokens // multiple) * multiple
+        return max(tokens, min(rounded, self.longest or rounded))
 
     @property
     def device(self) -> torch.device:
@@ -91,8 +96,12 @@ class ModelRunner:
         """The model's logits, in its own dtype."""
         return _logits(self.outputs(batch))
 
-    def outputs(self, batch: Batch) -> Any:
-        """What the model returns; it is not shown the labels.
+    def outputs(self, batch: Batch, hidden: Collection[str] = ("labels",)) -> Any:
+        """What the model returns.
+
+        Args:
+            batch: What it is called with, as far as it takes it.
+            hidden: Fields that it is not shown: the loss is not its affair.
 
         Raises:
             DataError: No field of the batch is an argument of the model.
@@ -101,7 +110,7 @@ class ModelRunner:
         inputs: dict[str, Any] = {
             name: value
             for name, value in batch.items()
-            if name != "labels" and (accepted is None or name in accepted)
+            if name not in hidden and (accepted is None or name in accepted)
         }
         if not inputs:
             raise DataError(
@@ -132,12 +141,32 @@ class ModelRunner:
         return default if value is None else value
 
     def _checked(self, batch: Batch) -> Batch:
-        labels = batch.get("labels")
+        labels, ids = batch.get("labels"), batch.get("input_ids")
         # On the host this is free; on a GPU every look at a value would wait for the queue.
         if labels is not None and labels.device.type == "cpu":
             self.check_labels(labels)
+        if ids is not None:
+            self._check_tokens(ids)
         device = self.device
         return {name: value.to(device) for name, value in batch.items()}
+
+    def _check_tokens(self, ids: Tensor) -> None:
+        """Refuse texts that the model has no embeddings for."""
+        longest = self.longest if self._has_position_table else None
+        if longest is not None and ids.shape[-1] > longest:
+            raise DataError(
+                f"a text has {ids.shape[-1]} tokens and the model reads {longest}; cut texts with "
+                f"truncation=True, max_length={longest}"
+            )
+        if self._vocabulary is None or ids.device.type != "cpu" or ids.numel() == 0:
+            return
+        smallest, largest = int(ids.min()), int(ids.max())
+        if not 0 <= smallest <= largest < self._vocabulary:
+            raise DataError(
+                f"the input_ids lie in {smallest}..{largest}, the model's vocabulary is "
+                f"0..{self._vocabulary - 1}: was the text tokenised for another model, or the "
+                "embedding not resized after tokens were added?"
+            )
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels outside their range; for subclasses."""
@@ -158,11 +187,29 @@ class ModelObjective(Mixable, ModelRunner, Objective):  # type: ignore[misc]
 
 def accepted_arguments(model: nn.Module) -> frozenset[str] | None:
     """Names of the arguments of the model's forward, peft seen through; None when it takes any."""
-    unwrap = getattr(model, "get_base_model", None)
-    base = model if unwrap is None else unwrap()
-    parameters = inspect.signature(type(base).forward).parameters.values()
+    named = _named(type(_fit.base_model(model)).forward)
+    if not named:
+        return None
+    # A tuner may take more than its base does: Poly and multitask prompts the task of every row.
+    around = (model, getattr(model, "base_model", None))
+    takes_tasks = any(_TASK_IDS in _named(type(one).forward) for one in around if one is not None)
+    return frozenset(named | {_TASK_IDS} if takes_tasks else named)
+
+
+def _named(function: Any) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return frozenset(named - {"self"}) or None
+    return named - {"self"}
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model has embeddings for; None where it does not say."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = None if get is None else get()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -176,11 +223,19 @@ def check_range(labels: Tensor, classes: int) -> None:
     Raises:
         DataError: Gives the smallest and the largest label.
     """
+    if labels.numel() == 0:
+        return
     smallest, largest = int(labels.min()), int(labels.max())
+    if smallest == _collate.IGNORED:
+        raise DataError(
+            f"a label is {smallest}, which marks what no loss counts; leave such examples out "
+            f"(the classes are 0..{classes - 1})"
+        )
     if not 0 <= smallest <= largest < classes:
+        more = f", or build the model with num_labels={largest + 1}" if largest >= classes else ""
         raise DataError(
             f"the labels lie in {smallest}..{largest}, the model has {classes} classes: choose "
-            f"labels in 0..{classes - 1}, or build the model with num_labels={largest + 1}"
+            f"labels in 0..{classes - 1}{more}"
         )
 
 

@@ -24,15 +24,20 @@ def in_rows(values: Tensor, places: Tensor, fill: float) -> Tensor:
     return values.new_full(places.shape, fill).masked_scatter(places, values)
 
 
-def with_positions(batch: Batch, accepted: frozenset[str] | None) -> Batch:
-    """Positions counted from the first token, as ``generate`` does, where padding is on the left.
+def right_padded(batch: Batch) -> Batch:
+    """The same texts, each from the first position on, where padding is on the left.
 
-    Without them a model with absolute positions would read a short text as one that begins late.
+    A model with absolute positions would read a short text as one that begins late; and peft's
+    virtual tokens stand before the padding, so that their distance to the text would be the
+    neighbours' affair.
     """
-    takes_positions = accepted is not None and "position_ids" in accepted
-    if not takes_positions or "position_ids" in batch or "attention_mask" not in batch:
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
         return batch
-    mask = batch["attention_mask"]
-    if bool(mask[:, 0].all()):
-        return batch
-    return batch | {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+    rows, length = mask.shape
+    first = mask.long().argmax(1, keepdim=True)
+    places = (torch.arange(length, device=mask.device) + first) % length
+    at = torch.arange(rows, device=mask.device)[:, None], places
+    return {
+        name: value[at] if value.shape[:2] == mask.shape else value for name, value in batch.items()
+    }

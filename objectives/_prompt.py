@@ -4,6 +4,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from objectives._encoded import without_end
 from zo_adapt.errors import DataError, OptionError
 
 
@@ -14,12 +15,15 @@ class Prompt:
         tokenizer: Of the model.
         template: Text with fields in braces; ``{mask}`` stands for the mask token.
         max_length: Longest prompt in tokens; None is the tokenizer's own limit.
+        is_continued: The model is to go on with the text: the tokenizer's end token is left out.
 
     Raises:
         OptionError: No tokenizer, a field without a name, no mask token, a length below 1.
     """
 
-    def __init__(self, tokenizer: Any, template: str, max_length: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str, max_length: int | None, *, is_continued: bool = False
+    ) -> None:
         if tokenizer is None:
             raise OptionError(f"the template {template!r} needs tokenizer=...")
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
@@ -27,6 +31,7 @@ class Prompt:
             raise OptionError(f"the template {template!r} has no named field; write {{text}}")
         if "mask" in names and tokenizer.mask_token_id is None:
             raise OptionError(f"{{mask}} in {template!r}: this tokenizer has no mask token")
+        self.is_continued = is_continued
         self.tokenizer, self.template, self.fields = tokenizer, template, names - {"mask"}
         self.mask_token_id = tokenizer.mask_token_id if "mask" in names else None
         self.max_length = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
@@ -44,7 +49,7 @@ class Prompt:
             raise DataError(
                 f"the template needs {sorted(missing)}, the example has {sorted(example)}"
             )
-        texts = {name: str(example[name]) for name in self.fields}
+        texts = {name: _text(name, example[name]) for name in self.fields}
         ids = self._tokens(texts)
         while len(ids) > self.max_length:
             texts = self._shortened(texts, len(ids))
@@ -55,7 +60,7 @@ class Prompt:
     def _tokens(self, texts: Mapping[str, str]) -> list[int]:
         text = self.template.format_map({**texts, "mask": self.tokenizer.mask_token})
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return ids
+        return without_end(self.tokenizer, text, ids) if self.is_continued else ids
 
     def _shortened(self, texts: dict[str, str], length: int) -> dict[str, str]:
         """The longest field without its last characters, about as many as tokens are too many."""
@@ -68,6 +73,12 @@ class Prompt:
             )
         excess = -(-len(text) * (length - self.max_length) // length)
         return texts | {name: text[: len(text) - excess]}
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str | int | float):
+        raise DataError(f"the field {name!r} of an example is {value!r:.80}; give a text")
+    return str(value)
 
 
 def label_word_ids(tokenizer: Any, words: Sequence[str] | Sequence[int]) -> list[int]:

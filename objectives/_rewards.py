@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from objectives._lists import as_list, as_number
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
 
 RewardFunction = Callable[..., Any]
@@ -230,24 +231,24 @@ def _parameters(
 
 def _checked(name: str, returned: Any, rows: int) -> Rewarded:
     """What a function returned."""
-    try:
-        rewards = list(returned)
-    except TypeError as error:
+    rewards = as_list(returned)
+    if rewards is None:
         raise ObjectiveError(
             f"the reward function {name!r} returned {type(returned).__name__}; return a list of "
             "one number, or None, per completion"
-        ) from error
+        )
     if len(rewards) != rows:
         raise ObjectiveError(
             f"the reward function {name!r} returned {len(rewards)} rewards for {rows} completions; "
             "return one, or None, per completion"
         )
-    try:
-        values = np.array([0.0 if reward is None else float(reward) for reward in rewards])
-    except (TypeError, ValueError) as error:
+    numbers = [0.0 if reward is None else as_number(reward) for reward in rewards]
+    if None in numbers:
         raise ObjectiveError(
-            f"the reward function {name!r} returned {rewards!r:.80}, not numbers and None: {error}"
-        ) from error
+            f"the reward function {name!r} returned {rewards!r:.80}, not numbers and None: "
+            f"{rewards[numbers.index(None)]!r:.40} is neither"
+        )
+    values = np.array(numbers, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise NonFiniteObjectiveError(

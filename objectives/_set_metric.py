@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from objectives._model import Batch
+from objectives._collate import IGNORED
+from objectives._model import Batch, at_least_float32
 from objectives.classification import ClassificationLoss
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, UndefinedMetricError
@@ -43,6 +44,10 @@ class AnyLabels(ClassificationLoss):
     def check_labels(self, labels: Tensor) -> None:
         """What the labels mean is the metric's own affair."""
 
+    def logits(self, batch: object) -> Tensor:
+        """Of any shape, fp32."""
+        return at_least_float32(self.forward(self.prepare(batch)))
+
 
 class Predictions(NamedTuple):
     """What a micro-batch leaves behind."""
@@ -71,6 +76,7 @@ class SetMetric(Mixable, SetObjective):
             ClassificationLoss(model) if isinstance(model, nn.Module) else model
         )
         self.min_rows = checked_min_rows(min_rows)
+        self.check_labels = getattr(self.classifier, "check_labels", None)
 
     @property
     def model(self) -> nn.Module:
@@ -97,7 +103,8 @@ class SetMetric(Mixable, SetObjective):
         """
         prepared = self.classifier.prepare(batch)
         labels = self.classifier.labels(prepared)
-        return Predictions(array(self.classifier.logits(prepared)), array(labels))
+        logits = self.classifier.logits(prepared)
+        return Predictions(array(logits), array(_class_numbers(self.classifier, logits, labels)))
 
     def score(self, predictions: list[Any]) -> Any:
         """The metric of all micro-batches together.
@@ -117,6 +124,25 @@ class SetMetric(Mixable, SetObjective):
     @abstractmethod
     def metric(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """The value from logits (n, C) and labels (n,) or (n, C)."""
+
+
+def _class_numbers(classifier: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels in floats as class numbers, where the configuration says one class an example.
+
+    Raises:
+        DataError: They are not one-hot.
+    """
+    as_floats = labels.is_floating_point() and labels.dim() == 2 and labels.shape == logits.shape
+    if not (as_floats and isinstance(classifier, ClassificationLoss)):
+        return labels
+    if classifier.problem(labels.shape[1], labels) != "single_label_classification":
+        return labels
+    if not bool(((labels == 1).sum(1) == 1).all() and ((labels == 0) | (labels == 1)).all()):
+        raise DataError(
+            "the labels are shares of classes, and config.problem_type is "
+            "'single_label_classification': a metric needs one class an example; give integers"
+        )
+    return labels.argmax(1)
 
 
 def joined(predictions: Sequence[Predictions]) -> Predictions:
@@ -159,9 +185,13 @@ def check_labels(labels: np.ndarray, shape: tuple[int, ...]) -> None:
         DataError: Names them.
     """
     yes_or_no = labels.shape == shape or shape[-1] == 1
-    is_class = np.isin(labels, (0, 1)) if yes_or_no else labels == np.round(labels)
+    is_class = np.isin(labels, (0, 1) if yes_or_no else range(shape[-1]))
     if not is_class.all():
-        kind = "0 and 1, for one logit says yes or no" if yes_or_no else "whole numbers"
+        kind = "0 and 1" if yes_or_no else f"classes 0..{shape[-1] - 1}"
+        kind += ", for one logit says yes or no" if shape[-1] == 1 else ""
+        kind += " (-100 marks what no loss counts: leave such examples out)" * bool(
+            (labels == IGNORED).any()
+        )
         raise DataError(
             f"labels {np.unique(labels[~is_class]).tolist()[:8]} for logits of shape {shape}: "
             f"these must be {kind}; relabel them, or give the model a logit for each class"

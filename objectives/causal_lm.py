@@ -1,34 +1,21 @@
 """Next-token loss of causal language models."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
+from objectives._fit import check_causal
 from objectives._head import narrow_logits
-from objectives._model import Batch, ModelObjective, at_least_float32
-from objectives._padding import in_rows, token_mask, with_positions
-from zo_adapt.errors import DataError, OptionError
-
-Reduction = Literal["example", "token", "sum"]
-
-
-class LabelTokens(NamedTuple):
-    """The label tokens of a batch, row by row.
-
-    Args:
-        logits: Where each of them is predicted, (n, V).
-        ids: Which they are, (n,).
-        places: True at each, (b, t - 1), without the first token of the rows.
-    """
-
-    logits: Tensor
-    ids: Tensor
-    places: Tensor
+from objectives._model import Batch
+from objectives._padding import right_padded, token_mask
+from objectives._texts import TextEncoder
+from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
+from zo_adapt.errors import DataError
 
 
-class CausalLMLoss(ModelObjective):
+class CausalLMLoss(TokenLoss):
     """Negative log-likelihood of the label tokens, one value per example.
 
     With T_i the label tokens of example i (never the first token, which nothing predicts):
@@ -37,18 +24,35 @@ class CausalLMLoss(ModelObjective):
         "token"    L_i =  b/|T|  sum_{t in T_i} -log p(x_t | x_<t)    with T those of the batch
 
     "example" and "sum" are exact however a batch is split; with a normalised step the scale of
-    "sum" does not matter. "token" makes the mean over one call the mean over its tokens, the figure
-    that Trainer logs; over several micro-batches it is not, because |T| is each call's own.
+    "sum" does not matter. "token" makes the mean over a batch the mean over its tokens, the figure
+    that Trainer logs; as |T| is the batch's own, the batch stays in one call.
 
     Only the logits that a label token needs are computed.
+
+    Examples have ``input_ids`` and, if not every token is one, ``labels``, -100 where none is to be
+    predicted. With a tokenizer they may be what TRL's data sets hold, encoded as TRL does:
+
+    - ``text``: every token is a label;
+    - ``prompt`` and ``completion``, texts or lists of messages: the completion's tokens are;
+    - ``messages``: every token of the chat template is, or only the assistant's.
+
+    The end token is put after texts and completions that do not end in it.
 
     Args:
         model: A causal language model. Labels of -100 are not counted; without labels every token
             under the attention mask is one.
         reduction: "example", "token" or "sum".
+        tokenizer: For examples of text.
+        max_length: Longest text in tokens, the rest is cut off; None: what model and tokenizer
+            allow.
+        completion_only: Whether prompts are left out of the labels.
+        assistant_only: Whether only what the assistant says is a label; the chat template has to
+            mark it ({% generation %}).
+        chat_template_kwargs: More for the tokenizer's chat template.
 
     Raises:
-        OptionError: Another reduction.
+        OptionError: Another reduction, or a model that is not causal (when called: text without a
+            tokenizer).
         DataError: (when called) An example has no label token.
 
     Example:
@@ -57,30 +61,39 @@ class CausalLMLoss(ModelObjective):
         >>> loss = CausalLMLoss(GPT2LMHeadModel(config))
         >>> loss([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}]).shape
         torch.Size([2])
+
+    Reference: TRL, "Dataset formats and types" (SFTTrainer).
     """
 
-    def __init__(self, model: nn.Module, *, reduction: Reduction = "example") -> None:
-        if reduction not in ("example", "token", "sum"):
-            raise OptionError(f"reduction={reduction!r}; choose 'example', 'token' or 'sum'")
-        super().__init__(model)
-        self.reduction = reduction
-        # Whose tokens are counted together changes every value.
-        self.independent_rows = self.mean_over_rows = reduction != "token"
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reduction: Reduction = "example",
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        completion_only: bool = True,
+        assistant_only: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_causal(model, "CausalLMLoss")
+        super().__init__(model, reduction=reduction)
+        self.texts = TextEncoder(
+            tokenizer,
+            max_length=max_length,
+            longest=self.longest,
+            completion_only=completion_only,
+            assistant_only=assistant_only,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
-    def __call__(self, batch: object) -> Tensor:
-        """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
-        tokens = self.label_tokens(batch)
-        nll = F.cross_entropy(at_least_float32(tokens.logits), tokens.ids, reduction="none")
-        sums = in_rows(nll, tokens.places, 0.0).sum(1)
-        if self.reduction == "sum":
-            return sums
-        if self.reduction == "token":
-            return sums * (len(sums) / tokens.places.sum())
-        return sums / tokens.places.sum(1)
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """A batch from examples of tokens or of text."""
+        return super().collate([self.texts.encoded(example) for example in examples])
 
     def label_tokens(self, batch: object) -> LabelTokens:
         """The label tokens and the logits that predict them, computed at these places alone."""
-        prepared = self.prepare(batch)
+        prepared = right_padded(self.prepare(batch))
         targets = self._targets(prepared)
         places = targets != IGNORED
         return LabelTokens(self._logits(prepared, places), targets[places], places)
@@ -96,14 +109,9 @@ class CausalLMLoss(ModelObjective):
                 f"labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(ids.shape)}; "
                 "give one label per token, -100 where none is to be predicted"
             )
-        # With padding on the left a first token follows padding, which predicts nothing either.
+        # What follows padding is predicted by nothing.
         targets = labels[:, 1:].masked_fill(~token_mask(batch)[:, :-1], IGNORED)
-        missing = (targets == IGNORED).all(1).nonzero().flatten().tolist()
-        if missing:
-            raise DataError(
-                f"examples {missing} of the batch have no label token after the first token; raise "
-                "the length at which texts are cut, or leave them out"
-            )
+        check_labelled(targets, " after the first token")
         return targets
 
     def _logits(self, batch: Batch, places: Tensor) -> Tensor:
@@ -114,5 +122,4 @@ class CausalLMLoss(ModelObjective):
             # From the end: peft's prompt tuning puts virtual tokens before the text.
             return values[:, -steps - 1 : -1][places][None]
 
-        inputs = with_positions(batch, self._accepted)
-        return narrow_logits(self.model, lambda: self.forward(inputs), select)[0]
+        return narrow_logits(self.model, lambda: self.forward(batch), select)[0]

@@ -1,9 +1,14 @@
 """Losses of models with a classification head."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Collection
+from typing import Any
 
-from objectives._model import ModelObjective, at_least_float32, check_range
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from objectives._collate import IGNORED
+from objectives._model import Batch, ModelObjective, at_least_float32, check_range
 from zo_adapt.errors import DataError
 
 
@@ -36,15 +41,19 @@ class ClassificationLoss(ModelObjective):
 
     capturable = True
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._classes: int | None = None
+
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
         prepared = self.prepare(batch)
         labels = self.labels(prepared)
-        return self._losses(at_least_float32(self.forward(prepared)), labels)
+        return self._losses(self._checked_logits(self.forward(prepared), labels), labels)
 
     def logits(self, batch: object) -> Tensor:
         """Logits of shape (b, C), fp32; labels are not needed."""
-        return at_least_float32(self.forward(self.prepare(batch)))
+        return self._checked_logits(self.forward(self.prepare(batch)))
 
     @property
     def pad_token_id(self) -> int | None:
@@ -54,13 +63,47 @@ class ClassificationLoss(ModelObjective):
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse class labels that the head has no output for."""
-        classes = self.configured("num_labels")
+        classes = self.configured("num_labels", self._classes)
         if classes is None or labels.is_floating_point():
             return
-        if self._problem(classes, labels) == "single_label_classification":
+        if self.problem(classes, labels) == "single_label_classification":
             check_range(labels, classes)
 
-    def _problem(self, classes: int, labels: Tensor) -> str:
+    def _checked_logits(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """In at least fp32, after a check that there is one row of them for every example.
+
+        Raises:
+            DataError: The model says something of every token, or of nothing.
+        """
+        if logits.dim() != 2:
+            raise DataError(
+                f"the model gives logits of shape {tuple(logits.shape)}, and this objective is of "
+                "models with one row of logits for an example, (b, C); for a label of every token "
+                "choose TokenClassificationLoss, for the next token CausalLMLoss"
+            )
+        if self._classes is None:  # without a configuration it is the first answer that tells
+            self._classes = logits.shape[-1]
+            if labels is not None:
+                self.check_labels(labels)
+        return at_least_float32(logits)
+
+    def outputs(self, batch: Batch, hidden: Collection[str] = ("labels",)) -> Any:
+        """What the model returns.
+
+        Raises:
+            DataError: A decoder is to find the end of several texts and knows no padding token.
+        """
+        try:
+            return super().outputs(batch, hidden)
+        except ValueError as error:
+            if "no padding token" not in str(error):
+                raise
+            raise DataError(
+                f"{type(self.model).__name__} looks for the padding token to find the end of a "
+                "text, and has none; set model.config.pad_token_id (tokenizer.pad_token_id)"
+            ) from error
+
+    def problem(self, classes: int, labels: Tensor) -> str:
         """As transformers decides it, except that nothing is written into the configuration."""
         if classes == 1:
             by_labels = "regression"
@@ -72,13 +115,16 @@ class ClassificationLoss(ModelObjective):
         return problem
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        problem = self._problem(logits.shape[-1], labels)
+        problem = self.problem(logits.shape[-1], labels)
         if problem == "single_label_classification":
             _check_shape(
                 labels, logits.shape[:-1] if not labels.is_floating_point() else logits.shape
             )
             labels = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
-            return F.cross_entropy(logits, labels, reduction="none")
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            # A row that is marked to be left out has no loss; torch gives it 0, the best there is.
+            ignored = labels == IGNORED if labels.dim() == 1 else labels.isnan().any(-1)
+            return losses.masked_fill(ignored, torch.nan)
         if labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
             labels = labels[..., None]
         _check_shape(labels, logits.shape)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from objectives._encoded import PromptBatch, PromptEncoder, columns_of, is_chat, left_padded
+from objectives._fit import reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives.mixture import Mixable
@@ -114,7 +115,9 @@ class GenerationReward(Mixable, SetObjective):
         self.prompt_field = prompt_field
         self._evaluating = EvaluationMode(model)
         self.reward_funcs = Rewards(reward_funcs, reward_weights)
-        self._encode = PromptEncoder(tokenizer, chat_template_kwargs)
+        # An encoder reads the end token of its text; to a text that goes on there is none yet.
+        continued = not reads(model).is_encoder_decoder
+        self._encode = PromptEncoder(tokenizer, chat_template_kwargs, is_continued=continued)
         self._generator = Generator(
             model,
             tokenizer,
@@ -166,8 +169,26 @@ class GenerationReward(Mixable, SetObjective):
         """What the model writes after each prompt, where its weights are now."""
         prepared = self._prepared(batch)
         ids, mask = prepared.input_ids, prepared.attention_mask
+        seed = self._sampling_seed(prepared)
         with self.evaluating():
-            return self._generator(ids, mask, self._sampling_seed(prepared))
+            if virtual_tokens(self.model) and not bool(mask.all()):
+                return self._by_length(ids, mask, seed)
+            return self._generator(ids, mask, seed)
+
+    def _by_length(self, ids: Tensor, mask: Tensor, seed: int) -> Generated:
+        """Prompts of one length at a time: peft's virtual tokens stand before the padding.
+
+        With padding between, what a prompt is answered would depend on the longest beside it.
+        """
+        texts: list[str] = [""] * len(ids)
+        written: list[list[int]] = [[]] * len(ids)
+        lengths = mask.sum(1)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().flatten()
+            found = self._generator(ids[rows, -length:], mask[rows, -length:], seed)
+            for row, text, own in zip(rows.tolist(), found.texts, found.ids, strict=True):
+                texts[row], written[row] = text, own
+        return Generated(texts, written)
 
     def rewards(self, batch: Any, generated: Generated) -> np.ndarray:
         """Rewards of given completions, (b,), float64."""

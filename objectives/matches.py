@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
+from objectives._fit import reads
 from objectives._model import at_least_float32, check_range
 from objectives._padding import in_rows
 from objectives._set_metric import (
@@ -24,7 +25,9 @@ from objectives._set_metric import (
     joined,
     predicted,
 )
+from objectives._token_loss import TokenLoss
 from objectives.causal_lm import CausalLMLoss
+from objectives.seq2seq import Seq2SeqLoss
 from zo_adapt.options import positive_or_none
 
 ROWS_OF_A_COUNT = 32
@@ -94,19 +97,20 @@ class ExactMatch(SetMetric):
 
     The labels t of an example are
 
-    - the tokens of a completion, for a causal language model: each must be the likeliest after the
+    - the tokens of a completion, for a language model: each must be the likeliest after the
       prompt and the label tokens before it, which holds of all of them exactly if greedy decoding
       writes the completion. One forward pass instead of one for every token. ``input_ids`` hold
-      prompt and completion, ``labels`` -100 at the prompt; with the end token among the labels the
-      text must end there, too. Only the logits that predict a label are computed;
+      prompt and completion, ``labels`` -100 at the prompt (of an encoder-decoder the source, and
+      the target); with the end token among the labels the text must end there, too. Only the
+      logits that predict a label are computed;
     - the labels of the tokens (logits (b, t, C), labels (b, t), -100 where none counts);
     - several labels at once (logits and labels (b, C)); with one it is the accuracy.
 
     ``softness`` tau puts sigmoid(m_it / tau) for [m_it > 0]: the label furthest from right counts.
 
     Args:
-        model: A causal language model, a model with a classification head for texts or tokens, or
-            an objective with logits (``VerbalizerLoss``, ``CausalLMLoss``).
+        model: A language model, a model with a classification head for texts or tokens, or
+            an objective with logits (``VerbalizerLoss``, ``CausalLMLoss``, ``Seq2SeqLoss``).
         softness: As in ``Accuracy``; None: the exact match itself.
         min_rows: As in ``Accuracy``.
 
@@ -127,7 +131,7 @@ class ExactMatch(SetMetric):
 
     def __init__(
         self,
-        model: nn.Module | Classifier | CausalLMLoss,
+        model: nn.Module | Classifier | TokenLoss,
         *,
         softness: float | None = None,
         min_rows: MinRows = "auto",
@@ -138,7 +142,7 @@ class ExactMatch(SetMetric):
 
     def predict(self, batch: Any) -> np.ndarray:
         """One value for every example: 1.0 if it is right throughout, else 0.0, or between them."""
-        if isinstance(self.classifier, CausalLMLoss):
+        if isinstance(self.classifier, TokenLoss):
             tokens = self.classifier.label_tokens(batch)
             return self._of_tokens(tokens.logits, tokens.ids, tokens.places)
         found = super().predict(batch)
@@ -169,9 +173,9 @@ def _classifier(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         return model
     can_generate = getattr(model, "can_generate", None)
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    writes = can_generate is not None and can_generate() and not encodes
-    return CausalLMLoss(model) if writes else AnyLabels(model)
+    if can_generate is None or not can_generate():
+        return AnyLabels(model)
+    return Seq2SeqLoss(model) if reads(model).is_encoder_decoder else CausalLMLoss(model)
 
 
 def _rightness(logits: Tensor, labels: Tensor, softness: float | None) -> Tensor:
@@ -191,6 +195,8 @@ def _rightness(logits: Tensor, labels: Tensor, softness: float | None) -> Tensor
     yes_or_no = logits.shape == labels.shape
     if yes_or_no or labels.is_floating_point():
         check_labels(array(labels), shape)
+    else:
+        check_range(labels, shape[-1])
     if softness is None:
         said = (logits > 0).to(labels.dtype) if yes_or_no else _likeliest(logits)
         return (said == labels).cpu().double()
@@ -207,8 +213,6 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
     """By how much the label's logit is above the largest other one, at least fp32, (n,)."""
-    if labels.numel() > 0:
-        check_range(labels, logits.shape[-1])
     index = labels.long()[..., None]
     # The two largest rather than a copy without the label's: that would be another vocabulary wide.
     top = logits.topk(2)

@@ -7,8 +7,15 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from objectives._fit import base_model
+from objectives._model import Batch
 from objectives._set_metric import AnyLabels, Classifier, Predictions, SetMetric, array
-from zo_adapt.errors import ObjectiveError, OptionError, UndefinedMetricError
+from zo_adapt.errors import (
+    NonFiniteObjectiveError,
+    ObjectiveError,
+    OptionError,
+    UndefinedMetricError,
+)
 
 PREFIX = "eval_"
 
@@ -16,9 +23,11 @@ PREFIX = "eval_"
 class MetricObjective(SetMetric):
     """A metric that a Trainer's ``compute_metrics`` computes, with Trainer's conventions.
 
-    The function is called once for an evaluation, with an ``EvalPrediction`` of the logits and the
-    labels of the whole batch; where their length varies from one micro-batch to the next (a label
-    for every token), the shorter are padded with -100.
+    The function is called once for an evaluation, with an ``EvalPrediction`` of the predictions and
+    the labels of the whole batch. The predictions are what Trainer makes of the model's outputs:
+    all of them but the loss, a tuple where there are several (of an encoder-decoder, say). Where
+    their length varies from one micro-batch to the next (a label for every token), the shorter are
+    padded with -100.
 
     Args:
         model: A model, or an objective with logits, ``VerbalizerLoss``.
@@ -61,6 +70,7 @@ class MetricObjective(SetMetric):
             raise OptionError(f"compute_metrics={compute_metrics!r} cannot be called")
         unchecked = AnyLabels(model) if isinstance(model, nn.Module) else model
         super().__init__(unchecked, min_rows=min_rows)
+        self._label_names = _label_names(model) if isinstance(model, nn.Module) else ["labels"]
         self.compute_metrics, self.name = compute_metrics, metric_for_best_model
         self.preprocess = preprocess_logits_for_metrics
         inferred = not metric_for_best_model.endswith("loss")
@@ -74,11 +84,34 @@ class MetricObjective(SetMetric):
             DataError: There are no labels.
         """
         prepared = self.classifier.prepare(batch)
-        labels = self.classifier.labels(prepared)
-        logits: Any = self.classifier.logits(prepared).detach()
+        labels = self._labels(prepared)
+        logits = self._logits(prepared)
+        _check_no_nan(logits)
         if self.preprocess is not None:
             logits = self.preprocess(logits, labels)
-        return Predictions(_nested(logits), array(labels))
+        return Predictions(_nested(logits), _nested(labels))
+
+    def _labels(self, batch: Batch) -> Any:
+        """The labels as Trainer finds them: one field, or several (start and end positions)."""
+        found = [batch[name] for name in self._label_names if name in batch]
+        if len(found) < len(self._label_names):
+            return self.classifier.labels(batch)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _logits(self, batch: Batch) -> Any:
+        """All that the model returns but the loss, or the one thing that is left."""
+        if not isinstance(self.classifier, AnyLabels):
+            return self.classifier.logits(batch).detach()
+        outputs = self.classifier.outputs(batch, hidden=())
+        ignored = self.classifier.configured("keys_to_ignore_at_inference", ["past_key_values"])
+        if isinstance(outputs, Mapping):
+            kept = tuple(v for name, v in outputs.items() if name not in {*ignored, "loss"})
+        elif isinstance(outputs, tuple | list):
+            kept = tuple(outputs[1:])
+        else:
+            return outputs.detach()
+        kept = _detached(kept)
+        return kept[0] if len(kept) == 1 else kept
 
     def score(self, predictions: list[Any]) -> float:
         """The named metric of all micro-batches together.
@@ -120,6 +153,36 @@ class MetricObjective(SetMetric):
         raise ObjectiveError(
             f"metric_for_best_model={self.name!r} is not among what compute_metrics returns: "
             f"{sorted(metrics)}"
+        )
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    """The fields that Trainer takes for labels."""
+    from transformers.utils.generic import find_labels
+
+    names: list[str] = find_labels(type(base_model(model)))
+    return names or ["labels"]
+
+
+def _detached(outputs: Any) -> Any:
+    if isinstance(outputs, tuple | list):
+        return tuple(_detached(one) for one in outputs)
+    return outputs.detach()
+
+
+def _check_no_nan(outputs: Any) -> None:
+    """Refuse predictions that a function would take for classes although they are not numbers.
+
+    Raises:
+        NonFiniteObjectiveError: NaN among them.
+    """
+    if isinstance(outputs, tuple | list):
+        for one in outputs:
+            _check_no_nan(one)
+    elif bool(outputs.isnan().any()):
+        raise NonFiniteObjectiveError(
+            f"{int(outputs.isnan().sum())} of {outputs.numel()} outputs of the model are NaN; a "
+            "smaller lr or perturbation_scale keeps them finite"
         )
 
 

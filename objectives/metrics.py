@@ -68,7 +68,10 @@ class F1(SetMetric):
                 "'weighted'"
             )
         classes = predicted(logits, labels)
-        return float(f1_score(labels, classes, average=self.average, zero_division=0.0))
+        # Of several labels at once, scikit-learn counts a class that occurs nowhere as 0.
+        absent = np.nan if labels.ndim == 2 and self.average != "micro" else 0.0
+        value = f1_score(labels, classes, average=self.average, zero_division=absent)
+        return float(np.nan_to_num(value))
 
 
 class MatthewsCorrelation(SetMetric):
@@ -185,5 +188,6 @@ def _check_classes(labels: np.ndarray, classes: int) -> None:
     if bad:
         raise UndefinedMetricError(
             f"ROC-AUC of the classes {bad} is not defined on these {len(labels)} rows, which hold "
-            "none or nothing else of them; raise batch_size or min_rows, or leave stratify on"
+            "none or nothing else of them; raise batch_size or min_rows, leave stratify on, or set "
+            "dataloader_drop_last=True where the last batch of a pass is a short one"
         )

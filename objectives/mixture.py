@@ -103,6 +103,8 @@ class Mixture(Mixable, Objective):
         # None where no part has one, so that the loop does what it does for a bare function.
         if any(part.collate is not None for part in each):
             self.collate = self._collate
+        if any(part.check_labels is not None for part in each):
+            self.check_labels = self._check_labels
         if any(part.evaluating is not None for part in each):
             self.evaluating = self._evaluating
 
@@ -132,6 +134,11 @@ class Mixture(Mixable, Objective):
             made = (make or default)(examples)
             batches.append(next((one for one in batches if _equal(one, made)), made))
         return MixedBatch(batches)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        for _, part in self.parts:
+            if part.check_labels is not None:
+                part.check_labels(labels)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

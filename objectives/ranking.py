@@ -1,12 +1,10 @@
 """Ranking metrics as objectives, over queries with any number of documents.
 
-One example is one query with its documents. scikit-learn and scipy compute the metrics where they
-have them. Tied scores are handled as scikit-learn does: NDCG is the mean over the orders of the
-ties, everywhere else a document stands behind those it is tied with.
+One example is one query with its documents. Tied scores have no order: every metric is the mean
+over all orders of the ties. scikit-learn computes NDCG so; the others are computed here.
 """
 
-from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -93,16 +91,8 @@ class MAP(RankingMetric):
     """
 
     def values(self, relevance: list[np.ndarray], scores: list[np.ndarray]) -> np.ndarray:
-        """One call of scikit-learn for every query."""
-        pairs = zip(relevance, scores, strict=True)
-        return np.array([self.mean([one], [score]) for one, score in pairs])
-
-    def mean(self, relevance: list[np.ndarray], scores: list[np.ndarray]) -> float:
-        """One call of scikit-learn for all."""
-        from sklearn.metrics import label_ranking_average_precision_score
-
-        gains, ranked = _padded(relevance, scores)
-        return float(label_ranking_average_precision_score(gains > 0, ranked))
+        """Average precision of every query."""
+        return np.array([_average_precision(ranks) for ranks in map(_ranked, relevance, scores)])
 
 
 class MRR(RankingMetric):
@@ -140,8 +130,8 @@ class MRR(RankingMetric):
 
     def values(self, relevance: list[np.ndarray], scores: list[np.ndarray]) -> np.ndarray:
         """1 / rank, 0 beyond k."""
-        first = np.array([ranks.min() for ranks in _relevant_ranks(relevance, scores)])
-        return np.where(first <= (self.k or np.inf), 1.0 / first, 0.0)
+        each = map(_ranked, relevance, scores)
+        return np.array([_reciprocal_rank(ranks, self.k or np.inf) for ranks in each])
 
 
 class RecallAt(RankingMetric):
@@ -179,7 +169,7 @@ class RecallAt(RankingMetric):
 
     def values(self, relevance: list[np.ndarray], scores: list[np.ndarray]) -> np.ndarray:
         """Relevant documents within k, of all relevant ones."""
-        return np.array([(r <= self.k).mean() for r in _relevant_ranks(relevance, scores)])
+        return np.array([_recall(ranks, self.k) for ranks in map(_ranked, relevance, scores)])
 
 
 def _padded(gains: list[np.ndarray], scores: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -194,9 +184,58 @@ def _padded(gains: list[np.ndarray], scores: list[np.ndarray]) -> tuple[np.ndarr
     return matrix, ranked
 
 
-def _relevant_ranks(relevance: list[np.ndarray], scores: list[np.ndarray]) -> Iterable[np.ndarray]:
-    """The ranks of the relevant documents of every query; of ties the last."""
-    from scipy.stats import rankdata
+class _Ranks(NamedTuple):
+    """One query, its documents in descending order of score; entries are those of the ranks.
 
-    for one, score in zip(relevance, scores, strict=True):
-        yield rankdata(-score, method="max")[one > 0]
+    Args:
+        rank: 1..n.
+        above: Documents above the group of equal scores that a rank belongs to.
+        tied: Documents of the group.
+        hits_above: Relevant documents above the group.
+        hits: Relevant documents of the group.
+    """
+
+    rank: np.ndarray
+    above: np.ndarray
+    tied: np.ndarray
+    hits_above: np.ndarray
+    hits: np.ndarray
+
+
+def _ranked(relevance: np.ndarray, scores: np.ndarray) -> _Ranks:
+    """What is known of the document at each rank, whatever the order of the ties."""
+    order = np.argsort(-scores, kind="stable")
+    _, group, tied = np.unique(-scores[order], return_inverse=True, return_counts=True)
+    hits = np.bincount(group, weights=(relevance[order] > 0).astype(float))
+    above, hits_above = np.cumsum(tied) - tied, np.cumsum(hits) - hits
+    rank = np.arange(1, len(scores) + 1)
+    return _Ranks(rank, above[group], tied[group], hits_above[group], hits[group])
+
+
+def _average_precision(ranks: _Ranks) -> float:
+    """Its expectation over the orders of the ties.
+
+    A rank holds a relevant document with probability hits / tied; of the ranks of its group before
+    it, (hits - 1) / (tied - 1) then do.
+    """
+    before = ranks.rank - ranks.above - 1
+    share = np.maximum(ranks.hits - 1, 0) / np.maximum(ranks.tied - 1, 1)
+    precision = (ranks.hits_above + 1 + before * share) / ranks.rank
+    likely = ranks.hits / ranks.tied
+    return float((likely * precision).sum() / likely.sum())
+
+
+def _reciprocal_rank(ranks: _Ranks, k: float) -> float:
+    """Its expectation over the orders of the ties: the first group with a relevant document."""
+    first = (ranks.hits > 0) & (ranks.hits_above == 0)
+    rank, tied, hits = ranks.rank[first], ranks.tied[first], ranks.hits[first]
+    left = tied - np.arange(len(rank))  # documents of the group that have no place yet
+    missed = np.cumprod(np.maximum(1 - hits / left, 0.0))
+    likely = np.concatenate([[1.0], missed[:-1]]) * np.minimum(hits / left, 1.0)
+    return float((likely / rank)[rank <= k].sum())
+
+
+def _recall(ranks: _Ranks, k: int) -> float:
+    """Its expectation over the orders of the ties."""
+    likely = ranks.hits / ranks.tied
+    return float(likely[:k].sum() / likely.sum())

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from objectives._fit import shortest, tokens_of
+from objectives._lists import as_list
 from objectives._model import Batch, ModelRunner, at_least_float32
 from objectives._padding import last_positions, token_mask
 from objectives.scorers import DOCUMENTS, FeatureScorer, QueryBatch, Scorer, field, one_each
@@ -23,7 +25,7 @@ class TextScorer(Scorer):
     Args:
         model: A transformers model.
         tokenizer: For queries and documents given as text.
-        max_length: Tokens that are read; None: what the tokenizer allows.
+        max_length: Tokens that are read; None: what the tokenizer and the model allow.
         documents_per_forward: Most texts in one forward pass, for the memory's sake.
 
     Raises:
@@ -42,6 +44,7 @@ class TextScorer(Scorer):
         self.tokenizer = tokenizer
         self.max_length = None if max_length is None else at_least_one("max_length", max_length)
         self.documents_per_forward = at_least_one("documents_per_forward", documents_per_forward)
+        self._limit = shortest(self.max_length, self.longest, tokens_of(tokenizer))
 
     def encoded(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """The example with tokens in place of text; encode once what is used often.
@@ -49,9 +52,17 @@ class TextScorer(Scorer):
         Raises:
             OptionError: There is text and no tokenizer.
         """
-        if not any(isinstance(document, str) for document in example[DOCUMENTS]):
+        documents = as_list(field(example, DOCUMENTS))
+        if documents is None:
+            raise DataError(
+                f"{DOCUMENTS!r} of a query is {example[DOCUMENTS]!r:.80}; give a list of texts"
+            )
+        if not any(isinstance(document, str) for document in documents):
             return dict(example)
-        return self.tokenized(dict(example))
+        wrong = next((one for one in documents if not isinstance(one, str)), "")
+        if wrong != "":
+            raise DataError(f"a document of a query is {wrong!r:.80} among texts; give a text")
+        return self.tokenized(dict(example) | {DOCUMENTS: documents})
 
     @abstractmethod
     def tokenized(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +76,7 @@ class TextScorer(Scorer):
         """
         if self.tokenizer is None:
             raise OptionError("queries and documents given as text need tokenizer=...")
-        columns = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        columns = self.tokenizer(*texts, truncation=self._limit is not None, max_length=self._limit)
         names = list(columns)
         return [
             dict(zip(names, row, strict=True))

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from objectives._fit import reads, shortest
 from objectives._head import narrow_logits
 from objectives._model import Batch, ModelObjective, at_least_float32, check_range
-from objectives._padding import last_positions, token_mask, with_positions
+from objectives._padding import last_positions, right_padded, token_mask
 from objectives._prompt import Prompt, label_word_ids
+from objectives.seq2seq import first_token
 from zo_adapt.errors import DataError, OptionError
 
 
@@ -19,12 +21,12 @@ class VerbalizerLoss(ModelObjective):
 
     L_i = -log softmax_k( logit(w_k | prompt_i) )_{y_i}
 
-    with the label words w_1..w_C, at the last token of the prompt or, for a masked language model,
-    at the mask token. Only these C logits are computed, not the vocabulary's; padding may be on
-    either side.
+    with the label words w_1..w_C, at the last token of the prompt, for a masked language model at
+    the mask token, for an encoder-decoder (T5) at the first token that is written. Where the model
+    allows it only these C logits are computed, not the vocabulary's; padding may be on either side.
 
     Args:
-        model: A causal or masked language model.
+        model: A causal, masked or encoder-decoder language model.
         label_words: One for every class, each a single token (" negative", " positive"), or ids.
         tokenizer: Needed for words and for a template.
         template: The prompt, fields of an example in braces: "Review: {text}\nSentiment:". With
@@ -35,7 +37,8 @@ class VerbalizerLoss(ModelObjective):
         mask_token_id: For prompts given as ``input_ids`` to a masked language model.
 
     Raises:
-        OptionError: A label word is not one token, or the tokenizer is missing.
+        OptionError: A label word is not one token, the tokenizer is missing, or a masked language
+            model without a mask.
         DataError: (when called) A field or the labels are missing; no place to answer.
 
     Example:
@@ -61,11 +64,21 @@ class VerbalizerLoss(ModelObjective):
         super().__init__(model)
         self.label_ids = label_word_ids(tokenizer, label_words)
         self.prompt: Prompt | None = None
+        kind = reads(model)
         if template is not None:
-            limit = self.configured("max_position_embeddings")
-            self.prompt = Prompt(tokenizer, template, max_length or limit)
+            limit = shortest(max_length, self.longest)
+            continued = kind.is_causal and "{mask}" not in template
+            self.prompt = Prompt(tokenizer, template, limit, is_continued=continued)
             mask_token_id = self.prompt.mask_token_id
         self.mask_token_id = mask_token_id
+        if kind.is_masked and mask_token_id is None:
+            raise OptionError(
+                f"{type(model).__name__} is a masked language model, which answers at a mask; "
+                "write {mask} into the template, or give mask_token_id for prompts as input_ids"
+            )
+        self._is_written = kind.is_encoder_decoder and mask_token_id is None
+        # Some encoder-decoders add a bias for the whole vocabulary after their output layer.
+        self._narrows = not kind.is_encoder_decoder
         self._check_vocabulary()
 
     def __call__(self, batch: object) -> Tensor:
@@ -91,17 +104,30 @@ class VerbalizerLoss(ModelObjective):
     def _logits(self, batch: Batch) -> Tensor:
         if "input_ids" not in batch:
             raise DataError(f"the batch has no input_ids, only {sorted(batch)}; give a template")
+        batch = right_padded(batch)
         positions, length = self._positions(batch), batch["input_ids"].shape[1]
+        if self._is_written:
+            batch, positions, length = self._begun(batch)
         rows = torch.arange(len(positions), device=positions.device)
 
         def select(values: Tensor) -> Tensor:
             # From the end: peft's prompt tuning puts virtual tokens before the text.
             return values[:, -length:][rows.to(values.device), positions.to(values.device)][:, None]
 
-        inputs = batch if self.mask_token_id is not None else with_positions(batch, self._accepted)
         ids = torch.tensor(self.label_ids, device=positions.device)
-        logits = narrow_logits(self.model, lambda: self.forward(inputs), select, ids)
-        return at_least_float32(logits[:, 0])
+        only = ids if self._narrows else None
+        logits = narrow_logits(self.model, lambda: self.forward(batch), select, only)[:, 0]
+        return at_least_float32(logits if self._narrows else logits[:, ids.to(logits.device)])
+
+    def _begun(self, batch: Batch) -> tuple[Batch, Tensor, int]:
+        """The batch with what the decoder has read before the answer: where it ends, how long."""
+        generation = getattr(self.model, "generation_config", None)
+        forced = getattr(generation, "forced_bos_token_id", None)
+        begun = [first_token(self.model)] + ([] if forced is None else [int(forced)])
+        ids = batch["input_ids"]
+        read = torch.tensor([begun], device=ids.device).expand(len(ids), -1)
+        last = torch.full((len(ids),), len(begun) - 1, device=ids.device)
+        return batch | {"decoder_input_ids": read}, last, len(begun)
 
     def _positions(self, batch: Batch) -> Tensor:
         """Where each row's answer is, (b,)."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model, token_rows
 from torch import Tensor, nn
 
 from objectives import CallableObjective, CausalLMLoss
-from tests.tiny_models import tiny_model, token_rows
 from zo_adapt import (
     EvaluationOptions,
     MeZO,
@@ -28,13 +28,9 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DropoutError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ATTRIBUTES,
-    as_objective,
-    resolve_mean_over_rows,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ATTRIBUTES, as_objective, rows_needed
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.term import HERE
 
 QUIET: dict[str, Any] = {

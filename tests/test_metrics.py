@@ -170,7 +170,7 @@ def test_several_labels_at_once(size: int | None) -> None:
     [
         (1, [0, 2, 1, -1], r"labels \[-1, 2\] .*0 and 1, for one logit"),
         (1, [0.0, 0.5, 1.0, 1.0], r"labels \[0.5\]"),
-        (3, [0.0, 0.5, 1.0, 1.0], r"labels \[0.5\] .*whole numbers"),
+        (3, [0.0, 0.5, 1.0, 1.0], r"labels \[0.5\] .*classes 0"),
     ],
 )
 def test_labels_that_are_no_classes_are_named(

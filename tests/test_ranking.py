@@ -1,5 +1,6 @@
 """Ranking metrics: scikit-learn's and scipy's for every query, however the queries are cut."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,33 +55,41 @@ def ndcg(k: int | None, gain: Callable[[Any], Any] = np.asarray) -> Callable[...
     return value
 
 
-def average_precision(relevance: np.ndarray, scores: np.ndarray) -> float:
-    return float(reference.average_precision_score(relevance > 0, scores))
+def over_orders(value: Callable[[list[bool]], float]) -> Callable[..., float]:
+    """Slow and obvious: the mean over all orders in which tied documents may stand."""
+
+    def mean(relevance: np.ndarray, scores: np.ndarray) -> float:
+        groups = [
+            sorted(set(itertools.permutations((relevance[scores == s] > 0).tolist())))
+            for s in sorted(set(scores.tolist()), reverse=True)
+        ]
+        orders = [list(itertools.chain(*order)) for order in itertools.product(*groups)]
+        return float(np.mean([value(order) for order in orders]))
+
+    return mean
 
 
-def first_rank(relevance: np.ndarray, scores: np.ndarray) -> int:
-    """Slow and obvious: how many documents stand at or above the best relevant one."""
-    best = max(s for s, r in zip(scores, relevance, strict=True) if r > 0)
-    return sum(s >= best for s in scores)
+def average_precision(hits: list[bool]) -> float:
+    places = [place for place, hit in enumerate(hits) if hit]
+    return sum((i + 1) / (place + 1) for i, place in enumerate(places)) / len(places)
 
 
-def recall(relevance: np.ndarray, scores: np.ndarray, k: int = 2) -> float:
-    found = [
-        sum(other >= s for other in scores) <= k
-        for s, r in zip(scores, relevance, strict=True)
-        if r > 0
-    ]
-    return sum(found) / len(found)
+def recall(hits: list[bool], k: int = 2) -> float:
+    return sum(hits[:k]) / sum(hits)
+
+
+def reciprocal(hits: list[bool], k: int = 99) -> float:
+    return 1 / (1 + hits.index(True)) if True in hits[:k] else 0.0
 
 
 METRICS: dict[str, tuple[Callable[[Any], Any], Callable[..., float]]] = {
     "ndcg": (lambda m: NDCG(m, k=None), ndcg(None)),
     "ndcg@3": (lambda m: NDCG(m, k=3), ndcg(3)),
     "ndcg exponential": (lambda m: NDCG(m, k=3, gain="exponential"), ndcg(3, lambda r: 2**r - 1)),
-    "map": (MAP, average_precision),
-    "mrr": (MRR, lambda r, s: 1 / first_rank(r, s)),
-    "mrr@2": (lambda m: MRR(m, k=2), lambda r, s: 1 / n if (n := first_rank(r, s)) <= 2 else 0.0),
-    "recall@2": (lambda m: RecallAt(m, k=2), recall),
+    "map": (MAP, over_orders(average_precision)),
+    "mrr": (MRR, over_orders(reciprocal)),
+    "mrr@2": (lambda m: MRR(m, k=2), over_orders(lambda hits: reciprocal(hits, 2))),
+    "recall@2": (lambda m: RecallAt(m, k=2), over_orders(recall)),
     "kendall": (KendallTau, lambda r, s: scipy.stats.kendalltau(r, s).statistic),
     "spearman": (Spearman, lambda r, s: scipy.stats.spearmanr(r, s).statistic),
 }
@@ -148,6 +157,21 @@ def test_equal_to_the_libraries_for_every_query_however_they_are_cut(
     assert in_parts(metric, data, size) == pytest.approx(np.mean(values), abs=1e-12)
     skipping = type(metric)(metric.model, undefined="skip")
     assert np.isnan(skipping(examples(queries))).tolist() == [not use for use in usable]
+
+
+def test_three_tied_relevant_documents_are_right_in_every_order() -> None:
+    (query,) = examples([([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])])
+    assert MRR(Same())([query]).tolist() == [1.0]
+    assert MAP(Same())([query]).tolist() == pytest.approx([1.0])
+    assert RecallAt(Same(), k=2)([query]).tolist() == pytest.approx([2 / 3])
+
+
+def test_without_ties_the_average_precision_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    relevance, scores = rng.integers(0, 2, 30).astype(float), rng.permutation(30).astype(float)
+    found = MAP(Same())(examples([(relevance.tolist(), scores.tolist())]))
+    expected = reference.average_precision_score(relevance, scores)
+    assert found.tolist() == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -6,14 +6,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+FIELDS = ("labels", "label", "label_ids")
+"""Names that labels go by, the first one found is meant."""
+
 
 def class_labels(data: Any) -> list[int] | None:
-    """The class of every example where the data say so: an integer field ``labels`` or ``label``.
+    """The class of every example, to stratify by: one integer each, and several of a class.
 
-    Only columns and examples in memory are read; anything else, or a field that is not one integer
-    an example, gives None.
+    Only columns and examples in memory are read; anything else gives None.
     """
-    for field in ("labels", "label"):
+    labels = integer_labels(data)
+    return labels if labels is not None and 1 < len(set(labels)) < len(labels) else None
+
+
+def integer_labels(data: Any) -> list[int] | None:
+    """The label of every example where the data hold one integer for each; else None."""
+    for field in FIELDS:
         column = _column(data, field)
         if column is None:
             continue
@@ -22,7 +30,7 @@ def class_labels(data: Any) -> list[int] | None:
         values: list[Any] = [
             c.item() if isinstance(c, Tensor | np.generic) and c.ndim == 0 else c for c in column
         ]
-        if all(isinstance(value, int) for value in values) and 1 < len(set(values)) < len(values):
+        if values and all(isinstance(value, int) for value in values):
             return values
     return None
 
@@ -30,8 +38,13 @@ def class_labels(data: Any) -> list[int] | None:
 def _column(data: Any, field: str) -> Any:
     if isinstance(data, Mapping):
         return data.get(field)
+    if hasattr(data, "iloc") and hasattr(data, "columns"):  # a DataFrame
+        return data[field].tolist() if field in data.columns else None
     if hasattr(data, "column_names"):
-        return data[field][:] if field in data.column_names else None
+        if field not in (data.column_names or ()) or not hasattr(data, "__getitem__"):
+            return None  # a stream can be read once
+        # As it is stored: a transform would decode every image for the sake of its label.
+        return data.with_format(None)[field][:]
     if isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
         return [row[field] for row in data] if all(field in row for row in data) else None
     return None

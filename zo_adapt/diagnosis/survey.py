@@ -26,11 +26,14 @@ from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import (
     ObjectiveLike,
     SetObjective,
-    resolve_mean_over_rows,
     rows_needed,
 )
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.start_checks import (
+    check_all_labels,
+    resolve_mean_over_rows,
+)
 from zo_adapt.loops import former
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.directions import direction
@@ -113,6 +116,7 @@ def diagnose(
     check_run(at_least_one("num_directions", num_directions), None, seed)
     examples = as_data(data)
     source = examples.source(objective)
+    check_all_labels(objective, examples.examples)
     objective = resolve_mean_over_rows(objective, source, view.model)
     least = max(USUAL_ROWS, rows_needed(objective))
     size = min(least, len(source)) if batch_size == "auto" else batch_size

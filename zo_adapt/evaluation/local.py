@@ -23,7 +23,6 @@ from zo_adapt.evaluation.objective import (
     ObjectiveLike,
     SetObjective,
     as_objective,
-    check_micro_batch_size,
     keeps_batch_whole,
     ready,
 )
@@ -32,6 +31,7 @@ from zo_adapt.evaluation.places import OnePoint, Place
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
 from zo_adapt.evaluation.routes import route_of
+from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk, trunk_for
 from zo_adapt.evaluation.values import Returned, checked_values, on_host
 from zo_adapt.view.parameters import ParameterView

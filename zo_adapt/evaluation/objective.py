@@ -1,18 +1,15 @@
 """What an objective is: the contract between what is tuned for and what asks it."""
 
-import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from zo_adapt.data.sources import Collate, Source
-from zo_adapt.errors import ArgumentTypeError, OptionError
+from zo_adapt.data.sources import Collate
+from zo_adapt.errors import ArgumentTypeError
 from zo_adapt.evaluation.mode import check_dropout
 from zo_adapt.options import at_least_one, renamed
 
@@ -42,10 +39,13 @@ class Objective(ABC):
             call is not counted as queries; an error in it counts as no values per example.)
         min_rows: Fewest rows of the part of a batch that one direction sees. "all": every
             direction sees the whole batch.
+        check_labels: Called with a tensor of labels, raises where one cannot be. With all labels at
+            the start, where the data hold one integer an example. None: any will do.
         capturable: A call on a GPU does the same kernels for every batch of one shape and never
             waits for their results, so that a CUDA graph can replay them.
 
     Example:
+        >>> import torch
         >>> class Distance(Objective):
         ...     mean_over_rows = True
         ...     def __init__(self, x):
@@ -63,6 +63,7 @@ class Objective(ABC):
     step_like: bool = False
     mean_over_rows: bool | Literal["auto"] = "auto"
     min_rows: int | Literal["all"] = 1
+    check_labels: Callable[[Tensor], None] | None = None
     capturable: bool = False
 
     @abstractmethod
@@ -77,6 +78,7 @@ class SetObjective(Objective):
     direction sees the whole batch (``min_rows="all"``) unless the class says how many rows will do.
 
     Example:
+        >>> import torch
         >>> class Largest(SetObjective):
         ...     maximize = True
         ...     def predict(self, batch):
@@ -125,6 +127,7 @@ ATTRIBUTES = (
     "step_like",
     "mean_over_rows",
     "min_rows",
+    "check_labels",
     "capturable",
 )
 """All that an objective says of itself."""
@@ -233,58 +236,6 @@ def keeps_batch_whole(objective: Objective) -> bool:
     return objective.mean_over_rows is not True
 
 
-def check_micro_batch_size(
-    objective: Objective, micro_batch_size: int | None, batch_size: int | None
-) -> None:
-    """Refuse micro-batches of what cannot be cut.
-
-    Args:
-        objective: After ``resolve_mean_over_rows``.
-        micro_batch_size: As the caller gives it; None: no limit was asked for.
-        batch_size: Rows of a batch; None: not known.
-
-    Raises:
-        OptionError: The objective gives one number for a whole batch.
-    """
-    cuts = micro_batch_size is not None and (batch_size is None or micro_batch_size < batch_size)
-    if cuts and keeps_batch_whole(objective):
-        raise OptionError(
-            f"micro_batch_size={micro_batch_size} with an objective that gives one number for a "
-            "batch: the mean over micro-batches would be another number; return one value per "
-            "example, set mean_over_rows=True if the number is a mean over rows, give the "
-            "objective predict and score, or leave micro_batch_size out"
-        )
-
-
-def resolve_mean_over_rows(
-    objective: Objective, source: Source, model: nn.Module | None
-) -> Objective:
-    """The objective, saying whether its value is a mean over rows, so that a batch may be cut.
-
-    One that does not say is called once, on the first two rows: the same two in every run, also in
-    one that is resumed. One value for each is a mean over rows. One number need not be: a metric,
-    or in-batch negatives, are another figure on another number of rows.
-
-    Args:
-        objective: What is asked.
-        source: Of the rows.
-        model: Looked at for dropout, where the objective has no evaluation mode of its own.
-
-    Raises:
-        DropoutError: The model is not in evaluation mode.
-    """
-    if objective.mean_over_rows != "auto" or len(source) < 2:  # a single row cannot be cut
-        return objective
-    with torch.no_grad(), _randomness_kept(model), ready(objective, model):
-        try:
-            shape = np.shape(_detached(objective(source.take([0, 1]))))
-        # A metric may have no value on two rows. What is wrong with the data or the function says
-        # itself again, where it counts, at the first step.
-        except Exception:
-            shape = ()
-    return with_attributes(objective, mean_over_rows=shape == (2,))
-
-
 def ready(objective: Objective, model: nn.Module | None) -> AbstractContextManager[Any]:
     """The objective's own evaluation mode, or a check that the model is in it."""
     if objective.evaluating is not None:
@@ -292,21 +243,3 @@ def ready(objective: Objective, model: nn.Module | None) -> AbstractContextManag
     if model is not None:
         check_dropout(model)
     return nullcontext()
-
-
-def _detached(returned: Any) -> Any:
-    return returned.detach().cpu() if isinstance(returned, torch.Tensor) else returned
-
-
-@contextmanager
-def _randomness_kept(model: nn.Module | None) -> Iterator[None]:
-    """The global generators afterwards as before: a collate function or an objective may draw."""
-    parameters = () if model is None else model.parameters()
-    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002

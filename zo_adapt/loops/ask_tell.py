@@ -146,7 +146,8 @@ class AskTell:
     def _checked(self, values: Any) -> list[Evaluation]:
         if not self._asked:
             raise ObjectiveError("tell without ask; call ask() for the candidates first")
-        if not isinstance(values, Sequence | np.ndarray) or getattr(values, "ndim", 1) == 0:
+        listed = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
+        if not listed or getattr(values, "ndim", 1) == 0:
             raise ObjectiveError(
                 f"tell({values!r:.80}); give a list of one number for each candidate"
             )
@@ -170,6 +171,9 @@ def number(value: Any) -> float:
         ObjectiveError: It is not one number.
     """
     try:
-        return float(np.asarray(value).item())
+        item = np.asarray(value).item()
+        if isinstance(item, str | bytes):
+            raise TypeError("text")
+        return float(item)
     except (TypeError, ValueError) as error:
         raise ObjectiveError(f"the value {value!r} is not one number") from error

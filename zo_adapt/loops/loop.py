@@ -17,13 +17,10 @@ from zo_adapt.arguments import (
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ObjectiveLike,
-    resolve_mean_over_rows,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted
+from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
@@ -102,6 +99,7 @@ def minimize(
     check_evaluation(evaluation)
     check_run(max_steps, max_queries, seed)
     examples, watched = as_data(data), as_metrics(metrics)
+    check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective)
     objective = resolve_mean_over_rows(objective, source, view.model)

@@ -11,14 +11,10 @@ from zo_adapt.data.examples import Data, as_data
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    Objective,
-    ObjectiveLike,
-    as_objective,
-    resolve_mean_over_rows,
-)
+from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.options import at_least_one
 from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView

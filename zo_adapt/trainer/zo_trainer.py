@@ -17,9 +17,10 @@ from transformers.utils import logging
 from zo_adapt.arguments import checked_objective
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import ObjectiveLike, resolve_mean_over_rows, rows_needed
+from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted
+from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
@@ -196,6 +197,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         source = self._batching.training(loader)
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
+            check_all_labels(objective, loader.dataset)
             objective = resolve_mean_over_rows(objective, source, self.view.model)
         evaluator = LocalEvaluator(
             objective,

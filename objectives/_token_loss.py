@@ -1,0 +1,93 @@
+"""What the losses of label tokens share: where the labels are, and how their losses are added."""
+
+from abc import abstractmethod
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from objectives._collate import IGNORED
+from objectives._model import ModelObjective, at_least_float32, check_range
+from objectives._padding import in_rows
+from zo_adapt.errors import DataError, OptionError
+
+Reduction = Literal["example", "token", "sum"]
+
+
+class LabelTokens(NamedTuple):
+    """The label tokens of a batch, row by row.
+
+    Args:
+        logits: Where each of them is predicted, (n, V).
+        ids: Which they are, (n,).
+        places: True at each, (b, t).
+    """
+
+    logits: Tensor
+    ids: Tensor
+    places: Tensor
+
+
+class TokenLoss(ModelObjective):
+    """Base of the losses of label tokens: one value per example.
+
+    With T_i the label tokens of example i and l_t the loss of one:
+        "example"  L_i = 1/|T_i| sum_{t in T_i} l_t    every example counts the same
+        "sum"      L_i =         sum_{t in T_i} l_t    every token counts the same
+        "token"    L_i =  b/|T|  sum_{t in T_i} l_t    with T those of the batch
+
+    Args:
+        model: A transformers model, or a peft one.
+        reduction: "example", "token" or "sum".
+
+    Raises:
+        OptionError: Another reduction.
+    """
+
+    def __init__(self, model: nn.Module, *, reduction: Reduction = "example") -> None:
+        if reduction not in ("example", "token", "sum"):
+            raise OptionError(f"reduction={reduction!r}; choose 'example', 'token' or 'sum'")
+        super().__init__(model)
+        self.reduction = reduction
+        # Whose tokens are counted together changes every value.
+        self.independent_rows = self.mean_over_rows = reduction != "token"
+
+    def __call__(self, batch: object) -> Tensor:
+        """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
+        tokens = self.label_tokens(batch)
+        nll = F.cross_entropy(at_least_float32(tokens.logits), tokens.ids, reduction="none")
+        sums = in_rows(nll, tokens.places, 0.0).sum(1)
+        if self.reduction == "sum":
+            return sums
+        if self.reduction == "token":
+            return sums * (len(sums) / tokens.places.sum())
+        return sums / tokens.places.sum(1)
+
+    @abstractmethod
+    def label_tokens(self, batch: object) -> LabelTokens:
+        """The label tokens and the logits that predict them, computed at these places alone."""
+
+    @property
+    def classes(self) -> int | None:
+        """How many labels there are to choose from; None where the model does not say."""
+        return self._vocabulary
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse labels that the model has no logit for."""
+        counted = labels[labels != IGNORED]
+        if self.classes is not None:
+            check_range(counted, self.classes)
+
+
+def check_labelled(targets: Tensor, why: str) -> None:
+    """Refuse rows without a label token.
+
+    Raises:
+        DataError: Gives their numbers.
+    """
+    missing = (targets == IGNORED).all(1).nonzero().flatten().tolist()
+    if missing:
+        raise DataError(
+            f"examples {missing} of the batch have no label token{why}; raise the length at which "
+            "texts are cut, or leave them out"
+        )

@@ -1,0 +1,96 @@
+"""What is found out about an objective before the first step, so that no run finds it later."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zo_adapt.data.labels import integer_labels
+from zo_adapt.data.sources import Source
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.objective import Objective, keeps_batch_whole, ready, with_attributes
+
+
+def check_all_labels(objective: Objective, data: Any) -> None:
+    """Look at all labels at once, so that a bad one is not found in the middle of a run.
+
+    Raises:
+        DataError: (usually) The objective has no use for one of them.
+    """
+    labels = None if objective.check_labels is None else integer_labels(data)
+    if objective.check_labels is not None and labels is not None:
+        objective.check_labels(torch.tensor(labels))
+
+
+def check_micro_batch_size(
+    objective: Objective, micro_batch_size: int | None, batch_size: int | None
+) -> None:
+    """Refuse micro-batches of what cannot be cut.
+
+    Args:
+        objective: After ``resolve_mean_over_rows``.
+        micro_batch_size: As the caller gives it; None: no limit was asked for.
+        batch_size: Rows of a batch; None: not known.
+
+    Raises:
+        OptionError: The objective gives one number for a whole batch.
+    """
+    cuts = micro_batch_size is not None and (batch_size is None or micro_batch_size < batch_size)
+    if cuts and keeps_batch_whole(objective):
+        raise OptionError(
+            f"micro_batch_size={micro_batch_size} with an objective that gives one number for a "
+            "batch: the mean over micro-batches would be another number; return one value per "
+            "example, set mean_over_rows=True if the number is a mean over rows, give the "
+            "objective predict and score, or leave micro_batch_size out"
+        )
+
+
+def resolve_mean_over_rows(
+    objective: Objective, source: Source, model: nn.Module | None
+) -> Objective:
+    """The objective, saying whether its value is a mean over rows, so that a batch may be cut.
+
+    One that does not say is called once, on the first two rows: the same two in every run, also in
+    one that is resumed. One value for each is a mean over rows. One number need not be: a metric,
+    or in-batch negatives, are another figure on another number of rows.
+
+    Args:
+        objective: What is asked.
+        source: Of the rows.
+        model: Looked at for dropout, where the objective has no evaluation mode of its own.
+
+    Raises:
+        DropoutError: The model is not in evaluation mode.
+    """
+    if objective.mean_over_rows != "auto" or len(source) < 2:  # a single row cannot be cut
+        return objective
+    with torch.no_grad(), _randomness_kept(model), ready(objective, model):
+        try:
+            shape = np.shape(_detached(objective(source.take([0, 1]))))
+        # A metric may have no value on two rows. What is wrong with the data or the function says
+        # itself again, where it counts, at the first step.
+        except Exception:
+            shape = ()
+    return with_attributes(objective, mean_over_rows=shape == (2,))
+
+
+def _detached(returned: Any) -> Any:
+    return returned.detach().cpu() if isinstance(returned, Tensor) else returned
+
+
+@contextmanager
+def _randomness_kept(model: nn.Module | None) -> Iterator[None]:
+    """The global generators afterwards as before: a collate function or an objective may draw."""
+    parameters = () if model is None else model.parameters()
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
