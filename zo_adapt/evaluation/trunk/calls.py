@@ -5,7 +5,7 @@ The order in which modules run is observed; what does not run as supposed is ref
 
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zo_adapt.evaluation.forward import replaced_forwards
 from zo_adapt.evaluation.trunk.cut import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
+from zo_adapt.evaluation.trunk.parts import parts_of
 from zo_adapt.evaluation.trunk.store import Store
 
 
@@ -29,6 +30,8 @@ class Call:
     Args:
         rows: Its rows; None where the layers run as they are.
         served: Whether all its rows are in the store.
+        making: Whether it runs for the sake of its activations alone.
+        is_new: Whether some of its rows had to be made first.
         watched: Note what enters the tuned blocks, too.
         arguments: What the model is called with, by position or name.
 
@@ -43,8 +46,10 @@ class Call:
         served: bool,
         watched: bool,
         arguments: Mapping[str, Any] = MappingProxyType({}),
+        making: bool = False,
     ) -> None:
         self.rows, self.served, self.watched = rows, served, watched
+        self.making, self.is_new = making, False
         self.arguments = arguments
         self.entry: tuple[int, torch.device] | None = None
         self.order: list[int] = []
@@ -76,7 +81,7 @@ class Calls:
             where it returns a tensor. Filled as calls are recorded.
         serving: Answer what the store holds.
         verified: Kinds of calls that were checked.
-        ending: Raise ``Recorded`` when the frozen blocks have run and were recorded.
+        ending: Raise ``Recorded`` when the store holds the rows; the rest is not run.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Calls:
         self.refusal: str | None = None
         self.done: list[Call] = []
         self._now: Call | None = None
+        self._wanted: frozenset[bytes] = frozenset()
 
     @property
     def served(self) -> list[Call]:
@@ -120,6 +126,10 @@ class Calls:
             return forward(*args, **kwargs)
         self._now = call = self._begun({str(i): a for i, a in enumerate(args)} | kwargs)
         try:
+            if call.rows is not None and self.serving and not call.served:
+                self._make(call, call.rows, forward, args, kwargs)
+            if self.ending and self.refusal is None:
+                raise Recorded
             returned = forward(*args, **kwargs)
         finally:
             self._now = None
@@ -141,6 +151,33 @@ class Calls:
         watched = kind_of(rows) not in self.verified
         return Call(rows if known else None, served, watched, arguments)
 
+    def _make(
+        self,
+        call: Call,
+        rows: Rows,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Run the frozen layers on the rows that are new, and keep what leaves them.
+
+        In parts whose shapes are functions of the row: in another batch, or after resuming, a row
+        has the very same activations. (Kernels, and with them the last bits, differ from shape to
+        shape.)
+        """
+        self._wanted = frozenset(rows.keys)
+        try:
+            for part in parts_of(rows, self.store.missing(rows.keys), (args, kwargs)):
+                self._now = Call(part.rows, served=False, watched=False, making=True)
+                with suppress(Recorded):
+                    forward(*part.args, **part.kwargs)
+                if self.refusal is not None:
+                    return
+        finally:
+            self._now = call
+        call.is_new = True
+        call.served = self.refusal is None and self.store.holds(rows.keys)
+
     def _frozen(self, forward: Callable[..., Any], index: int, /, *args: Any, **kwargs: Any) -> Any:
         call = self._now
         if call is None or call.rows is None:
@@ -150,7 +187,7 @@ class Calls:
         if not call.served:
             returned = forward(*args, **kwargs)
             self._record(call, index, returned, last)
-            if last and self.ending and self.refusal is None:
+            if last and call.making:
                 raise Recorded
             return returned
         hidden = hidden_of(args, kwargs)
@@ -174,9 +211,9 @@ class Calls:
             self._refuse("the hidden states do not have the shape (batch, positions, ...)")
         elif rows.starts is not None and rows.width != hidden.shape[1]:
             self._refuse("the attention mask is not that of the hidden states")
-        elif self.refusal is None:
+        elif self.refusal is None and call.making:
             try:
-                self.store.put(rows, hidden)
+                self.store.put(rows, hidden, self._wanted)
             except ValueError as error:
                 self._refuse(str(error))
 

@@ -168,6 +168,8 @@ class FrozenTrunk:
             self._refuse(refusal)
         elif served:
             self._trust(served)
+            if not all(call.is_new for call in calls.served):
+                self._fruitless = 0
             if len(calls.done) == 1:
                 note(calls.done[0])
         return value
@@ -195,7 +197,7 @@ class FrozenTrunk:
         if self._store.holds(rows.keys):
             self._fruitless = 0
         else:
-            with suppress(Recorded), self._calls(serving=False, ending=True).observed():
+            with suppress(Recorded), self._calls(serving=True, ending=True).observed():
                 function(content)
             if not self._store.holds(rows.keys):
                 raise RefusedError("there is no room for these rows")
@@ -217,7 +219,7 @@ class FrozenTrunk:
         calls: Calls,
         refusal: str | None,
     ) -> tuple[Any, str | None]:
-        """The value as it is without the trunk, and why the trunk must be given up, if it must."""
+        """The value, and why the trunk must be given up, if it must: then it is that without it."""
         plain = self._calls(serving=False)
         with plain.observed():
             expected = function(content)
@@ -227,7 +229,8 @@ class FrozenTrunk:
             refusal = "what enters the tuned layers depends on the frozen ones in another way, too"
         if refusal is None and not close(value, expected, tolerance):
             refusal = "the objective's values differ when the frozen layers are not run"
-        return expected, refusal
+        # Where all is well it is the trunk's own value that counts, as in every later call.
+        return (value if refusal is None else expected), refusal
 
     def _trust(self, kinds: set[str]) -> None:
         if not self._verified:
@@ -241,7 +244,6 @@ class FrozenTrunk:
                 store.max_bytes >> 20,
             )
         self._verified |= kinds
-        self._fruitless = 0
 
     def _refuse(self, reason: str) -> None:
         self._store.clear()

@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -69,14 +69,27 @@ class Store:
                 self._slots[key] = self._slots.pop(key)
         return all(key in self._slots for key in keys)
 
-    def put(self, rows: Rows, hidden: Tensor) -> None:
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Numbers of the rows that are not here, each key once."""
+        first: dict[bytes, int] = {}
+        for row, key in enumerate(keys):
+            if key not in self._slots:
+                first.setdefault(key, row)
+        return list(first.values())
+
+    def put(self, rows: Rows, hidden: Tensor, beside: Collection[bytes] = ()) -> None:
         """Keep the rows of (b, t, ...) activations that are not here yet, as far as there is room.
+
+        Args:
+            rows: Their keys and spans.
+            hidden: The activations.
+            beside: Further keys that must not make room.
 
         Raises:
             ValueError: They have another shape or dtype than those before.
         """
         self._begin(hidden)
-        width, used = hidden.shape[1], set(rows.keys)
+        width, used = hidden.shape[1], {*rows.keys, *beside}
         slots: list[np.ndarray] = []
         positions: list[np.ndarray] = []
         for row, key in enumerate(rows.keys):
