@@ -29,6 +29,7 @@ class CallableObjective(Mixable, Objective):
             where it is not (in-batch negatives, a metric); "auto": True if it gives one value per
             example. See ``Objective``.
         min_rows: Fewest rows that one direction sees; "all": the whole batch.
+        independent_rows: False where the value of a row depends on the rows beside it.
 
     Raises:
         OptionError: ``function`` cannot be called, ``min_rows`` is below 1.
@@ -51,11 +52,13 @@ class CallableObjective(Mixable, Objective):
         step_like: bool = False,
         mean_over_rows: bool | Literal["auto"] = "auto",
         min_rows: int | Literal["all"] = 1,
+        independent_rows: bool = True,
     ) -> None:
         if not callable(function):
             raise OptionError(f"{function!r} cannot be called; give a function of a batch")
         self.function, self.model, self.collate = function, model, collate
         self.maximize, self.step_like = maximize, step_like
+        self.independent_rows = independent_rows
         self.mean_over_rows, self.min_rows = mean_over_rows, checked_min_rows(min_rows)
         if model is not None:  # without one the loop itself looks for dropout that is on
             self.evaluating = EvaluationMode(model)

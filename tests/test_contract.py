@@ -160,7 +160,7 @@ def test_one_number_is_asked_of_the_whole_batch_and_values_of_a_share(make: Any)
         return recorder.rows
 
     assert rows(one_number) == [2] + [16] * 8
-    assert rows(each_row) == [2] + [4] * 8
+    assert rows(each_row) == [2, 1] + [4] * 8
 
 
 def test_a_snapshot_of_one_number_is_one_call() -> None:
@@ -192,6 +192,24 @@ def test_in_batch_negatives_see_the_batch_that_was_asked_for() -> None:
     result = minimize(
         contrastive, ParameterView({"x": x}), data, optimizer, batch_size=16, max_steps=1, **QUIET
     )
+    assert result.value == pytest.approx(np.log(16), abs=1e-4)
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_values_per_example_that_depend_on_the_others_are_not_cut_either(says: bool) -> None:
+    x = torch.zeros(1)
+
+    def contrastive(batch: Tensor) -> Tensor:
+        scores = (batch @ batch.T) * 0.0 + x
+        targets = torch.arange(len(batch))
+        return nn.functional.cross_entropy(scores, targets, reduction="none")
+
+    objective = CallableObjective(contrastive, independent_rows=not says)
+    optimizer = MeZO(1e-9, num_directions=4, perturbation_scale=1e-3)
+    result = minimize(
+        objective, ParameterView({"x": x}), torch.randn(64, 3), optimizer, batch_size=16,
+        max_steps=1, **QUIET,
+    )  # fmt: skip
     assert result.value == pytest.approx(np.log(16), abs=1e-4)
 
 

@@ -34,9 +34,10 @@ class Objective(ABC):
             too small to see any; the optimizers then perturb further.
         mean_over_rows: The value of a batch is the mean over its rows, so that a batch may be cut:
             over several directions, and into micro-batches, whose means are weighted by their
-            rows. False: a batch stays in one call. "auto": True if it gives one value per
-            example; found out at the start by calling it once, on the first two examples. (The
-            call is not counted as queries; an error in it counts as no values per example.)
+            rows. False: a batch stays in one call. "auto": True if it gives one value per example,
+            the same for an example alone as beside another; found out at the start by calling it
+            on the first two examples and on the first. (The calls are not counted as queries; an
+            error in them counts as no value per example.)
         min_rows: Fewest rows of the part of a batch that one direction sees. "all": every
             direction sees the whole batch.
         check_labels: Called with a tensor of labels, raises where one cannot be. With all labels at

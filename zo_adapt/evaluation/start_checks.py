@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.data.labels import integer_labels
+from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.objective import Objective, keeps_batch_whole, ready, with_attributes
+
+SAME = 0.02
+"""Relative difference up to which a row's value alone and beside another is rounding (fp16)."""
 
 
 def check_all_labels(objective: Objective, data: Any) -> None:
@@ -54,9 +58,10 @@ def resolve_mean_over_rows(
 ) -> Objective:
     """The objective, saying whether its value is a mean over rows, so that a batch may be cut.
 
-    One that does not say is called once, on the first two rows: the same two in every run, also in
-    one that is resumed. One value for each is a mean over rows. One number need not be: a metric,
-    or in-batch negatives, are another figure on another number of rows.
+    One that does not say is called on the first two rows, and on the first of them alone: the same
+    in every run, also in one that is resumed. One value for each row, the same alone as beside
+    another, is a mean over rows. One number need not be: a metric is another figure on another
+    number of rows; and so is a value that depends on the others (in-batch negatives).
 
     Args:
         objective: What is asked.
@@ -68,18 +73,38 @@ def resolve_mean_over_rows(
     """
     if objective.mean_over_rows != "auto" or len(source) < 2:  # a single row cannot be cut
         return objective
-    with torch.no_grad(), _randomness_kept(model), ready(objective, model):
+    is_mean = False
+    if objective.independent_rows:
+        with torch.no_grad(), _randomness_kept(model), ready(objective, model):
+            is_mean = _gives_each_row_its_own(objective, source)
+    return with_attributes(objective, mean_over_rows=is_mean)
+
+
+def _gives_each_row_its_own(objective: Objective, source: Source) -> bool:
+    """Whether two rows have a value each, and the first has the same one alone."""
+    try:
+        two = source.take([0, 1])
+        both = _array(objective(two))
+        if both.shape != (2,):
+            return False
         try:
-            shape = np.shape(_detached(objective(source.take([0, 1]))))
-        # A metric may have no value on two rows. What is wrong with the data or the function says
-        # itself again, where it counts, at the first step.
-        except Exception:
-            shape = ()
-    return with_attributes(objective, mean_over_rows=shape == (2,))
+            first = select_rows(
+                two, slice(0, 1), 2
+            )  # what the collate function drew, it drew for both
+        except NoRowsError:
+            first = source.take([0])
+        alone = _array(objective(first))
+    # A metric may have no value on two rows. What is wrong with the data or the function says
+    # itself again, where it counts, at the first step.
+    except Exception:
+        return False
+    difference = abs(alone.reshape(-1) - both[:1])
+    return alone.size == 1 and bool((difference <= SAME * abs(both).max()).all())
 
 
-def _detached(returned: Any) -> Any:
-    return returned.detach().cpu() if isinstance(returned, Tensor) else returned
+def _array(returned: Any) -> np.ndarray:
+    here = returned.detach().cpu() if isinstance(returned, Tensor) else returned
+    return np.asarray(here, dtype=np.float64)
 
 
 @contextmanager
