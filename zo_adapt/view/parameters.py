@@ -70,7 +70,7 @@ class ParameterView(TunedTensors):
         super().__init__(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
         self._keys = {name: tensor_key(name) for name in self.tensors}
         self._way: Copied | Layerwise = (
-            Layerwise(model, self.tensors, self._plan, self._rows)
+            Layerwise(model, self.tensors, self._plan, self._rows, self.inspection.shared)
             if model is not None and self.by_layer
             else Copied(self.tensors, self._plan)
         )
