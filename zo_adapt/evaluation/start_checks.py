@@ -68,7 +68,7 @@ def resolve_mean_over_rows(
     """
     if objective.mean_over_rows != "auto" or len(source) < 2:  # a single row cannot be cut
         return objective
-    with torch.no_grad(), _randomness_kept(model), ready(objective, model):
+    with torch.no_grad(), randomness_kept(model), ready(objective, model):
         try:
             shape = np.shape(_detached(objective(source.take([0, 1]))))
         # A metric may have no value on two rows. What is wrong with the data or the function says
@@ -83,7 +83,7 @@ def _detached(returned: Any) -> Any:
 
 
 @contextmanager
-def _randomness_kept(model: nn.Module | None) -> Iterator[None]:
+def randomness_kept(model: nn.Module | None) -> Iterator[None]:
     """The global generators afterwards as before: a collate function or an objective may draw."""
     parameters = () if model is None else model.parameters()
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})

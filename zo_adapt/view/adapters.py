@@ -11,7 +11,11 @@ from zo_adapt.errors import AdapterError
 
 FACTOR = re.compile(r"\.X[du]$|(_([ABab]|down|up|[wt]\d))+$")
 """What tells the factors of one product apart: lora_A and lora_B, hada_w1_a, ..., glora_A.Xd."""
-ZERO = re.compile(r"lora_embedding_A|(?<!lora_embedding)_B\b|\.Xd$|hada_w2_b|lokr_w1|shadow_up")
+COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
+"""Where copies of the model's own parameters lie, and where these do."""
+ZERO = re.compile(
+    r"lora_embedding_A|(?<!lora_embedding)(?<!glora)_B\b|\.Xd$|hada_w2_b|lokr_w1|shadow_up"
+)
 """The factors that peft makes zero, so that an adapter begins as no change."""
 
 
@@ -40,7 +44,7 @@ def check_adapters(model: nn.Module, holds: Callable[[Tensor], bool]) -> None:
             )
         active = set(cast(list[str], module.active_adapters))
         for parameter, tensor in _own(name, module):
-            adapter = parameter[len(name) + 1 :].split(".")[1]
+            _, adapter, *_ = _parts(name, parameter)
             if adapter in _adapters_of(module) and adapter not in active and holds(tensor):
                 raise AdapterError(
                     f"{parameter!r} belongs to adapter {adapter!r}, but {sorted(active)} is active "
@@ -60,12 +64,13 @@ def tuner_names(model: nn.Module) -> set[str]:
 
 
 def originals(model: nn.Module) -> dict[str, str]:
-    """Where a parameter is a copy that ``modules_to_save`` made: its name, and the original's."""
+    """Parameters that begin as copies of the model's own: their names, and the originals'."""
     return {
-        f"{path}.modules_to_save.{adapter}.{name}": f"{path}.original_module.{name}"
+        name: ".".join([path, original, *more])
         for path, module in _adapted(model)
-        for adapter, copy in getattr(module, "modules_to_save", {}).items()
-        for name, _ in copy.named_parameters()
+        for name, _ in _own(path, module)
+        for kind, _, *more in [_parts(path, name)]
+        if (original := COPIES.get(kind))
     }
 
 
@@ -73,13 +78,13 @@ def resting_factors(model: nn.Module) -> set[str]:
     """Names of the factors that had better rest: those that one which is zero as yet multiplies.
 
     In B A with B = 0 the output depends on A only through B: a shift of A alone changes nothing,
-    and later all that it does is noise. Where no factor is zero any more, the one that was rests
-    not. Of what is no product of matrices (scales, rotations, masks) nothing rests.
+    and later all that it does is noise. Where none is zero any more, the one that peft makes zero
+    at first moves and the others rest. Of what is no product of matrices nothing rests.
     """
     products: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for path, module in _adapted(model):
         for name, parameter in _own(path, module):
-            kind, adapter, *more = name[len(path) + 1 :].split(".")
+            kind, adapter, *more = _parts(path, name)
             factor = ".".join([kind, *(part for part in more if part in ("Xd", "Xu"))])
             stem = FACTOR.sub("", factor)
             if stem != factor and parameter.dim() > 1:
@@ -94,6 +99,12 @@ def _resting(factors: dict[str, Tensor]) -> set[str]:
     return set(factors) - moving if moving else set()
 
 
+def _parts(path: str, name: str) -> list[str]:
+    """Kind, adapter and the rest of a parameter's name within its module."""
+    parts = name.removeprefix(f"{path}.").split(".")
+    return parts if len(parts) > 1 else [*parts, ""]
+
+
 def _own(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """An adapted module's parameters that the adapters brought."""
     prefixes = tuple(f"{layer}." for layer in _layers(module))
@@ -103,8 +114,8 @@ def _own(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _adapters_of(module: Any) -> set[str]:
-    held = (getattr(module, layer, None) for layer in _layers(module))
-    return {name for layer in held if hasattr(layer, "keys") for name in layer.keys()}
+    held: Any = (getattr(module, layer, {}) for layer in _layers(module))
+    return {name for layer in held if hasattr(layer, "keys") for name in list(layer)}
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

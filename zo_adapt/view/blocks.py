@@ -9,6 +9,7 @@ from torch import nn
 
 from zo_adapt.errors import ViewError
 from zo_adapt.interrupt import Guard
+from zo_adapt.view.buffers import Buffers
 from zo_adapt.view.example import example_inputs
 from zo_adapt.view.trace import DATA, Trace
 
@@ -67,16 +68,13 @@ def after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Inside, the model can be run in evaluation mode; it and the RNG are as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    buffers = [b for b in model.buffers() if not b.is_meta and not b.is_inference()]
-    copies = [buffer.clone() for buffer in buffers]
+    buffers = Buffers(model)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
     def undo() -> None:
         for module in training:
             module.training = True
-        for buffer, copy in zip(buffers, copies, strict=True):
-            if not torch.equal(buffer, copy):
-                buffer.copy_(copy)
+        buffers.restore()
 
     with torch.no_grad(), torch.random.fork_rng(devices=devices), Guard(undo) as guard:
         for module in training:

@@ -1,6 +1,7 @@
 """Which weights are new: drawn at random for a task, and not made by any training.
 
-Evidence, in this order. A copy that peft made (``modules_to_save``) is what its original is. In a
+Evidence, in this order. A copy that peft made (``modules_to_save``, LN tuning) is
+what its original is. In a
 model that transformers loaded, each parameter that came from the checkpoint carries a flag. In one
 that carries none (made from a configuration, or filled by other means), a layer is new if it looks
 as initialisers leave it: its weights have the standard deviation of one, and its biases are zero.
@@ -16,6 +17,8 @@ from zo_adapt.view.adapters import originals, tuner_names
 
 LOADED = "_is_hf_initialized"
 """What transformers sets on a parameter that it has loaded."""
+TOKENS = "trainable_tokens_delta"
+"""Rows of a pretrained embedding that peft has copied."""
 CLOSE = 0.02
 """Relative difference of two standard deviations that are the same, in large layers."""
 
@@ -24,7 +27,8 @@ def new_names(model: nn.Module) -> set[str]:
     """Names of the parameters that are new: of adapters, and of a task's head."""
     head, copies = _new_head(model), originals(model)
     old = {copy for copy, original in copies.items() if original not in head}
-    return (tuner_names(model) | head) - old
+    tuners = {name for name in tuner_names(model) if TOKENS not in name}
+    return (tuners | head) - old
 
 
 def _new_head(model: nn.Module) -> set[str]:

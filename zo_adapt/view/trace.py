@@ -142,7 +142,7 @@ class Trace:
             return id(tensor)
         key = int(storage._cdata)
         if key not in self._held:
-            self._held[key] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._held[key] = StorageWeakRef(storage)
         return key
 
 
@@ -150,7 +150,7 @@ class _Dispatched(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
