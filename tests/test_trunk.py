@@ -38,7 +38,7 @@ from zo_adapt.evaluation.trunk.cut import RefusedError
 from zo_adapt.evaluation.trunk.form import form_of
 from zo_adapt.evaluation.trunk.store import Storage
 from zo_adapt.term import HERE, Shift
-from zo_adapt.view.selection import _block_list
+from zo_adapt.view.blocks import block_list
 
 ON_GPU = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -92,7 +92,7 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
     """Blocks that run, by what is inside them: a replaced block's parts are not called."""
     ran: list[int] = []
     handles = []
-    for index, block in enumerate(_block_list(model)[1]):
+    for index, block in enumerate(block_list(model)[1]):
         inner = next(
             m for m in block.modules() if isinstance(m, nn.LayerNorm) or "Norm" in type(m).__name__
         )
@@ -377,7 +377,7 @@ def test_a_changed_frozen_weight_is_noticed() -> None:
     trunk, batch = FrozenTrunk(view), padded(examples(), "right")
     before = [both(trunk, view, objective, batch)[0] for _ in range(3)][-1]
     with torch.no_grad():
-        _block_list(model)[1][0].get_submodule("output.dense").weight.mul_(2)
+        block_list(model)[1][0].get_submodule("output.dense").weight.mul_(2)
     after = both(trunk, view, objective, batch)
     assert_equal(after)
     assert not torch.allclose(before, after[0])
@@ -862,7 +862,7 @@ def graphs_of(evaluator: LocalEvaluator) -> list[str]:
 def change_frozen(pair: tuple[LocalEvaluator, LocalEvaluator]) -> None:
     for evaluator in pair:
         assert evaluator.view.model is not None
-        first = _block_list(evaluator.view.model)[1][0]
+        first = block_list(evaluator.view.model)[1][0]
         with torch.no_grad():
             for parameter in first.parameters():
                 parameter.mul_(1.2)

@@ -49,6 +49,10 @@ class DropoutError(ZOError, RuntimeError):
     """Dropout is active: the two points of an estimate would differ by more than the direction."""
 
 
+class ChangingBufferError(ZOError, RuntimeError):
+    """Every forward changes a buffer (BatchNorm's statistics): no two points see one model."""
+
+
 class ObjectiveError(ZOError, ValueError):
     """The objective returned something other than a scalar or one value per example."""
 
@@ -83,3 +87,7 @@ class UndefinedMetricError(ObjectiveError):
 
 class FlatObjectiveWarning(UserWarning):
     """Both points of the estimate gave the same loss many times in a row: nothing is learned."""
+
+
+class UnreadTensorWarning(UserWarning):
+    """Tensors of the view do not reach the objective's value; they stay as they are."""

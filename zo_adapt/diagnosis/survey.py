@@ -22,6 +22,7 @@ from zo_adapt.diagnosis.advice import (
 )
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import (
     ObjectiveLike,
@@ -118,6 +119,7 @@ def diagnose(
     source = examples.source(objective)
     check_all_labels(objective, examples.examples)
     objective = resolve_mean_over_rows(objective, source, view.model)
+    look_first(objective, source, view)
     least = max(USUAL_ROWS, rows_needed(objective))
     size = min(least, len(source)) if batch_size == "auto" else batch_size
     samples = Samples(source, size, seed, examples.classes())

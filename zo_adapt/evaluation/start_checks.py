@@ -75,7 +75,7 @@ def resolve_mean_over_rows(
         return objective
     is_mean = False
     if objective.independent_rows:
-        with torch.no_grad(), _randomness_kept(model), ready(objective, model):
+        with torch.no_grad(), randomness_kept(model), ready(objective, model):
             is_mean = _gives_each_row_its_own(objective, source)
     return with_attributes(objective, mean_over_rows=is_mean)
 
@@ -108,7 +108,7 @@ def _array(returned: Any) -> np.ndarray:
 
 
 @contextmanager
-def _randomness_kept(model: nn.Module | None) -> Iterator[None]:
+def randomness_kept(model: nn.Module | None) -> Iterator[None]:
     """The global generators afterwards as before: a collate function or an objective may draw."""
     parameters = () if model is None else model.parameters()
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})

@@ -16,6 +16,7 @@ from zo_adapt.arguments import (
 )
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
+from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -103,6 +104,7 @@ def minimize(
     view.check_adapters()
     source = examples.source(objective)
     objective = resolve_mean_over_rows(objective, source, view.model)
+    look_first(objective, source, view)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
     evaluator = LocalEvaluator(
         objective, view, evaluation, batch_size=batch_size, max_queries=max_queries

@@ -123,6 +123,7 @@ class Run:
             raise TrajectoryError(f"{path} belongs to another view; choose another folder")
         check_settings(reader, settings)
         steps_until(reader, at)
+        self.evaluator.view.leave_at_rest(reader.header.get("at_rest", ()))
         self._writer = Writer(path, reader.header, at)
 
     def _header(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +188,7 @@ class Run:
     def _resume(self, path: Path, state_path: Path, settings: Mapping[str, Any]) -> None:
         reader = Reader(path)
         check_header(self.evaluator.view, reader.header, path)
+        self.evaluator.view.leave_at_rest(reader.header.get("at_rest", ()))
         check_settings(reader, settings)
         state = read_state(state_path)
         at = Position(*state["position"])

@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from zo_adapt.arguments import checked_objective
 from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
+from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, rows_needed
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted
 from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
@@ -199,6 +200,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         if source.has_length:
             check_all_labels(objective, loader.dataset)
             objective = resolve_mean_over_rows(objective, source, self.view.model)
+            look_first(as_objective(objective), source, self.view)
         evaluator = LocalEvaluator(
             objective,
             self.view,

@@ -48,6 +48,7 @@ def header_of(view: ParameterView, seed: int, **more: Any) -> dict[str, Any]:
         "initial": view.hash(),
         "seeds": [NAME, seed],
         "versions": _versions(),
+        **({"at_rest": sorted(view.at_rest)} if view.at_rest else {}),
         **more,
     }
 
@@ -169,6 +170,7 @@ class Replay:
     ) -> None:
         reader = Reader(path)
         check_header(view, reader.header, path)
+        view.leave_at_rest(reader.header.get("at_rest", ()))
         self.view, self.path, self.step = view, Path(path), 0
         steps = (step.update for step, _ in reader.steps())
         self._updates = list(islice(steps, until) if until is not None and until >= 0 else steps)

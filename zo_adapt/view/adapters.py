@@ -1,18 +1,32 @@
 """Integration with peft: which parameters are an adapter's, and whether it reaches the output."""
 
+import re
 import sys
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from zo_adapt.errors import AdapterError
 
+FACTOR = re.compile(r"\.X[du]$|(_([ABab]|down|up|[wt]\d))+$")
+"""What tells the factors of one product apart: lora_A and lora_B, hada_w1_a, ..., glora_A.Xd."""
+COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
+"""Where copies of the model's own parameters lie, and where these do."""
+ZERO = re.compile(
+    r"lora_embedding_A|(?<!lora_embedding)(?<!glora)_B\b|\.Xd$|hada_w2_b|lokr_w1|shadow_up"
+)
+"""The factors that peft makes zero, so that an adapter begins as no change."""
 
-def check_adapters(model: nn.Module) -> None:
-    """Refuse a model whose peft adapter is merged or disabled.
+
+def check_adapters(model: nn.Module, holds: Callable[[Tensor], bool]) -> None:
+    """Refuse a model whose peft adapter is merged or disabled, or a view of an inactive one.
 
     With such an adapter the loss does not depend on it: every projected gradient is exactly zero.
+
+    Args:
+        model: The model.
+        holds: Whether the view holds a parameter.
 
     Raises:
         AdapterError: Names the module and the call that mends it.
@@ -28,23 +42,80 @@ def check_adapters(model: nn.Module) -> None:
                 f"the adapter of {name!r} is disabled; "
                 "call model.enable_adapter_layers() (or leave disable_adapter()) before tuning"
             )
+        active = set(cast(list[str], module.active_adapters))
+        for parameter, tensor in _own(name, module):
+            _, adapter, *_ = _parts(name, parameter)
+            if adapter in _adapters_of(module) and adapter not in active and holds(tensor):
+                raise AdapterError(
+                    f"{parameter!r} belongs to adapter {adapter!r}, but {sorted(active)} is active "
+                    f"and the model does not read the other; call model.set_adapter({adapter!r}), "
+                    "or make a view without it"
+                )
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters that a peft model has."""
+    return list(getattr(model, "peft_config", None) or {})
 
 
 def tuner_names(model: nn.Module) -> set[str]:
     """Names of the parameters that adapters brought, ``modules_to_save`` included."""
+    return {name for path, module in _adapted(model) for name, _ in _own(path, module)}
+
+
+def originals(model: nn.Module) -> dict[str, str]:
+    """Parameters that begin as copies of the model's own: their names, and the originals'."""
     return {
-        f"{path}.{name}"
+        name: ".".join([path, original, *more])
         for path, module in _adapted(model)
-        for name, _ in module.named_parameters()
-        if name.startswith(tuple(f"{layer}." for layer in _layers(module)))
+        for name, _ in _own(path, module)
+        for kind, _, *more in [_parts(path, name)]
+        if (original := COPIES.get(kind))
     }
 
 
-def lora_a_names(model: nn.Module) -> set[str]:
-    """Names of LoRA's A factors: the random projection that B, zero at first, multiplies."""
-    return {
-        name for name in tuner_names(model) if {"lora_A", "lora_embedding_A"} & set(name.split("."))
-    }
+def resting_factors(model: nn.Module) -> set[str]:
+    """Names of the factors that had better rest: those that one which is zero as yet multiplies.
+
+    In B A with B = 0 the output depends on A only through B: a shift of A alone changes nothing,
+    and later all that it does is noise. Where none is zero any more, the one that peft makes zero
+    at first moves and the others rest. Of what is no product of matrices nothing rests.
+    """
+    products: dict[tuple[str, ...], dict[str, Tensor]] = {}
+    for path, module in _adapted(model):
+        for name, parameter in _own(path, module):
+            kind, adapter, *more = _parts(path, name)
+            factor = ".".join([kind, *(part for part in more if part in ("Xd", "Xu"))])
+            stem = FACTOR.sub("", factor)
+            if stem != factor and parameter.dim() > 1:
+                index = next((part for part in more if part.isdigit()), "")  # a list of pairs
+                products.setdefault((path, adapter, stem, index), {})[name] = parameter
+    return {name for factors in products.values() for name in _resting(factors)}
+
+
+def _resting(factors: dict[str, Tensor]) -> set[str]:
+    zero = {name for name, factor in factors.items() if not factor.detach().any()}
+    moving = zero or {name for name in factors if ZERO.search(name)}
+    return set(factors) - moving if moving else set()
+
+
+def _parts(path: str, name: str) -> list[str]:
+    """Kind, adapter and the rest of a parameter's name within its module."""
+    parts = name.removeprefix(f"{path}.").split(".")
+    return parts if len(parts) > 1 else [*parts, ""]
+
+
+def _own(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """An adapted module's parameters that the adapters brought."""
+    prefixes = tuple(f"{layer}." for layer in _layers(module))
+    for name, parameter in module.named_parameters():
+        if name.startswith(prefixes):
+            yield f"{path}.{name}" if path else name, parameter
+
+
+def _adapters_of(module: Any) -> set[str]:
+    held: Any = (getattr(module, layer, {}) for layer in _layers(module))
+    return {name for layer in held if hasattr(layer, "keys") for name in list(layer)}
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from zo_adapt.view.adapters import lora_a_names, tuner_names
+from zo_adapt.view.adapters import resting_factors
 from zo_adapt.view.group import DISPLACEMENT, Group
+from zo_adapt.view.newness import new_names
 from zo_adapt.view.tensors import norm
 
 PRETRAINED_SHARE = 0.1
@@ -30,10 +31,9 @@ def displacement_and_groups(
     """
     if model is None:
         return DISPLACEMENT, ()
-    tuners = tuner_names(model) & set(tensors)
-    new = (tuners | _new_head(model)) & set(tensors)
+    new = new_names(model) & set(tensors)
     pretrained = {name: tensor for name, tensor in tensors.items() if name not in new}
-    rest = lora_a_names(model) & set(tensors)
+    rest = resting_factors(model) & set(tensors)
     groups = (
         (Group(names=sorted(rest), perturbation_scale=0.0),)
         if rest and rest != set(tensors)
@@ -56,16 +56,3 @@ def _root_mean_square(tensors: Mapping[str, Tensor]) -> float:
     norms = [norm(tensor) for tensor in tensors.values()]
     numel = sum(tensor.numel() for tensor in tensors.values())
     return float(f"{math.hypot(*norms) / math.sqrt(numel):.3g}")
-
-
-def _new_head(model: nn.Module) -> set[str]:
-    """Names outside the pretrained base model, its output embedding excepted: a task's new head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    if not isinstance(base, nn.Module) or base is model:
-        return set()
-    pretrained = {id(p) for p in base.parameters()}
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(embeddings, nn.Module):
-        pretrained |= {id(p) for p in embeddings.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) not in pretrained}

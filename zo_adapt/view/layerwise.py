@@ -5,7 +5,7 @@ an embedding, just the rows that are looked up. Costs the bytes of the largest r
 of the largest module outside the blocks while it runs. For views that are as large as the model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -53,10 +53,19 @@ class Layerwise:
         tensors: The view.
         plan: Makes accumulations.
         rows: Makes shifted rows.
+        shared: Names of tensors that other tensors of the model share memory with: these are
+            shifted by way of a copy, for all that read the memory to see it.
     """
 
-    def __init__(self, model: nn.Module, tensors: Tensors, plan: Plan, rows: Rows) -> None:
-        modules, rest = _owners(model, tensors)
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Tensors,
+        plan: Plan,
+        rows: Rows,
+        shared: Collection[str] = (),
+    ) -> None:
+        modules, rest = _owners(model, tensors, shared)
         self._plan = plan
         self._rest = Copied({name: tensors[name] for name in rest}, plan) if rest else None
         self._kept: dict[str, Tensor] = {}  # By the view's names: tied ones stay one object.
@@ -151,10 +160,10 @@ class Layerwise:
 
 
 def _owners(
-    model: nn.Module, tensors: Tensors
+    model: nn.Module, tensors: Tensors, shared: Collection[str]
 ) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
     """Modules with the view's parameters they register, and the names that must be copied."""
-    name_of = {id(tensor): name for name, tensor in tensors.items()}
+    name_of = {id(tensor): name for name, tensor in tensors.items() if name not in shared}
     bypassed = [path for path, module in model.named_modules() if isinstance(module, _BYPASSING)]
     modules: dict[nn.Module, dict[str, str]] = {}
     rest: list[str] = []

@@ -69,19 +69,33 @@ class ParameterView(TunedTensors):
     ) -> None:
         super().__init__(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
         self._keys = {name: tensor_key(name) for name in self.tensors}
-        self._way: Copied | Layerwise = (
-            Layerwise(model, self.tensors, self._plan, self._rows)
-            if model is not None and self.by_layer
-            else Copied(self.tensors, self._plan)
-        )
-        self.updates = Updates(self._plan(self.tensors, self.tensors))
-        self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
-        self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
         self.usage = Usage()
-        self._stacks = Stacks(self.noise, self._places(self.tensors, self.tensors))
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
+        self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
+        self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
+        self.leave_at_rest(())
         self.check_adapters()
+
+    def leave_at_rest(self, names: Iterable[str]) -> None:
+        """Let some tensors stay as they are, whatever is applied, and no others.
+
+        For those that the objective does not read: a step would move them at random.
+
+        Args:
+            names: Of the view's tensors; with none, all move again.
+        """
+        self.usage.check_free("leave_at_rest")
+        self.at_rest = frozenset(names) & self.tensors.keys()
+        """Names of the tensors that stay as they are."""
+        moving = {name: t for name, t in self.tensors.items() if name not in self.at_rest}
+        self._way: Copied | Layerwise = (
+            Layerwise(self.model, moving, self._plan, self._rows, self.inspection.shared)
+            if self.model is not None and self.by_layer
+            else Copied(moving, self._plan)
+        )
+        self.updates = Updates(self._plan(moving, moving))
+        self._stacks = Stacks(self.noise, self._places(moving, moving))
 
     @contextmanager
     def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from zo_adapt.errors import ArgumentTypeError, NoMatchingParameterError, OptionError, ViewError
+from zo_adapt.errors import ArgumentTypeError, NoMatchingParameterError, OptionError
+from zo_adapt.view.addresses import Addresses
+from zo_adapt.view.blocks import after, block_list
 
 Parameters = dict[str, nn.Parameter]
 
@@ -90,72 +92,22 @@ def last_layers(model: nn.Module, n: int, head: bool) -> Parameters:
         OptionError: ``n`` is outside 0 .. number of blocks, or nothing would be selected.
     """
     full(model)
-    path, blocks = _block_list(model)
+    path, blocks = block_list(model)
     if not 0 <= n <= len(blocks) or (n == 0 and not head):
         raise OptionError(
             f"n={n} layers of {len(blocks)} in {path!r}; choose 1..{len(blocks)} (0 with a head)"
         )
-    chosen = [f"{path}.{index}" for index in range(len(blocks) - n, len(blocks))]
-    if head:
-        chosen += _after(model, path)
-    prefixes = tuple(f"{name}." for name in chosen)
-    before = _tied_outside(model, prefixes)
+    first = len(blocks) - n
+    later = after(model, path, blocks[min(first, len(blocks) - 1)]) if head else set()
+    prefixes = tuple(f"{path}.{index}." for index in range(first, len(blocks)))
+    registered = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {name for name in registered if name in later or name.startswith(prefixes)}
+    # An embedding that is tied to a head is used outside, too.
+    outside = Addresses({name: p for name, p in registered.items() if name not in chosen})
     return {
-        name: p
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if name.startswith(prefixes) and id(p) not in before
-    }
-
-
-def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of modules of one class that holds the most parameters: the transformer's blocks."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
-    ]
-    if not lists:
-        raise ViewError(
-            f"{type(model).__name__} has no list of repeated layers; "
-            "use ParameterView.matching(model, pattern)"
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def _after(model: nn.Module, path: str) -> list[str]:
-    """Modules that run after the blocks: at every level from the list up, the later siblings.
-
-    A final norm may be registered before the list (OPT does so): where no later sibling holds a
-    parameter, an earlier one with vectors only (a norm) counts as the final one.
-    """
-    names: list[str] = []
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        parent = ".".join(parts[:depth])
-        siblings = list(model.get_submodule(parent).named_children())
-        here = [name for name, _ in siblings].index(parts[depth])
-        later = [name for name, module in siblings[here + 1 :] if _holds_parameters(module)]
-        if not later and depth == len(parts) - 1:
-            later = [name for name, module in siblings[:here] if _is_norm(module)]
-        names += [f"{parent}.{name}" if parent else name for name in later]
-    return names
-
-
-def _holds_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    sizes = [p.dim() for p in module.parameters()]
-    return bool(sizes) and max(sizes) == 1
-
-
-def _tied_outside(model: nn.Module, prefixes: tuple[str, ...]) -> set[int]:
-    """Parameters that modules outside the selection use too: an embedding tied to a head."""
-    return {
-        id(p)
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if not name.startswith(prefixes)
+        name: registered[name]
+        for name in registered
+        if name in chosen and not outside.meeting(registered[name])
     }
 
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_adapt.errors import ArgumentTypeError, ViewError
+from zo_adapt.view.addresses import Addresses, have_same_elements, overlaps_itself
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
+ADVICE = (
+    "Leave integer and quantised weights frozen and tune an adapter: ParameterView.trainable(model)"
+)
 
 PART = 1 << 20
 """Elements looked at together: a test or a sum makes temporary tensors of that size."""
@@ -50,15 +53,10 @@ def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
             f"tensors is a {type(tensors).__name__}; give names and tensors"
             + (", or ParameterView.trainable(model), .full(model)" if is_model else "")
         )
-    distinct: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
-    for name, given in tensors.items():
-        tensor = _shared(name, given)
+    given = {name: _shared(name, value) for name, value in tensors.items()}
+    for name, tensor in given.items():
         _check_tensor(name, tensor)
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place not in seen:
-            seen.add(place)
-            distinct[name] = tensor
+    distinct = _distinct({name: tensor for name, tensor in given.items() if tensor.numel()})
     if not distinct:
         raise ViewError(
             "the view holds no tensors; give the model an adapter (peft.get_peft_model), set "
@@ -67,19 +65,72 @@ def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
     return distinct
 
 
+def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor under the first of its names; another view of all its elements is a name, too.
+
+    Raises:
+        ViewError: Two tensors share some of their memory.
+    """
+    addresses, distinct = Addresses(tensors), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        shared = [other for other in addresses.meeting(tensor) if other in distinct]
+        if not shared:
+            distinct[name] = tensor
+        elif len(shared) > 1 or not have_same_elements(tensor, distinct[shared[0]]):
+            raise ViewError(
+                f"{name!r} shares part of its memory with {shared[0]!r}: each step would move that "
+                "part twice; leave one of the two out"
+            )
+    return distinct
+
+
 def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what cannot be shifted or, worse, can be shifted and not restored."""
     if not isinstance(tensor, Tensor):
         raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
+    if nn.parameter.is_lazy(tensor):
+        raise ViewError(f"{name!r} has no shape yet; call the model once on an example first")
     if tensor.is_meta:
         raise ViewError(f"{name!r} is on the meta device: it has no values; load the weights first")
     if tensor.dtype not in DTYPES or tensor.is_quantized or tensor.layout != torch.strided:
         raise ViewError(
             f"{name!r} has dtype {tensor.dtype} ({tensor.layout}); a view tunes dense float32, "
-            "float16, bfloat16 or float64. Leave integer and quantised weights frozen and tune an "
-            "adapter: ParameterView.trainable(model)"
+            f"float16, bfloat16 or float64. {ADVICE}"
         )
+    if type(tensor) not in (Tensor, nn.Parameter):
+        # It may say that it is float32 and hold int8 and scales: what is written to it is lost.
+        raise ViewError(
+            f"{name!r} is a {type(tensor).__name__}, a class of its own (of quantised weights, for "
+            f"one); a view tunes plain tensors and parameters. {ADVICE}"
+        )
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise ViewError(f"{name!r} has no memory now (sharded or offloaded); gather it first")
+    if tensor.is_inference():
+        raise ViewError(
+            f"{name!r} was made in inference mode and cannot be changed outside of it; make or "
+            "load the model outside of torch.inference_mode()"
+        )
+    if tensor.is_neg() or tensor.is_conj():
+        raise ViewError(f"{name!r} is a negated view (.imag of a conjugate); give the view a copy")
     if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ViewError(f"{name!r} is an expanded tensor (stride 0); give view its own .clone()")
+    if overlaps_itself(tensor):
+        raise ViewError(f"{name!r} has elements that share memory; give the view its own .clone()")
+    _check_writable(name, tensor)
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    """Write no element: what torch has against writing there, it says now and not on the way back.
+
+    Raises:
+        ViewError: It says something.
+    """
+    try:
+        with torch.no_grad():
+            nothing = tensor.as_strided((0,), (1,))
+            torch._foreach_copy_([nothing], [torch.empty_like(nothing)])
+    except RuntimeError as error:
+        raise ViewError(f"{name!r} cannot be written to: {error}") from error
 
 
 def _shared(name: str, value: Any) -> Any:

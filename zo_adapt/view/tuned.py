@@ -6,14 +6,15 @@ from typing import Literal, Self
 import numpy as np
 from torch import Tensor, nn
 
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import OptionError, ViewError
 from zo_adapt.noise.distributions import noise_named
 from zo_adapt.options import renamed
 from zo_adapt.view import selection
-from zo_adapt.view.adapters import check_adapters
+from zo_adapt.view.adapters import adapter_names, check_adapters
 from zo_adapt.view.defaults import displacement_and_groups
 from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
 from zo_adapt.view.identity import fingerprint_of, hash_of
+from zo_adapt.view.inspection import Inspection
 from zo_adapt.view.summary import in_one_line, summary_of
 from zo_adapt.view.tensors import finite_norm, tunable
 
@@ -43,6 +44,8 @@ class TunedTensors:
             groups = "auto"
         self.tensors = tunable(tensors)
         self.model = model
+        self.inspection = Inspection(self.tensors, model)
+        """What is known of the view's memory, for all that must know."""
         self.noise = noise_named(noise)
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
@@ -79,6 +82,11 @@ class TunedTensors:
             ViewError: No parameter requires a gradient.
         """
         tensors = selection.trainable(model)
+        if not tensors and (adapters := adapter_names(model)):
+            raise ViewError(
+                f"no parameter of the adapters {adapters} requires a gradient; load an adapter to "
+                "tune it by PeftModel.from_pretrained(model, path, is_trainable=True)"
+            )
         return cls(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
 
     @classmethod
@@ -161,13 +169,13 @@ class TunedTensors:
         return hash_of(self.tensors)
 
     def check_adapters(self) -> None:
-        """Refuse a merged or disabled peft adapter.
+        """Refuse a merged or disabled peft adapter, and a tensor of an inactive one.
 
         Raises:
             AdapterError: Names the module and the call that mends it.
         """
         if self.model is not None:
-            check_adapters(self.model)
+            check_adapters(self.model, self.inspection.holds)
 
     def norms(self) -> dict[str, float]:
         """The Euclidean norm of every tensor, from one look at the weights.

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from zo_adapt.errors import ViewError
+from zo_adapt.view.blocks import block_list
 from zo_adapt.view.parameters import ParameterView
-from zo_adapt.view.selection import _block_list, owners
+from zo_adapt.view.selection import owners
 
 
 class RefusedError(Exception):
@@ -45,11 +46,11 @@ def cut(view: ParameterView) -> Cut:
         raise RefusedError("the view has no model")
     model = view.model
     try:
-        path, blocks = _block_list(model)
+        path, blocks = block_list(model)
     except ViewError as error:
         raise RefusedError(str(error)) from error
-    inside = {id(tensor) for tensor in view.tensors.values()}
-    tuned = [any(id(p) in inside for p in block.parameters()) for block in blocks]
+    holds = view.inspection.holds
+    tuned = [any(map(holds, block.parameters())) for block in blocks]
     first = (*tuned, True).index(True)
     if first == 0:
         raise RefusedError(f"the view holds weights of the first of {len(blocks)} layers ({path})")
@@ -58,7 +59,7 @@ def cut(view: ParameterView) -> Cut:
     after = {
         name: module
         for name, module, _, parameter in owners(model)
-        if id(parameter) in inside and not name.startswith(f"{path}.")
+        if holds(parameter) and not name.startswith(f"{path}.")
     }
     for name, module in after.items():
         if module in around:
@@ -66,7 +67,9 @@ def cut(view: ParameterView) -> Cut:
     for name, module in model.named_modules():
         if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
             raise RefusedError(f"{name or 'the model'!r} is compiled")
-    kept = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+    kept = [t for t in (*model.parameters(), *model.buffers()) if not holds(t)]
+    if any(t.is_meta for t in kept):
+        raise RefusedError("weights of the model are offloaded, where no change can be noticed")
     if any(t.is_inference() for t in kept):
         raise RefusedError("the model was made in inference mode, where no change can be noticed")
     return Cut(path, list(blocks[:first]), list(blocks[first:]), around, after, kept)

@@ -1,0 +1,171 @@
+"""One evaluation before the first write: what it reads of the view, and what it changes.
+
+It is made on the first two examples, the same ones in every run and in one that is resumed, and not
+counted as queries: no optimizer sees it.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zo_adapt.data.sources import Source
+from zo_adapt.errors import ChangingBufferError, UnreadTensorWarning, ViewError
+from zo_adapt.evaluation.objective import Objective, SetObjective, ready
+from zo_adapt.evaluation.start_checks import randomness_kept
+from zo_adapt.term import Term
+from zo_adapt.view.buffers import Buffers
+from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.trace import Trace, leaves_of
+
+logger = logging.getLogger(__name__)
+LOOK_SEED = 3
+FAR = 4.0
+"""Shift of tensors that nothing seems to read, in displacements of the view."""
+OTHER = "not of the view: "
+
+
+def look_first(objective: Objective, source: Source, view: ParameterView) -> None:
+    """Find what an evaluation would do that no run survives, and tensors that it does not read.
+
+    Where the objective cannot be called on two examples, or computes where torch does not see it
+    (another process or thread), nothing is concluded.
+
+    Args:
+        objective: What is asked.
+        source: Of the examples.
+        view: What is tuned. Tensors that the value does not depend on are left at rest.
+
+    Raises:
+        ChangingBufferError: Every evaluation changes a buffer of the model.
+        ViewError: The value depends on no tensor of the view.
+        DropoutError: The model is not in evaluation mode.
+    """
+    view.leave_at_rest(())
+    if view.model is None:
+        return
+    call = objective.predict if isinstance(objective, SetObjective) else objective
+    with torch.no_grad(), randomness_kept(view.model), ready(objective, view.model):
+        try:
+            content = source.take(range(min(2, len(source))))
+            unread = _unread(call, content, view, view.model)
+        # What is wrong with the data or the function says itself again, where it counts.
+        except (ChangingBufferError, ViewError):
+            raise
+        except Exception as error:
+            logger.debug("the view was not looked at: %r", error)
+            return
+    _judge(unread, view)
+
+
+def _unread(
+    call: Callable[[Any], Any], content: Any, view: ParameterView, model: nn.Module
+) -> list[str]:
+    """Names of the tensors that the value does not depend on."""
+    others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not view.inspection.holds(p)}
+    trace, entered, buffers = Trace({**view.tensors, **others}), set[str](), Buffers(model)
+
+    def value() -> Any:
+        with randomness_kept(model):
+            return call(content)
+
+    with _noting_items(model, entered), trace.following():
+        found = value()
+    trace.leave(found)
+    _check_buffers(buffers, value)
+    reached = set(trace.names(trace.reached))
+    items = _skipped_items(model, entered)
+    unread = [
+        name for name in view.tensors if name not in reached and not name.startswith(tuple(items))
+    ]
+    # What a kernel of another library reads is not seen: so they are moved, all together.
+    if not reached or not unread or _moves(unread, view, value, found):
+        return []
+    return unread
+
+
+def _check_buffers(buffers: Buffers, value: Callable[[], Any]) -> None:
+    """Tell statistics, which drift, from tables that are filled at first use."""
+    if not buffers.changed():
+        return
+    buffers_then = Buffers(buffers.model)
+    value()
+    drifting = buffers_then.changed()
+    if drifting:
+        buffers.restore()
+        raise ChangingBufferError(
+            f"every evaluation changes {drifting[0]!r} ({len(drifting)} buffers in all), so that "
+            "no two points would see the same model; call model.eval() before tuning"
+        )
+
+
+def _moves(
+    names: Collection[str], view: ParameterView, value: Callable[[], Any], before: Any
+) -> bool:
+    """Whether the value changes with the tensors."""
+    tensors = {name: view.tensors[name] for name in names}
+    part = ParameterView(
+        tensors, model=view.model if view.by_layer else None, noise=view.noise.name, groups=()
+    )
+    with part.shifted([Term(LOOK_SEED, FAR * view.displacement)]):
+        there = value()
+    return not _equal(list(leaves_of(before)), list(leaves_of(there)))
+
+
+def _equal(before: list[Any], there: list[Any]) -> bool:
+    return len(before) == len(there) and all(
+        np.array_equal(_array(a), _array(b)) for a, b in zip(before, there, strict=True)
+    )
+
+
+def _array(value: Any) -> Any:
+    return value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _noting_items(model: nn.Module, entered: set[str]) -> Iterator[None]:
+    """Inside, the items of lists of modules are noted as they run."""
+    with ExitStack() as stack:
+        for name in _items(model):
+            hook = lambda *_, name=name: entered.add(name)  # noqa: E731
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _items(model: nn.Module) -> list[str]:
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return [f"{path}.{index}" for path, items in lists for index in range(len(items))]
+
+
+def _skipped_items(model: nn.Module, entered: set[str]) -> list[str]:
+    """Items of a list that did not run while others did: experts, which other examples may need."""
+    active = {name.rpartition(".")[0] for name in entered}
+    return [
+        f"{name}."
+        for name in _items(model)
+        if name not in entered and name.rpartition(".")[0] in active
+    ]
+
+
+def _judge(unread: list[str], view: ParameterView) -> None:
+    if not unread:
+        return
+    listed = ", ".join(map(repr, unread[:3])) + (", ..." if len(unread) > 3 else "")
+    if len(unread) == len(view.tensors):
+        raise ViewError(
+            f"the objective's value depends on no tensor of the view ({listed}): is the adapter "
+            "active, and is this the model that the objective runs?"
+        )
+    warnings.warn(
+        f"{len(unread)} of {len(view.tensors)} tensors of the view do not reach the objective's "
+        f"value on the first examples and stay as they are: {listed}. Leave them out of the view; "
+        "if other examples need them, put one of these first",
+        UnreadTensorWarning,
+        stacklevel=4,
+    )
+    view.leave_at_rest(unread)

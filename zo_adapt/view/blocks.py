@@ -1,0 +1,115 @@
+"""A model's repeated blocks, and what runs after them: observed, or guessed from registration."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from zo_adapt.errors import ViewError
+from zo_adapt.interrupt import Guard
+from zo_adapt.view.buffers import Buffers
+from zo_adapt.view.example import example_inputs
+from zo_adapt.view.trace import DATA, Trace
+
+logger = logging.getLogger(__name__)
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of modules of one class that holds the most parameters: the transformer's blocks.
+
+    Raises:
+        ViewError: There is none.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+    ]
+    if not lists:
+        raise ViewError(
+            f"{type(model).__name__} has no list of repeated layers; "
+            "use ParameterView.matching(model, pattern)"
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
+    """Names of the parameters outside the list at ``path`` that work on a block's output alone.
+
+    Found by a forward of an example where one can be made: a parameter is after the block where all
+    the data that it meets come from there. So neither the embedding that a head is tied to, nor
+    another tower of the model, nor a bias that is made for all blocks in advance belongs to it.
+    Elsewhere by the order of registration.
+
+    Args:
+        model: What is run.
+        path: Of the list of blocks.
+        block: One of the list.
+    """
+    for inputs in example_inputs(model):
+        trace = Trace(dict(model.named_parameters(remove_duplicate=False)))
+        try:
+            with unchanged(model), trace.following(), trace.marking(model, block):
+                trace.mark(inputs, DATA)
+                model(**inputs)
+        except Exception as error:
+            logger.debug("%s cannot be run on an example: %r", type(model).__name__, error)
+            continue
+        if trace.marked:
+            names = trace.names(trace.after & ~trace.before)
+            return {name for name in names if not name.startswith(f"{path}.")}
+    prefixes = tuple(f"{name}." for name in _registered_after(model, path))
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, the model can be run in evaluation mode; it and the RNG are as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    buffers = Buffers(model)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+    def undo() -> None:
+        for module in training:
+            module.training = True
+        buffers.restore()
+
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), Guard(undo) as guard:
+        for module in training:
+            module.training = False
+        guard.open()
+        yield
+
+
+def _registered_after(model: nn.Module, path: str) -> list[str]:
+    """Modules that are registered behind the blocks: at every level from the list up.
+
+    A final norm may be registered before the list (OPT does so): where no later sibling holds a
+    parameter, an earlier one with vectors only (a norm) counts as the final one. And beside the
+    pretrained base model all is head, wherever it stands.
+    """
+    names: list[str] = []
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        parent = ".".join(parts[:depth])
+        owner = model.get_submodule(parent)
+        siblings = list(owner.named_children())
+        here = [name for name, _ in siblings].index(parts[depth])
+        later = [name for name, module in siblings[here + 1 :] if _holds_parameters(module)]
+        if getattr(owner, "base_model_prefix", None) == parts[depth]:
+            later += [name for name, module in siblings[:here] if _holds_parameters(module)]
+        if not later and depth == len(parts) - 1:
+            later = [name for name, module in siblings[:here] if _is_norm(module)]
+        names += [f"{parent}.{name}" if parent else name for name in later]
+    return names
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    sizes = [p.dim() for p in module.parameters()]
+    return bool(sizes) and max(sizes) == 1
