@@ -81,9 +81,8 @@ class ClassificationLoss(ModelObjective):
                 "models with one row of logits for an example, (b, C); for a label of every token "
                 "choose TokenClassificationLoss, for the next token CausalLMLoss"
             )
-        if (
-            self._classes is None and self.configured("num_labels") is None
-        ):  # without a configuration it is the first answer that tells
+        # Without a configuration it is the first answer that tells.
+        if self._classes is None and self.configured("num_labels") is None:
             self._classes = logits.shape[-1]
             if labels is not None:
                 self.check_labels(labels)

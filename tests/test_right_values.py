@@ -357,7 +357,7 @@ def test_queries_of_a_mixture_weigh_the_same_in_parts_of_any_size() -> None:
     batch = Batch(as_source(data, mixed.collate), range(5))
 
     def value(rows: int | None) -> float:
-        evaluator = LocalEvaluator(mixed, view, micro_batch_size=rows)
+        evaluator = LocalEvaluator(mixed, view, batch_size=rows)
         return evaluator.evaluate([Probe(HERE, batch)])[0].value
 
     assert value(None) == pytest.approx(value(4)) == pytest.approx(value(1))

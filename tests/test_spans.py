@@ -265,7 +265,7 @@ def test_the_value_does_not_depend_on_micro_batches_nor_on_padding(name: str) ->
     view = ParameterView.full(objective.model)
     batch = Batch(as_source(data, objective.collate), range(len(data)))
     values = [
-        LocalEvaluator(objective, view, micro_batch_size=size).evaluate([Probe(HERE, batch)])[0]
+        LocalEvaluator(objective, view, batch_size=size).evaluate([Probe(HERE, batch)])[0]
         for size in (None, 1, 3)
     ]
     assert values[1].value == pytest.approx(values[0].value, rel=1e-5)

@@ -41,7 +41,7 @@ def _column(data: Any, field: str) -> Any:
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # a DataFrame
         return data[field].tolist() if field in data.columns else None
     if hasattr(data, "column_names"):
-        if field not in (data.column_names or ()) or not hasattr(data, "__getitem__"):
+        if field not in (data.column_names or ()) or not hasattr(data, "__len__"):
             return None  # a stream can be read once
         # As it is stored: a transform would decode every image for the sake of its label.
         return data.with_format(None)[field][:]

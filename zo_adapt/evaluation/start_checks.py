@@ -88,9 +88,8 @@ def _gives_each_row_its_own(objective: Objective, source: Source) -> bool:
         if both.shape != (2,):
             return False
         try:
-            first = select_rows(
-                two, slice(0, 1), 2
-            )  # what the collate function drew, it drew for both
+            # What the collate function has drawn, it has drawn for both.
+            first = select_rows(two, slice(0, 1), 2)
         except NoRowsError:
             first = source.take([0])
         alone = _array(objective(first))
