@@ -41,12 +41,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nothing for a view": ({"view": None}, "give a ParameterView"),
     "view for an objective": ({"objective": VIEW}, r"the order is \(objective, view, data"),
     "class for an objective": ({"objective": dict}, "class dict; make one"),
-    "number for an objective": ({"objective": 3.0}, "3.0 cannot be called; give a function of a batch"),
+    "number for an objective": (
+        {"objective": 3.0},
+        "3.0 cannot be called; give a function of a batch",
+    ),
     "view for data": ({"data": VIEW}, "data is a ParameterView; the order"),
     "optimizer for data": ({"data": MeZO()}, r"data is a MeZO; the order .*data=None"),
     "options as a dict": ({"evaluation": {}}, r"dict; give EvaluationOptions\("),
     "metrics as a list": ({"metrics": [never]}, "list; give objectives by name"),
-    "metric by name": ({"metrics": {"f1": "f1"}}, "metric 'f1': the objective 'f1' cannot be called"),
+    "metric by name": (
+        {"metrics": {"f1": "f1"}},
+        "metric 'f1': the objective 'f1' cannot be called",
+    ),
 }
 
 
