@@ -36,8 +36,9 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from zo_adapt import MeZO, ParameterView, Shift, Term, minimize, replay
 from zo_adapt.noise.seeds import Seeds
 from zo_adapt.step import Step
-from zo_adapt.trajectory.file import Reader, Writer
+from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.playback import WIDTH, apply_all, header_of
+from zo_adapt.trajectory.writer import Writer
 
 SEED = 0
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from zo_adapt import MeZO, ParameterView, Shift, Term
 from zo_adapt.noise.seeds import LOOK_BACK, Seeds
 from zo_adapt.step import Step
-from zo_adapt.trajectory.file import Reader, Writer
+from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.playback import header_of
 from zo_adapt.trajectory.record import decoded, encoded
+from zo_adapt.trajectory.writer import Writer
 
 STREAM = Seeds(11)
 DRAWN = 300

@@ -30,6 +30,7 @@ from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
 from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Term as Term
+from zo_adapt.trajectory.file import TrajectoryFile as TrajectoryFile
 from zo_adapt.trajectory.playback import Replay as Replay
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
@@ -61,6 +62,7 @@ __all__ = [
     "Step",
     "StopReason",
     "Term",
+    "TrajectoryFile",
     "TwoSided",
     "ZOConfig",
     "ZOError",

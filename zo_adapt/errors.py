@@ -73,6 +73,10 @@ class CorruptTrajectoryError(TrajectoryError):
     """A trajectory file is damaged; nothing was applied."""
 
 
+class TrajectoryInUseError(TrajectoryError):
+    """A trajectory file is being written by another run."""
+
+
 class TrajectoryWriteError(ZOError, OSError):
     """A trajectory cannot be written; the steps before are safe."""
 

@@ -2,10 +2,13 @@
 
 import inspect
 import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from zo_adapt.errors import OptionError
 
@@ -34,29 +37,59 @@ def positive_or_none(name: str, value: float | None) -> float | None:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """``value`` if it is an integer >= 1.
+    """``value`` if it is an integer >= 1, numpy's included.
 
     Raises:
         OptionError: It is not.
     """
-    if not isinstance(value, int) or value < 1:
+    found = _integer(value)
+    if found is None or found < 1:
         raise OptionError(f"{name}={value}; choose an integer >= 1")
-    return value
+    return found
 
 
-def check_run(max_steps: int | None, max_queries: int | None, seed: int) -> None:
-    """Refuse a run without a budget, a negative budget, or a seed out of range.
+def integer(name: str, value: int) -> int:
+    """``value`` if it is an integer, numpy's included.
 
     Raises:
-        OptionError: One of these.
+        OptionError: It is not.
+    """
+    found = _integer(value)
+    if found is None:
+        raise OptionError(f"{name}={value!r}; choose an integer")
+    return found
+
+
+def _integer(value: Any) -> int | None:
+    """An integer of any kind as Python's; None for anything else, truth values included."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_run(
+    max_steps: int | None, max_queries: int | None, seed: int
+) -> tuple[int | None, int | None, int]:
+    """The budget and the seed, as Python's integers.
+
+    Raises:
+        OptionError: No budget, a negative one, a seed out of range, or no integer.
     """
     if max_steps is None and max_queries is None:
         raise OptionError("give a budget: max_steps=... or max_queries=...")
+    limits: list[int | None] = []
     for name, limit in (("max_steps", max_steps), ("max_queries", max_queries)):
-        if limit is not None and limit < 0:
-            raise OptionError(f"{name}={limit}; choose a number >= 0")
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
+        found = None if limit is None else _integer(limit)
+        if limit is not None and (found is None or found < 0):
+            raise OptionError(f"{name}={limit}; choose an integer >= 0")
+        limits.append(found)
+    key = _integer(seed)
+    if key is None or not 0 <= key < 2**64:
+        raise OptionError(f"seed={seed} is no integer, or outside 0 <= seed < 2**64")
+    return limits[0], limits[1], key
 
 
 def renamed(old: str, new: str, stacklevel: int = 3) -> None:

@@ -57,6 +57,11 @@ class Samples:
         """The pass that each stream is in, by stream."""
 
     @property
+    def classes(self) -> np.ndarray | None:
+        """Class of every row, if passes are stratified."""
+        return self._classes
+
+    @property
     def share(self) -> int:
         """The smallest number of consecutive rows that is fair to every class, at least four."""
         classes = 1 if self._classes is None else len(np.unique(self._classes))

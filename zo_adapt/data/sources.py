@@ -52,6 +52,11 @@ class TensorRows:
             )
         self._length = lengths.pop()
 
+    @property
+    def examples(self) -> Any:
+        """What it was made of."""
+        return self._tensors
+
     def __len__(self) -> int:
         return self._length
 
@@ -75,6 +80,11 @@ class Examples:
 
     def __init__(self, examples: Any, collate: Collate) -> None:
         self._examples, self._collate = examples, collate
+
+    @property
+    def examples(self) -> Any:
+        """What it was made of."""
+        return self._examples
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -80,7 +80,7 @@ class AskTell:
             raise OptionError(
                 f"{type(optimizer).__name__} needs more than values; choose MeZOSVRG, MeZO, ZOSVRG"
             )
-        check_run(max_steps, max_queries, seed)
+        max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
         self._form, tensors = Form.of(x0)
         self._view = ParameterView(tensors, noise=noise, groups=groups)
         self._optimizer = copy.deepcopy(optimizer)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.options import check_run, former_keywords
+from zo_adapt.options import check_run, former_keywords, integer
 from zo_adapt.step import Step
+from zo_adapt.trajectory.file import TrajectoryFile
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -51,7 +53,7 @@ def minimize(
     progress: bool = True,
     evaluation: EvaluationOptions = EvaluationOptions(),
     metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
-    trajectory: str | Path | None = None,
+    trajectory: str | Path | TrajectoryFile | None = None,
     resume: bool = False,
 ) -> Result:
     """Minimise an objective over a view by forward passes (or maximise it, if it says so).
@@ -72,9 +74,15 @@ def minimize(
         evaluation: Memory against time: rows in one call, candidates together, reuse, graphs.
         metrics: Objectives by name, watched beside the one that is minimised; ``Metrics`` of them
             says on which data and how often (the run's, every 100 steps and at the end).
-        trajectory: File that every step is appended to; see ``replay``.
+        trajectory: File that every step is appended to; see ``replay``, and ``TrajectoryFile`` for
+            what survives a loss of power. No other run may write it meanwhile.
         resume: Go on with the trajectory's run if the file is there, bit-identical to a run that
-            was never stopped. The view must be at the weights that the run started from.
+            was never stopped. The view must be at the weights that the run started from; base
+            model, data, objective and settings must be those of then. The budget may be larger
+            than it was: the steps so far stay those of the smaller budget, and the rest are what a
+            run of the larger one makes at the same share of it (schedules and the step by distance
+            follow that share). It is neither the long run from the start nor the short one and
+            another after it, and is the same whenever it is stopped and resumed.
 
     Returns:
         Value, steps, queries, stop reason and history; ``print`` it.
@@ -98,7 +106,8 @@ def minimize(
     check_data(data)
     check_optimizer(optimizer)
     check_evaluation(evaluation)
-    check_run(max_steps, max_queries, seed)
+    max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
+    batch_size = None if batch_size is None else integer("batch_size", batch_size)
     examples, watched = as_data(data), as_metrics(metrics)
     check_all_labels(objective, examples.examples)
     view.check_adapters()
@@ -111,14 +120,18 @@ def minimize(
     )
     monitor = Monitor(watched, view, examples, evaluation=evaluation, batch_size=batch_size)
     budget = Budget(max_steps, max_queries)
-    loop = _Loop(Run(optimizer, evaluator, samples, budget, seed, trajectory, resume), monitor)
-    with tqdm(
-        total=max_queries or max_steps,
-        initial=evaluator.queries if max_queries else loop.run.steps,
-        unit="query" if max_queries else "step",
-        disable=not progress,
-        dynamic_ncols=True,
-    ) as bar:
+    run = Run(optimizer, evaluator, samples, budget, seed, trajectory, resume)
+    loop = _Loop(run, monitor)
+    with (
+        closing(run),
+        tqdm(
+            total=max_queries or max_steps,
+            initial=evaluator.queries if max_queries else loop.run.steps,
+            unit="query" if max_queries else "step",
+            disable=not progress,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         reason, detail = loop.until_stopped(callback, bar)
     return Result(
         value=loop.history[-1].value if loop.history else math.nan,

@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import OptionError, TrajectoryError, TrajectoryWriteError
+from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.interrupt import uninterrupted
+from zo_adapt.loops.resume import (
+    LIMITS,
+    check_budget,
+    check_settings,
+    run_settings,
+    steps_until,
+)
 from zo_adapt.optimizers.budget import Budget
+from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.step import Step
-from zo_adapt.trajectory.file import Position, Reader, Writer
-from zo_adapt.trajectory.playback import apply_all, check_header, header_of
-from zo_adapt.trajectory.safe_file import read_state, write_state
+from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile
+from zo_adapt.trajectory.owned_file import OwnedFile
+from zo_adapt.trajectory.playback import apply_checked, check_header, check_origin, header_of
+from zo_adapt.trajectory.safe_file import read_state, remove_scratch, write_state
+from zo_adapt.trajectory.writer import Writer, check_terms_fit
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +34,8 @@ class Run:
 
     A step is evaluated, then its record and the state after it are written, then it is applied. The
     weights of a resumed run are made from the file, so that a kill at any moment leaves a state to
-    go on from: the one before the step, or the one after.
+    go on from: the one before the step, or the one after. A step that fails leaves no trace: seeds,
+    rows, counters and the optimizer are as before it.
 
     Args:
         optimizer: Started by this class.
@@ -37,6 +48,7 @@ class Run:
 
     Raises:
         TrajectoryError: The file is there and ``resume`` is False, or it does not fit this run.
+        TrajectoryWriteError: It cannot be written, or not with so many directions a step.
         OptionError: A trajectory of a first-order optimizer.
     """
 
@@ -47,7 +59,7 @@ class Run:
         samples: Samples,
         budget: Budget,
         seed: int,
-        trajectory: str | Path | None = None,
+        trajectory: str | Path | TrajectoryFile | None = None,
         resume: bool = False,
     ) -> None:
         self.optimizer, self.evaluator = optimizer, evaluator
@@ -58,53 +70,92 @@ class Run:
         """Steps of the run that were made before this process; filled by resuming."""
         optimizer.start(evaluator.view, seed, step_like=evaluator.objective.step_like)
         self._writer: Writer | None = None
-        self._state_path: Path | None = None
+        self._state_is_ahead = False
+        """Whether the state was written for a step that was then not taken."""
+        self._file: TrajectoryFile | None = None
+        """Where the state lies as well; None for loops that keep the state themselves."""
         if trajectory is not None:
-            self._open(Path(trajectory), resume)
+            is_file = isinstance(trajectory, TrajectoryFile)
+            self._open(trajectory if is_file else TrajectoryFile(trajectory), resume)  # type: ignore[arg-type]
 
     def step(self) -> Step:
         """One step.
 
         Raises:
             BudgetExhausted, NonFiniteObjectiveError, StepTooLargeError, TrajectoryWriteError: The
-                weights and the file are those after the step before.
+                weights, the file and the run's state are those after the step before.
         """
-        view, before = self.evaluator.view, self.evaluator.queries
-        with view.updates.fixed_addresses():
-            step = self.optimizer.step(self.evaluator, self.samples, self.budget)
-            applied = step.update._replace(terms=view.checked(step.update))
-            step = step._replace(
-                step=self.steps + 1,
-                queries=self.evaluator.queries,
-                value=self.evaluator.sign * step.value,
-                update=applied,
-            )
-            with uninterrupted():  # the file and the weights are those of one step
-                self.steps += 1
-                try:
-                    self._write(step)
-                except TrajectoryWriteError:
-                    self.steps -= 1
-                    raise
-                view.apply_in_order(applied.terms, applied.decay)
-                is_first, self.last = self.last is None, step
+        view, before, is_first = self.evaluator.view, self._progress(), self.last is None
+        steps = self.steps
+        try:
+            if is_first and self._writer is not None:
+                self._check_record()
+            with view.updates.fixed_addresses():
+                step = self.optimizer.step(self.evaluator, self.samples, self.budget)
+                applied = step.update._replace(terms=view.checked(step.update))
+                step = step._replace(
+                    step=self.steps + 1,
+                    queries=self.evaluator.queries,
+                    value=self.evaluator.sign * step.value,
+                    update=applied,
+                )
+                with uninterrupted():  # the file and the weights are those of one step
+                    self._take(step)
+        except BaseException:
+            if self.steps == steps:  # and not a signal that has waited for the step to be whole
+                self._go_back(before)
+                if self._state_is_ahead:
+                    self._save_state()
+                    self._state_is_ahead = False
+            raise
         if is_first:
-            cost = self.budget.planned(self.evaluator.queries - before)
+            cost = self.budget.planned(self.evaluator.queries - before["queries"])
             logger.info("%s", "; ".join(filter(None, (str(self.evaluator.plan), cost))))
         return step
 
-    def _write(self, step: Step) -> None:
-        """Record and state, both or neither."""
-        if self._writer is None or not isinstance(self.optimizer, ZerothOrder):
-            return
-        before = self._writer.position
-        self._writer.append(step, self.optimizer.drawn)
-        if self._state_path is not None:
-            try:
-                self._save_state(self._writer, self._state_path)
-            except TrajectoryWriteError:
+    def _take(self, step: Step) -> None:
+        """Write a step down and apply it, both or neither."""
+        before = self.position
+        self.steps += 1
+        try:
+            if self._writer is not None and isinstance(self.optimizer, ZerothOrder):
+                self._writer.append(step, self.optimizer.drawn)
+                self._save_state()
+                self._state_is_ahead = True
+            self.evaluator.view.apply_in_order(step.update.terms, step.update.decay)
+        except BaseException:
+            self.steps -= 1
+            if self._writer is not None and before is not None and self.position != before:
                 self._writer.go_back(before)
-                raise
+            raise
+        self._state_is_ahead = False
+        self.last = step
+
+    def _progress(self) -> dict[str, Any]:
+        """All that a step changes before it is taken."""
+        own = isinstance(self.optimizer, ZerothOrder | FirstOrder)
+        return {
+            "queries": self.evaluator.queries,
+            "positions": dict(self.samples.positions),
+            "optimizer": self.optimizer.state_dict() if own else None,  # type: ignore[attr-defined]
+        }
+
+    def _go_back(self, before: Mapping[str, Any]) -> None:
+        self.evaluator.queries = before["queries"]
+        self.samples.positions = before["positions"]
+        if before["optimizer"] is not None:
+            self.optimizer.load_state_dict(before["optimizer"])  # type: ignore[attr-defined]
+
+    def _check_record(self) -> None:
+        """Refuse, before anything is evaluated, a step that no record can hold."""
+        if not isinstance(self.optimizer, ZerothOrder):
+            return
+        before = self._progress()
+        self.optimizer.ask(self.samples)
+        directions = len(self.optimizer.asked.seeds)
+        self._go_back(before)
+        moving = [group for group in self.evaluator.view.groups if group.perturbation_scale > 0]
+        check_terms_fit(directions * max(1, len(moving)))
 
     def log_to(self, path: Path, settings: Mapping[str, Any], at: Position | None = None) -> None:
         """Append every further step to a file, begun anew or from a place on.
@@ -115,29 +166,45 @@ class Run:
             TrajectoryError: The file belongs to another view, was begun with other settings, or has
                 no such place.
         """
+        view = self.evaluator.view
         if at is None:
-            self._writer = Writer(path, self._header(settings))
+            self._writer = Writer(path, header_of(view, self.seed, settings=dict(settings)))
             return
-        reader = Reader(path)
-        if reader.header["fingerprint"] != self.evaluator.view.fingerprint():
-            raise TrajectoryError(f"{path} belongs to another view; choose another folder")
-        check_settings(reader, settings)
-        steps_until(reader, at)
-        self.evaluator.view.leave_at_rest(reader.header.get("at_rest", ()))
-        self._writer = Writer(path, reader.header, at)
-
-    def _header(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return header_of(self.evaluator.view, self.seed, settings=dict(settings))
+        file = OwnedFile(path)  # before it is read, so that it stays what was read
+        try:
+            reader = Reader(path)
+            if reader.header["fingerprint"] != view.fingerprint():
+                raise TrajectoryError(f"{path} belongs to another view; choose another folder")
+            check_origin(view, reader.header, path)
+            check_settings(path, reader.header["settings"], settings)
+            steps_until(reader, at)
+            view.leave_at_rest(reader.header.get("at_rest", ()))
+            self._writer = Writer(path, reader.header, at, file=file)
+        except BaseException:
+            file.close()
+            raise
 
     @property
     def position(self) -> Position | None:
         """Where the trajectory ends, if there is one."""
         return None if self._writer is None else self._writer.position
 
+    def close(self) -> None:
+        """Give up the trajectory's file; the run makes no more steps."""
+        if self._writer is not None:
+            self._writer.close()
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a run changes beside the weights."""
-        if not isinstance(self.optimizer, ZerothOrder):
-            raise OptionError("only zeroth-order runs can be kept; use torch's own checkpoints")
+        """All that a run changes beside the weights, and the tensors of a first-order optimizer.
+
+        Raises:
+            OptionError: An optimizer of another origin, which cannot be kept.
+        """
+        if not isinstance(self.optimizer, ZerothOrder | FirstOrder):
+            raise OptionError(
+                f"a run of {type(self.optimizer).__name__} cannot be kept: it is no optimizer of "
+                "this package"
+            )
         return {
             "steps": self.steps,
             "queries": self.evaluator.queries,
@@ -147,89 +214,89 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; the weights are restored apart."""
-        if not isinstance(self.optimizer, ZerothOrder):
-            raise OptionError("only zeroth-order runs can be resumed; use torch's own checkpoints")
         self.steps = state["steps"]
-        self.evaluator.queries = state["queries"]
-        self.samples.positions = dict(state["positions"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._go_back({**state, "positions": dict(state["positions"])})
 
-    def _open(self, path: Path, resume: bool) -> None:
+    def _open(self, file: TrajectoryFile, resume: bool) -> None:
         if not isinstance(self.optimizer, ZerothOrder):
             raise OptionError("a trajectory holds directions; a first-order run has none")
-        self._state_path = path.with_name(path.name + ".state")
+        self._file, path = file, file.place
         settings = {
             **self.optimizer.settings(),
             "seed": self.seed,
-            "batch_size": self.samples.batch_size,
-            "micro_batch_size": self.evaluator.micro_batch_size,
-            "share": self.samples.share,
-            "sign": self.evaluator.sign,
-            "rows": len(self.samples.source),
-            "max_steps": self.budget.max_steps,
-            "max_queries": self.budget.max_queries,
+            **run_settings(self.evaluator, self.samples),
         }
-        if path.exists() and not resume:
+        if not path.exists():
+            self._begin(settings)
+            return
+        if not resume:
             raise TrajectoryError(
                 f"{path} is there already; pass resume=True to go on with it, or another name"
             )
-        if path.exists() and self._state_path.exists():
-            self._resume(path, self._state_path, settings)
+        owned = OwnedFile(path, fsync=file.fsync)  # before it is read, so that it stays as read
+        try:
+            remove_scratch(path)
+            remove_scratch(file.state)
+            if file.state.exists():
+                self._resume(owned, settings)
+                return
+            # Without a state nothing can be gone on from, unless a kill came before the first step.
+            if next(Reader(path).steps(), None) is not None:
+                raise TrajectoryError(
+                    f"{path} has steps but no {file.state.name} beside it, so it can be replayed "
+                    "but not resumed; put that file back, or begin another trajectory"
+                )
+            self._begin(settings, owned)
+        except BaseException:
+            owned.close()
+            raise
+
+    def _begin(self, settings: Mapping[str, Any], owned: OwnedFile | None = None) -> None:
+        """Begin a file, in the place of one without steps if there is one."""
+        file = self._file
+        if file is None:
             return
-        # Without a state nothing can be gone on from, unless a kill came before the first step.
-        if path.exists() and next(Reader(path).steps(), None) is not None:
+        if owned is None and file.state.exists():
             raise TrajectoryError(
-                f"{path} has steps but no {self._state_path.name} beside it, so it can be replayed "
-                "but not resumed; put that file back, or begin another trajectory"
+                f"there is a {file.state} but no {file.place.name}: the trajectory that the state "
+                "belongs to was moved or deleted; put it back, or remove the state, or choose "
+                "another name"
             )
-        self._writer = Writer(path, self._header(settings))
-        self._save_state(self._writer, self._state_path)
-
-    def _resume(self, path: Path, state_path: Path, settings: Mapping[str, Any]) -> None:
-        reader = Reader(path)
-        check_header(self.evaluator.view, reader.header, path)
-        self.evaluator.view.leave_at_rest(reader.header.get("at_rest", ()))
-        check_settings(reader, settings)
-        state = read_state(state_path)
-        at = Position(*state["position"])
-        self.logged = steps_until(reader, at)
-        apply_all(self.evaluator.view, [step.update for step in self.logged])
-        self.load_state_dict(state["run"])
-        self._writer = Writer(path, reader.header, at)
-
-    def _save_state(self, writer: Writer, path: Path) -> None:
-        write_state(path, {"position": writer.position, "run": self.state_dict()})
-
-
-def check_settings(reader: Reader, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with other settings than a trajectory was begun with.
-
-    Raises:
-        TrajectoryError: Names the first that differs.
-    """
-    begun = reader.header["settings"]
-    for name, value in settings.items():
-        if begun.get(name) != value:
-            raise TrajectoryError(
-                f"{reader.path} was begun with {name}={begun.get(name)!r}, not {value!r}; resume "
-                "with the same settings, or begin another file"
-            )
-
-
-def steps_until(reader: Reader, at: Position) -> list[Step]:
-    """The records before a place; what comes after is not read.
-
-    Raises:
-        TrajectoryError: No record ends there.
-        CorruptTrajectoryError: A damaged record before it.
-    """
-    position, steps, found = reader.start, [], reader.steps()
-    while position.offset < at.offset and (entry := next(found, None)) is not None:
-        step, position = entry
-        steps.append(step)
-    if position != at:
-        raise TrajectoryError(
-            f"{reader.path} has no record that ends at byte {at.offset}: the state to resume from "
-            "belongs to another file, or the file was shortened; put the two together that belong"
+        self._check_record()
+        settings = {**settings, **self.budget._asdict()}
+        header = header_of(self.evaluator.view, self.seed, settings=settings)
+        self._writer = Writer(
+            file.place, header, file=owned, replace=owned is not None, fsync=file.fsync
         )
-    return steps
+        self._save_state()
+
+    def _resume(self, owned: OwnedFile, settings: Mapping[str, Any]) -> None:
+        view, path = self.evaluator.view, owned.path
+        reader = Reader(path)
+        check_header(view, reader.header, path)
+        view.leave_at_rest(reader.header.get("at_rest", ()))
+        begun = reader.header["settings"]
+        check_settings(path, begun, settings)
+        state = read_state(self._file.state)  # type: ignore[union-attr]
+        budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})
+        check_budget(path, budget, self.budget)
+        try:
+            at = Position(*state["position"])
+            self.logged = steps_until(reader, at)
+            self.load_state_dict(state["run"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptTrajectoryError(
+                f"the state beside {path} is none of this run ({error!r})"
+            ) from error
+        apply_checked(view, [step.update for step in self.logged], path)
+        self._writer = Writer(path, reader.header, at, file=owned)
+
+    def _save_state(self) -> None:
+        file, writer = self._file, self._writer
+        if file is not None and writer is not None:
+            state = {
+                "position": writer.position,
+                "budget": self.budget._asdict(),
+                "run": self.state_dict(),
+            }
+            write_state(file.state, state, fsync=file.fsync)

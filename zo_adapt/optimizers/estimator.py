@@ -60,7 +60,7 @@ class Estimator(Settings, ABC):
     perturbation_scale: float | None = None
 
     def __post_init__(self) -> None:
-        at_least_one("num_directions", self.num_directions)
+        self._set(num_directions=at_least_one("num_directions", self.num_directions))
         self._set(
             perturbation_scale=positive_or_none("perturbation_scale", self.perturbation_scale)
         )

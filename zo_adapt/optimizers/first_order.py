@@ -1,7 +1,7 @@
 """First-order baselines: backpropagation under the same loop and the same count of queries."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
@@ -12,8 +12,9 @@ from torch import Tensor
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.interrupt import uninterrupted
 from zo_adapt.optimizers.budget import Budget
-from zo_adapt.optimizers.schedule import Schedule, schedule_named
+from zo_adapt.optimizers.schedule import Schedule, described, schedule_named
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.options import positive
 from zo_adapt.step import Step
@@ -90,10 +91,45 @@ class FirstOrder(Settings):
             shadow.grad = gradient
         for group in run.optimizer.param_groups:
             group["lr"] = self.lr * factor * group["factor"]
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.steps += 1
+        with uninterrupted():
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.steps += 1
         return Step(run.steps, 0, float(loss.detach()), self.lr * factor, math.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, as JSON can hold it; the moments are ``moments``."""
+        run: _Run = vars(self)["_run"]
+        return {"steps": run.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; ``start`` comes first."""
+        vars(self)["_run"].steps = state["steps"]
+
+    def moments(self) -> dict[str, Tensor]:
+        """The tensors that torch keeps between steps, as "exp_avg/name of the weight"."""
+        run: _Run = vars(self)["_run"]
+        return {
+            f"{kind}/{name}": moment
+            for name, tensor in run.tensors.items()
+            for kind, moment in run.optimizer.state[tensor].items()
+            if isinstance(moment, Tensor)
+        }
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on with tensors that ``moments`` gave."""
+        run: _Run = vars(self)["_run"]
+        for key, moment in moments.items():
+            kind, _, name = key.partition("/")
+            tensor = run.tensors[name]
+            # Step counts stay where torch keeps them, on the CPU.
+            place = tensor.device if moment.ndim else moment.device
+            run.optimizer.state[tensor][kind] = moment.to(place).clone()
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters, for a log and to compare on resuming."""
+        own = super().settings() | {"schedule": described(self.schedule)}
+        return {"optimizer": type(self).__name__, **own}
 
 
 @dataclass(frozen=True, repr=False)

@@ -64,14 +64,15 @@ class VarianceReduced(ZerothOrder):
     coupling: Coupling = "shared"
 
     def _check(self) -> None:
-        at_least_one("snapshot_interval", self.snapshot_interval)
+        interval = at_least_one("snapshot_interval", self.snapshot_interval)
+        self._set(snapshot_interval=interval)
         if isinstance(self.snapshot_size, str):
             if self.snapshot_size not in ("batch", "all"):
                 raise OptionError(
                     f"snapshot_size={self.snapshot_size!r}; choose rows, 'batch' or 'all'"
                 )
         else:
-            at_least_one("snapshot_size", self.snapshot_size)
+            self._set(snapshot_size=at_least_one("snapshot_size", self.snapshot_size))
         self._set(snapshot_lr=positive_or_none("snapshot_lr", self.snapshot_lr))
         if self.coupling not in ("shared", "independent"):
             raise OptionError(f"coupling={self.coupling!r}; choose 'shared' or 'independent'")

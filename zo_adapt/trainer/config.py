@@ -92,8 +92,8 @@ class ZOConfig(TrainingArguments):
             )
         self._read_words()
         if self.max_queries is not None:
-            at_least_one("max_queries", self.max_queries)
-        at_least_one("trunk_bytes", self.trunk_bytes)
+            self.max_queries = at_least_one("max_queries", self.max_queries)
+        self.trunk_bytes = at_least_one("trunk_bytes", self.trunk_bytes)
         if self.trunk_storage not in ("device", "host", "disk"):
             raise OptionError(
                 f"trunk_storage={self.trunk_storage!r}; choose 'device', 'host' or 'disk'"

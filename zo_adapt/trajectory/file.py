@@ -15,32 +15,29 @@ dropped with a notice; everything before it is whole. A step with one direction 
 where its decay is not the header's rate times lr; every further direction 8.
 """
 
-import errno
 import json
-import os
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from zo_adapt.errors import (
     CorruptTrajectoryError,
     TrajectoryError,
-    TrajectoryWriteError,
     TruncatedTrajectoryWarning,
 )
 from zo_adapt.noise.seeds import NAME, Seeds
 from zo_adapt.step import Step
-from zo_adapt.trajectory.record import MOST_GROUPS, decoded, encoded
-from zo_adapt.trajectory.safe_file import replace_file
+from zo_adapt.trajectory.record import decoded
+from zo_adapt.trajectory.valid import check_header_form, check_step_form
 
 MAGIC = b"zo_traj"
 VERSION = 2
-_HEAD = struct.Struct("<HB")
-_LARGEST = 0xFFFF
-_U32 = struct.Struct("<I")
+HEAD = struct.Struct("<HB")
+U32 = struct.Struct("<I")
 
 
 class Position(NamedTuple):
@@ -50,87 +47,38 @@ class Position(NamedTuple):
     checksum: int
 
 
-class Writer:
-    """Appends records; what was appended survives a kill of the process.
+@dataclass(frozen=True)
+class TrajectoryFile:
+    """A trajectory's file, and how safe it is to be; accepted wherever a path is.
+
+    A step that was written survives a kill of the process at any moment, in any case. A loss of
+    power, or a crash of the system, may take what the disk had not yet been given, usually the last
+    seconds. What is there can then be replayed (a record cut in half is dropped), but not always
+    resumed, for the state beside the file may be of another step. With ``fsync`` the disk has every
+    step before its weights move, and both are there afterwards; a step takes as much longer as the
+    disk needs, some milliseconds.
 
     Args:
-        path: The file.
-        header: What ``replay.header_of`` gives, or the file's own with ``at``.
-        at: Go on from here; what follows is cut off. None: the file is begun anew.
+        path: Where; "~" is the home folder. Beside it lies PATH.state, replaced every step.
+        fsync: Wait for the disk at every step.
 
-    Raises:
-        TrajectoryWriteError: The folder cannot be written to, the disk is full, or the view has
-            more groups than a record can name.
+    Example:
+        >>> TrajectoryFile("run.zot", fsync=True).state.name
+        'run.zot.state'
     """
 
-    def __init__(
-        self, path: str | Path, header: Mapping[str, Any], at: Position | None = None
-    ) -> None:
-        self.path, self._seeds = Path(path), seeds_of(header, path)
-        self._rate = decay_rate(header)
-        if len(header["groups"]) > MOST_GROUPS:
-            raise TrajectoryWriteError(
-                f"a view of {len(header['groups'])} groups; a trajectory can name {MOST_GROUPS}"
-            )
-        if at is None:
-            text = json.dumps(header, sort_keys=True).encode()
-            start = MAGIC + bytes([VERSION]) + _U32.pack(len(text)) + text
-            at = Position(len(start) + _U32.size, zlib.crc32(start))
-            replace_file(self.path, start + _U32.pack(at.checksum))
-        self.go_back(at)
+    path: str | Path
+    fsync: bool = False
 
-    def go_back(self, position: Position) -> None:
-        """Drop every record after a position.
+    @property
+    def place(self) -> Path:
+        """The file's path, a home folder written out."""
+        return Path(self.path).expanduser()
 
-        Raises:
-            TrajectoryWriteError: The file cannot be written to.
-        """
-        try:
-            os.truncate(self.path, position.offset)
-        except OSError as error:
-            raise TrajectoryWriteError(f"cannot write {self.path}: {error.strerror}") from error
-        self.position = position
-
-    def append(self, step: Step, drawn: int = 0) -> None:
-        """Write one record, whole or not at all.
-
-        Args:
-            step: What the step did.
-            drawn: Seeds of the run's stream drawn so far; one that is not among the latest of them
-                takes 8 bytes more.
-
-        Raises:
-            TrajectoryWriteError: The disk is full; the file ends with the record before.
-        """
-        fits = 8 * len(step.update.terms) <= _LARGEST
-        payload = encoded(step, self._seeds, drawn, self._rate) if fits else b""
-        if not fits or len(payload) > _LARGEST:
-            raise TrajectoryWriteError(
-                f"a step of {len(step.update.terms)} terms does not fit a record of {_LARGEST} "
-                "bytes; use fewer directions a step"
-            )
-        head = _HEAD.pack(len(payload), _length_check(len(payload)))
-        self._write(head + payload, zlib.crc32(head + payload, self.position.checksum))
-
-    def _write(self, data: bytes, checksum: int) -> None:
-        data += _U32.pack(checksum)
-        offset = self.position.offset
-        try:
-            # Opened for every record (20 us): no handle is left behind, however a run ends.
-            with open(self.path, "r+b", buffering=0) as file:
-                file.seek(offset)
-                try:
-                    if file.write(data) != len(data):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(offset)
-                    raise
-        except OSError as error:
-            raise TrajectoryWriteError(
-                f"cannot write {self.path}: {error.strerror}; the steps before are safe. Free "
-                "some room and resume"
-            ) from error
-        self.position = Position(offset + len(data), checksum)
+    @property
+    def state(self) -> Path:
+        """The path of the state that a run goes on from."""
+        return self.place.with_name(self.place.name + ".state")
 
 
 def seeds_of(header: Mapping[str, Any], path: str | Path) -> Seeds:
@@ -161,7 +109,7 @@ class Reader:
 
     Raises:
         TrajectoryError: Not a trajectory, or of a format version that is not known.
-        CorruptTrajectoryError: The header is damaged.
+        CorruptTrajectoryError: The header is damaged, or no header.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -171,47 +119,67 @@ class Reader:
         self._seeds = seeds_of(self.header, self.path)
 
     def _read_header(self, file: BinaryIO) -> tuple[dict[str, Any], Position]:
-        start = file.read(len(MAGIC) + 1 + _U32.size)
-        if start[: len(MAGIC)] != MAGIC or len(start) < len(MAGIC) + 1 + _U32.size:
+        start = file.read(len(MAGIC) + 1 + U32.size)
+        if start[: len(MAGIC)] != MAGIC or len(start) < len(MAGIC) + 1 + U32.size:
             raise TrajectoryError(f"{self.path} is not a trajectory file")
         if start[len(MAGIC)] != VERSION:
             raise TrajectoryError(
                 f"{self.path} has format version {start[len(MAGIC)]}, this package reads "
                 f"{VERSION}; use the version of zo_adapt that wrote it"
             )
-        (length,) = _U32.unpack_from(start, len(MAGIC) + 1)
-        text, stored = file.read(length), file.read(_U32.size)
+        (length,) = U32.unpack_from(start, len(MAGIC) + 1)
+        text, stored = file.read(length), file.read(U32.size)
         checksum = zlib.crc32(start + text)
-        if stored != _U32.pack(checksum):
+        if stored != U32.pack(checksum):
             raise CorruptTrajectoryError(f"the header of {self.path} is damaged (checksum)")
-        header: dict[str, Any] = json.loads(text)
+        try:
+            header: dict[str, Any] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CorruptTrajectoryError(
+                f"the header of {self.path} is no JSON ({type(error).__name__}: {error})"
+            ) from error
+        check_header_form(header, self.path)
         return header, Position(file.tell(), checksum)
 
     def steps(self) -> Iterator[tuple[Step, Position]]:
         """Every record, and the place after it.
 
         Raises:
-            CorruptTrajectoryError: A record is damaged, missing or out of order.
+            CorruptTrajectoryError: A record is damaged, missing or out of order, or says what no
+                run writes: NaN, an unknown group.
         """
         number, position, rate = 0, self.start, decay_rate(self.header)
+        groups = len(self.header["groups"])
         with open(self.path, "rb") as file:
             file.seek(position.offset)
             while (record := self._read_record(file, position)) is not None:
                 payload, position = record
                 number += 1
-                yield decoded(number, payload, self._seeds, rate), position
+                yield self._decoded(number, payload, rate, groups), position
+
+    def _decoded(self, number: int, payload: bytes, rate: float, groups: int) -> Step:
+        """The step of a payload whose checksum is right, which says nothing of its sense."""
+        try:
+            step = decoded(number, payload, self._seeds, rate)
+            check_step_form(step, groups)
+        except (struct.error, ValueError, OverflowError) as error:
+            raise CorruptTrajectoryError(
+                f"{self.path}: the record of step {number} makes no sense ({error}); nothing was "
+                "applied"
+            ) from error
+        return step
 
     def _read_record(self, file: BinaryIO, at: Position) -> tuple[bytes, Position] | None:
-        head = file.read(_HEAD.size)
+        head = file.read(HEAD.size)
         if not head:
             return None
         length = 0
-        if len(head) == _HEAD.size:
-            length, check = _HEAD.unpack(head)
-            if _length_check(length) != check:
+        if len(head) == HEAD.size:
+            length, check = HEAD.unpack(head)
+            if length_check(length) != check:
                 raise CorruptTrajectoryError(f"{self.path}: damaged at byte {at.offset} (length)")
-        rest = file.read(length + _U32.size)
-        if len(head) < _HEAD.size or len(rest) < length + _U32.size:
+        rest = file.read(length + U32.size)
+        if len(head) < HEAD.size or len(rest) < length + U32.size:
             warnings.warn(
                 f"{self.path} ends in the middle of a record; its last {len(head) + len(rest)} "
                 "bytes are dropped, every step before them is whole",
@@ -220,12 +188,12 @@ class Reader:
             )
             return None
         checksum = zlib.crc32(head + rest[:length], at.checksum)
-        if rest[length:] != _U32.pack(checksum):
+        if rest[length:] != U32.pack(checksum):
             raise CorruptTrajectoryError(f"{self.path}: damaged at byte {at.offset} (checksum)")
         return rest[:length], Position(file.tell(), checksum)
 
 
-def _length_check(length: int) -> int:
+def length_check(length: int) -> int:
     """A byte by which a damaged length is not taken for a tail that was cut off."""
     return (length ^ length >> 8 ^ 0xA5) & 0xFF
 

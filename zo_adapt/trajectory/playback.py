@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import TrajectoryError
+from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise.seeds import NAME
 from zo_adapt.term import Shift, Term
 from zo_adapt.trajectory.file import Reader
+from zo_adapt.trajectory.origin import base_hash
 from zo_adapt.view.parameters import ParameterView
 
 WIDTH = 4096
@@ -46,6 +47,7 @@ def header_of(view: ParameterView, seed: int, **more: Any) -> dict[str, Any]:
         "noise": view.noise.name,
         "fingerprint": view.fingerprint(),
         "initial": view.hash(),
+        "base": base_hash(view),
         "seeds": [NAME, seed],
         "versions": _versions(),
         **({"at_rest": sorted(view.at_rest)} if view.at_rest else {}),
@@ -65,10 +67,33 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def check_header(view: ParameterView, header: Mapping[str, Any], path: str | Path) -> None:
+def check_origin(view: ParameterView, header: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a trajectory that was made on another frozen base, where both are known.
+
+    Raises:
+        TrajectoryError: Says how to go on all the same.
+    """
+    begun, here = header.get("base"), None if header.get("base") is None else base_hash(view)
+    if begun is not None and here is not None and begun != here:
+        raise TrajectoryError(
+            f"{path} was made on another base model (frozen weights {begun[:12]}..., here "
+            f"{here[:12]}...): the same steps mean something else there; load the base that it was "
+            "made on, or replay with check_base=False"
+        )
+
+
+def check_header(
+    view: ParameterView, header: Mapping[str, Any], path: str | Path, *, check_base: bool = True
+) -> None:
     """Refuse a trajectory of another view, noise or base checkpoint.
 
     The view must be at the weights that the trajectory starts from.
+
+    Args:
+        view: The view.
+        header: The file's.
+        path: For the message.
+        check_base: Compare the frozen weights as well.
 
     Raises:
         TrajectoryError: Says what differs.
@@ -94,9 +119,13 @@ def check_header(view: ParameterView, header: Mapping[str, Any], path: str | Pat
             f"{view.hash()[:12]}...); load the base checkpoint, and draw the adapter from the same "
             "seed as then"
         )
+    if check_base:
+        check_origin(view, header, path)
 
 
-def replay(view: ParameterView, path: str | Path, until: int | None = None) -> int:
+def replay(
+    view: ParameterView, path: str | Path, until: int | None = None, *, check_base: bool = True
+) -> int:
     """Bring a view from the trajectory's initial weights to those of a step.
 
     theta_t = decay_t theta_{t-1} + sum_k c_k z(s_k), record by record, in the order and with the
@@ -106,6 +135,8 @@ def replay(view: ParameterView, path: str | Path, until: int | None = None) -> i
         view: At the weights that the trajectory starts from.
         path: The file.
         until: Number of the last step; 0 is the start, None the end.
+        check_base: Refuse a model whose frozen weights are not those that the run had. They are
+            compared by a sample; files of versions before 0.2 say nothing of them.
 
     Returns:
         The number of the last step.
@@ -126,7 +157,7 @@ def replay(view: ParameterView, path: str | Path, until: int | None = None) -> i
         >>> replay(ParameterView({"x": y}), path), torch.equal(x, y)
         (9, True)
     """
-    return Replay(view, path, until=until, keep_start=False).to(until)
+    return Replay(view, path, until=until, keep_start=False, check_base=check_base).to(until)
 
 
 class Replay:
@@ -140,6 +171,7 @@ class Replay:
         path: The file. What is read of it is read and verified here.
         until: Read no further than this step: what comes after may be damaged. None reads all.
         keep_start: False keeps no copy: forwards only.
+        check_base: As in ``replay``.
 
     Attributes:
         step: Where the view stands.
@@ -167,9 +199,10 @@ class Replay:
         *,
         until: int | None = None,
         keep_start: bool = True,
+        check_base: bool = True,
     ) -> None:
         reader = Reader(path)
-        check_header(view, reader.header, path)
+        check_header(view, reader.header, path, check_base=check_base)
         view.leave_at_rest(reader.header.get("at_rest", ()))
         self.view, self.path, self.step = view, Path(path), 0
         steps = (step.update for step, _ in reader.steps())
@@ -198,7 +231,11 @@ class Replay:
         if goal < self.step:
             self._go_to_start(goal)
         here, self.step = self.step, len(self) + 1  # past every step, until it is known
-        apply_all(self.view, self._updates[here:goal])
+        try:
+            apply_checked(self.view, self._updates[here:goal], self.path)
+        except CorruptTrajectoryError:
+            self.step = here
+            raise
         self.step = goal
         return goal
 
@@ -210,6 +247,26 @@ class Replay:
         with uninterrupted():
             self.view.restore(self._start)
             self.step = 0
+
+
+def apply_checked(view: ParameterView, updates: Sequence[Shift], path: Path) -> None:
+    """Apply updates one after the other, all of them or, where a weight would overflow, none.
+
+    Raises:
+        CorruptTrajectoryError: A weight would be infinite; nothing was applied.
+    """
+    if view.room.holds(updates):
+        apply_all(view, updates)
+        return
+    # By their bounds alone the weights may leave the dtype's range: only trying tells.
+    before = view.snapshot()
+    apply_all(view, updates)
+    if not all(bool(tensor.isfinite().all()) for tensor in view.tensors.values()):
+        view.restore(before)
+        raise CorruptTrajectoryError(
+            f"the steps of {path} leave the range of the view's dtype, which no run does; nothing "
+            "was applied"
+        )
 
 
 def apply_all(view: ParameterView, updates: Sequence[Shift]) -> None:

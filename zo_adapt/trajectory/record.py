@@ -30,8 +30,11 @@ _BLOCK = struct.Struct("<HBBI")
 _GIVEN = 2**40 - 1
 _WHOLE_VIEW = 255
 _SNAPSHOT, _DECAYS, _DECAYS_AT_RATE = 1, 2, 4
+_FLAGS = {kind | decay for kind in (0, _SNAPSHOT) for decay in (0, _DECAYS, _DECAYS_AT_RATE)}
 MOST_GROUPS = 255
 """Groups that a record can tell apart."""
+LARGEST = 0xFFFF
+"""Bytes of a payload."""
 
 
 def encoded(step: Step, seeds: Seeds, drawn: int, rate: float = 0.0) -> bytes:
@@ -57,8 +60,15 @@ def encoded(step: Step, seeds: Seeds, drawn: int, rate: float = 0.0) -> bytes:
 
 
 def decoded(number: int, payload: bytes, seeds: Seeds, rate: float = 0.0) -> Step:
-    """Step ``number`` from a payload whose checksum was right."""
+    """Step ``number`` from a payload whose checksum was right.
+
+    Raises:
+        struct.error: It is shorter than it says.
+        ValueError: An unknown flag, a seed beyond the stream.
+    """
     low, high, value, lr, projected, flags = _STEP.unpack_from(payload)
+    if flags not in _FLAGS:
+        raise ValueError(f"unknown flags {flags:#x}")
     offset, decay = _STEP.size, 1.0 - lr * rate if flags & _DECAYS_AT_RATE else 1.0
     if flags & _DECAYS:
         (decay,) = _DECAY.unpack_from(payload, offset)
@@ -98,6 +108,8 @@ class _Block(NamedTuple):
     def from_bytes(cls, payload: bytes, offset: int, seeds: Seeds) -> tuple["_Block", int]:
         count, width, high, low = _BLOCK.unpack_from(payload, offset)
         offset += _BLOCK.size
+        if len(payload) < offset + width:
+            raise ValueError("a block that is cut off")
         groups = tuple(payload[offset : offset + width]) or (_WHOLE_VIEW,)
         offset += width
         first = high << 32 | low

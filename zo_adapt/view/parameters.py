@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.errors import StepTooLargeError
 from zo_adapt.noise.accumulate import Accumulation, Place
-from zo_adapt.noise.distributions import LARGEST_VALUE, tensor_key
+from zo_adapt.noise.distributions import tensor_key
 from zo_adapt.noise.gathered import Gathered
 from zo_adapt.noise.sums import Memory, Sum, Sums
 from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
 from zo_adapt.view.copied import Copied
 from zo_adapt.view.group import Groups
 from zo_adapt.view.layerwise import Layerwise
+from zo_adapt.view.room import Room
 from zo_adapt.view.stacks import Stacks
 from zo_adapt.view.tuned import Scratch, TunedTensors
 from zo_adapt.view.updates import Updates
@@ -73,7 +73,8 @@ class ParameterView(TunedTensors):
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
-        self._room = min(torch.finfo(tensor.dtype).max for tensor in self.tensors.values()) / 2
+        self.room = Room(self.tensors.values())
+        """What the dtypes can still hold."""
         self.leave_at_rest(())
         self.check_adapters()
 
@@ -177,7 +178,7 @@ class ParameterView(TunedTensors):
             StepTooLargeError: The dtype cannot hold the result, or a coefficient is not finite.
         """
         terms = coalesced(check_directions(update.terms, len(self.groups)))
-        self._check_room(terms)
+        self.room.check(terms)
         return terms
 
     def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
@@ -185,15 +186,7 @@ class ParameterView(TunedTensors):
         self.usage.check_free("apply")
         if terms or decay != 1.0:
             self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
-
-    def _check_room(self, terms: Sequence[Term]) -> None:
-        # Not fsum, which raises where the sum overflows; and NaN is not within any room.
-        farthest = LARGEST_VALUE * sum(abs(term.coefficient) for term in terms)
-        if not farthest <= self._room:
-            raise StepTooLargeError(
-                f"a step of up to {farthest:.3g} does not fit the view's dtype (at most "
-                f"{self._room:.3g}); use a smaller lr"
-            )
+            self.room.moved(terms)
 
     def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
         return Accumulation(self.noise, self._places(outs, sources).values())
@@ -225,3 +218,4 @@ class ParameterView(TunedTensors):
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(snapshot[name])
+        self.room.forget()

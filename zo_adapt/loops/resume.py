@@ -1,0 +1,99 @@
+"""What a run that goes on must have in common with the run that was begun."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zo_adapt.data.samples import Samples
+from zo_adapt.errors import TrajectoryError
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.optimizers.budget import Budget
+from zo_adapt.step import Step
+from zo_adapt.trajectory.file import Position, Reader
+from zo_adapt.trajectory.origin import described, labels_hash, rows_hash, same_description
+from zo_adapt.trajectory.safe_file import as_json
+
+LIMITS = ("max_steps", "max_queries")
+"""Settings that may grow."""
+
+
+def data_settings(samples: Samples) -> dict[str, Any]:
+    """What the order and the content of the batches depend on, the seed apart."""
+    return {
+        "rows": len(samples.source),
+        "data": rows_hash(samples.source),
+        "classes": labels_hash(samples.classes),
+    }
+
+
+def run_settings(evaluator: LocalEvaluator, samples: Samples) -> dict[str, Any]:
+    """All of a run's settings that are neither the optimizer's nor its budget."""
+    return {
+        "batch_size": samples.batch_size,
+        "micro_batch_size": evaluator.micro_batch_size,
+        "share": samples.share,
+        "sign": evaluator.sign,
+        **data_settings(samples),
+        "objective": described(evaluator.objective),
+    }
+
+
+def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a run was begun with.
+
+    Args:
+        path: The file that says how it was begun, for the message.
+        begun: The settings there; one that is not there was not kept by the version that wrote it.
+        settings: Those of now.
+
+    Raises:
+        TrajectoryError: Names the first that differs.
+    """
+    now = json.loads(as_json(settings))
+    for name in settings:
+        value = now[name]
+        if name in begun and not same_description(begun[name], value):
+            raise TrajectoryError(
+                f"{path} was begun with {name}={begun[name]!r:.200}, not {value!r:.200}; resume "
+                "with the same settings, or begin another file"
+            )
+
+
+def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
+    """Refuse a smaller budget than a run has had; a larger one is a longer run.
+
+    Args:
+        path: As in ``check_settings``.
+        begun: The budget so far, by the names in ``LIMITS``; None is no limit.
+        budget: That of now.
+
+    Raises:
+        TrajectoryError: Names the limit.
+    """
+    for name in LIMITS:
+        before, now = begun.get(name), getattr(budget, name)
+        if name in begun and now is not None and (before is None or now < before):
+            raise TrajectoryError(
+                f"{path} was begun with {name}={before}, not {now}; resume with the same or a "
+                "larger budget, or begin another file"
+            )
+
+
+def steps_until(reader: Reader, at: Position) -> list[Step]:
+    """The records before a place; what comes after is not read.
+
+    Raises:
+        TrajectoryError: No record ends there.
+        CorruptTrajectoryError: A damaged record before it.
+    """
+    position, steps, found = reader.start, [], reader.steps()
+    while position.offset < at.offset and (entry := next(found, None)) is not None:
+        step, position = entry
+        steps.append(step)
+    if position != at:
+        raise TrajectoryError(
+            f"{reader.path} has no record that ends at byte {at.offset}: the state to resume from "
+            "belongs to another file, or the file was shortened; put the two together that belong"
+        )
+    return steps

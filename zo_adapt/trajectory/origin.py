@@ -1,0 +1,219 @@
+"""What a run depends on beside its view and settings: frozen weights, data, objective.
+
+Each as a short text that is the same on every device and in every process, to be kept in a header
+and compared on resuming. Large things are looked at in places: enough to tell one checkpoint or
+data set from another, not to prove that no number differs.
+"""
+
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zo_adapt.data.sources import Source
+from zo_adapt.evaluation.objective import Objective
+from zo_adapt.view.parameters import ParameterView
+
+SAMPLED = 1024
+"""Elements of a tensor that are looked at, evenly spaced."""
+ROWS = 32
+"""Rows of the data that are looked at, evenly spaced."""
+_PLAIN = (str, bytes, int, float, bool, type(None), np.generic)
+_DEPTH = 6
+LONGEST = 256
+"""Entries of a list that are listed in a description."""
+
+
+def base_hash(view: ParameterView) -> str | None:
+    """sha256 over the frozen weights of a view's model; None where there are none.
+
+    Names, shapes, dtypes, and of every parameter and saved buffer outside the view up to
+    ``SAMPLED`` evenly spaced elements.
+    """
+    if view.model is None:
+        return None
+    digest, found = hashlib.sha256(), False
+    tuned = {id(tensor) for tensor in view.tensors.values()}
+    for name, tensor in _saved_tensors(view.model):
+        if id(tensor) not in tuned:
+            found = True
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_sampled(tensor))
+    return digest.hexdigest() if found else None
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _sampled(tensor: Tensor) -> bytes:
+    """The bits of some of a tensor's elements; nothing of one that is not there or not dense."""
+    if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__module__ not in _DENSE:
+        return b""
+    if not tensor.numel():
+        return b""
+    count = min(tensor.numel(), SAMPLED)
+    places = np.linspace(0, tensor.numel() - 1, count).astype(np.int64)
+    where = [torch.from_numpy(axis).to(tensor.device) for axis in _unraveled(places, tensor.shape)]
+    picked = tensor.detach()[tuple(where)] if where else tensor.detach()
+    return picked.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+_DENSE = ("torch", "torch.nn.parameter")
+"""Modules of the classes whose elements are what they seem; not those of quantised subclasses."""
+
+
+def _unraveled(places: np.ndarray, shape: torch.Size) -> tuple[np.ndarray, ...]:
+    return np.unravel_index(places, tuple(shape)) if shape else ()
+
+
+def rows_hash(source: Source) -> str | None:
+    """sha256 over some rows of the data; None where they cannot be read without side effects.
+
+    Read are tensors and arrays, lists of examples, and ``datasets`` tables, of which the stored
+    values, not what a transform makes of them. Rows of another kind of data set may be made as they
+    are read, at random: they are not.
+    """
+    read = _reader(getattr(source, "examples", None))
+    if read is None or not len(source):
+        return None
+    digest = hashlib.sha256()
+    for row in np.unique(np.linspace(0, len(source) - 1, ROWS).astype(np.int64)).tolist():
+        _feed(digest.update, read(row), _DEPTH)
+    return digest.hexdigest()
+
+
+def _reader(examples: Any) -> Callable[[int], Any] | None:
+    """``row -> its values`` for data in memory."""
+    if isinstance(examples, Mapping):
+        return lambda row: {name: column[row] for name, column in examples.items()}
+    if hasattr(examples, "with_format") and hasattr(examples, "column_names"):
+        stored = examples.with_format("arrow")
+        return lambda row: stored[row].to_pylist()
+    if isinstance(examples, Tensor | np.ndarray):
+        return lambda row: examples[row]
+    if not isinstance(examples, list | tuple) or not examples:
+        return None
+    if isinstance(examples, tuple) and all(isinstance(e, Tensor | np.ndarray) for e in examples):
+        return lambda row: [column[row] for column in examples]
+    return lambda row: examples[row]
+
+
+def labels_hash(classes: Any) -> str | None:
+    """sha256 over the classes that the passes are stratified by."""
+    if classes is None:
+        return None
+    return hashlib.sha256(np.asarray(classes).astype(np.int64).tobytes()).hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
+    """A value's content; of what is neither plain nor made of plain things, the kind alone."""
+    update(type(value).__name__.encode() + b"\0")
+    if isinstance(value, Tensor):
+        update(str((list(value.shape), value.dtype)).encode() + _sampled(value))
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        update(str((value.shape, value.dtype)).encode() + value.tobytes()[: 8 * SAMPLED])
+    elif isinstance(value, _PLAIN):
+        update(repr(value).encode())
+    elif depth and isinstance(value, Mapping):
+        for key, entry in value.items():
+            _feed(update, key, depth - 1)
+            _feed(update, entry, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for entry in value:
+            _feed(update, entry, depth - 1)
+
+
+def described(objective: Any, depth: int = _DEPTH) -> Any:
+    """An objective as JSON: its class, and those arguments it was made with that are plain.
+
+    A function is its name and a hash of its code, which is comparable within one version of Python.
+    Attributes that no argument has the name of are left out: they may change as it is called.
+    """
+    if isinstance(objective, float | np.floating):
+        return float(objective)
+    if isinstance(objective, bool | type(None) | str):
+        return objective
+    if isinstance(objective, int | np.integer):
+        return int(objective)
+    if isinstance(objective, list | tuple | Mapping) and len(objective) > LONGEST:
+        return f"{_kind(type(objective))} of {len(objective)}"
+    if depth and isinstance(objective, list | tuple):
+        return [described(entry, depth - 1) for entry in objective]
+    if depth and isinstance(objective, Mapping):
+        return {str(key): described(entry, depth - 1) for key, entry in objective.items()}
+    if isinstance(objective, functools.partial):
+        return [described(objective.func), described(objective.args), described(objective.keywords)]
+    if inspect.ismethod(objective):
+        return [described(objective.__func__), _kind(type(objective.__self__))]
+    if inspect.isfunction(objective):
+        return [_kind(objective), *_version(), _code(objective.__code__)]
+    if depth and (isinstance(objective, Objective) or depth == _DEPTH):
+        return {"class": _kind(type(objective)), **_arguments(objective, depth - 1)}
+    return _kind(type(objective))  # models, tokenizers
+
+
+def _arguments(objective: Any, depth: int) -> dict[str, Any]:
+    own = getattr(objective, "__dict__", {})
+    names = _parameters(type(objective))
+    names |= {"wrapped", "maximize", "mean_over_rows", "min_rows", "step_like"} & own.keys()
+    found = {name: own[key] for name in names for key in (name, f"_{name}") if key in own}
+    return {name: described(value, depth) for name, value in sorted(found.items())}
+
+
+def _parameters(kind: type) -> set[str]:
+    try:
+        return set(inspect.signature(kind).parameters)
+    except (TypeError, ValueError):  # written in C
+        return set()
+
+
+def _kind(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _version() -> list[str]:
+    return [f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"]
+
+
+def _code(code: CodeType) -> str:
+    digest = hashlib.sha256()
+    _feed_code(digest.update, code)
+    return digest.hexdigest()[:16]
+
+
+def _feed_code(update: Callable[[bytes], None], code: CodeType) -> None:
+    update(code.co_code + repr((code.co_names, code.co_varnames)).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            _feed_code(update, constant)
+        elif not isinstance(constant, frozenset):  # of no fixed order
+            update(repr(constant).encode())
+
+
+def same_description(one: Any, other: Any) -> bool:
+    """Whether two descriptions are of one objective; code of two versions of Python counts so."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = one.keys() == other.keys()
+        return names and all(same_description(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        if len(one) == len(other) == 3 and _is_code(one) and _is_code(other) and one[1] != other[1]:
+            return bool(one[0] == other[0])
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(same_description(*pair) for pair in pairs)
+    return bool(one == other)
+
+
+def _is_code(entry: list[Any]) -> bool:
+    return isinstance(entry[1], str) and entry[1].startswith(f"{sys.implementation.name} ")
