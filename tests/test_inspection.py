@@ -44,7 +44,7 @@ class Scaled(Tensor):
     """Says float32 and holds int8 and a scale, as the weights of optimum-quanto and torchao do."""
 
     @staticmethod
-    def __new__(cls: type, values: Tensor, scale: float) -> "Scaled":
+    def __new__(cls: Any, values: Tensor, scale: float) -> "Scaled":
         made = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
         made.values, made.scale = values, scale
         return made
