@@ -166,6 +166,6 @@ def _judge(unread: list[str], view: ParameterView) -> None:
         f"value on the first examples and stay as they are: {listed}. Leave them out of the view; "
         "if other examples need them, put one of these first",
         UnreadTensorWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     view.leave_at_rest(unread)

@@ -44,9 +44,10 @@ class ParameterView(TunedTensors):
         scratch: "auto", "copy" or "layer".
 
     Raises:
-        ViewError: No tensors; an integer, quantised, meta or expanded tensor.
+        ViewError: No tensors; an integer, quantised, meta or expanded tensor, one made in inference
+            mode, of a class of its own, or that shares part of its memory with another.
         NoMatchingParameterError: A group has no tensor.
-        AdapterError: The model's peft adapter is merged or disabled.
+        AdapterError: The model's peft adapter is merged or disabled, or the view's is not active.
 
     Example:
         >>> x = torch.zeros(3)
