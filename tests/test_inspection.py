@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from zo_adapt import MeZO, ParameterView, Shift, Term, minimize, replay
 from zo_adapt.errors import AdapterError, ChangingBufferError, UnreadTensorWarning, ViewError
+from zo_adapt.evaluation.trunk.cut import cut
+from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 
 # peft 0.21 still reads a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -163,6 +165,20 @@ def test_a_head_that_shares_the_embeddings_storage_belongs_to_it() -> None:
     table = model.get_input_embeddings().weight  # type: ignore[operator]
     model.lm_head.weight = nn.Parameter(table.data)  # type: ignore[union-attr]
     assert "lm_head.weight" not in ParameterView.last_layers(model, 1).tensors
+
+
+def test_a_model_that_was_converted_since_is_looked_at_where_it_lies_now() -> None:
+    model = adapted("default", "old")
+    view = ParameterView.matching(model, r"lora_.\.default")
+    model.double()
+    model.set_adapter("old")
+    with pytest.raises(AdapterError, match="'default'"):
+        view.check_adapters()
+    bert = FAMILIES["bert"]().eval()
+    view = ParameterView.last_layers(bert, 1)
+    where = cut(view).path, len(cut(view).frozen)
+    bert.double()
+    assert (cut(view).path, len(cut(view).frozen)) == where == ("bert.encoder.layer", 2)
 
 
 # Buffers that a forward changes (fault 8).
@@ -422,6 +438,4 @@ def test_an_offloaded_model_has_no_trunk() -> None:
     model = FAMILIES["bert"]().eval()
     view = ParameterView.last_layers(model, 1)
     model.bert.embeddings.to("meta")  # type: ignore[union-attr, operator]
-    from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
-
     assert "offloaded" in str(FrozenTrunk(view).why_not)

@@ -67,7 +67,8 @@ def _unread(
     call: Callable[[Any], Any], content: Any, view: ParameterView, model: nn.Module
 ) -> list[str]:
     """Names of the tensors that the value does not depend on."""
-    others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not view.inspection.holds(p)}
+    holds = view.inspection.holding()
+    others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not holds(p)}
     trace, entered, buffers = Trace({**view.tensors, **others}), set[str](), Buffers(model)
 
     def value() -> Any:

@@ -76,7 +76,9 @@ class ParameterView(TunedTensors):
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         self.room = Room(self.tensors.values())
         """What the dtypes can still hold."""
-        self.leave_at_rest(())
+        self.at_rest: frozenset[str] = frozenset()
+        """Names of the tensors that stay as they are."""
+        self._plan_moves()
         self.check_adapters()
 
     def leave_at_rest(self, names: Iterable[str]) -> None:
@@ -88,8 +90,12 @@ class ParameterView(TunedTensors):
             names: Of the view's tensors; with none, all move again.
         """
         self.usage.check_free("leave_at_rest")
-        self.at_rest = frozenset(names) & self.tensors.keys()
-        """Names of the tensors that stay as they are."""
+        at_rest = frozenset(names) & self.tensors.keys()
+        if at_rest != self.at_rest:
+            self.at_rest = at_rest
+            self._plan_moves()
+
+    def _plan_moves(self) -> None:
         moving = {name: t for name, t in self.tensors.items() if name not in self.at_rest}
         self._way: Copied | Layerwise = (
             Layerwise(self.model, moving, self._plan, self._rows, self.inspection.shared)

@@ -177,7 +177,7 @@ class TunedTensors:
             AdapterError: Names the module and the call that mends it.
         """
         if self.model is not None:
-            check_adapters(self.model, self.inspection.holds)
+            check_adapters(self.model, self.inspection.holding())
 
     def norms(self) -> dict[str, float]:
         """The Euclidean norm of every tensor, from one look at the weights.
