@@ -6,7 +6,7 @@ class ZOError(Exception):
 
 
 class ViewError(ZOError, ValueError):
-    """The parameter view cannot be tuned: empty, integer, quantised, meta or not finite."""
+    """The view cannot be tuned: empty, integer, quantised, meta, not finite, or read by nothing."""
 
 
 class NoMatchingParameterError(ViewError):
@@ -14,7 +14,7 @@ class NoMatchingParameterError(ViewError):
 
 
 class AdapterError(ViewError):
-    """A peft adapter is merged or disabled: perturbing it would not change the model's output."""
+    """A peft adapter is merged, disabled or inactive: the model's output does not depend on it."""
 
 
 class ViewInUseError(ViewError, RuntimeError):

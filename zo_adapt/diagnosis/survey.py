@@ -118,8 +118,8 @@ def diagnose(
     examples = as_data(data)
     source = examples.source(objective)
     check_all_labels(objective, examples.examples)
-    objective = resolve_mean_over_rows(objective, source, view.model)
     look_first(objective, source, view)
+    objective = resolve_mean_over_rows(objective, source, view.model)
     least = max(USUAL_ROWS, rows_needed(objective))
     size = min(least, len(source)) if batch_size == "auto" else batch_size
     samples = Samples(source, size, seed, examples.classes())

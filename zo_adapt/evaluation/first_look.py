@@ -67,7 +67,8 @@ def _unread(
     call: Callable[[Any], Any], content: Any, view: ParameterView, model: nn.Module
 ) -> list[str]:
     """Names of the tensors that the value does not depend on."""
-    others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not view.inspection.holds(p)}
+    holds = view.inspection.holding()
+    others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not holds(p)}
     trace, entered, buffers = Trace({**view.tensors, **others}), set[str](), Buffers(model)
 
     def value() -> Any:
@@ -166,6 +167,6 @@ def _judge(unread: list[str], view: ParameterView) -> None:
         f"value on the first examples and stay as they are: {listed}. Leave them out of the view; "
         "if other examples need them, put one of these first",
         UnreadTensorWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     view.leave_at_rest(unread)

@@ -112,8 +112,8 @@ def minimize(
     check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective)
-    objective = resolve_mean_over_rows(objective, source, view.model)
     look_first(objective, source, view)
+    objective = resolve_mean_over_rows(objective, source, view.model)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
     evaluator = LocalEvaluator(
         objective, view, evaluation, batch_size=batch_size, max_queries=max_queries

@@ -199,8 +199,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
             check_all_labels(objective, loader.dataset)
-            objective = resolve_mean_over_rows(objective, source, self.view.model)
             look_first(as_objective(objective), source, self.view)
+            objective = resolve_mean_over_rows(objective, source, self.view.model)
         evaluator = LocalEvaluator(
             objective,
             self.view,

@@ -35,7 +35,7 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
+def names_after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
     """Names of the parameters outside the list at ``path`` that work on a block's output alone.
 
     Found by a forward of an example where one can be made: a parameter is after the block where all

@@ -1,6 +1,6 @@
 """What is found out about a view and its model before the first write, once, for all that ask."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -20,25 +20,29 @@ class Inspection:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> layer.transposed = nn.Parameter(layer.weight.data.T)
         >>> found = Inspection({"weight": layer.weight}, layer)
-        >>> found.holds(layer.transposed), sorted(found.shared)
+        >>> found.holding()(layer.transposed), sorted(found.shared)
         (True, ['weight'])
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], model: nn.Module | None) -> None:
         self._tensors, self._model = tensors, model
-        self._addresses = Addresses(tensors)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor has numbers of the view, as itself or as another view of its memory."""
-        return bool(self._addresses.meeting(tensor))
+    def holding(self) -> Callable[[Tensor], bool]:
+        """Tells whether a tensor has numbers of the view, as itself or by way of the same memory.
+
+        It knows where the view lies now: a model may have been moved or converted since.
+        """
+        addresses = Addresses(self._tensors)
+        return lambda tensor: bool(addresses.meeting(tensor))
 
     @cached_property
     def shared(self) -> frozenset[str]:
         """Names of tensors whose memory another tensor of the model reads, too."""
+        addresses = Addresses(self._tensors)
         held = {} if self._model is None else {id(t): t for t in tensors_held(self._model)}
         return frozenset(
             name
             for tensor in held.values()
-            for name in self._addresses.meeting(tensor)
+            for name in addresses.meeting(tensor)
             if tensor is not self._tensors[name]
         )

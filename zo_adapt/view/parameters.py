@@ -44,9 +44,10 @@ class ParameterView(TunedTensors):
         scratch: "auto", "copy" or "layer".
 
     Raises:
-        ViewError: No tensors; an integer, quantised, meta or expanded tensor.
+        ViewError: No tensors; an integer, quantised, meta or expanded tensor, one made in inference
+            mode, of a class of its own, or that shares part of its memory with another.
         NoMatchingParameterError: A group has no tensor.
-        AdapterError: The model's peft adapter is merged or disabled.
+        AdapterError: The model's peft adapter is merged or disabled, or the view's is not active.
 
     Example:
         >>> x = torch.zeros(3)
@@ -75,7 +76,9 @@ class ParameterView(TunedTensors):
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         self.room = Room(self.tensors.values())
         """What the dtypes can still hold."""
-        self.leave_at_rest(())
+        self.at_rest: frozenset[str] = frozenset()
+        """Names of the tensors that stay as they are."""
+        self._plan_moves()
         self.check_adapters()
 
     def leave_at_rest(self, names: Iterable[str]) -> None:
@@ -87,8 +90,12 @@ class ParameterView(TunedTensors):
             names: Of the view's tensors; with none, all move again.
         """
         self.usage.check_free("leave_at_rest")
-        self.at_rest = frozenset(names) & self.tensors.keys()
-        """Names of the tensors that stay as they are."""
+        at_rest = frozenset(names) & self.tensors.keys()
+        if at_rest != self.at_rest:
+            self.at_rest = at_rest
+            self._plan_moves()
+
+    def _plan_moves(self) -> None:
         moving = {name: t for name, t in self.tensors.items() if name not in self.at_rest}
         self._way: Copied | Layerwise = (
             Layerwise(self.model, moving, self._plan, self._rows, self.inspection.shared)

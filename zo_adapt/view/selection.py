@@ -8,7 +8,7 @@ from torch import nn
 
 from zo_adapt.errors import ArgumentTypeError, NoMatchingParameterError, OptionError
 from zo_adapt.view.addresses import Addresses
-from zo_adapt.view.blocks import after, block_list
+from zo_adapt.view.blocks import block_list, names_after
 
 Parameters = dict[str, nn.Parameter]
 
@@ -98,7 +98,7 @@ def last_layers(model: nn.Module, n: int, head: bool) -> Parameters:
             f"n={n} layers of {len(blocks)} in {path!r}; choose 1..{len(blocks)} (0 with a head)"
         )
     first = len(blocks) - n
-    later = after(model, path, blocks[min(first, len(blocks) - 1)]) if head else set()
+    later = names_after(model, path, blocks[min(first, len(blocks) - 1)]) if head else set()
     prefixes = tuple(f"{path}.{index}." for index in range(first, len(blocks)))
     registered = dict(model.named_parameters(remove_duplicate=False))
     chosen = {name for name in registered if name in later or name.startswith(prefixes)}

@@ -118,9 +118,11 @@ class TunedTensors:
         groups: Groups = "auto",
         scratch: Scratch = "auto",
     ) -> Self:
-        """The last ``n`` transformer blocks and, with ``head``, all that runs after them.
+        """The last ``n`` transformer blocks and, with ``head``, all that works on their output.
 
-        A head that is tied to the input embedding belongs to the embedding and is left out.
+        Found by one forward of a made-up example, of which nothing is kept; for a model that none
+        can be made for, by the order in which its modules are registered. A head that is tied to
+        the input embedding belongs to the embedding and is left out.
 
         Raises:
             OptionError: ``n`` is larger than the number of blocks, or nothing is selected.
@@ -175,7 +177,7 @@ class TunedTensors:
             AdapterError: Names the module and the call that mends it.
         """
         if self.model is not None:
-            check_adapters(self.model, self.inspection.holds)
+            check_adapters(self.model, self.inspection.holding())
 
     def norms(self) -> dict[str, float]:
         """The Euclidean norm of every tensor, from one look at the weights.

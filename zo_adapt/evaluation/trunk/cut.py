@@ -49,7 +49,7 @@ def cut(view: ParameterView) -> Cut:
         path, blocks = block_list(model)
     except ViewError as error:
         raise RefusedError(str(error)) from error
-    holds = view.inspection.holds
+    holds = view.inspection.holding()
     tuned = [any(map(holds, block.parameters())) for block in blocks]
     first = (*tuned, True).index(True)
     if first == 0:
