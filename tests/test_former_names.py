@@ -184,3 +184,9 @@ def test_former_keywords_of_the_trainer(tmp_path: Path) -> None:
             model, args, train_dataset=data, metrics={"zero": lambda batch: 0.0}, metrics_data=data
         )
     assert trainer._metrics.data.examples == data
+
+
+@pytest.mark.parametrize(("old", "new"), [("Record", "Step"), ("Update", "Shift")])
+def test_former_exports_are_todays(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"zo_adapt.{old} is now zo_adapt.{new}"):
+        assert getattr(zo_adapt, old) is getattr(zo_adapt, new)

@@ -77,9 +77,14 @@ if TYPE_CHECKING:
     from zo_adapt.trainer.config import ZOConfig as ZOConfig
     from zo_adapt.trainer.zo_trainer import ZOTrainer as ZOTrainer
 else:  # a type checker would take any name from a module that has __getattr__
+    _FORMER = {"Record": Step, "Update": Shift}
 
     def __getattr__(name: str) -> Any:
         """ZOTrainer and ZOConfig, when asked for: transformers takes seconds to import."""
+        if name in _FORMER:
+            renamed = import_module("zo_adapt.options").renamed
+            renamed(f"zo_adapt.{name}", f"zo_adapt.{_FORMER[name].__name__}")
+            return _FORMER[name]
         if name not in ("ZOConfig", "ZOTrainer"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module("zo_adapt.trainer.zo_trainer"), name)
