@@ -1,51 +1,33 @@
-"""Tiny models: the six Hugging Face families from configs, and modules that are hard to shift."""
+"""The six families with three layers, and modules that are hard to shift."""
 
 from collections.abc import Callable
+from functools import partial
 
+import tiny_models
 import torch
-import transformers as hf
+from tiny_models import ENCODERS, tiny_model
 from torch import Tensor, nn
 
 SMALL = {"vocab_size": 32, "hidden_size": 8, "num_attention_heads": 2}
 ENCODER = SMALL | {"num_hidden_layers": 3, "intermediate_size": 16}
 
 
-def bert() -> nn.Module:
-    return hf.BertForSequenceClassification(hf.BertConfig(**ENCODER))
+_USUAL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3}
+_SIZES: dict[str, dict[str, int]] = {
+    "distilbert": {"dim": 8, "hidden_dim": 16, "n_layers": 3},
+    "gpt2": {"n_embd": 8, "n_layer": 3},
+    "opt": {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 3},
+}
 
 
-def roberta() -> nn.Module:
-    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER))
-
-
-def distilbert() -> nn.Module:
-    config = hf.DistilBertConfig(vocab_size=32, dim=8, n_heads=2, n_layers=3, hidden_dim=16)
-    return hf.DistilBertForSequenceClassification(config)
-
-
-def gpt2() -> nn.Module:
-    config = hf.GPT2Config(
-        vocab_size=32, n_embd=8, n_head=2, n_layer=3, n_positions=32, bos_token_id=0, eos_token_id=0
-    )
-    return hf.GPT2LMHeadModel(config)
-
-
-def opt() -> nn.Module:
-    config = hf.OPTConfig(**SMALL, num_hidden_layers=3, ffn_dim=16, word_embed_proj_dim=8)
-    return hf.OPTForCausalLM(config)
-
-
-def llama() -> nn.Module:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**ENCODER))
+def three_layers(family: str) -> nn.Module:
+    """A classifier of an encoder family, a language model of a decoder's; 8 wide."""
+    head = "classification" if family in ENCODERS else "causal"
+    return tiny_model(family, head, **_SIZES.get(family, _USUAL))
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "bert": bert,
-    "roberta": roberta,
-    "distilbert": distilbert,
-    "gpt2": gpt2,
-    "opt": opt,
-    "llama": llama,
+    family: partial(three_layers, family) for family in tiny_models.FAMILIES
 }
 
 
