@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from objectives._model import at_least_float32
 from objectives._shared import apart
+from zo_adapt.evaluation.forward import replaced_forwards
 
 Select = Callable[[Tensor], Tensor]
 """(b, t, width) -> (a, c, width): the positions wanted, of hidden states or of logits."""
@@ -53,11 +54,11 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _narrowed(head: nn.Module, select: Select, rows: Tensor | None) -> Iterator[list[None]]:
-    before = head.__dict__.get("forward")  # accelerate puts a forward of its own on the instance
     original = head.forward
     # Only a plain layer is known to be weight and bias; a LoRA, quantised or offloaded one runs as
     # it is, at the selected positions. The weight is read at the call: that is where it is shifted.
-    plain = type(head) is nn.Linear and before is None
+    # (accelerate puts a forward of its own on the instance.)
+    plain = type(head) is nn.Linear and "forward" not in head.__dict__
     calls: list[None] = []
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -66,14 +67,8 @@ def _narrowed(head: nn.Module, select: Select, rows: Tensor | None) -> Iterator[
             return _linear(select(hidden), head, rows)
         return _columns(original(select(hidden), *args, **kwargs), rows)
 
-    try:
-        head.forward = forward
+    with replaced_forwards({head: forward}):
         yield calls
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 def _linear(hidden: Tensor, head: nn.Module, rows: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from zo_adapt import Group, MeZO, MeZOSVRG, ParameterView, Term, diagnose, minim
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.rows import NoRowsError
 from zo_adapt.data.sources import as_source
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -584,3 +584,25 @@ def test_nan_is_an_error() -> None:
 def test_joint_rows_out_of_range(bad: Any) -> None:
     with pytest.raises(OptionError, match="joint_rows"):
         EvaluationOptions(joint_rows=bad)
+
+
+@pytest.mark.parametrize("wrong", ["raises", "text", "shape"])
+def test_what_is_wrong_with_an_objective_is_said_once(
+    wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the error alone: no warning that probes are evaluated one at a time comes before it."""
+    model = with_lora("bert")
+    loss, view = ClassificationLoss(model), ParameterView.trainable(model)
+
+    def objective(batch: Any) -> Any:
+        values = loss(batch)
+        if wrong == "raises":
+            raise ZeroDivisionError("of the user")
+        return "a text" if wrong == "text" else values[:, None].expand(-1, 3)
+
+    with (
+        caplog.at_level(logging.WARNING, "zo_adapt"),
+        pytest.raises((ZeroDivisionError, ObjectiveError)),
+    ):
+        LocalEvaluator(objective, view).evaluate(asked(source_of(loss)))
+    assert caplog.records == []
