@@ -94,10 +94,10 @@ def _of_examples(rows: Sequence[Any]) -> list[Any]:
 
 
 def _as_list(column: Any) -> list[Any] | None:
-    """One entry an example; None where a tensor or array has several."""
+    """One entry an example; None where it has several, or is no column."""
     if isinstance(column, Tensor | np.ndarray):
         return column.tolist() if column.ndim == 1 else None
-    return list(column)
+    return list(column) if isinstance(column, Sequence) and not isinstance(column, str) else None
 
 
 def _number(value: Any) -> Any:
