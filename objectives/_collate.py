@@ -17,6 +17,25 @@ LABEL_NAMES = {"label": "labels", "label_ids": "labels"}
 LABELS = {"labels", *LABEL_NAMES}
 
 
+def pair(batch: Any) -> tuple[Any, Any] | None:
+    """The (x, y) that an example or a batch consists of; None for anything else.
+
+    A batch made by torch's default is a list of two tensors.
+    """
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        return None
+    of_columns = all(isinstance(part, Tensor | np.ndarray) for part in batch)
+    is_example = isinstance(batch, tuple) and not any(isinstance(p, tuple) for p in batch)
+    if not (of_columns or is_example) or isinstance(batch[1], Mapping):
+        return None
+    return batch[0], batch[1]
+
+
+def named(x: Any, y: Any, name: str) -> dict[str, Any]:
+    """An (x, y) by names: ``x`` as the model's first argument, unless it has names already."""
+    return {**(x if isinstance(x, Mapping) else {name: x}), "labels": y}
+
+
 def collate(
     examples: Sequence[Any], pad_token_id: int | None, length: Callable[[int], int] = int
 ) -> dict[str, Tensor]:
@@ -58,6 +77,9 @@ def tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         for name, value in batch.items()
         if isinstance(value, Tensor | np.ndarray) and is_numeric(value)
     }
+    if not LABELS & found.keys():
+        for name in sorted(LABELS & batch.keys()):
+            _refuse_labels(name, list(batch[name]))
     return _renamed(found)
 
 

@@ -60,11 +60,12 @@ class ModelRunner:
 
         Args:
             examples: Mappings with ``input_ids`` and what else the model takes; fields of text are
-                left out.
+                left out. Or pairs (x, y): the model's first argument and the label.
 
         Raises:
             DataError: The examples do not make a batch.
         """
+        examples = [self._named(example) for example in examples]
         return self._checked(_collate.collate(examples, self.pad_token_id, self._padded_length))
 
     def _padded_length(self, tokens: int) -> int:
@@ -87,10 +88,16 @@ class ModelRunner:
         return token
 
     def prepare(self, batch: Any) -> Batch:
-        """What ``collate`` makes, from a list of examples or from a mapping of tensors."""
+        """What ``collate`` makes, from a list of examples, a mapping of tensors or their (x, y)."""
+        batch = self._named(batch)
         if isinstance(batch, Mapping):
             return self._checked(_collate.tensors(batch))
         return self.collate(batch)
+
+    def _named(self, batch: Any) -> Any:
+        """An example or a batch (x, y) by the names that the model knows; others as they are."""
+        found = _collate.pair(batch)
+        return batch if found is None else _collate.named(*found, first_argument(self.model))
 
     def forward(self, batch: Batch) -> Tensor:
         """The model's logits, in its own dtype."""
@@ -148,7 +155,16 @@ class ModelRunner:
         if ids is not None:
             self._check_tokens(ids)
         device = self.device
-        return {name: value.to(device) for name, value in batch.items()}
+        return {
+            name: value.to(device, self._dtype_for(name, value)) for name, value in batch.items()
+        }
+
+    def _dtype_for(self, name: str, value: Tensor) -> torch.dtype:
+        """The model's own for inputs in numpy's default, which no layer would take."""
+        if value.dtype != torch.float64 or name == "labels":
+            return value.dtype
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floating, value.dtype)
 
     def _check_tokens(self, ids: Tensor) -> None:
         """Refuse texts that the model has no embeddings for."""
@@ -196,10 +212,29 @@ def accepted_arguments(model: nn.Module) -> frozenset[str] | None:
     return frozenset(named | {_TASK_IDS} if takes_tasks else named)
 
 
+def first_argument(model: nn.Module) -> str:
+    """The name under which a model takes x, of (x, y).
+
+    Raises:
+        DataError: Its forward names none.
+    """
+    names = _arguments(type(_fit.base_model(model)).forward)
+    if not names:
+        raise DataError(
+            f"the forward of {type(model).__name__} names no argument to take x of (x, y); give "
+            "mappings, as {'input': x, 'labels': y}"
+        )
+    return names[0]
+
+
 def _named(function: Any) -> set[str]:
+    return set(_arguments(function))
+
+
+def _arguments(function: Any) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
-    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return named - {"self"}
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [name for name in named if name != "self"]
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from objectives.mixture import Mixable
-from zo_adapt.data.sources import Collate
+from zo_adapt.data.forms import Collate
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.objective import Objective, checked_min_rows

@@ -1,10 +1,15 @@
 """The classes of examples, where the data say which they have."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from zo_adapt.data.forms import Columns
+from zo_adapt.errors import DataError
 
 FIELDS = ("labels", "label", "label_ids")
 """Names that labels go by, the first one found is meant."""
@@ -15,36 +20,87 @@ def class_labels(data: Any) -> list[int] | None:
 
     Only columns and examples in memory are read; anything else gives None.
     """
-    labels = integer_labels(data)
+    labels = next(filter(None, map(_integers, _columns(data))), None)
     return labels if labels is not None and 1 < len(set(labels)) < len(labels) else None
 
 
-def integer_labels(data: Any) -> list[int] | None:
-    """The label of every example where the data hold one integer for each; else None."""
-    for field in FIELDS:
-        column = _column(data, field)
-        if column is None:
-            continue
-        if isinstance(column, Tensor | np.ndarray):
-            column = column.tolist()
-        values: list[Any] = [
-            c.item() if isinstance(c, Tensor | np.generic) and c.ndim == 0 else c for c in column
-        ]
-        if values and all(isinstance(value, int) for value in values):
-            return values
+def labels_to_check(data: Any) -> list[int] | None:
+    """The label of every example where the data hold one integer for each; else None.
+
+    Raises:
+        DataError: Some examples have a label and one has none, or text.
+    """
+    # What a transform makes of the stored labels would be known after every row was made.
+    if getattr(data, "format", None) and data.format.get("type") == "custom":
+        return None
+    for column in _columns(data):
+        if labels := _integers(column):
+            return labels
+        _refuse_missing(column)
     return None
 
 
-def _column(data: Any, field: str) -> Any:
+def _integers(column: Sequence[Any]) -> list[int] | None:
+    return list(column) if column and all(isinstance(value, int) for value in column) else None
+
+
+def _refuse_missing(column: Sequence[Any]) -> None:
+    """Refuse a column in which most are numbers: the first other one would end a run midway."""
+    missing = [not isinstance(v, int | float) or math.isnan(v) for v in column]
+    others = [index for index, is_missing in enumerate(missing) if is_missing]
+    # A list is a label of several parts, and has its own checks.
+    if len(others) in (0, len(column)) or isinstance(column[others[0]], list | tuple | Tensor):
+        return
+    raise DataError(
+        f"the label of example {others[0]} is {column[others[0]]!r:.80}, that of others a number "
+        f"({len(others)} of {len(column)} are none); give integers 0..C-1, or leave these out"
+    )
+
+
+def _columns(data: Any) -> list[list[Any]]:
+    """What the labels may be, as Python's own numbers, in the order of ``FIELDS``."""
+    found = [column for column in map(_as_list, _stored(data)) if column is not None]
+    return [[_number(value) for value in column] for column in found]
+
+
+def _stored(data: Any) -> list[Any]:
+    """Columns of labels, as they are stored."""
+    if isinstance(data, Columns):
+        data = data.columns
     if isinstance(data, Mapping):
-        return data.get(field)
-    if hasattr(data, "iloc") and hasattr(data, "columns"):  # a DataFrame
-        return data[field].tolist() if field in data.columns else None
+        return [data[field] for field in FIELDS if field in data]
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Subset):
+        columns = filter(None, map(_as_list, _stored(data.dataset)))
+        return [[column[row] for row in data.indices] for column in columns]
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor | np.ndarray):
+        return [data[1]]  # (x, y)
     if hasattr(data, "column_names"):
-        if field not in (data.column_names or ()) or not hasattr(data, "__len__"):
-            return None  # a stream can be read once
-        # As it is stored: a transform would decode every image for the sake of its label.
-        return data.with_format(None)[field][:]
-    if isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
-        return [row[field] for row in data] if all(field in row for row in data) else None
-    return None
+        # As it is stored: a transform would decode every image for the sake of its label. A stream
+        # can be read once.
+        names = (data.column_names or ()) if hasattr(data, "__len__") else ()
+        return [data.with_format(None)[field][:] for field in FIELDS if field in names]
+    return _of_examples(data) if isinstance(data, list | tuple) else []
+
+
+def _of_examples(rows: Sequence[Any]) -> list[Any]:
+    """Labels of mappings, or the second of pairs (x, y)."""
+    if all(isinstance(row, Mapping) for row in rows):
+        return [[row[f] for row in rows] for f in FIELDS if all(f in row for row in rows)]
+    if all(isinstance(row, tuple) and len(row) == 2 for row in rows):
+        return [[row[1] for row in rows]]
+    return []
+
+
+def _as_list(column: Any) -> list[Any] | None:
+    """One entry an example; None where it has several, or is no column."""
+    if isinstance(column, Tensor | np.ndarray):
+        return column.tolist() if column.ndim == 1 else None
+    return list(column) if isinstance(column, Sequence) and not isinstance(column, str) else None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        return value.item()
+    return value

@@ -6,6 +6,7 @@ variance that stems from the label counts, often the largest, is gone.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -71,13 +72,13 @@ class Samples:
         """The next rows of the minibatch stream (``batch_size`` of them by default)."""
         return self._next(MINIBATCH_STREAM, size or self.batch_size)
 
-    def large(self, size: int | None) -> Batch:
-        """The next rows of the large-batch stream; the whole set when ``size`` is None.
+    def large(self, size: int | Literal["all"]) -> Batch:
+        """The next rows of the large-batch stream; the whole set when ``size`` is "all".
 
         Raises:
             DataError: ``size`` is larger than the data.
         """
-        if size is None:
+        if size == "all":
             return Batch(self.source, range(len(self.source)))
         if not 1 <= size <= len(self.source):
             raise DataError(

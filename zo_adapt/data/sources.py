@@ -1,21 +1,19 @@
 """Sources: what batches are rows of.
 
 None (a function without data), tensors or a mapping of tensors of equal length, or any sequence of
-examples (a list, a torch or a Hugging Face dataset) with a collate function.
+examples (a list, a torch or a Hugging Face dataset) with a collate function. ``forms`` brings all
+else to one of these.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from zo_adapt.data.forms import Collate, is_column, rows_given
 from zo_adapt.data.rows import RowIndex, width
 from zo_adapt.errors import DataError
-
-Collate = Callable[[list[Any]], Any]
 
 
 class Source(Protocol):
@@ -104,29 +102,20 @@ def as_source(data: Any, collate: Collate | None = None) -> Source:
     """Wrap whatever the caller has.
 
     Args:
-        data: None; a tensor, array, or a tuple or mapping of them; or a sequence of examples.
+        data: As ``Data`` takes it.
         collate: Makes a batch of a list of examples; torch's default when None.
 
     Raises:
-        DataError: Tensors of unequal length, or data without a length.
+        DataError: Tensors of unequal length, or data without rows.
     """
+    data, collate = rows_given(data, collate)
     if data is None:
         return NoData()
-    if all(isinstance(leaf, Tensor | np.ndarray) for leaf in _leaves(data)):
-        return TensorRows(data)
-    if isinstance(data, Mapping):
-        kinds = sorted({type(value).__name__ for value in data.values()})
-        raise DataError(f"a mapping of {kinds} is no data; give tensors or arrays of equal length")
-    if isinstance(data, torch.utils.data.DataLoader):
-        raise DataError(
-            "data is a DataLoader, which makes its own batches; give its dataset, as "
-            "Data(loader.dataset, collate=loader.collate_fn)"
-        )
-    # A module may have a length (nn.Sequential), and text has one: neither is a list of examples.
-    if isinstance(data, str | bytes | torch.nn.Module):
-        raise DataError(f"data is a {type(data).__name__}; give a sequence of examples or tensors")
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise DataError(
-            f"data of type {type(data).__name__} has no length; give a sequence or tensors"
-        )
-    return Examples(data, collate or torch.utils.data.default_collate)
+    leaves = _leaves(data)
+    if leaves and all(map(is_column, leaves)):
+        source: Source = TensorRows(data)
+    else:
+        source = Examples(data, collate or torch.utils.data.default_collate)
+    if len(source) == 0:
+        raise DataError("the data hold no examples; was a path, a split or a filter mistaken?")
+    return source

@@ -116,7 +116,7 @@ def diagnose(
     check_evaluation(evaluation)
     check_run(at_least_one("num_directions", num_directions), None, seed)
     examples = as_data(data)
-    source = examples.source(objective)
+    source = examples.source(objective.collate)
     check_all_labels(objective, examples.examples)
     look_first(objective, source, view)
     objective = resolve_mean_over_rows(objective, source, view.model)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.data.labels import integer_labels
+from zo_adapt.data.labels import labels_to_check
 from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
@@ -25,8 +25,10 @@ def check_all_labels(objective: Objective, data: Any) -> None:
     Raises:
         DataError: (usually) The objective has no use for one of them.
     """
-    labels = None if objective.check_labels is None else integer_labels(data)
-    if objective.check_labels is not None and labels is not None:
+    if objective.check_labels is None:
+        return
+    labels = labels_to_check(data)
+    if labels is not None:
         objective.check_labels(torch.tensor(labels))
 
 

@@ -111,7 +111,7 @@ def minimize(
     examples, watched = as_data(data), as_metrics(metrics)
     check_all_labels(objective, examples.examples)
     view.check_adapters()
-    source = examples.source(objective)
+    source = examples.source(objective.collate)
     look_first(objective, source, view)
     objective = resolve_mean_over_rows(objective, source, view.model)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))

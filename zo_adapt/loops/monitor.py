@@ -132,7 +132,7 @@ def _prepared(
     most: int | None,
 ) -> tuple[LocalEvaluator, Source]:
     """A metric's evaluator and rows; one that is cut has to be a mean over rows."""
-    source = examples.source(metric)
+    source = examples.source(metric.collate)
     if most is not None and len(source) > most:
         metric = resolve_mean_over_rows(metric, source, view.model)
     return LocalEvaluator(metric, view, options, batch_size=most), source

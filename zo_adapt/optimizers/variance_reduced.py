@@ -153,8 +153,6 @@ class VarianceReduced(ZerothOrder):
     def _batch(self, samples: Samples) -> Batch:
         if not self.at_snapshot:
             return samples.minibatch()
-        if self.snapshot_size == "all":
-            return samples.large(None)
         return samples.large(
             samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
         )

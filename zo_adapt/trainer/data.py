@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from zo_adapt.data.batches import Batch
+from zo_adapt.data.forms import Collate
 from zo_adapt.data.labels import class_labels
 from zo_adapt.data.samples import Samples, stratified
-from zo_adapt.data.sources import Collate, Examples
+from zo_adapt.data.sources import Examples
 from zo_adapt.errors import DataError
 from zo_adapt.evaluation.objective import Objective
 
@@ -103,7 +104,7 @@ class TrainerSamples(Samples):
             )
         return Batch(self._inputs.source, self._inputs.rows[:size])
 
-    def large(self, size: int | None) -> Batch:
+    def large(self, size: int | Literal["all"]) -> Batch:
         """The next rows of the training set, or the step's inputs where they are as many.
 
         Raises:
