@@ -18,7 +18,11 @@ from tiny_models import tiny_model
 from transformers import TrainerCallback
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, replay
-from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
+from zo_adapt.errors import (
+    CorruptTrajectoryError,
+    TrajectoryError,
+    TruncatedTrajectoryWarning,
+)
 from zo_adapt.trainer.state import STATE, TRAJECTORY, last_whole_checkpoint, set_aside
 from zo_adapt.trajectory.tools import main
 
@@ -157,10 +161,15 @@ def test_resuming_with_other_settings_or_another_file_is_refused(tmp_path: Path)
         trainer_of(tmp_path / "two", zo_optimizer=MeZO(1e-3), **SAVING).train(
             resume_from_checkpoint=True
         )
-    with pytest.raises(TrajectoryError, match="no record that ends"):
+    (tmp_path / "one" / TRAJECTORY).write_bytes(before[:-100])
+    with (
+        pytest.warns(TruncatedTrajectoryWarning),
+        pytest.raises(TrajectoryError, match="no record that ends"),
+    ):
         trainer_of(tmp_path / "one", zo_optimizer=MeZO(1e-3), **SAVING).train(
-            resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-6")
+            resume_from_checkpoint=True
         )
+    (tmp_path / "one" / TRAJECTORY).write_bytes(before)
     assert (tmp_path / "one" / TRAJECTORY).read_bytes() == before
     state = tmp_path / "one" / "checkpoint-6" / STATE
     state.write_text(state.read_text().replace('"steps": 6', '"steps": 5'))

@@ -62,6 +62,48 @@ def _read(value: Any, here: Mapping[int, np.ndarray]) -> Any:
     return here.get(id(value), value)
 
 
+def _numbers_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers on the host."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else str(tensor.layout)
+        raise ObjectiveError(
+            f"the objective returned a tensor without plain numbers ({kind}, {tensor.dtype}); "
+            "return a dense tensor"
+        )
+    if tensor.is_complex():
+        raise ObjectiveError(f"the objective returned complex numbers ({tensor.dtype})")
+    numbers: np.ndarray = tensor.to("cpu", torch.float64).numpy()
+    return numbers
+
+
+def as_numbers(returned: Any) -> np.ndarray:
+    """Whatever numbers a function returned, as float64; text, dates and gaps are none.
+
+    Raises:
+        ObjectiveError: Something that is no real number, or one beyond any float.
+    """
+    try:
+        given = returned if isinstance(returned, np.ndarray) else np.asarray(returned)
+        if given.dtype.kind == "O":  # Python's large integers, decimals, fractions, tensors
+            given = np.array([_number(value) for value in given.flat]).reshape(given.shape)
+        if given.dtype.kind not in "biuf":
+            raise TypeError(f"values of type {given.dtype}")
+        if isinstance(returned, np.ma.MaskedArray) and np.ma.getmaskarray(returned).any():
+            raise TypeError("a masked array with gaps")
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ObjectiveError(
+            f"the objective returned {type(returned).__name__} ({error}); return a float or one "
+            "per example"
+        ) from error
+
+
+def _number(value: Any) -> float:
+    if value is None or isinstance(value, str | bytes | complex):
+        raise TypeError(f"{value!r:.40} is no real number")
+    return float(value)
+
+
 def checked_values(returned: Any, rows: int) -> np.ndarray:
     """What the objective returned, as float64 of shape () or (rows,).
 
@@ -85,13 +127,8 @@ def checked_values(returned: Any, rows: int) -> np.ndarray:
                 "the objective returned a tensor that requires grad: it was computed outside "
                 "no_grad, which costs memory; remove enable_grad(), or return .detach()"
             )
-        returned = returned.to("cpu", torch.float64).numpy()
-    try:
-        values = np.asarray(returned, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ObjectiveError(
-            f"the objective returned {type(returned).__name__}; return a float or one per example"
-        ) from error
+        returned = _numbers_of(returned)
+    values = as_numbers(returned)
     if values.shape not in ((), (1,), (rows,)):
         raise ObjectiveError(
             f"the objective returned shape {values.shape} for {rows} examples; return a float "

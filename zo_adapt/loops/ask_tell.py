@@ -16,6 +16,7 @@ from zo_adapt.errors import (
     StepTooLargeError,
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.evaluation.values import as_numbers
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.budget import Budget, Progress
@@ -171,9 +172,6 @@ def number(value: Any) -> float:
         ObjectiveError: It is not one number.
     """
     try:
-        item = np.asarray(value).item()
-        if isinstance(item, str | bytes):
-            raise TypeError("text")
-        return float(item)
-    except (TypeError, ValueError) as error:
-        raise ObjectiveError(f"the value {value!r} is not one number") from error
+        return float(as_numbers(value).item())
+    except (ObjectiveError, ValueError) as error:
+        raise ObjectiveError(f"the value {value!r:.80} is not one number") from error

@@ -147,8 +147,24 @@ class VarianceReduced(ZerothOrder):
             directions=1.0 / (1.0 / snapshot.directions + relative),
             reuse=self.snapshot_interval,
         )
-        snapshot.since = snapshot.since.then(step.update)
+        snapshot.since = snapshot.since.then(self._undecayed(step.update))
         return step
+
+    def _undecayed(self, update: Shift) -> Shift:
+        """The update as a part of ``since``, whose way back divides every term by all decays.
+
+        Parts that do not decay are not to be divided: their terms are multiplied by them here.
+        """
+        groups, factor = self.state.groups, self.snapshot.since.decay * update.decay
+        if factor == 1.0 or all(group.decays for group in groups):
+            return update
+        terms = (
+            term
+            if groups[term.group or 0].decays
+            else term._replace(coefficient=term.coefficient * factor)
+            for term in update.terms
+        )
+        return update._replace(terms=tuple(terms))
 
     def _batch(self, samples: Samples) -> Batch:
         if not self.at_snapshot:

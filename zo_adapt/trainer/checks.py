@@ -1,5 +1,7 @@
 """Contradictions in what ZOTrainer is given, found before any work."""
 
+import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,51 @@ OPTIONS = (
     "snapshot_size",
 )
 """Arguments of ZOConfig that describe the optimizer; None leaves it its own default."""
+
+
+IGNORED = (
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "neftune_noise_alpha",
+)
+"""Arguments of Trainer's that belong to gradients, or to noise in training mode."""
+
+
+def warn_of_ignored(args: Any, has_objective: bool, options: Mapping[str, Any]) -> None:
+    """Say once which settings that the user made have no effect.
+
+    Args:
+        args: Trainer's arguments.
+        has_objective: Whether an objective takes the place of Trainer's loss.
+        options: Trainer's further keywords.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(args)}
+    names = [
+        name
+        for name in IGNORED
+        if name in usual and getattr(args, name) not in (usual[name], None, False)
+    ]
+    if args.fp16 and args.device.type == "cpu":
+        names.append("fp16 (on a CPU; bf16 has one)")
+    if has_objective and args.label_smoothing_factor:
+        names.append("label_smoothing_factor (the objective is the loss)")
+    if has_objective and options.get("compute_loss_func") is not None:
+        names.append("compute_loss_func (the objective is the loss)")
+    if names:
+        warnings.warn(
+            f"these have no effect in ZOTrainer, which makes no gradients: {', '.join(names)}; "
+            "leave them out",
+            stacklevel=4,
+        )
 
 
 def check_arguments(args: Any, wanted: type[Any]) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 else:  # HfArgumentParser reads the annotations, and of two types it takes but one.
     CountOrWord = str
 
+UNLIMITED_EPOCHS = 1e6
+"""A number like another for Trainer: the budget of queries ends the run."""
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -31,12 +34,14 @@ class ZOConfig(TrainingArguments):
     """TrainingArguments with what a zeroth-order step needs. What is None is the optimizer's own.
 
     Of Trainer's own arguments, ``lr_scheduler_type``, ``warmup_steps``, ``weight_decay`` and
-    ``seed`` have their usual meaning; ``optim``, ``max_grad_norm`` and Adam's have none.
+    ``seed`` have their usual meaning; ``optim``, ``max_grad_norm``, Adam's and others that belong
+    to gradients have none: ZOTrainer says so once where they are set.
     HfArgumentParser reads them all from a command line.
 
     Args:
         learning_rate: None: the step by distance, the optimizers' default. A number: the plain
             step at that rate.
+        num_train_epochs: None: as many as ``max_queries`` is enough for; without it Trainer's 3.
         optimizer: "mezo-svrg", "mezo" or "zo-svrg".
         displacement: How far noise alone would move a weight over the run, for the step by
             distance.
@@ -63,6 +68,7 @@ class ZOConfig(TrainingArguments):
     """
 
     learning_rate: float | None = _option(None, "None: the step by distance.")  # type: ignore[assignment]
+    num_train_epochs: float | None = _option(None, "None: 3, or as many as max_queries is for.")  # type: ignore[assignment]
     optimizer: str = _option("mezo-svrg", "mezo-svrg, mezo or zo-svrg.")
     displacement: float | None = _option(None, "How far noise alone would move a weight.")
     perturbation_scale: float | None = _option(None, "mu.")
@@ -83,6 +89,8 @@ class ZOConfig(TrainingArguments):
     cuda_graphs: CudaGraphs = _option("auto", "Capture evaluations on a GPU.")
 
     def __post_init__(self) -> None:
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0 if self.max_queries is None else UNLIMITED_EPOCHS
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.gradient_accumulation_steps != 1:
             raise OptionError(
@@ -102,6 +110,11 @@ class ZOConfig(TrainingArguments):
         # What is wrong with the options is said here, before any work.
         self._switches()
         self.build_optimizer()
+
+    @property
+    def has_epochs(self) -> bool:
+        """Whether epochs end a run."""
+        return self.num_train_epochs != UNLIMITED_EPOCHS
 
     def _read_words(self) -> None:
         """Numbers of a command line, and the booleans of the version before."""

@@ -84,6 +84,11 @@ class TrainerSamples(Samples):
             classes = source.classes if stratify else None
             super().__init__(source, 1, seed, classes, min_rows)
 
+    @property
+    def has_length(self) -> bool:
+        """Whether the training set is no stream."""
+        return self._training.has_length
+
     def receive(self, rows: "InputRows | TrainingRows") -> None:
         """The rows of the next step."""
         self.batch_size = len(rows)

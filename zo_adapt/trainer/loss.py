@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zo_adapt.evaluation.mode import EvaluationMode
-from zo_adapt.evaluation.objective import Objective
+from zo_adapt.evaluation.objective import SetObjective
 
 
-class TrainerLoss(Objective):
-    """Trainer's own ``compute_loss`` as an objective: the mean over the rows it is shown."""
+class TrainerLoss(SetObjective):
+    """Trainer's own ``compute_loss`` as an objective: the mean over the items it is shown.
 
-    mean_over_rows = True
+    An item is what the model's loss is a mean over: a label that counts (a token, where labels are
+    a row of them), or an example. The loss of micro-batches is that of their batch as a whole.
+    """
+
+    min_rows = 1
     independent_rows = False  # one number cannot be cut into the parts of several candidates
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
@@ -25,12 +29,50 @@ class TrainerLoss(Objective):
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
 
-    def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The loss of a collated batch, a scalar."""
+    def predict(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | int]:
+        """The loss of a collated batch, a scalar, and its number of items."""
         precision = Float32Losses() if self._in_half else nullcontext()
         with self._trainer.compute_loss_context_manager(), precision:
             loss: Tensor = self._trainer.compute_loss(self._model, dict(inputs))
-        return loss
+        return loss, items_of(inputs, shifted=self._trainer._loss_shifts_labels)
+
+    def score(self, predictions: list[tuple[Tensor, Tensor | int]]) -> Tensor:
+        """The mean over the items of all parts."""
+        if len(predictions) == 1:
+            return predictions[0][0]
+        # A part without any label that counts is 0 / 0 in most losses.
+        parts = [(loss.double(), items) for loss, items in predictions if items > 0]
+        if not parts:
+            return predictions[0][0]
+        total = sum(items for _, items in parts)
+        return torch.stack([loss * items for loss, items in parts]).sum() / total
+
+
+def items_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor | int:
+    """How many items the loss of a batch is a mean over.
+
+    Args:
+        inputs: The collated batch.
+        shifted: Whether the model's loss pairs each label with the position before, so that the
+            first of a row does not count.
+
+    Example:
+        >>> labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
+        >>> int(items_of({"labels": labels}, shifted=True))
+        1
+    """
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if not isinstance(labels, Tensor) or not labels.ndim:
+        return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
+    if labels.is_floating_point():
+        return len(labels)
+    if shifted and "shift_labels" not in inputs and labels.ndim > 1:
+        labels = labels[..., 1:]
+    return labels.ne(IGNORED).sum()
+
+
+IGNORED = -100
+"""The label that losses leave out."""
 
 
 class Float32Losses(TorchFunctionMode):

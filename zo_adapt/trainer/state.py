@@ -3,45 +3,174 @@
 import json
 import shutil
 import warnings
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from zo_adapt.errors import TrajectoryError
+from safetensors.torch import load_file, save
+
+from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
+from zo_adapt.loops.resume import check_settings
 from zo_adapt.loops.run import Run
+from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.trajectory.file import Position
-from zo_adapt.trajectory.safe_file import read_state, write_state
+from zo_adapt.trajectory.origin import base_hash
+from zo_adapt.trajectory.owned_file import OwnedFile
+from zo_adapt.trajectory.safe_file import read_state, replace_file, write_state
+from zo_adapt.view.group import Group, Groups
+from zo_adapt.view.parameters import ParameterView
 
 STATE = "zo_state.json"
+MOMENTS = "zo_moments.safetensors"
 TRAJECTORY = "trajectory.zot"
 
 
-def save_state(run: Run, checkpoint: Path) -> None:
-    """Write the run's state beside the weights that Trainer saves."""
-    if isinstance(run.optimizer, ZerothOrder):
-        write_state(checkpoint / STATE, {"position": run.position, "run": run.state_dict()})
+class Checkpoint(NamedTuple):
+    """A checkpoint of Trainer's that has a state of ours.
+
+    Args:
+        folder: Where it lies.
+        state: What ``save_state`` kept.
+    """
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Checkpoint":
+        """The checkpoint in a folder.
+
+        Raises:
+            TrajectoryError: It was not written by ZOTrainer.
+            CorruptTrajectoryError: It is damaged.
+        """
+        folder = Path(folder)
+        try:
+            return cls(folder, read_state(folder / STATE))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise TrajectoryError(
+                f"{folder} has no {STATE}: it was not saved by ZOTrainer, or with save_only_model, "
+                "or with an optimizer of another origin; resume from another, or start from its "
+                "weights"
+            ) from error
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of the view that was tuned. Defaults are made of weights that have moved."""
+        kept = self.state.get("view")
+        return "auto" if kept is None else [Group(*group) for group in kept["groups"][:-1]]
+
+    def fit(self, view: ParameterView) -> None:
+        """Give a view the displacement of the one that was tuned, if it is the same otherwise.
+
+        Raises:
+            TrajectoryError: It is another view, or on another base model.
+        """
+        kept = self.state.get("view")
+        if kept is None:  # of a version before
+            return
+        if kept["fingerprint"] != view.fingerprint():
+            groups = [group.as_list() for group in view.groups]
+            raise TrajectoryError(
+                f"{self.folder} belongs to another view: {kept['tensors']} tensors with "
+                f"{kept['scalars']:,} scalars in groups {kept['groups']}, here "
+                f"{len(view.tensors)} with {view.numel:,} in {groups}; resume with the same view, "
+                "or start from the checkpoint's weights"
+            )
+        if None not in (kept["base"], base_hash(view)) and kept["base"] != base_hash(view):
+            raise TrajectoryError(
+                f"{self.folder} was made on another base model; load the one that it was made on"
+            )
+        view.displacement = kept["displacement"]
+
+    def moments(self) -> dict[str, Any]:
+        """The tensors of a first-order optimizer.
+
+        Raises:
+            CorruptTrajectoryError: They are damaged.
+        """
+        path = self.folder / MOMENTS
+        if not path.exists() or zlib.crc32(path.read_bytes()) != self.state["moments"]:
+            raise CorruptTrajectoryError(f"{path} is damaged; resume from another checkpoint")
+        return load_file(path)
 
 
-def begin_log(run: Run, folder: Path, seed: int, checkpoint: Path | None) -> None:
+def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Write the run's state beside the weights that Trainer saves.
+
+    Args:
+        run: The run.
+        checkpoint: The folder.
+        settings: What the run depends on beside it.
+    """
+    optimizer, view = run.optimizer, run.evaluator.view
+    if not isinstance(optimizer, ZerothOrder | FirstOrder):
+        return
+    state = {
+        "position": run.position,
+        "run": run.state_dict(),
+        "settings": dict(settings),
+        "view": {
+            "fingerprint": view.fingerprint(),
+            "tensors": len(view.tensors),
+            "scalars": view.numel,
+            "groups": [group.as_list() for group in view.groups],
+            "displacement": view.displacement,
+            "base": base_hash(view),
+        },
+    }
+    if isinstance(optimizer, FirstOrder):
+        moments = {name: t.detach().cpu().contiguous() for name, t in optimizer.moments().items()}
+        data = save(moments)
+        replace_file(checkpoint / MOMENTS, data)
+        state["moments"] = zlib.crc32(data)
+    write_state(checkpoint / STATE, state)
+
+
+def begin_log(
+    run: Run, folder: Path, settings: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> None:
     """Begin the trajectory, or go on from a checkpoint whose weights Trainer has restored.
 
     A trajectory that lies there and is not gone on with is kept, under a numbered name.
 
     Raises:
-        TrajectoryError: The checkpoint was not written by ZOTrainer, or by other settings.
+        TrajectoryError: The checkpoint was made with other settings.
+        TrajectoryInUseError: Another run is writing the trajectory that lies there.
     """
+    at = None if checkpoint is None else _restore(run, checkpoint, settings)
     if not isinstance(run.optimizer, ZerothOrder):
         return
-    path, at = folder / TRAJECTORY, None
-    settings: dict[str, Any] = {**run.optimizer.settings(), "seed": seed}
-    if checkpoint is not None:
-        at = _restore(run, checkpoint)
-    if at is not None and checkpoint is not None and _found(path, checkpoint):
-        del settings["schedule"]  # Trainer's own, which may go on for longer than was planned
-        run.log_to(path, settings, at)
+    path = folder / TRAJECTORY
+    if at is not None and checkpoint is not None and _found(path, checkpoint.folder):
+        run.log_to(path, _lasting(settings), at)
         return
+    if path.exists():
+        OwnedFile(path).close()  # it is nobody's
     set_aside(path)
     run.log_to(path, settings)
+
+
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without Trainer's own schedule, which may go on for longer than was planned."""
+    return {name: value for name, value in settings.items() if name != "schedule"}
+
+
+def _restore(run: Run, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Position | None:
+    state = checkpoint.state
+    check_settings(checkpoint.folder, state.get("settings", {}), _lasting(settings))
+    try:
+        run.load_state_dict(state["run"])
+        position = state["position"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptTrajectoryError(
+            f"the state in {checkpoint.folder} is none of this run ({error!r})"
+        ) from error
+    if isinstance(run.optimizer, FirstOrder):
+        run.optimizer.load_moments(checkpoint.moments())
+    return None if position is None else Position(*position)
 
 
 def set_aside(path: Path) -> Path | None:
@@ -56,21 +185,6 @@ def set_aside(path: Path) -> Path | None:
     while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     return path.rename(kept)
-
-
-class WholeCheckpoints:
-    """For Trainer: ``resume_from_checkpoint=True`` means the newest checkpoint that is whole."""
-
-    args: Any
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **options: Any
-    ) -> Any:
-        """Trainer's own."""
-        if resume_from_checkpoint is True:
-            folder = Path(self.args.output_dir or ".")
-            resume_from_checkpoint = last_whole_checkpoint(folder) or True
-        return super().train(resume_from_checkpoint, *positional, **options)  # type: ignore[misc]
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -91,18 +205,6 @@ def last_whole_checkpoint(folder: Path) -> str | None:
         else:
             return str(checkpoint)
     return None
-
-
-def _restore(run: Run, checkpoint: Path) -> Position | None:
-    try:
-        state = read_state(checkpoint / STATE)
-    except FileNotFoundError as error:
-        raise TrajectoryError(
-            f"{checkpoint} has no {STATE}: it was not saved by ZOTrainer, or with save_only_model; "
-            "resume from another, or start from its weights"
-        ) from error
-    run.load_state_dict(state["run"])
-    return None if state["position"] is None else Position(*state["position"])
 
 
 def _found(path: Path, checkpoint: Path) -> bool:

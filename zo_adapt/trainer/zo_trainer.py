@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import logging
 
 from zo_adapt.arguments import checked_objective
@@ -25,22 +25,29 @@ from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
+from zo_adapt.loops.resume import data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import former_keywords
-from zo_adapt.trainer.checks import check_arguments, check_choices
+from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples
+from zo_adapt.trainer.ends import AtRunEnds
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
-from zo_adapt.trainer.state import WholeCheckpoints, begin_log, save_state
+from zo_adapt.trainer.planned import PlannedSteps
+from zo_adapt.trainer.resuming import WholeCheckpoints
+from zo_adapt.trainer.state import begin_log, save_state
+from zo_adapt.trainer.undecayed import without_decay
+from zo_adapt.trajectory.origin import described
+from zo_adapt.view.group import Groups
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.get_logger(__name__)
 
 
-class ZOTrainer(WholeCheckpoints, Trainer):
+class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
     """transformers.Trainer whose training step sees losses only, never a gradient.
 
     theta <- optimizer step on f(theta) = mean loss of the training batch
@@ -100,6 +107,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         args = ZOConfig("tmp_trainer") if args is None else args
         check_arguments(args, ZOConfig)
         check_choices(args, view, objective, zo_optimizer, options)
+        warn_of_ignored(args, objective is not None, options)
         collator = options.get("data_collator", positional[0] if positional else None)
         wanted = None if objective is None else checked_objective(objective)
         self._batching = Batching(self, wanted, collator)
@@ -111,9 +119,13 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         self._metrics = as_metrics(metrics)
         self._monitor: Monitor | None = None
         self._run: Run | None = None
-        self._checkpoint: Path | None = None
-        self.stop_reason: StopReason | None = None
-        self.add_callback(_AtTrainBegin(self))
+        self._end = AtRunEnds(self)
+        self.add_callback(self._end)
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """Why training ended before its last step, or None."""
+        return self._end.reason
 
     @property
     def queries(self) -> int:
@@ -128,12 +140,24 @@ class ZOTrainer(WholeCheckpoints, Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
         if self.optimizer is None:
-            view = self._given[0]
-            noise = self.args.noise or "gaussian"
-            self.view = view or ParameterView.trainable(self.model, noise=noise)  # type: ignore[arg-type]
-            rate = {"lr": self.args.learning_rate or 0.0}
+            self.view = self._new_view()
+            # Schedules are functions of the share of the budget: some need a rate to be a share of.
+            rate = {"lr": self.args.learning_rate or 1.0}
             self.optimizer = AlreadyApplied(list(self.view.tensors.values()), rate)
         return self.optimizer
+
+    def _new_view(self) -> ParameterView:
+        view, kept = self._given[0], self._checkpoint
+        if view is None:
+            # On resuming, the weights are those of the checkpoint already: what suits them now is
+            # not what suited them at the start.
+            groups: Groups = "auto" if kept is None else kept.groups
+            noise = self.args.noise or "gaussian"
+            view = ParameterView.trainable(self.model, noise=noise, groups=groups)  # type: ignore[arg-type]
+        if self.args.weight_decay and self._given[2] is None and view.model is not None:
+            decaying = self.get_decay_parameter_names(view.model)
+            view = without_decay(view, view.tensors.keys() - set(decaying))
+        return view
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's; of examples as they are where the objective makes its own batches of them."""
@@ -154,20 +178,21 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             self._samples.receive(self._batching.received(inputs))
             loss = self._run.step().value
         except BudgetExhausted:
-            self._stop(StopReason.MAX_QUERIES, made=False)
+            self._end.stop(StopReason.MAX_QUERIES, taken=False)
         except FAULTS as error:
             reason = reason_of(error)
             logger.error(f"Training stops: {reason} ({error})")
-            self._stop(reason, made=False)
+            self._end.stop(reason, taken=False)
         else:
-            if self.queries == self.args.max_queries:
-                self._stop(StopReason.MAX_QUERIES, made=True)
+            is_last = self.state.global_step + 1 == self._planned
+            if is_last or self.queries == self.args.max_queries:
+                self._end.stop(StopReason.MAX_QUERIES, taken=True)
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the figures of the zeroth-order steps."""
         if self.is_in_train and self._run is not None:
-            logs["queries"] = self.queries
+            logs = {**logs, "queries": self.queries}  # evaluate() returns the ones it was given
             if "loss" in logs and self._run.last is not None:
                 logs.pop("grad_norm", None)  # there is no gradient: it would read 0
                 logs["learning_rate"] = self._run.last.lr
@@ -211,7 +236,7 @@ class ZOTrainer(WholeCheckpoints, Trainer):
         self._samples = TrainerSamples(
             source, self.args.seed, rows_needed(evaluator.objective), self.args.stratify
         )
-        budget = Budget(self.state.max_steps, self.args.max_queries)
+        budget = Budget(self._limit, self.args.max_queries)
         self._run = Run(self.zo_optimizer, evaluator, self._samples, budget, self.args.seed)
         self._monitor = Monitor(
             self._metrics,
@@ -220,37 +245,42 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             evaluation=options,
             batch_size=self.args.eval_batch_size,
         )
-        self.stop_reason = None
-        begin_log(self._run, Path(self.args.output_dir or "."), self.args.seed, self._checkpoint)
+        folder = Path(self.args.output_dir or ".")
+        begin_log(self._run, folder, self._settings(), self._checkpoint)
         self._checkpoint = None
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run depends on, beside its view, its budget and the model."""
+        run = self._run
+        if run is None:
+            return {}
+        optimizer = getattr(run.optimizer, "settings", dict)()
+        data = data_settings(self._samples) if self._samples.has_length else {}
+        return {
+            **optimizer,
+            "seed": self.args.seed,
+            "batch_size": self.args.train_batch_size,
+            **data,
+            "objective": described(run.evaluator.objective),
+            "compute_loss_func": described(self.compute_loss_func),
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+        }
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            self._run.close()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._run is not None:
-            save_state(self._run, Path(output_dir))
+            save_state(self._run, Path(output_dir), self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.fit(self.view)
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._checkpoint = None if checkpoint is None else Path(checkpoint)
 
     def _schedule(self, progress: float) -> float:
         """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
         factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
         return factor(progress * self.state.max_steps)
-
-    def _stop(self, reason: StopReason, *, made: bool) -> None:
-        self.stop_reason = reason
-        self.control.should_training_stop = True
-        self.control.should_log = self.args.logging_strategy != "no"
-        if not made:
-            self.state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
-
-
-class _AtTrainBegin(TrainerCallback):
-    """Begins the run when Trainer has its data, its schedule and, on resuming, its state."""
-
-    def __init__(self, trainer: ZOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
-        self._trainer.begin_run(train_dataloader)

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -255,12 +256,19 @@ def apply_checked(view: ParameterView, updates: Sequence[Shift], path: Path) -> 
     Raises:
         CorruptTrajectoryError: A weight would be infinite; nothing was applied.
     """
+    for number, update in enumerate(updates, 1):
+        if not view.room.fits(update.terms):
+            raise CorruptTrajectoryError(
+                f"{path} has a step ({number} from here) that is larger than the range of the "
+                "view's dtype, which no run makes; nothing was applied"
+            )
     if view.room.holds(updates):
         apply_all(view, updates)
         return
     # By their bounds alone the weights may leave the dtype's range: only trying tells.
     before = view.snapshot()
-    apply_all(view, updates)
+    with np.errstate(over="ignore", invalid="ignore"):
+        apply_all(view, updates)
     if not all(bool(tensor.isfinite().all()) for tensor in view.tensors.values()):
         view.restore(before)
         raise CorruptTrajectoryError(

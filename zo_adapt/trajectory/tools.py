@@ -58,10 +58,14 @@ def rebuild(path: Path, start: Path, until: int | None) -> tuple[dict[str, Tenso
     Raises:
         TrajectoryError: A tensor of the view is not in ``start``, or the two do not fit.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     header = Reader(path).header
-    saved = load_file(start / ADAPTER if start.is_dir() else start)
+    try:
+        saved = load_file(start / ADAPTER if start.is_dir() else start)
+    except SafetensorError as error:
+        raise TrajectoryError(f"{start} is no safetensors file ({error})") from error
     tensors = {}
     for name, _, _ in header["view"]:
         key = name if name in saved else adapter_key(name)

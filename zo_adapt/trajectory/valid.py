@@ -16,6 +16,9 @@ from zo_adapt.term import SEED_LIMIT
 LARGEST_COUNT = 2**63
 """Scalars of a tensor: more than any has."""
 
+LARGEST_DECAY = 2.0
+"""1 - lr * rate, where a run refuses lr * rate >= 1; above 1 the rate is negative."""
+
 
 def check_header_form(header: Any, path: str | Path) -> None:
     """Refuse a header without the entries that a replay reads, or with others in their place.
@@ -46,7 +49,7 @@ def check_step_form(step: Step, groups: int) -> None:
     for name in ("value", "lr", "projected_gradient"):
         if not math.isfinite(getattr(step, name)):
             raise ValueError(f"{name} {getattr(step, name)}")
-    if not (math.isfinite(step.update.decay) and step.update.decay > 0):
+    if not 0 < step.update.decay < LARGEST_DECAY:
         raise ValueError(f"decay {step.update.decay}")
     for seed, coefficient, group in step.update.terms:
         if not math.isfinite(coefficient):
@@ -93,7 +96,7 @@ def _is_group(row: Any) -> bool:
         re.compile(row[0])
     except (re.error, RecursionError, OverflowError):
         return False
-    return all(map(_is_factor, row[1:]))
+    return all(map(_is_factor, row[1:3])) and row[3:] in ([], [False])
 
 
 def _is_seeds(value: Any) -> bool:

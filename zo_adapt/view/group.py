@@ -22,6 +22,7 @@ class Group:
         pattern: Regular expression that finds the names of the part's tensors (``re.search``).
         lr: Factor on the learning rate.
         perturbation_scale: Factor on the perturbation; 0 leaves the part at rest.
+        decays: Whether weight decay reaches the part.
         names: The names themselves, instead of a pattern.
 
     Raises:
@@ -37,6 +38,7 @@ class Group:
     pattern: str
     lr: float
     perturbation_scale: float
+    decays: bool
     names: tuple[str, ...]
 
     def __init__(
@@ -44,6 +46,7 @@ class Group:
         pattern: str | None = None,
         lr: float = 1.0,
         perturbation_scale: float = 1.0,
+        decays: bool = True,
         *,
         names: Iterable[str] | None = None,
     ) -> None:
@@ -65,17 +68,24 @@ class Group:
             ("pattern", pattern),
             ("lr", lr),
             ("perturbation_scale", perturbation_scale),
+            ("decays", decays),
             ("names", listed),
         ):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         part = f"names={list(self.names)!r}" if self.names else repr(self.pattern)
-        return f"Group({part}, lr={self.lr}, perturbation_scale={self.perturbation_scale})"
+        decays = "" if self.decays else ", decays=False"
+        scale = f"perturbation_scale={self.perturbation_scale}"
+        return f"Group({part}, lr={self.lr}, {scale}{decays})"
 
     def as_list(self) -> list[str | float]:
-        """``[pattern, lr, perturbation_scale]``, as files and fingerprints have it."""
-        return [self.pattern, self.lr, self.perturbation_scale]
+        """``[pattern, lr, perturbation_scale]``, as files and fingerprints have it.
+
+        False follows where the part does not decay.
+        """
+        numbers = [self.pattern, self.lr, self.perturbation_scale]
+        return numbers if self.decays else [*numbers, False]
 
     def members(self, names: list[str]) -> list[str]:
         """Those of a view's names that belong to the group.

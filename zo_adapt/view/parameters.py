@@ -214,7 +214,7 @@ class ParameterView(TunedTensors):
         return [
             Sum(
                 [(t.seed, t.coefficient) for t in terms if t.group in (None, index)],
-                decay if group.lr * group.perturbation_scale else 1.0,
+                decay if group.decays and group.lr * group.perturbation_scale else 1.0,
             )
             for index, group in enumerate(self.groups)
         ]

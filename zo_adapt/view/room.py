@@ -57,6 +57,11 @@ class Room:
         """Look again before the next step: the weights are others."""
         self._most = {}
 
+    def fits(self, terms: Sequence[Term]) -> bool:
+        """Whether a step, from anywhere, is within the range of every dtype."""
+        farthest = _farthest(terms)
+        return all(farthest <= torch.finfo(tensor.dtype).max for tensor in self._tensors)
+
     def holds(self, updates: Sequence[Shift]) -> bool:
         """Whether no weight can leave its dtype's range on the way through many steps."""
         self._look()

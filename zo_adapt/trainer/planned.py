@@ -1,0 +1,128 @@
+"""How many steps a budget of queries is enough for: what Trainer's bar and schedules count by."""
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
+from typing import Any
+
+import torch
+from transformers.trainer_utils import has_length
+
+from zo_adapt.data.samples import Samples
+from zo_adapt.errors import ZOError
+from zo_adapt.evaluation.objective import rows_needed
+from zo_adapt.optimizers.first_order import FirstOrder
+from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.view.parameters import ParameterView
+
+LONGEST_CYCLE = 100_000
+
+
+class PlannedSteps:
+    """For Trainer: where a budget of queries ends the run, its steps are those it is enough for."""
+
+    args: Any
+    _given: Any
+    _limit: int | None = None
+    """Steps that were asked for; None: as many as there are queries for."""
+    _planned: int | None = None
+    """Steps that the budget of queries is enough for, where it ends the run."""
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Trainer's; where a budget of queries ends the run, the steps that it is enough for."""
+        found: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        limited = args.max_steps > 0 or self.args.has_epochs
+        self._limit = found[-1] if limited or self.args.max_queries is None else None
+        self._planned = self._planned_steps(dataloader)
+        if self._planned is None or (self._limit is not None and self._limit <= self._planned):
+            self._limit, self._planned = found[-1], None
+            return found
+        args = copy.copy(args)
+        args.max_steps = self._planned
+        return super().set_initial_training_values(args, dataloader)  # type: ignore[misc,no-any-return]
+
+    def _planned_steps(self, dataloader: Any) -> int | None:
+        """Steps that the budget of queries is enough for, where that can be known."""
+        if self.args.max_queries is None or not has_length(dataloader):
+            return None
+        _, objective, optimizer = self._given
+        size = self.args.train_batch_size
+        rows = self.num_examples(dataloader)  # type: ignore[attr-defined]
+        epoch = [size] * (rows // size)
+        if rows % size and not self.args.dataloader_drop_last:
+            epoch.append(rows % size)
+        return steps_within(
+            self.args.max_queries,
+            optimizer or self.args.build_optimizer(),
+            rows,
+            epoch,
+            1 if objective is None else rows_needed(objective),
+        )
+
+
+class _Rows:
+    """So many rows, which nobody reads."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Nothing: only their number matters."""
+
+
+def steps_within(
+    max_queries: int, optimizer: Any, rows: int, batches: Sequence[int], min_rows: int
+) -> int | None:
+    """Steps that fit into a budget; None where the optimizer does not say what a step costs.
+
+    Args:
+        max_queries: The budget.
+        optimizer: Asked for its probes, on nothing.
+        rows: Of the training set.
+        batches: Rows of every batch of an epoch.
+        min_rows: Of a part of a batch; see ``objective.rows_needed``.
+
+    Example:
+        >>> from zo_adapt import MeZO
+        >>> steps_within(100, MeZO(), 10, [4, 4, 2], 1)  # 8 + 8 + 4 an epoch
+        15
+    """
+    interval = int(getattr(optimizer, "snapshot_interval", 1))
+    cycle = math.lcm(interval, len(batches))
+    cycle = cycle if cycle <= LONGEST_CYCLE else LONGEST_CYCLE
+    try:
+        costs = list(islice(_costs(optimizer, rows, batches, interval, min_rows), cycle))
+    except ZOError:  # which says itself again, where it counts
+        return None
+    if not costs or not sum(costs):
+        return None
+    whole, rest = divmod(max_queries, sum(costs))
+    return whole * len(costs) + bisect_right(list(accumulate(costs)), rest)
+
+
+def _costs(
+    optimizer: Any, rows: int, batches: Sequence[int], interval: int, min_rows: int
+) -> Iterator[int]:
+    """Queries of one step after the other."""
+    if not isinstance(optimizer, ZerothOrder | FirstOrder):
+        return
+    asked = copy.copy(optimizer)  # its run is replaced, that of the original stays
+    asked.start(ParameterView({"x": torch.ones(1)}), 0)
+    known: dict[tuple[int, int], int] = {}
+    step = 0
+    while True:
+        size = batches[step % len(batches)]
+        key = step % interval, size
+        if key not in known:
+            known[key] = size
+            if isinstance(asked, ZerothOrder):
+                asked.state.steps = step
+                samples = Samples(_Rows(rows), size, 0, None, min_rows)
+                known[key] = sum(len(probe.batch) for probe in asked.ask(samples))
+        yield known[key]
+        step += 1

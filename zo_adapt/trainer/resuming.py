@@ -1,0 +1,69 @@
+"""Trainer's own resuming, from checkpoints that are whole and that are this run's."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
+
+
+class WholeCheckpoints:
+    """For Trainer: ``resume_from_checkpoint=True`` means the newest checkpoint that is whole."""
+
+    args: Any
+    model: Any
+    queries: int
+    _checkpoint: Checkpoint | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **options: Any
+    ) -> Any:
+        """Trainer's own; without any whole checkpoint to resume from, training begins.
+
+        Raises:
+            TrajectoryError: The checkpoint was not written by ZOTrainer, or by another run.
+        """
+        if resume_from_checkpoint is True:
+            folder = Path(self.args.output_dir or ".")
+            resume_from_checkpoint = last_whole_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                warnings.warn(
+                    f"{folder} has no whole checkpoint to resume from: training begins",
+                    stacklevel=2,
+                )
+        is_folder = resume_from_checkpoint not in (None, False)
+        self._checkpoint = Checkpoint.read(str(resume_from_checkpoint)) if is_folder else None
+        try:
+            output = super().train(resume_from_checkpoint, *positional, **options)  # type: ignore[misc]
+        finally:
+            self._end_run()
+        output.metrics["queries"] = self.queries
+        return output
+
+    def _end_run(self) -> None:
+        """Give up what the run held."""
+
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        with _dtypes_kept(model or self.model):
+            super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        with _dtypes_kept(self.model):
+            super()._load_best_model()  # type: ignore[misc]
+
+
+@contextmanager
+def _dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Parameters keep their dtypes: peft makes an adapter that it loads fp32, whatever it was.
+
+    The numbers are those of the file, which has them in the dtype of before: no bit is lost.
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
