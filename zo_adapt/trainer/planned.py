@@ -24,7 +24,7 @@ class PlannedSteps:
     """For Trainer: where a budget of queries ends the run, its steps are those it is enough for."""
 
     args: Any
-    _given: Any
+    _given: tuple[Any, Any, Any]
     _limit: int | None = None
     """Steps that were asked for; None: as many as there are queries for."""
     _planned: int | None = None

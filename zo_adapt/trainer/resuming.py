@@ -16,7 +16,6 @@ class WholeCheckpoints:
 
     args: Any
     model: Any
-    queries: int
     _checkpoint: Checkpoint | None = None
 
     def train(
@@ -41,7 +40,7 @@ class WholeCheckpoints:
             output = super().train(resume_from_checkpoint, *positional, **options)  # type: ignore[misc]
         finally:
             self._end_run()
-        output.metrics["queries"] = self.queries
+        output.metrics["queries"] = self.queries  # type: ignore[attr-defined]
         return output
 
     def _end_run(self) -> None:

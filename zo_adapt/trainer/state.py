@@ -108,7 +108,7 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
     optimizer, view = run.optimizer, run.evaluator.view
     if not isinstance(optimizer, ZerothOrder | FirstOrder):
         return
-    state = {
+    state: dict[str, Any] = {
         "position": run.position,
         "run": run.state_dict(),
         "settings": dict(settings),

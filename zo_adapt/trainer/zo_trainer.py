@@ -147,7 +147,8 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
         return self.optimizer
 
     def _new_view(self) -> ParameterView:
-        view, kept = self._given[0], self._checkpoint
+        view: ParameterView | None = self._given[0]
+        kept = self._checkpoint
         if view is None:
             # On resuming, the weights are those of the checkpoint already: what suits them now is
             # not what suited them at the start.

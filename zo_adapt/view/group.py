@@ -84,7 +84,7 @@ class Group:
 
         False follows where the part does not decay.
         """
-        numbers = [self.pattern, self.lr, self.perturbation_scale]
+        numbers: list[str | float] = [self.pattern, self.lr, self.perturbation_scale]
         return numbers if self.decays else [*numbers, False]
 
     def members(self, names: list[str]) -> list[str]:
