@@ -154,7 +154,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             # not what suited them at the start.
             groups: Groups = "auto" if kept is None else kept.groups
             noise = self.args.noise or "gaussian"
-            view = ParameterView.trainable(self.model, noise=noise, groups=groups)  # type: ignore[arg-type]
+            view = ParameterView.trainable(self.model, noise=noise, groups=groups)
         if self.args.weight_decay and self._given[2] is None and view.model is not None:
             decaying = self.get_decay_parameter_names(view.model)
             view = without_decay(view, view.tensors.keys() - set(decaying))
@@ -255,7 +255,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
         run = self._run
         if run is None:
             return {}
-        optimizer = getattr(run.optimizer, "settings", dict)()
+        optimizer: dict[str, Any] = getattr(run.optimizer, "settings", dict)()
         data = data_settings(self._samples) if self._samples.has_length else {}
         return {
             **optimizer,
