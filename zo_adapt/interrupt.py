@@ -11,7 +11,7 @@ from the body to the undoing; the code of an objective, a model or a caller does
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -88,6 +88,38 @@ def uninterrupted() -> Guard:
     return Guard()
 
 
+@contextlib.contextmanager
+def undone(changes: Iterable[Callable[[], Any]]) -> Iterator[None]:
+    """Inside, changes are in force; afterwards all that were made are undone, the last one first.
+
+    Args:
+        changes: Gives for each change what undoes it; a generator makes them as it is read, so that
+            no signal comes between a change and the note of how to undo it.
+
+    Example:
+        >>> values = [1]
+        >>> def appended(value):
+        ...     values.append(value)
+        ...     return values.pop
+        >>> with undone(appended(value) for value in (2, 3)):
+        ...     print(values)
+        [1, 2, 3]
+        >>> values
+        [1]
+    """
+    undos: list[Callable[[], Any]] = []
+
+    def undo() -> None:
+        while undos:
+            undos.pop()()
+
+    with Guard(undo) as guard:
+        for change in changes:
+            undos.append(change)
+        guard.open()
+        yield
+
+
 _guards: list[Guard] = []
 _handlers: dict[int, Handler] = {}
 """What was installed before, while ours are."""
@@ -101,22 +133,35 @@ def _is_main_thread() -> bool:
 
 def _install() -> None:
     """Put our handler in place of those written in Python; others end the process anyway."""
-    for number in SIGNALS:
-        handler = signal.getsignal(number)
-        if callable(handler) and handler is not _receive:
-            _handlers[number] = handler
-            signal.signal(number, _receive)
+    try:
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not _receive:
+                _handlers[number] = handler
+                signal.signal(number, _receive)
+    except BaseException:  # a signal that ours is not in place for yet
+        _handle_waiting()
+        raise
 
 
 def _uninstall() -> None:
-    for number, handler in list(_handlers.items()):
-        if signal.getsignal(number) is _receive:  # and not one that was installed inside
-            signal.signal(number, handler)
-        del _handlers[number]
+    """Put the handlers of before back, all of them, also where one that is back already raises."""
+    raised = None
+    while _handlers:
+        try:
+            for number, handler in list(_handlers.items()):
+                if signal.getsignal(number) is _receive:  # and not one that was installed inside
+                    signal.signal(number, handler)
+                _handlers.pop(number, None)
+        except BaseException as error:
+            raised = error
+    if raised is not None:
+        raise raised
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
-    if _guards and not (_guards[-1].is_open and _is_foreign(frame)):
+    # Without a guard the handlers are just being exchanged.
+    if not _guards or not (_guards[-1].is_open and _is_foreign(frame)):
         _waiting.setdefault(number, frame)
         return
     handler = _handlers.get(number)
@@ -133,8 +178,15 @@ def _handle_waiting() -> None:
     if _guards and not _guards[-1].is_open:
         return
     handlers = dict(_handlers)
-    if not _guards:
-        _uninstall()
+    try:
+        if not _guards:
+            _uninstall()
+    finally:
+        _call(handlers)
+
+
+def _call(handlers: dict[int, Handler]) -> None:
+    """Call the handlers of the signals that wait, each once, also where one of them raises."""
     try:
         while _waiting:
             number = next(iter(_waiting))
@@ -142,5 +194,36 @@ def _handle_waiting() -> None:
             if number in handlers:
                 handlers[number](number, frame)
     finally:
-        if _waiting:  # the handler has raised: the others are not forgotten
-            _handle_waiting()
+        if _waiting:
+            _call(handlers)
+
+
+def is_from_handler(error: BaseException) -> bool:
+    """Whether the handler of a signal raised an error: it is for the caller, not a failed attempt.
+
+    Code that tries something and goes another way where that fails asks this first. Without it a
+    timeout would be taken for a failure, and the run go on as if there had been none.
+
+    Args:
+        error: What was raised.
+
+    Example:
+        >>> try:
+        ...     1 / 0
+        ... except ZeroDivisionError as error:
+        ...     is_from_handler(error)
+        False
+    """
+    handlers = [*_handlers.values(), *map(signal.getsignal, SIGNALS)]
+    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_code in codes:
+            return True
+        place = place.tb_next
+    return False
+
+
+def _code_of(handler: Handler) -> Any:
+    called: Any = handler if hasattr(handler, "__code__") else type(handler).__call__
+    return getattr(called, "__code__", None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zo_adapt.data.rows import NoRowsError, leaves, select_rows
 from zo_adapt.evaluation.objective import SetObjective, attributes_of
+from zo_adapt.interrupt import is_from_handler
 
 MOST = 128
 """Scores that are computed for one point; of more rows, several are left out together."""
@@ -65,7 +66,9 @@ class Jackknife(SetObjective):
             ]
             scores = np.array([float(score) for score in without])
         # A subset may have no value in any way; the whole has one, and that is what counts.
-        except Exception:
+        except Exception as error:
+            if is_from_handler(error):
+                raise
             return whole
         if len(scores) < 2 or not np.isfinite(scores).all():
             return whole

@@ -7,7 +7,7 @@ counted as queries: no optimizer sees it.
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from zo_adapt.data.sources import Source
 from zo_adapt.errors import ChangingBufferError, UnreadTensorWarning, ViewError
 from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept
+from zo_adapt.interrupt import is_from_handler, undone
 from zo_adapt.term import Term
 from zo_adapt.view.buffers import Buffers
 from zo_adapt.view.parameters import ParameterView
@@ -58,6 +59,8 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
         except (ChangingBufferError, ViewError):
             raise
         except Exception as error:
+            if is_from_handler(error):
+                raise
             logger.debug("the view was not looked at: %r", error)
             return
     _judge(unread, view)
@@ -131,10 +134,15 @@ def _array(value: Any) -> Any:
 @contextmanager
 def _noting_items(model: nn.Module, entered: set[str]) -> Iterator[None]:
     """Inside, the items of lists of modules are noted as they run."""
-    with ExitStack() as stack:
-        for name in _items(model):
-            hook = lambda *_, name=name: entered.add(name)  # noqa: E731
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda *_: entered.add(name)
+
+    hooks = (
+        model.get_submodule(name).register_forward_pre_hook(noting(name)).remove
+        for name in _items(model)
+    )
+    with undone(hooks):
         yield
 
 

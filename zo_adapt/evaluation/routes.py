@@ -17,6 +17,7 @@ from zo_adapt.evaluation.places import Route
 from zo_adapt.evaluation.trunk.calls import Call
 from zo_adapt.evaluation.trunk.form import Form, form_of
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
+from zo_adapt.interrupt import is_from_handler
 
 Function = Callable[[Any], Any]
 ENTERING = "zo_adapt: enters the first tuned layer"
@@ -109,6 +110,8 @@ class Reusing:
             # same kernels should compute them all.
             entering = self._trunk.entering(self._function, content, form)
         except Exception as error:
+            if is_from_handler(error):
+                raise
             self.recovers(content, error)
             return None
         return None if entering is None else Pure(self._tuned, {**content, ENTERING: entering})
@@ -157,7 +160,7 @@ class Captured:
         try:
             return self._graphs.call(pure.function, pure.inputs, key)
         except Exception as error:
-            if not self._inner.recovers(content, error):
+            if is_from_handler(error) or not self._inner.recovers(content, error):
                 raise
             return self._inner(content, key)
         finally:

@@ -14,6 +14,7 @@ from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.objective import Objective, keeps_batch_whole, ready, with_attributes
+from zo_adapt.interrupt import is_from_handler
 
 SAME = 0.02
 """Relative difference up to which a row's value alone and beside another is rounding (fp16)."""
@@ -97,7 +98,9 @@ def _gives_each_row_its_own(objective: Objective, source: Source) -> bool:
         alone = _array(objective(first))
     # A metric may have no value on two rows. What is wrong with the data or the function says
     # itself again, where it counts, at the first step.
-    except Exception:
+    except Exception as error:
+        if is_from_handler(error):
+            raise
         return False
     difference = abs(alone.reshape(-1) - both[:1])
     return alone.size == 1 and bool((difference <= SAME * abs(both).max()).all())

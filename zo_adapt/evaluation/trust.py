@@ -19,6 +19,7 @@ from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
 from zo_adapt.evaluation.places import OnePoint, Route
 from zo_adapt.evaluation.trunk.calls import Call
+from zo_adapt.interrupt import is_from_handler
 from zo_adapt.term import HERE, Shift, Term, Terms
 from zo_adapt.view.parameters import ParameterView
 
@@ -59,6 +60,8 @@ class JointCheck:
         except (NoRowsError, NotJoint) as error:
             return str(error)
         except Exception as error:
+            if is_from_handler(error):
+                raise
             return f"{type(error).__name__}: {error}"
 
     def _difference(self, first: Batch, last: Batch) -> str | None:
@@ -126,6 +129,8 @@ class JointCheck:
         try:
             return repr(self._score([returned]))
         except Exception as error:
+            if is_from_handler(error):
+                raise
             return repr(error)
 
     def _moved_by(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zo_adapt.errors import ViewError
-from zo_adapt.interrupt import Guard
+from zo_adapt.interrupt import Guard, is_from_handler
 from zo_adapt.view.buffers import Buffers
 from zo_adapt.view.example import example_inputs
 from zo_adapt.view.trace import DATA, Trace
@@ -55,6 +55,8 @@ def names_after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
                 trace.mark(inputs, DATA)
                 model(**inputs)
         except Exception as error:
+            if is_from_handler(error):
+                raise
             logger.debug("%s cannot be run on an example: %r", type(model).__name__, error)
             continue
         if trace.marked:

@@ -6,8 +6,8 @@ the numbers were changed, moved or cut on the way; what leaves torch (a returned
 and what comes after a certain module from what comes before.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from zo_adapt.interrupt import undone
 
 DATA, AFTER, FIRST = 1, 2, 4
 """Bits: made of the model's inputs; of a marked output; of the first tensor that is followed."""
@@ -74,11 +76,12 @@ class Trace:
         def leaving(_: nn.Module, __: Any, output: Any) -> None:
             self.mark(output, AFTER)
 
-        with ExitStack() as stack:
-            enter = model.register_forward_pre_hook(entering, with_kwargs=True)
-            stack.callback(enter.remove)
+        def hooks() -> Iterator[Callable[[], None]]:
+            yield model.register_forward_pre_hook(entering, with_kwargs=True).remove
             if block is not None:
-                stack.callback(block.register_forward_hook(leaving).remove)
+                yield block.register_forward_hook(leaving).remove
+
+        with undone(hooks()):
             yield
 
     def names(self, mask: int) -> list[str]:

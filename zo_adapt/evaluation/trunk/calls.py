@@ -5,7 +5,7 @@ The order in which modules run is observed; what does not run as supposed is ref
 
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import wraps
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from zo_adapt.evaluation.trunk.cut import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
 from zo_adapt.evaluation.trunk.parts import parts_of
 from zo_adapt.evaluation.trunk.store import Store
+from zo_adapt.interrupt import undone
 
 
 class Recorded(Exception):
@@ -114,11 +115,12 @@ class Calls:
         forwards = {module: _wrapped(module, self._around) for module in where.around}
         forwards |= {b: _wrapped(b, self._frozen, i) for i, b in enumerate(where.frozen)}
         forwards |= {block: _wrapped(block, self._tuned) for block in where.tuned}
-        with replaced_forwards(forwards), ExitStack() as stack:
-            for name, module in where.after.items():
-                # A hook, since objectives look for a forward that was put on the instance.
-                handle = module.register_forward_pre_hook(self._noting(name))
-                stack.callback(handle.remove)
+        # Hooks, since objectives look for a forward that was put on the instance.
+        hooks = (
+            module.register_forward_pre_hook(self._noting(name)).remove
+            for name, module in where.after.items()
+        )
+        with replaced_forwards(forwards), undone(hooks):
             yield
 
     def _around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ from zo_adapt.evaluation.trunk.form import Form
 from zo_adapt.evaluation.trunk.keys import Keys, Rows
 from zo_adapt.evaluation.trunk.store import Storage, Store
 from zo_adapt.evaluation.trust import close, same_calls, tolerance_of
+from zo_adapt.interrupt import is_from_handler
 from zo_adapt.options import at_least_one, renamed
 from zo_adapt.view.parameters import ParameterView
 
@@ -155,8 +156,8 @@ class FrozenTrunk:
         try:
             with calls.observed():
                 value = function(content)
-        except Exception:
-            if not calls.served and calls.refusal is None:
+        except Exception as error:
+            if is_from_handler(error) or (not calls.served and calls.refusal is None):
                 raise
             failed = True
         refusal, served = calls.refusal, {call.kind for call in calls.served}
