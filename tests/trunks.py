@@ -14,7 +14,7 @@ from zo_adapt import (
     ParameterView,
     Term,
 )
-from zo_adapt.evaluation.trunk.calls import Call
+from zo_adapt.evaluation.trunk.call import Call
 from zo_adapt.view.blocks import block_list
 
 ON_GPU = pytest.mark.skipif(

@@ -30,9 +30,9 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import OnePoint, Place
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
-from zo_adapt.evaluation.routes import route_of
+from zo_adapt.evaluation.routes import route_of, trunk_for
 from zo_adapt.evaluation.start_checks import check_micro_batch_size
-from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk, trunk_for
+from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import Returned, checked_values, on_host
 from zo_adapt.view.parameters import ParameterView
 

@@ -8,16 +8,18 @@ Captured(Direct or Reusing, graphs)     ... by replaying what was captured for s
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.graphs import Graphs, is_capturable, signature
 from zo_adapt.evaluation.places import Route
-from zo_adapt.evaluation.trunk.calls import Call
+from zo_adapt.evaluation.trunk.call import Call
 from zo_adapt.evaluation.trunk.form import Form, form_of
-from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
+from zo_adapt.evaluation.trunk.frozen_trunk import LEAST_SHARE, FrozenTrunk
 from zo_adapt.interrupt import is_from_handler
+from zo_adapt.view.parameters import ParameterView
 
 Function = Callable[[Any], Any]
 ENTERING = "zo_adapt: enters the first tuned layer"
@@ -182,3 +184,27 @@ def route_of(function: Function, trunk: FrozenTrunk | None, graphs: Graphs | Non
     """
     inner = Direct(function) if trunk is None else Reusing(function, trunk)
     return inner if graphs is None else Captured(inner, graphs)
+
+
+def trunk_for(
+    view: ParameterView, reuse: "Literal['auto', 'on', 'off'] | FrozenTrunk"
+) -> FrozenTrunk | str:
+    """The trunk that a run should use, or why it has none.
+
+    Args:
+        view: What is tuned.
+        reuse: As in ``EvaluationOptions``.
+
+    Raises:
+        OptionError: Reuse was asked for and is impossible, or the trunk is another view's.
+    """
+    if isinstance(reuse, FrozenTrunk):
+        if reuse.view is not view:
+            raise OptionError("reuse_trunk is a trunk of another view; make one of this view")
+        return reuse
+    if reuse == "off":
+        return "it is switched off"
+    trunk = FrozenTrunk(view, least=LEAST_SHARE if reuse == "auto" else 0.0)
+    if trunk.why_not is not None and reuse == "on":
+        raise OptionError(f"reuse_trunk='on', but {trunk.why_not}; choose 'auto'")
+    return trunk if trunk.why_not is None else trunk.why_not

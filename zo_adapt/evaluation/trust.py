@@ -18,7 +18,7 @@ from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
 from zo_adapt.evaluation.places import OnePoint, Route
-from zo_adapt.evaluation.trunk.calls import Call
+from zo_adapt.evaluation.trunk.call import Call
 from zo_adapt.interrupt import is_from_handler
 from zo_adapt.term import HERE, Shift, Term, Terms
 from zo_adapt.view.parameters import ParameterView

@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.trunk.call import Call, kind_of
 from zo_adapt.evaluation.trunk.cut import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
 from zo_adapt.evaluation.trunk.parts import parts_of
@@ -23,52 +23,6 @@ from zo_adapt.interrupt import undone
 
 class Recorded(Exception):
     """A signal to the caller: the frozen layers have run, and no more was wanted."""
-
-
-class Call:
-    """One call of the model: answered from the store, or run and recorded.
-
-    Args:
-        rows: Its rows; None where the layers run as they are.
-        served: Whether all its rows are in the store.
-        making: Whether it runs for the sake of its activations alone.
-        is_new: Whether some of its rows had to be made first.
-        watched: Note what enters the tuned blocks, too.
-        arguments: What the model is called with, by position or name.
-
-    Attributes:
-        entry: Where it is served: how many positions enter the first tuned block, and on what
-            device.
-    """
-
-    def __init__(
-        self,
-        rows: Rows | None,
-        served: bool,
-        watched: bool,
-        arguments: Mapping[str, Any] = MappingProxyType({}),
-        making: bool = False,
-    ) -> None:
-        self.rows, self.served, self.watched = rows, served, watched
-        self.making, self.is_new = making, False
-        self.arguments = arguments
-        self.entry: tuple[int, torch.device] | None = None
-        self.order: list[int] = []
-        self.outputs: list[weakref.ref[Tensor]] = []
-        self.entering: Tensor | None = None
-        self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.early: set[str] = set()
-        self.late: set[str] = set()
-
-    @property
-    def kind(self) -> str:
-        """What has to be checked once before it is believed."""
-        return kind_of(self.rows)
-
-
-def kind_of(rows: Rows | None) -> str:
-    """Rows cut to their length have to be checked apart from whole ones."""
-    return "padded rows" if rows is not None and rows.padded else "whole rows"
 
 
 class Calls:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zo_adapt.evaluation.trunk.calls import Call, tensors_of
+from zo_adapt.evaluation.trunk.call import Call
+from zo_adapt.evaluation.trunk.calls import tensors_of
 
 
 class Named(NamedTuple):

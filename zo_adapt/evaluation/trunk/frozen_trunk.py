@@ -12,13 +12,14 @@ Masks, position tables, norms and heads stay the model's own code, run as always
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.trunk.calls import Call, Calls, Recorded, kind_of, skipped
+from zo_adapt.evaluation.trunk.call import Call, kind_of
+from zo_adapt.evaluation.trunk.calls import Calls, Recorded, skipped
 from zo_adapt.evaluation.trunk.cut import RefusedError, can_trim, cut
 from zo_adapt.evaluation.trunk.form import Form
 from zo_adapt.evaluation.trunk.keys import Keys, Rows
@@ -279,27 +280,3 @@ class FrozenTrunk:
         self._fruitless += 1
         if self._fruitless > LARGEST_FRUITLESS:
             self._refuse("frozen tensors change from one evaluation to the next")
-
-
-def trunk_for(
-    view: ParameterView, reuse: "Literal['auto', 'on', 'off'] | FrozenTrunk"
-) -> FrozenTrunk | str:
-    """The trunk that a run should use, or why it has none.
-
-    Args:
-        view: What is tuned.
-        reuse: As in ``EvaluationOptions``.
-
-    Raises:
-        OptionError: Reuse was asked for and is impossible, or the trunk is another view's.
-    """
-    if isinstance(reuse, FrozenTrunk):
-        if reuse.view is not view:
-            raise OptionError("reuse_trunk is a trunk of another view; make one of this view")
-        return reuse
-    if reuse == "off":
-        return "it is switched off"
-    trunk = FrozenTrunk(view, least=LEAST_SHARE if reuse == "auto" else 0.0)
-    if trunk.why_not is not None and reuse == "on":
-        raise OptionError(f"reuse_trunk='on', but {trunk.why_not}; choose 'auto'")
-    return trunk if trunk.why_not is None else trunk.why_not
