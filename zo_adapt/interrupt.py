@@ -16,10 +16,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+from torch.utils import _python_dispatch
+
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
 )
-OWN_FILES = (str(Path(__file__).parent), contextlib.__file__)
+OWN_FILES = (
+    str(Path(__file__).parent),
+    *(module.__file__ for module in (contextlib, torch.autograd.grad_mode, _python_dispatch)),
+    torch.overrides.__file__,
+)
 """Frames of these files lie between a body and its undoing."""
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -116,6 +123,22 @@ def undone(changes: Iterable[Callable[[], Any]]) -> Iterator[None]:
     with Guard(undo) as guard:
         for change in changes:
             undos.append(change)
+        guard.open()
+        yield
+
+
+@contextlib.contextmanager
+def gradients_off() -> Iterator[None]:
+    """As ``torch.no_grad()``, whose end a signal may cut: gradients would stay off.
+
+    Example:
+        >>> with gradients_off():
+        ...     torch.is_grad_enabled()
+        False
+    """
+    before = torch.is_grad_enabled()
+    with Guard(lambda: torch._C._set_grad_enabled(before)) as guard:
+        torch._C._set_grad_enabled(False)
         guard.open()
         yield
 
