@@ -22,11 +22,8 @@ from torch.utils import _python_dispatch
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
 )
-OWN_FILES = (
-    str(Path(__file__).parent),
-    *(module.__file__ for module in (contextlib, torch.autograd.grad_mode, _python_dispatch)),
-    torch.overrides.__file__,
-)
+CONTEXTS = (contextlib, torch.autograd.grad_mode, torch.overrides, _python_dispatch)
+OWN_FILES = (str(Path(__file__).parent), *(str(module.__file__) for module in CONTEXTS))
 """Frames of these files lie between a body and its undoing."""
 
 Handler = Callable[[int, FrameType | None], Any]
