@@ -16,10 +16,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+from torch.utils import _python_dispatch
+
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
 )
-OWN_FILES = (str(Path(__file__).parent), contextlib.__file__)
+CONTEXTS = (contextlib, torch.autograd.grad_mode, torch.overrides, _python_dispatch)
+OWN_FILES = (str(Path(__file__).parent), *(str(module.__file__) for module in CONTEXTS))
 """Frames of these files lie between a body and its undoing."""
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -116,6 +120,22 @@ def undone(changes: Iterable[Callable[[], Any]]) -> Iterator[None]:
     with Guard(undo) as guard:
         for change in changes:
             undos.append(change)
+        guard.open()
+        yield
+
+
+@contextlib.contextmanager
+def gradients_off() -> Iterator[None]:
+    """As ``torch.no_grad()``, whose end a signal may cut: gradients would stay off.
+
+    Example:
+        >>> with gradients_off():
+        ...     torch.is_grad_enabled()
+        False
+    """
+    before = torch.is_grad_enabled()
+    with Guard(lambda: torch._C._set_grad_enabled(before)) as guard:
+        torch._C._set_grad_enabled(False)
         guard.open()
         yield
 

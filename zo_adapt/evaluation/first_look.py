@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import ChangingBufferError, UnreadTensorWarning, ViewError
 from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept
-from zo_adapt.interrupt import is_from_handler, undone
+from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
 from zo_adapt.view.buffers import Buffers
 from zo_adapt.view.parameters import ParameterView
@@ -51,7 +50,7 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
     if view.model is None:
         return
     call = objective.predict if isinstance(objective, SetObjective) else objective
-    with torch.no_grad(), randomness_kept(view.model), ready(objective, view.model):
+    with gradients_off(), randomness_kept(view.model), ready(objective, view.model):
         try:
             content = source.take(range(min(2, len(source))))
             unread = _unread(call, content, view, view.model)

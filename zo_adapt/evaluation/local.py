@@ -34,6 +34,7 @@ from zo_adapt.evaluation.routes import route_of, trunk_for
 from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import Returned, checked_values, on_host
+from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class LocalEvaluator:
         self.reserve(sum(len(probe.batch) for probe in probes))
         if self._graphs is not None:
             self._graphs.begin()
-        with torch.no_grad(), self.ready():
+        with gradients_off(), self.ready():
             together = self._together(probes)
             returned = [
                 self._scored([together[index]], [len(probe.batch)])

@@ -14,7 +14,7 @@ from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.objective import Objective, keeps_batch_whole, ready, with_attributes
-from zo_adapt.interrupt import is_from_handler
+from zo_adapt.interrupt import Guard, gradients_off, is_from_handler
 
 SAME = 0.02
 """Relative difference up to which a row's value alone and beside another is rounding (fp16)."""
@@ -78,7 +78,7 @@ def resolve_mean_over_rows(
         return objective
     is_mean = False
     if objective.independent_rows:
-        with torch.no_grad(), randomness_kept(model), ready(objective, model):
+        with gradients_off(), randomness_kept(model), ready(objective, model):
             is_mean = _gives_each_row_its_own(objective, source)
     return with_attributes(objective, mean_over_rows=is_mean)
 
@@ -115,11 +115,17 @@ def _array(returned: Any) -> np.ndarray:
 def randomness_kept(model: nn.Module | None) -> Iterator[None]:
     """The global generators afterwards as before: a collate function or an objective may draw."""
     parameters = () if model is None else model.parameters()
-    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
+    torchs = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in sorted(devices)}
+
+    def undo() -> None:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
+        torch.set_rng_state(torchs[0])
+        for device, state in torchs[1].items():
+            torch.cuda.set_rng_state(state, device)
+
+    with Guard(undo) as guard:
+        guard.open()
+        yield

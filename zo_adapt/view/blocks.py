@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zo_adapt.errors import ViewError
-from zo_adapt.interrupt import Guard, is_from_handler
+from zo_adapt.interrupt import Guard, gradients_off, is_from_handler
 from zo_adapt.view.buffers import Buffers
 from zo_adapt.view.example import example_inputs
 from zo_adapt.view.trace import DATA, Trace
@@ -72,13 +72,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     buffers = Buffers(model)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    drawn = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def undo() -> None:
         for module in training:
             module.training = True
         buffers.restore()
+        torch.set_rng_state(drawn[0])
+        for device, state in drawn[1].items():
+            torch.cuda.set_rng_state(state, device)
 
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), Guard(undo) as guard:
+    with gradients_off(), Guard(undo) as guard:
         for module in training:
             module.training = False
         guard.open()
