@@ -179,7 +179,7 @@ def test_budgets(budget: dict[str, int], steps: int, reason: StopReason) -> None
     [
         ([1.0], ObjectiveError, "1 values for 2 candidates"),
         ([1.0, 2.0, 3.0], ObjectiveError, "3 values for 2"),
-        ([1.0, None], ObjectiveError, "None is not one number"),
+        ([1.0, None], ObjectiveError, "NoneType; that is not one number"),
         ([1.0, [1.0, 2.0]], ObjectiveError, "not one number"),
         ([1.0, "a"], ObjectiveError, "not one number"),
         ([1.0, math.nan], NonFiniteObjectiveError, "value 1 is nan"),
