@@ -104,7 +104,6 @@ def test_the_trainer_says_it_too(tmp_path: Path) -> None:
 DATA: dict[str, tuple[Any, str]] = {
     "text": ("rows.json", "data is a str; give a sequence"),
     "model": (MODEL, "data is a Sequential"),
-    "loader": (torch.utils.data.DataLoader([1, 2]), r"Data\(loader\.dataset, collate="),
     "number": (3, "data of type int has no length"),
     "generator": (iter([1]), "has no length"),
 }

@@ -179,7 +179,7 @@ def test_budgets(budget: dict[str, int], steps: int, reason: StopReason) -> None
     [
         ([1.0], ObjectiveError, "1 values for 2 candidates"),
         ([1.0, 2.0, 3.0], ObjectiveError, "3 values for 2"),
-        ([1.0, None], ObjectiveError, "None is not one number"),
+        ([1.0, None], ObjectiveError, "NoneType; that is not one number"),
         ([1.0, [1.0, 2.0]], ObjectiveError, "not one number"),
         ([1.0, "a"], ObjectiveError, "not one number"),
         ([1.0, math.nan], NonFiniteObjectiveError, "value 1 is nan"),
@@ -304,10 +304,38 @@ def test_arrays_that_cannot_be_shared_are_named() -> None:
         ParameterView({"x": np.zeros(3)[::-1]})
 
 
-@pytest.mark.parametrize("told", [1.0, None, {0: 1.0}, np.array(1.0)])
+@pytest.mark.parametrize(
+    "told",
+    [
+        1.0, None, {0: 1.0}, np.array(1.0), "12", b"12", bytearray(2), {1.0, 2.0},
+        (value for value in (1.0, 2.0)), {1.0: 0, 2.0: 0}.keys(), torch.tensor(1.0),
+    ],
+)  # fmt: skip
 def test_what_is_no_list_of_values_is_named(told: Any) -> None:
     asker = AskTell(MeZO(lr=0.1), {"x": np.zeros(2)}, max_steps=3)
     candidates = asker.ask()
     with pytest.raises(ObjectiveError, match="one number for each candidate"):
         asker.tell(told)
     asker.tell([0.0] * len(candidates))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["3.5", b"3", 1 + 2j, np.datetime64("NaT"), np.timedelta64(5, "s"), np.ma.masked, object()],
+    ids=repr,
+)
+def test_what_only_looks_like_a_number_is_named(value: Any) -> None:
+    asker = AskTell(MeZO(lr=0.1), np.zeros(2), max_steps=3)
+    count = len(asker.ask())
+    with pytest.raises(ObjectiveError, match=r"not one number|masked"):
+        asker.tell([0.0] * (count - 1) + [value])
+    with pytest.raises(NonFiniteObjectiveError, match="beyond float64"):
+        asker.tell([0.0] * (count - 1) + [10**400])
+    asker.tell([0.0] * count)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor], ids=lambda k: k.__name__)
+def test_values_may_come_in_any_sequence_of_numbers(kind: Any) -> None:
+    asker = AskTell(MeZO(lr=0.1), np.zeros(2), max_steps=3)
+    values = [float(x.sum()) for x in asker.ask()]
+    assert asker.tell(kind(values)).value == pytest.approx(np.mean(values), abs=1e-6)

@@ -1,7 +1,9 @@
 """Bad input: each a named error, before any evaluation where that is possible."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,17 @@ from families import FAMILIES
 from problems import regression
 from torch import Tensor, nn
 
-from zo_adapt import SGD, ZOSVRG, MeZO, MeZOSVRG, ParameterView, StopReason, minimize
+from zo_adapt import (
+    SGD,
+    ZOSVRG,
+    Annealing,
+    Data,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    StopReason,
+    minimize,
+)
 from zo_adapt.errors import (
     DataError,
     DropoutError,
@@ -22,6 +34,7 @@ from zo_adapt.errors import (
 )
 
 QUIET: dict[str, Any] = {"progress": False}
+EMPTY: Iterator[float] = iter(())
 
 
 def mezo(**options: Any) -> MeZO:
@@ -53,6 +66,19 @@ HYPER = {
     "weight_decay": lambda: MeZO(1e-3, weight_decay=-0.1),
     "weight_decay 1/lr": lambda: MeZO(0.5, weight_decay=2.0),
     "scale_memory": lambda: MeZO(1e-3, scale_memory=1.0),
+    "lr text": lambda: MeZO("1e-2"),  # type: ignore[arg-type]
+    "lr true": lambda: MeZO(True),
+    "lr complex": lambda: MeZO(1e-2 + 0j),  # type: ignore[arg-type]
+    "lr list": lambda: SGD(lr=[1e-2]),  # type: ignore[arg-type]
+    "lr huge": lambda: MeZO(10**400),
+    "mu text": lambda: MeZO(1e-3, perturbation_scale="1e-3"),  # type: ignore[arg-type]
+    "weight_decay text": lambda: MeZO(1e-3, weight_decay="0.1"),  # type: ignore[arg-type]
+    "weight_decay nan": lambda: SGD(lr=1e-3, weight_decay=math.nan),
+    "scale_memory text": lambda: MeZO(1e-3, scale_memory="0.9"),  # type: ignore[arg-type]
+    "annealing text": lambda: Annealing(factor="5"),  # type: ignore[arg-type]
+    "K text": lambda: MeZO(1e-3, num_directions="2"),  # type: ignore[arg-type]
+    "K true": lambda: MeZO(1e-3, num_directions=True),
+    "K whole float": lambda: MeZO(1e-3, num_directions=2.0),  # type: ignore[arg-type]
 }
 
 
@@ -100,6 +126,17 @@ CALLS: dict[str, tuple[type[ZOError], str, Any, Any, dict[str, Any]]] = {
         mezo,
         {"max_steps": 1, "batch_size": 2},
     ),
+    **{
+        f"batch of {size!r}": (
+            OptionError,
+            f"batch_size={size!r}; choose an integer",
+            ROWS,
+            mezo,
+            {"max_steps": 1, "batch_size": size},
+        )
+        for size in (2.0, "2", True)
+    },
+    "no examples": (DataError, "hold no examples", [], mezo, {"max_steps": 1, "batch_size": 1}),
     "no length": (DataError, "no length", iter([1]), mezo, {"max_steps": 1, "batch_size": 1}),
 }
 
@@ -150,6 +187,23 @@ RETURNS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "matrix": (lambda batch: torch.ones(4, 4), r"shape \(4, 4\)"),
     "nothing": (lambda batch: None, "NoneType"),
     "text": (lambda batch: "low", "str"),
+    "a number as text": (lambda batch: "3.5", "'3.5', a str"),
+    "numbers as text": (lambda batch: ["1", "2", "3", "4"], "a list"),
+    "bytes": (lambda batch: b"3", "a bytes"),
+    "complex": (lambda batch: 1 + 2j, "a complex"),
+    "complex array": (lambda batch: np.ones(4, complex), "a ndarray"),
+    "complex tensor": (lambda batch: torch.ones(4, dtype=torch.complex64), "complex tensor"),
+    "no time": (lambda batch: np.datetime64("NaT"), "a datetime64"),
+    "a time": (lambda batch: np.full(4, 3, "m8[s]"), "a ndarray"),
+    "masked": (lambda batch: np.ma.masked_equal([1.0, 2, 3, 4], 2), "masked entries"),
+    "one masked": (lambda batch: np.ma.masked, "masked entries"),
+    "objects": (lambda batch: np.array([1.0, "2", 3, 4], dtype=object), "a ndarray"),
+    "none among numbers": (lambda batch: [1.0, None, 3.0, 4.0], "a list"),
+    "sparse": (lambda batch: torch.ones(4).to_sparse(), "sparse tensor"),
+    "meta": (lambda batch: torch.ones(4, device="meta"), "meta tensor"),
+    "mapping": (lambda batch: {0: 1.0}, "a dict"),
+    "set": (lambda batch: {1.0}, "a set"),
+    "generator": (lambda batch: (1.0 for _ in batch), "a generator"),
 }
 
 
@@ -175,6 +229,48 @@ def test_a_tensor_that_requires_grad_is_refused() -> None:
         minimize(objective, view, None, mezo(), max_steps=1, **QUIET)
     fine = minimize(lambda batch: weight.square().sum(), view, None, mezo(), max_steps=1, **QUIET)
     assert fine.steps == 1, "without enable_grad the loop's no_grad holds"
+
+
+def test_numbers_of_any_library_will_do() -> None:
+    for values in (
+        [True, False, 3, 4.5],
+        [Fraction(1, 2), Decimal("1.5"), np.float32(2), torch.tensor(3.0)],
+        np.array([1, 2.5, True, Fraction(3)], dtype=object),
+        np.ma.array([1.0, 2.0, 3.0, 4.0]),
+        torch.tensor([1, 2, 3, 4], dtype=torch.int8),
+    ):
+        result = minimize(
+            lambda batch, v=values: v, one(), ROWS, mezo(), batch_size=4, max_steps=1, **QUIET
+        )
+        assert result.value == pytest.approx(sum(float(value) for value in values) / 4)
+
+
+@pytest.mark.parametrize("size", [np.int64(2), np.int8(2), np.array(2), torch.tensor(2)], ids=str)
+def test_integers_of_any_library_will_do(size: Any) -> None:
+    view, options = one(), {"max_steps": size, "seed": size, **QUIET}
+    result = minimize(
+        lambda batch: float(view.tensors["x"].sum()), view, ROWS, mezo(num_directions=size),
+        batch_size=size, **options,
+    )  # fmt: skip
+    assert (result.steps, result.queries) == (2, 16), "2 rows, 2 directions of 2 points, 2 steps"
+
+
+def test_stop_iteration_of_an_objective_is_an_error_and_ends_no_run_in_silence() -> None:
+    for calls in range(6):
+        values = iter([1.0] * calls)
+        with pytest.raises(StopIteration):
+            minimize(
+                lambda batch, v=values: next(v), one(), None, mezo(num_directions=2), max_steps=2,
+                **QUIET,
+            )  # fmt: skip
+    with pytest.raises(StopIteration):
+        minimize(
+            lambda batch: 1.0, one(), None, mezo(), max_steps=2,
+            metrics={"m": lambda batch: next(EMPTY)}, **QUIET,
+        )  # fmt: skip
+    rows = Data([1, 2, 3], collate=lambda examples: next(EMPTY))
+    with pytest.raises(StopIteration):
+        minimize(lambda batch: 1.0, one(), rows, mezo(), batch_size=1, max_steps=2, **QUIET)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

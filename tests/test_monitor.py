@@ -4,13 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from problems import Problem, flat, logistic, problem
 from torch import Tensor
 
 from objectives import ROCAUC, Accuracy
-from zo_adapt import Metrics, MeZO, ParameterView, Result, Step, StopReason, minimize
+from zo_adapt import Data, Metrics, MeZO, ParameterView, Result, Step, StopReason, minimize
 from zo_adapt.errors import ArgumentTypeError, DataError, OptionError
 
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05}
@@ -124,6 +125,54 @@ def test_bad_options_are_named_before_any_evaluation() -> None:
         with pytest.raises(ArgumentTypeError, match="metric"):
             run(p, metrics=wrong)
     assert p.view.hash() == before
+
+
+def test_several_sets_are_measured_each() -> None:
+    p = problem()
+    sets = {"seen": p.data[:10], "held_out": p.data[10:]}
+    result = run(p, metrics=Metrics({"loss": p.objective}, {k: Data(v) for k, v in sets.items()}))
+    expected = {f"loss_{k}": float(logistic(flat(p.view), v).mean()) for k, v in sets.items()}
+    assert result.metrics == pytest.approx(expected, rel=1e-12)
+    assert result.metric_queries == 24
+
+
+def test_splits_and_lists_are_sets_and_columns_are_not() -> None:
+    model = torch.nn.Linear(2, 2).eval()
+    rows = [{"input": [float(i), 1.0], "labels": i % 2} for i in range(8)]
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    for data, names in (
+        (splits, {"accuracy_train"}),
+        ({"a": rows, "b": rows[:3]}, {"accuracy_a", "accuracy_b"}),
+        ({"input": torch.ones(4, 2), "labels": torch.ones(4).long()}, {"accuracy"}),
+    ):
+        result = minimize(
+            Accuracy(model), ParameterView.full(model), rows, MeZO(), batch_size=8, max_steps=1,
+            progress=False, metrics=Metrics({"accuracy": Accuracy(model)}, data),
+        )  # fmt: skip
+        assert result.metrics is not None
+        assert result.metrics.keys() == names
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_the_trainer_measures_each_of_its_evaluation_sets(tmp_path: Path) -> None:
+    import transformers as hf
+    from families import ENCODER
+
+    from zo_adapt import ZOConfig, ZOTrainer
+
+    model = hf.BertForSequenceClassification(hf.BertConfig(**ENCODER))
+    rows = [{"input_ids": [2, 5, i], "labels": i % 2} for i in range(8)]
+    args = ZOConfig(
+        str(tmp_path), max_steps=2, optimizer="mezo", logging_steps=1, report_to="none",
+        use_cpu=True, disable_tqdm=True, save_strategy="no", eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer = ZOTrainer(
+        model, args, train_dataset=rows, eval_dataset={"a": rows[:3], "b": rows[3:]},
+        metrics={"accuracy": Accuracy(model)},
+    )  # fmt: skip
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert {"accuracy_a", "accuracy_b", "eval_a_loss", "eval_b_loss"} <= logged
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")

@@ -59,6 +59,16 @@ def test_budgets_are_exact(options: dict[str, int], nit: int, nfev: int) -> None
     assert (result.nit, result.nfev, len(fun.places)) == (nit, nfev, nfev)
 
 
+@pytest.mark.parametrize("maxfev", [1, 2])
+def test_a_run_without_a_step_is_no_success(maxfev: int) -> None:
+    result = minimize(Bowl(), X0, method=scipy_method("mezo", maxfev=maxfev))
+    assert (result.nit, result.nfev, result.success, result.status) == (0, 1, False, 1)
+    assert f"maxfev={maxfev} is less than" in result.message
+    assert np.array_equal(result.x, X0)
+    enough = minimize(Bowl(), X0, method=scipy_method("mezo", maxfev=3))
+    assert (enough.nit, enough.nfev, enough.success, enough.status) == (1, 3, True, 0)
+
+
 def test_it_is_ask_and_tell() -> None:
     result = minimize(Bowl(), X0, method=scipy_method("mezo-svrg", maxfev=100, seed=5))
     asker = AskTell(MeZOSVRG(), X0, max_queries=99, seed=5)
@@ -169,6 +179,10 @@ def test_an_error_of_the_function_or_the_callback_is_not_swallowed() -> None:
         minimize(broken, X0, method=scipy_method("mezo", maxiter=5))
     with pytest.raises(ZeroDivisionError):
         minimize(Bowl(), X0, method=scipy_method("mezo", maxiter=5), callback=broken)
+    for calls in range(3):
+        values = iter([1.0] * calls)
+        with pytest.raises(StopIteration):
+            minimize(lambda x, v=values: next(v), X0, method=scipy_method("mezo", maxiter=1))
 
 
 def test_nan_stops_at_the_last_good_step() -> None:
@@ -184,6 +198,11 @@ def test_nan_stops_at_the_last_good_step() -> None:
     assert "not finite" in result.message
     assert result.nfev == 6 + 2 + 1  # the pair that failed, and the final value
     assert math.isnan(result.fun)
+
+
+def test_an_integer_beyond_every_float_stops_as_infinity_does() -> None:
+    result = minimize(lambda x: 10**400, X0, method=scipy_method("mezo", maxiter=5))
+    assert (result.success, result.status, result.fun) == (False, 2, math.inf)
 
 
 @pytest.mark.parametrize("value", [None, [1.0, 2.0], "a"])

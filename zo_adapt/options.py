@@ -17,14 +17,31 @@ R = TypeVar("R")
 
 
 def positive(name: str, value: float) -> float:
-    """``value`` if it is finite and > 0.
+    """``value`` if it is a finite number > 0, of any kind.
 
     Raises:
         OptionError: It is not.
     """
-    if not (math.isfinite(value) and value > 0):
+    found = finite(name, value, "a finite number > 0")
+    if found <= 0:
         raise OptionError(f"{name}={value}; choose a finite number > 0")
-    return float(value)
+    return found
+
+
+def finite(name: str, value: Any, range_: str = "a finite number") -> float:
+    """``value`` as a float, if it is one finite number: no text, no truth value.
+
+    Raises:
+        OptionError: It is not.
+    """
+    try:
+        is_number = not isinstance(value, str | bytes | bytearray | bool | np.bool_)
+        found = float(value) if is_number else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise OptionError(f"{name}={value!r:.80}; choose {range_}")
+    return found
 
 
 def positive_or_none(name: str, value: float | None) -> float | None:

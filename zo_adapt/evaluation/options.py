@@ -48,7 +48,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if self.micro_batch_size is not None:
-            at_least_one("micro_batch_size", self.micro_batch_size)
+            size = at_least_one("micro_batch_size", self.micro_batch_size)
+            object.__setattr__(self, "micro_batch_size", size)
         rows = self.joint_rows
         whole = isinstance(rows, int) and not isinstance(rows, bool) and rows >= 1
         if not whole and rows not in ("auto", "off"):

@@ -1,7 +1,9 @@
 """What objectives return: brought over from a GPU at once, and checked."""
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -62,48 +64,6 @@ def _read(value: Any, here: Mapping[int, np.ndarray]) -> Any:
     return here.get(id(value), value)
 
 
-def _numbers_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's numbers on the host."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "meta" if tensor.is_meta else str(tensor.layout)
-        raise ObjectiveError(
-            f"the objective returned a tensor without plain numbers ({kind}, {tensor.dtype}); "
-            "return a dense tensor"
-        )
-    if tensor.is_complex():
-        raise ObjectiveError(f"the objective returned complex numbers ({tensor.dtype})")
-    numbers: np.ndarray = tensor.to("cpu", torch.float64).numpy()
-    return numbers
-
-
-def as_numbers(returned: Any) -> np.ndarray:
-    """Whatever numbers a function returned, as float64; text, dates and gaps are none.
-
-    Raises:
-        ObjectiveError: Something that is no real number, or one beyond any float.
-    """
-    try:
-        given = returned if isinstance(returned, np.ndarray) else np.asarray(returned)
-        if given.dtype.kind == "O":  # Python's large integers, decimals, fractions, tensors
-            given = np.array([_number(value) for value in given.flat]).reshape(given.shape)
-        if given.dtype.kind not in "biuf":
-            raise TypeError(f"values of type {given.dtype}")
-        if isinstance(returned, np.ma.MaskedArray) and np.ma.getmaskarray(returned).any():
-            raise TypeError("a masked array with gaps")
-        return np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ObjectiveError(
-            f"the objective returned {type(returned).__name__} ({error}); return a float or one "
-            "per example"
-        ) from error
-
-
-def _number(value: Any) -> float:
-    if value is None or isinstance(value, str | bytes | complex):
-        raise TypeError(f"{value!r:.40} is no real number")
-    return float(value)
-
-
 def checked_values(returned: Any, rows: int) -> np.ndarray:
     """What the objective returned, as float64 of shape () or (rows,).
 
@@ -116,19 +76,7 @@ def checked_values(returned: Any, rows: int) -> np.ndarray:
     if usual and returned.shape == (rows,) and math.isfinite(returned.sum()):
         checked: np.ndarray = returned
         return checked
-    if returned is None:
-        raise ObjectiveError(
-            "the objective returned NoneType; return a float or one per example (is the return "
-            "statement missing?)"
-        )
-    if isinstance(returned, Tensor):
-        if returned.requires_grad:
-            raise ObjectiveError(
-                "the objective returned a tensor that requires grad: it was computed outside "
-                "no_grad, which costs memory; remove enable_grad(), or return .detach()"
-            )
-        returned = _numbers_of(returned)
-    values = as_numbers(returned)
+    values = as_float64(returned, "the objective returned", "return a float or one per example")
     if values.shape not in ((), (1,), (rows,)):
         raise ObjectiveError(
             f"the objective returned shape {values.shape} for {rows} examples; return a float "
@@ -141,3 +89,72 @@ def checked_values(returned: Any, rows: int) -> np.ndarray:
             f"{values.size} values; a smaller lr or perturbation_scale keeps it finite"
         )
     return values if values.shape == (rows,) else values.reshape(())
+
+
+def as_float64(given: Any, said: str, way_out: str) -> np.ndarray:
+    """Numbers of any kind as float64, and nothing that only looks like them.
+
+    Args:
+        given: A number, a tensor, an array, or a list of these.
+        said: How an error begins.
+        way_out: How it ends.
+
+    Raises:
+        ObjectiveError: Text, dates, complex or masked numbers, a sparse tensor or one that requires
+            grad, anything without a value.
+        NonFiniteObjectiveError: A number beyond float64.
+
+    Example:
+        >>> as_float64([1, True], "got", "give numbers")
+        array([1., 1.])
+    """
+    if given is None:
+        raise ObjectiveError(f"{said} NoneType; {way_out} (is the return statement missing?)")
+    if isinstance(given, Tensor):
+        return _of_tensor(given, said, way_out)
+    if isinstance(given, np.ma.MaskedArray):
+        if np.ma.is_masked(given):
+            raise ObjectiveError(f"{said} masked entries, which have no value; {way_out}")
+        given = given.data
+    try:
+        array = np.asarray(given)
+        if array.dtype.kind == "O":
+            flat = [_of_object(value, said, way_out) for value in array.ravel()]
+            return np.array(flat, np.float64).reshape(array.shape)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(array.dtype)
+        return array.astype(np.float64)
+    except OverflowError as error:
+        raise NonFiniteObjectiveError(f"{said} a number beyond float64; {way_out}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"{given!r:.40}, a {type(given).__name__}"
+        raise ObjectiveError(f"{said} {what}; {way_out}") from error
+
+
+def _of_object(value: Any, said: str, way_out: str) -> float:
+    """One entry of an array of objects: a number of another library, or a tensor."""
+    if isinstance(value, Tensor | np.generic | np.ndarray):
+        return float(as_float64(value, said, way_out).item())
+    # Decimal is a number that is neither real nor complex to Python.
+    if not isinstance(value, numbers.Real | Decimal):
+        raise TypeError(type(value))
+    return float(value)
+
+
+def _of_tensor(tensor: Tensor, said: str, way_out: str) -> np.ndarray:
+    if tensor.requires_grad:
+        raise ObjectiveError(
+            f"{said} a tensor that requires grad: it was computed outside no_grad, which costs "
+            "memory; remove enable_grad(), or return .detach()"
+        )
+    odd = {
+        "sparse": tensor.layout is not torch.strided,
+        "nested": tensor.is_nested,
+        "meta": tensor.is_meta,
+        "complex": tensor.is_complex(),
+        "quantized": tensor.is_quantized,
+    }
+    if kinds := [name for name, is_so in odd.items() if is_so]:
+        raise ObjectiveError(f"{said} a {kinds[0]} tensor; {way_out}")
+    values: np.ndarray = tensor.to("cpu", torch.float64).numpy()
+    return values

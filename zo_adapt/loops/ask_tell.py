@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from zo_adapt.arguments import check_optimizer
 from zo_adapt.data.samples import Samples
@@ -16,7 +17,7 @@ from zo_adapt.errors import (
     StepTooLargeError,
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.evaluation.values import as_numbers
+from zo_adapt.evaluation.values import as_float64
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.budget import Budget, Progress
@@ -104,7 +105,7 @@ class AskTell:
             self._asked = self._next()
         return [self._candidate(probe) for probe in self._asked]
 
-    def tell(self, values: Sequence[Any] | np.ndarray) -> Step:
+    def tell(self, values: Sequence[Any] | np.ndarray | Tensor) -> Step:
         """Take the candidates' values, in their order, and move.
 
         Raises:
@@ -147,8 +148,9 @@ class AskTell:
     def _checked(self, values: Any) -> list[Evaluation]:
         if not self._asked:
             raise ObjectiveError("tell without ask; call ask() for the candidates first")
-        listed = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
-        if not listed or getattr(values, "ndim", 1) == 0:
+        is_text = isinstance(values, str | bytes | bytearray | memoryview)
+        is_list = isinstance(values, Sequence | np.ndarray | Tensor) and not is_text
+        if not is_list or getattr(values, "ndim", 1) == 0:
             raise ObjectiveError(
                 f"tell({values!r:.80}); give a list of one number for each candidate"
             )
@@ -170,8 +172,9 @@ def number(value: Any) -> float:
 
     Raises:
         ObjectiveError: It is not one number.
+        NonFiniteObjectiveError: It is beyond float64.
     """
-    try:
-        return float(as_numbers(value).item())
-    except (ObjectiveError, ValueError) as error:
-        raise ObjectiveError(f"the value {value!r:.80} is not one number") from error
+    values = as_float64(value, "the value is", "that is not one number")
+    if values.size != 1:
+        raise ObjectiveError(f"the value {value!r:.80} is not one number")
+    return float(values.item())

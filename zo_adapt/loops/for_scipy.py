@@ -1,6 +1,7 @@
 """The optimizers as methods of ``scipy.optimize.minimize``."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ LOOP: dict[str, Any] = {
     "disp": False,
     "noise": "gaussian",
 }
+NO_STEP = 1
+"""As scipy numbers a run that its maximum of calls has ended."""
 STATUS = {
     StopReason.MAX_STEPS: 0,
     StopReason.MAX_QUERIES: 0,
@@ -89,17 +92,15 @@ class _Method:
         counted = _Counted(fun, args)
         asker = _asker(optimizer, x0, loop)
         reason = _run(asker, counted, _notifier(callback, counted))
+        status, message = _outcome(asker, reason, loop["maxfev"])
         result = OptimizeResult(
             x=asker.x,
             fun=counted(asker.x),
             nfev=counted.calls,
             nit=asker.steps,
-            status=STATUS[reason],
-            success=STATUS[reason] == 0,
-            # scipy's own words where it has some
-            message="`callback` raised `StopIteration`."
-            if reason is StopReason.CALLBACK
-            else str(reason),
+            status=status,
+            success=status == 0,
+            message=message,
         )
         if loop["disp"]:
             print(_report(result))
@@ -152,6 +153,15 @@ def _run(asker: AskTell, fun: "_Counted", notify: Callable[[AskTell, float], Non
     return asker.stop_reason
 
 
+def _outcome(asker: AskTell, reason: StopReason, maxfev: int | None) -> tuple[int, str]:
+    """Status and message; a run that could not make one step is no success."""
+    if reason is StopReason.MAX_QUERIES and asker.steps == 0:
+        return NO_STEP, f"maxfev={maxfev} is less than the calls of one step and of the answer"
+    # scipy's own words where it has some
+    stopped = reason is StopReason.CALLBACK
+    return STATUS[reason], "`callback` raised `StopIteration`." if stopped else str(reason)
+
+
 class _Counted:
     """``fun`` with its ``args``, counted."""
 
@@ -160,7 +170,11 @@ class _Counted:
 
     def __call__(self, x: np.ndarray) -> float:
         self.calls += 1
-        return number(self.fun(x, *self.args))
+        returned = self.fun(x, *self.args)
+        try:
+            return number(returned)
+        except NonFiniteObjectiveError:  # an integer beyond every float
+            return math.inf
 
 
 def _notifier(

@@ -8,6 +8,7 @@ from typing import Any
 from zo_adapt.arguments import check_data, checked_objective
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.examples import Data, as_data
+from zo_adapt.data.forms import named_sets
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.evaluation.local import LocalEvaluator
@@ -29,7 +30,8 @@ class Metrics:
 
     Args:
         objectives: By the names that they are reported under.
-        data: As for ``minimize``; None: the data of the run.
+        data: As for ``minimize``, or several of these by name, which end the metrics' names; None:
+            the data of the run.
         every: Steps from one measurement to the next (in ``ZOTrainer``, logging has its own).
 
     Raises:
@@ -54,7 +56,7 @@ class Metrics:
         checked = {name: _checked(name, given) for name, given in self.objectives.items()}
         object.__setattr__(self, "objectives", checked)
         check_data(self.data)
-        at_least_one("every", self.every)
+        object.__setattr__(self, "every", at_least_one("every", self.every))
 
 
 def _checked(name: str, given: ObjectiveLike) -> Objective:
@@ -81,7 +83,7 @@ class Monitor:
     Args:
         metrics: What to measure.
         view: Whose weights.
-        data: For metrics without data of their own.
+        data: For metrics without data of their own; several by name are measured each.
         evaluation: How.
         batch_size: Most rows in one call where ``evaluation`` sets no limit.
     """
@@ -97,12 +99,12 @@ class Monitor:
     ) -> None:
         self.every = metrics.every
         self._last: tuple[int, dict[str, float]] | None = None
-        rows = data if metrics.data is None else metrics.data
         # The run's trunk is filled by its own examples: these would push them out.
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
         most = evaluation.micro_batch_size or batch_size
         self._ready = {
-            name: _prepared(as_objective(metric), view, as_data(rows), options, most)
+            name + suffix: _prepared(as_objective(metric), view, as_data(rows), options, most)
+            for suffix, rows in _sets(data if metrics.data is None else metrics.data)
             for name, metric in metrics.objectives.items()
         }
 
@@ -122,6 +124,12 @@ class Monitor:
         if self._last is None or self._last[0] != step:
             self._last = step, {name: _measured(*ready) for name, ready in self._ready.items()}
         return self._last[1]
+
+
+def _sets(data: Any) -> list[tuple[str, Any]]:
+    """What metrics are measured on, with what is added to their names."""
+    sets = named_sets(data)
+    return [("", data)] if sets is None else [(f"_{name}", one) for name, one in sets.items()]
 
 
 def _prepared(

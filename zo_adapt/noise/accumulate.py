@@ -203,8 +203,19 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="zo_adapt-noise")
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has the pool's object, but not its threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+def _after_fork() -> None:
+    """In a forked child, which has the pool's object and OpenMP's, but the threads of neither.
+
+    Where this process has run large tensors, torch would wait for its threads for ever; with one it
+    waits for none, as in the workers of a DataLoader.
+    """
+    if _pool.cache_info().currsize:
+        _pool.cache_clear()
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _run_span(noise: Noise, row: Row, rounding: int | None, start: int, stop: int) -> None:

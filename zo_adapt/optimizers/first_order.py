@@ -16,7 +16,7 @@ from zo_adapt.interrupt import uninterrupted
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.schedule import Schedule, described, schedule_named
 from zo_adapt.optimizers.settings import Settings
-from zo_adapt.options import positive
+from zo_adapt.options import finite, positive
 from zo_adapt.step import Step
 from zo_adapt.view.parameters import ParameterView
 
@@ -53,7 +53,8 @@ class FirstOrder(Settings):
 
     def __post_init__(self) -> None:
         schedule_named(self.schedule)
-        self._set(lr=positive("lr", self.lr))
+        decay = finite("weight_decay", self.weight_decay)
+        self._set(lr=positive("lr", self.lr), weight_decay=decay)
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view.

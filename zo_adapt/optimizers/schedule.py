@@ -8,6 +8,7 @@ from typing import Any
 
 from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.settings import Settings
+from zo_adapt.options import finite
 
 Schedule = Callable[[float], float]
 """Progress through the budget, 0..1 -> factor on the learning rate."""
@@ -111,6 +112,8 @@ class Annealing(Settings):
     window: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("factor", "threshold", "window"):
+            finite(name, getattr(self, name))
         if not (self.factor > 1 and self.threshold > 0 and self.window >= 1):
             raise OptionError(f"{self}; choose factor > 1, threshold > 0, window >= 1")
 

@@ -25,7 +25,7 @@ from zo_adapt.optimizers.schedule import (
     schedule_named,
 )
 from zo_adapt.optimizers.settings import Settings
-from zo_adapt.options import positive, positive_or_none
+from zo_adapt.options import finite, positive, positive_or_none
 from zo_adapt.term import HERE, Shift, Terms, scaled
 from zo_adapt.view.group import Group
 
@@ -51,6 +51,10 @@ class StepSize(Settings, ABC):
 
     def __post_init__(self) -> None:
         schedule_named(self.schedule)
+        self._set(
+            weight_decay=finite("weight_decay", self.weight_decay),
+            scale_memory=finite("scale_memory", self.scale_memory),
+        )
         if not self.weight_decay >= 0:
             raise OptionError(f"weight_decay={self.weight_decay}; choose weight_decay >= 0")
         if not 0 <= self.scale_memory < 1:
