@@ -9,13 +9,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.loops.resume import (
-    LIMITS,
-    check_budget,
-    check_settings,
-    run_settings,
-    steps_until,
-)
+from zo_adapt.loops.resume import LIMITS, check_budget, check_settings, run_settings, steps_until
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
