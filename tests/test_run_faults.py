@@ -342,6 +342,7 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "seeds text": lambda header: header | {"seeds": "ab"},
     "settings": lambda header: header | {"settings": 3},
     "rate": lambda header: header | {"settings": {"weight_decay": 10**400}},
+    "at rest": lambda header: header | {"at_rest": [3]},
     "versions": lambda header: header | {"versions": "x"},
 }
 

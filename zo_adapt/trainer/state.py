@@ -119,6 +119,7 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
             "groups": [group.as_list() for group in view.groups],
             "displacement": view.displacement,
             "base": base_hash(view),
+            "at_rest": sorted(view.at_rest),
         },
     }
     if isinstance(optimizer, FirstOrder):
@@ -168,6 +169,7 @@ def _restore(run: Run, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> P
         raise CorruptTrajectoryError(
             f"the state in {checkpoint.folder} is none of this run ({error!r})"
         ) from error
+    run.evaluator.view.leave_at_rest(state.get("view", {}).get("at_rest", ()))
     if isinstance(run.optimizer, FirstOrder):
         run.optimizer.load_moments(checkpoint.moments())
     return None if position is None else Position(*position)

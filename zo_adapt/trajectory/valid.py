@@ -119,7 +119,8 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "seeds": _is_seeds,
     "versions": lambda value: isinstance(value, dict),
     "settings": _is_settings,
+    "at_rest": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "base": lambda value: value is None or _is_text(value),
 }
-_OPTIONAL = ("settings", "base")
-"""Not in every file of this format: the base since it is compared."""
+_OPTIONAL = ("settings", "at_rest", "base")
+"""Not in every file of this format."""
