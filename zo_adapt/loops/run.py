@@ -89,7 +89,9 @@ class Run:
                 view.apply_in_order(applied.terms, applied.decay)
                 is_first, self.last = self.last is None, step
         if is_first:
-            cost = self.budget.planned(self.evaluator.queries - before)
+            asked = self.optimizer
+            measured = asked.measuring_queries if isinstance(asked, ZerothOrder) else 0
+            cost = self.budget.planned(self.evaluator.queries - before - measured)
             logger.info("%s", "; ".join(filter(None, (str(self.evaluator.plan), cost))))
         return step
 
