@@ -33,6 +33,7 @@ from zo_adapt.term import Term as Term
 from zo_adapt.trajectory.playback import Replay as Replay
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
+from zo_adapt.view.lora_start import initialise_lora as initialise_lora
 from zo_adapt.view.parameters import ParameterView as ParameterView
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "ZOError",
     "ZOTrainer",
     "diagnose",
+    "initialise_lora",
     "minimize",
     "replay",
     "scipy_method",

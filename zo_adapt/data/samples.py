@@ -62,6 +62,11 @@ class Samples:
         classes = 1 if self._classes is None else len(np.unique(self._classes))
         return max(classes * -(-4 // classes), self.min_rows)
 
+    @property
+    def rows_of_a_value(self) -> int:
+        """Fewest rows that the objective can be asked about: a minibatch, if it wants all."""
+        return min(self.min_rows, self.batch_size)
+
     def minibatch(self, size: int | None = None) -> Batch:
         """The next rows of the minibatch stream (``batch_size`` of them by default)."""
         return self._next(MINIBATCH_STREAM, size or self.batch_size)

@@ -94,6 +94,7 @@ class Calibration:
         if not parts:
             self.finished = True
             return []
+        # Directions on the same rows where there are few parts: what noise does differs with both.
         parts *= -(-LEAST_DIRECTIONS // len(parts))
         self._batches = parts
         probes = [Probe(HERE, batch) for batch in _distinct(parts)]
@@ -115,19 +116,18 @@ class Calibration:
     def _parts(self, samples: Samples, budget: Budget) -> list[Batch]:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""
         limit = math.inf if budget.max_queries is None else budget.max_queries
-        least = max(LEAST_ROWS, samples.min_rows)
-        rows = ROWS if limit == math.inf else int(min(max(limit * 0.02 / 12, ROWS), MOST_ROWS))
-        if self.rounds == 0:
-            rows = int(min(rows, limit * LARGEST_SHARE / 3))
-        rows = min(max(rows, samples.min_rows), len(samples.source))
-        directions = max(LEAST_DIRECTIONS, rows // samples.share)
-        cost = rows + 2 * max(rows, directions * (rows // max(1, rows // samples.share)))
+        needed, there = samples.rows_of_a_value, len(samples.source)
+        wanted = ROWS if limit == math.inf else int(min(max(limit * 0.02 / 12, ROWS), MOST_ROWS))
+        if limit < math.inf and self.rounds == 0:
+            wanted = min(wanted, int(limit * LARGEST_SHARE / 3))
+        rows = min(max(wanted, needed), there)
+        parts = max(1, rows // samples.share)
+        cost = rows + 2 * max(parts, LEAST_DIRECTIONS) * -(-rows // parts)
         share = LARGEST_SHARE if self.rounds < 2 else USUAL_SHARE
-        too_few = rows < min(least, len(samples.source))
+        too_few = rows < min(max(LEAST_ROWS, needed), there)
         if too_few or self.rounds == MOST_ROUNDS or self.queries + cost > share * limit:
             return []
-        batch = samples.aside(rows)
-        return batch.split(max(1, len(batch) // samples.share))
+        return samples.aside(rows).split(parts)
 
     def _narrow(self, seen: Response) -> None:
         self.rounds += 1

@@ -105,8 +105,8 @@ class LookAhead:
             step_queries: Of one step.
         """
         total = budget.max_queries or (budget.max_steps or 0) * step_queries
-        points = len(POINTS_OF_ONE if len(samples.source) == 1 else POINTS)
-        least = min(max(LEAST_ROWS, 4 * samples.min_rows), len(samples.source))
+        least = min(max(LEAST_ROWS, samples.rows_of_a_value), len(samples.source))
+        points = len(_points(least, samples))
         self.looks = int(min(SHARE * total / (points * least), MOST_LOOKS))
         most = min(MOST_ROWS, len(samples.source))
         wanted = SHARE * total / (points * max(self.looks, 1))
@@ -136,7 +136,7 @@ class LookAhead:
             return []
         batch = samples.aside(self.rows)
         parts = batch.split(max(1, len(batch) // samples.share))
-        self._points = POINTS if len(batch) > 1 else POINTS_OF_ONE
+        self._points = _points(len(batch), samples)
         return [Probe(_along(updates, s), part) for s in self._points for part in parts]
 
     def take(self, evaluations: Sequence[Evaluation]) -> float:
@@ -190,6 +190,12 @@ def parabola(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]
         variance = float(misfit[0]) / free if free > 0 and misfit.size else 0.0
         error = math.sqrt(variance / float((points**2).sum()))
     return float(slopes.mean()), float(curvatures.mean()), error
+
+
+def _points(rows: int, samples: Samples) -> tuple[float, ...]:
+    """Where along the updates to look at so many rows."""
+    one_value = rows < 2 * samples.rows_of_a_value or rows == 1
+    return POINTS_OF_ONE if one_value else POINTS
 
 
 def _along(updates: Shift, s: float) -> Shift:

@@ -32,6 +32,7 @@ from zo_adapt.options import former_keywords
 from zo_adapt.trainer.checks import check_arguments, check_choices
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples
+from zo_adapt.trainer.lora import start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.state import WholeCheckpoints, begin_log, save_state
@@ -201,6 +202,8 @@ class ZOTrainer(WholeCheckpoints, Trainer):
             check_all_labels(objective, loader.dataset)
             objective = resolve_mean_over_rows(objective, source, self.view.model)
             look_first(as_objective(objective), source, self.view)
+        if self.args.lora_start_rows and self._checkpoint is None:
+            start_adapters(self, as_objective(objective), source)
         evaluator = LocalEvaluator(
             objective,
             self.view,
