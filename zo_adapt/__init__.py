@@ -34,6 +34,7 @@ from zo_adapt.trajectory.file import TrajectoryFile as TrajectoryFile
 from zo_adapt.trajectory.playback import Replay as Replay
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
+from zo_adapt.view.lora_start import initialise_lora as initialise_lora
 from zo_adapt.view.parameters import ParameterView as ParameterView
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "ZOError",
     "ZOTrainer",
     "diagnose",
+    "initialise_lora",
     "minimize",
     "replay",
     "scipy_method",

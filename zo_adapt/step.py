@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from zo_adapt.term import HERE, Shift
 
+MEASUREMENT = "measurement"
+"""The kind of what moves nothing: optimizers find by it how far steps may go."""
+
 
 class Step(NamedTuple):
     """One step of a run.
@@ -17,7 +20,8 @@ class Step(NamedTuple):
         projected_gradient: Root mean square of the step's projected gradients; NaN first-order.
         update: The shift applied; ``HERE`` for a first-order step, and in what callbacks and the
             history are given.
-        kind: "minibatch", or "snapshot" for a large-batch step.
+        kind: "minibatch", or "snapshot" for a large-batch step. By ask and tell also "measurement",
+            which moves nothing and is no step.
         metrics: The watched metrics after the step, where they were due.
     """
 

@@ -15,7 +15,7 @@ from zo_adapt.data.sources import NoData, Source
 from zo_adapt.errors import DataError
 from zo_adapt.noise import philox
 
-MINIBATCH_STREAM, LARGE_BATCH_STREAM = 1, 2
+MINIBATCH_STREAM, LARGE_BATCH_STREAM, ASIDE_STREAM = 1, 2, 3
 
 
 class Samples:
@@ -53,7 +53,7 @@ class Samples:
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._classes = None if classes is None else np.asarray(classes)
-        self.positions = {MINIBATCH_STREAM: 0, LARGE_BATCH_STREAM: 0}
+        self.positions = dict.fromkeys((MINIBATCH_STREAM, LARGE_BATCH_STREAM, ASIDE_STREAM), 0)
         self._passes: dict[int, tuple[int, list[int]]] = {}
         """The pass that each stream is in, by stream."""
 
@@ -67,6 +67,11 @@ class Samples:
         """The smallest number of consecutive rows that is fair to every class, at least four."""
         classes = 1 if self._classes is None else len(np.unique(self._classes))
         return max(classes * -(-4 // classes), self.min_rows)
+
+    @property
+    def rows_of_a_value(self) -> int:
+        """Fewest rows that the objective can be asked about: a minibatch, if it wants all."""
+        return min(self.min_rows, self.batch_size)
 
     def minibatch(self, size: int | None = None) -> Batch:
         """The next rows of the minibatch stream (``batch_size`` of them by default)."""
@@ -87,8 +92,14 @@ class Samples:
             )
         return self._next(LARGE_BATCH_STREAM, size)
 
+    def aside(self, size: int) -> Batch:
+        """The next rows for a measurement beside the steps, which see the same rows without it."""
+        return self._next(ASIDE_STREAM, size)
+
     def _next(self, stream: int, size: int) -> Batch:
         rows: list[int] = []
+        # A run that was begun by an earlier version has no position aside.
+        self.positions.setdefault(stream, 0)
         while len(rows) < size:
             number, offset = divmod(self.positions[stream], len(self.source))
             part = self._order(stream, number)[offset : offset + size - len(rows)]

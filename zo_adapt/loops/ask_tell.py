@@ -23,7 +23,7 @@ from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.budget import Budget, Progress
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.options import check_run
-from zo_adapt.step import Step
+from zo_adapt.step import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
 
@@ -48,7 +48,10 @@ class AskTell:
     Attributes:
         queries: Values received so far.
         steps: Steps done. All candidates of a step are compared with each other: a simulator
-            with noise does best with the same random numbers for all of them.
+            with noise does best with the same random numbers for all of them. An optimizer that was
+            given neither ``lr`` nor ``displacement`` first asks for candidates that tell it how far
+            steps may go, and a few times later; ``tell`` then gives a record of the kind
+            "measurement", which is no step.
         stop_reason: Why ``ask`` has nothing more to ask, or None.
 
     Raises:
@@ -122,11 +125,12 @@ class AskTell:
         self._asked = []
         try:
             step = self._optimizer.tell(evaluations, Progress(done, share))
+            self._optimizer.observe(step, self._samples, self._budget, len(evaluations))
             self._view.apply(step.update)
         except StepTooLargeError:
             self.stop_reason = StopReason.STEP_TOO_LARGE
             raise
-        self.steps += 1
+        self.steps += step.kind != MEASUREMENT
         step = step._replace(step=self.steps, queries=self.queries, value=self._sign * step.value)
         return step.brief()
 
@@ -134,8 +138,11 @@ class AskTell:
         if self.steps == self._budget.max_steps:
             self.stop_reason = StopReason.MAX_STEPS
             return []
-        probes = self._optimizer.ask(self._samples)
-        limit = self._budget.max_queries
+        limit, optimizer = self._budget.max_queries, self._optimizer
+        probes = optimizer.ask(self._samples, self._budget, self.queries)
+        if limit is not None and self.queries + len(probes) > limit and optimizer.is_measuring:
+            optimizer.skip_measurement()
+            probes = optimizer.ask(self._samples, self._budget, self.queries)
         if limit is not None and self.queries + len(probes) > limit:
             self.stop_reason = StopReason.MAX_QUERIES
             return []
@@ -159,7 +166,7 @@ class AskTell:
             raise ObjectiveError(
                 f"{len(numbers)} values for {len(self._asked)} candidates; give one for each"
             )
-        if not np.isfinite(numbers).all():
+        if not np.isfinite(numbers).all() and not self._optimizer.is_measuring:
             first = int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise NonFiniteObjectiveError(
                 f"value {first} is {numbers[first]}; tell finite values for the same candidates"

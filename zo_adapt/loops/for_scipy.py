@@ -14,6 +14,7 @@ from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.options import at_least_one
+from zo_adapt.step import MEASUREMENT
 
 LOOP: dict[str, Any] = {
     "maxiter": None,
@@ -144,6 +145,8 @@ def _run(asker: AskTell, fun: "_Counted", notify: Callable[[AskTell, float], Non
             return StopReason.NON_FINITE
         except StepTooLargeError:
             return StopReason.STEP_TOO_LARGE
+        if record.kind == MEASUREMENT:
+            continue
         try:
             notify(asker, record.value)
         except StopIteration:

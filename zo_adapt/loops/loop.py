@@ -27,6 +27,7 @@ from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
 from zo_adapt.loops.run import Run
+from zo_adapt.loops.verdict import verdict
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG
 from zo_adapt.optimizers.optimizer import Optimizer
@@ -143,6 +144,7 @@ def minimize(
         metrics=monitor.at(loop.run.steps),
         metric_queries=monitor.queries,
         evaluation=evaluator.plan,
+        advice=verdict(loop.history, evaluator.sign),
     )
 
 

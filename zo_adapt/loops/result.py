@@ -67,6 +67,7 @@ class Result:
         metrics: The watched metrics at the final weights; None where none are watched.
         metric_queries: Forwards of one sample made for them, which ``queries`` leaves out.
         evaluation: How the points were evaluated, and in ``why_not`` why not faster.
+        advice: What the values say about the steps; empty where there is nothing to say.
 
     Example:
         >>> result = Result(0.5, 2, 8, StopReason.MAX_STEPS, str(StopReason.MAX_STEPS), [])
@@ -86,6 +87,7 @@ class Result:
     metrics: dict[str, float] | None = None
     metric_queries: int = 0
     evaluation: Plan = field(default_factory=Plan, compare=False)
+    advice: str = field(default="", compare=False)
 
     @property
     def success(self) -> bool:
@@ -103,7 +105,7 @@ class Result:
         if self.metrics:
             found = ", ".join(f"{name} {value:.6g}" for name, value in self.metrics.items())
             lines.append(f"{found} ({self.metric_queries:,} queries beside)")
-        lines.append(self.message)
+        lines += [line for line in (self.message, self.advice) if line]
         if plan := str(self.evaluation):
             lines.append(plan)
         return "\n  ".join(lines)

@@ -103,7 +103,10 @@ class Run:
                     self._state_is_ahead = False
             raise
         if is_first:
-            cost = self.budget.planned(self.evaluator.queries - before["queries"])
+            asked = self.optimizer
+            measured = asked.measuring_queries if isinstance(asked, ZerothOrder) else 0
+            spent = self.evaluator.queries - before["queries"] - measured
+            cost = self.budget.planned(spent)
             logger.info("%s", "; ".join(filter(None, (str(self.evaluator.plan), cost))))
         return step
 
@@ -145,7 +148,7 @@ class Run:
         if not isinstance(self.optimizer, ZerothOrder):
             return
         before = self._progress()
-        self.optimizer.ask(self.samples)
+        self.optimizer.propose(self.samples)
         directions = len(self.optimizer.asked.seeds)
         self._go_back(before)
         moving = [group for group in self.evaluator.view.groups if group.perturbation_scale > 0]

@@ -54,3 +54,7 @@ class Budget(NamedTuple):
         return (
             f"about {steps:,} steps, {min(most, steps * queries + queries - 1):,} queries planned"
         )
+
+
+NO_LIMIT = Budget()
+"""For runs that end when their caller says so."""

@@ -16,12 +16,12 @@ SHAPINGS = ("auto", "base", "others", "ranks", "zscore")
 class StepSizeKeywords(TypedDict, total=False):
     """In place of ``apply``; None is as if left out.
 
-    displacement: rho of the step by distance, where there is no ``lr``.
+    displacement: rho of the step by distance, where there is no ``lr``, or "measured".
     normalize: Divide estimates by their running scale; without ``lr`` they always are.
     schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
     """
 
-    displacement: float | None
+    displacement: float | Literal["measured"] | None
     normalize: bool | None
     schedule: str | Schedule | None
     weight_decay: float

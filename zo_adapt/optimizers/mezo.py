@@ -86,7 +86,7 @@ apply=Rate(lr=1e-06, schedule='constant'))
             apply=Rate(lr, schedule="constant"),
         )
 
-    def ask(self, samples: Samples) -> list[Probe]:
+    def propose(self, samples: Samples) -> list[Probe]:
         """The probes of the next step."""
         batches = self.estimate.divide(samples.minibatch(), samples)
         asked = self.state.asked = self.new_directions(batches)

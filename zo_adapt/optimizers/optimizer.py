@@ -9,24 +9,26 @@ it is applied (``ByDistance``, ``Rate``). The classics are:
     ZO-SVRG     the same with a direction for every sample
 
 Both choices are values: what changes over a run is in ``RunState``, made by ``start``. A way to
-apply that needs evaluations of its own adds its probes in ``ask`` and takes them off in
-``advance``: which probes belong to what is the optimizer's own business, evaluators do not know.
+apply that is to be found by measurements has a ``Finder`` there: between two steps, what is asked
+may be its probes, and the ``Step`` that follows from their values moves nothing.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import OptionError, StepTooLargeError
-from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
+from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
+from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator, Probe
 from zo_adapt.noise.seeds import Seeds
-from zo_adapt.optimizers.budget import NO_BUDGET, Budget, Progress
+from zo_adapt.optimizers.budget import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
+from zo_adapt.optimizers.finder import Finder
 from zo_adapt.optimizers.flat import FlatWatch
 from zo_adapt.optimizers.perturbation import (
     check_resolution,
@@ -35,7 +37,7 @@ from zo_adapt.optimizers.perturbation import (
 )
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.optimizers.step_size import Descent, StepSize
-from zo_adapt.step import Step
+from zo_adapt.step import MEASUREMENT, Step
 from zo_adapt.term import Terms
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
@@ -73,6 +75,8 @@ class RunState:
         groups: The parts of the view.
         perturbation_scale: mu in force.
         descent: The running scale and the annealing.
+        usual_scale: The mu that suits a displacement.
+        finder: Finds the displacement; None: it was given.
         steps: Done so far.
         drawn: Seeds drawn so far.
         flat: Watches for an objective that does not change.
@@ -83,6 +87,8 @@ class RunState:
     groups: Sequence[Group]
     perturbation_scale: float
     descent: Descent
+    usual_scale: Callable[[float], float]
+    finder: Finder | None = None
     steps: int = 0
     drawn: int = 0
     flat: FlatWatch = field(default_factory=FlatWatch)
@@ -115,10 +121,20 @@ class ZerothOrder(Settings, ABC):
             self.apply.displacement_on(view.displacement),
             finest_perturbation(view),
         )
-        usual = usual_perturbation(displacement, finest, step_like)
-        mu = self.estimate.perturbation_scale or usual
+        usual_scale = partial(usual_perturbation, finest=finest, step_like=step_like)
+        mu = self.estimate.perturbation_scale or usual_scale(displacement)
         check_resolution(view, mu, finest)
-        self._set(_state=RunState(seed, view.groups, mu, Descent(self.apply, displacement)))
+        finds = self.apply.finds_displacement
+        self._set(
+            _state=RunState(
+                seed,
+                view.groups,
+                mu,
+                Descent(self.apply, displacement),
+                usual_scale,
+                Finder(displacement, shrinks_only=step_like) if finds else None,
+            )
+        )
 
     @property
     def state(self) -> RunState:
@@ -133,19 +149,46 @@ class ZerothOrder(Settings, ABC):
         return state
 
     @abstractmethod
-    def ask(self, samples: Samples) -> list[Probe]:
-        """The probes of the next step."""
+    def propose(self, samples: Samples) -> list[Probe]:
+        """The probes of the next step, where nothing is to be measured before it."""
 
     @abstractmethod
     def advance(self, evaluations: Sequence[Evaluation], progress: Progress) -> Step:
         """What ``tell`` does, where numbers do not overflow."""
 
+    def ask(self, samples: Samples, budget: Budget = NO_LIMIT, queries: int = 0) -> list[Probe]:
+        """The probes of the next step, or of a measurement before it.
+
+        Args:
+            samples: Where rows come from.
+            budget: Of the run; without one there are no measurements after the first step.
+            queries: Made so far.
+        """
+        state = self.state
+        if state.finder is not None:
+            done = budget.used(state.steps, queries)
+            probes = state.finder.probes(samples, state.groups, self.new_seeds, budget, done)
+            self._follow(state.finder)
+            if probes:
+                return probes
+        return self.propose(samples)
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether what was asked is a measurement: no step follows from it."""
+        finder = self.state.finder
+        return finder is not None and finder.asks
+
     def tell(self, evaluations: Sequence[Evaluation], progress: Progress = NO_BUDGET) -> Step:
         """The step that follows from the values of the probes, in their order; not yet applied.
+
+        After a measurement it is of that kind and moves nothing.
 
         Raises:
             StepTooLargeError: The values' differences or squares are beyond any float.
         """
+        if self.is_measuring and self.state.finder is not None:
+            return self._measure(self.state.finder, evaluations)
         try:
             return self.advance(evaluations, progress)
         except OverflowError as error:
@@ -155,12 +198,62 @@ class ZerothOrder(Settings, ABC):
             ) from error
 
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
-        """Ask, evaluate, tell."""
-        steps = self.state.steps
-        done = budget.used(steps, evaluator.queries)
-        evaluations = evaluator.evaluate(self.ask(samples))
-        share = budget.used(steps + 1, evaluator.queries) - done
-        return self.tell(evaluations, Progress(done, share))
+        """Ask, evaluate, tell: a step, after the measurements that are due before it."""
+        state = self.state
+        while True:
+            before = evaluator.queries
+            probes = self.ask(samples, budget, before)
+            if not self.is_measuring or state.finder is None:
+                break
+            try:
+                self.tell(evaluator.evaluate(probes))
+            except NonFiniteObjectiveError:
+                state.finder.take_failure()
+            except BudgetExhausted:
+                self.skip_measurement()
+        done = budget.used(state.steps, before)
+        evaluations = evaluator.evaluate(probes)
+        share = budget.used(state.steps + 1, evaluator.queries) - done
+        step = self.tell(evaluations, Progress(done, share))
+        self.observe(step, samples, budget, evaluator.queries - before)
+        return step
+
+    def observe(self, step: Step, samples: Samples, budget: Budget, queries: int) -> None:
+        """Let later measurements know of a step that is about to be applied.
+
+        Args:
+            step: What ``tell`` gave.
+            samples: Where rows come from.
+            budget: Of the run.
+            queries: Of the step.
+        """
+        if self.state.finder is not None and step.kind != MEASUREMENT:
+            self.state.finder.after_step(step.update, samples, budget, queries)
+
+    def skip_measurement(self) -> None:
+        """Go on without the measurement that was asked for: the budget does not allow it."""
+        if self.state.finder is not None:
+            self.state.finder.give_up()
+
+    @property
+    def measuring_queries(self) -> int:
+        """How many queries of the first step were to find how far steps may go."""
+        finder = self.state.finder
+        return 0 if finder is None else finder.calibration.queries
+
+    def _measure(self, finder: Finder, evaluations: Sequence[Evaluation]) -> Step:
+        finder.take(evaluations)
+        self._follow(finder)
+        finder.asks = False
+        value = sum(evaluation.value for evaluation in evaluations) / len(evaluations)
+        return Step(self.steps, 0, value, 0.0, math.nan, kind=MEASUREMENT)
+
+    def _follow(self, finder: Finder) -> None:
+        """Let steps and probes go as far as was found."""
+        state = self.state
+        state.descent.displacement = finder.displacement
+        if self.estimate.perturbation_scale is None:
+            state.perturbation_scale = state.usual_scale(finder.displacement)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, as JSON can hold it exactly; between two steps only."""
@@ -170,6 +263,7 @@ class ZerothOrder(Settings, ABC):
             "directions": state.drawn,
             "flat": state.flat.state,
             "rule": state.descent.state_dict(),
+            "finder": None if state.finder is None else state.finder.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,6 +272,11 @@ class ZerothOrder(Settings, ABC):
         own.steps, own.drawn = state["steps"], state["directions"]
         own.flat = FlatWatch(state["flat"])
         own.descent.load_state_dict(state["rule"])
+        if state.get("finder") is None:
+            own.finder = None  # given, or begun by a version that measured nothing
+        elif own.finder is not None:
+            own.finder.load_state_dict(state["finder"])
+            self._follow(own.finder)
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters in force, for a log and to compare on resuming."""

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.budget import Progress
@@ -28,6 +28,10 @@ from zo_adapt.optimizers.settings import Settings
 from zo_adapt.options import finite, positive, positive_or_none
 from zo_adapt.term import HERE, Shift, Terms, scaled
 from zo_adapt.view.group import Group
+
+MEASURED: Literal["measured"] = "measured"
+FIRST_DIRECTIONS, KEPT_SCALE = 24, 0.7
+"""Where the displacement is found: after so many directions the scale may fall so far at most."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -79,6 +83,11 @@ class StepSize(Settings, ABC):
         """How far a weight may go on a view that lets it go as far as ``usual``."""
         return usual
 
+    @property
+    def finds_displacement(self) -> bool:
+        """Whether the way a weight may go is measured before the first step."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON can hold it."""
         own = super().settings() | {"schedule": described(self.schedule)}
@@ -96,7 +105,9 @@ class ByDistance(StepSize):
     whatever the budget, the batch and N. What a longer run has to spare goes into smaller steps.
 
     Args:
-        displacement: rho, in the parameters' units, > 0; None: as the view says.
+        displacement: rho, in the parameters' units, > 0. None: as the view says. "measured": found
+            by forward passes, of about 2% of the queries before the first step and 5% later; see
+            ``calibration`` and ``look_ahead``.
         schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
 
     Raises:
@@ -107,11 +118,12 @@ class ByDistance(StepSize):
         ByDistance(displacement=0.25, schedule='cosine')
     """
 
-    displacement: float | None = None
+    displacement: float | Literal["measured"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(displacement=positive_or_none("displacement", self.displacement))
+        if self.displacement != MEASURED:
+            self._set(displacement=positive_or_none("displacement", self.displacement))
 
     @property
     def normalized(self) -> bool:
@@ -125,8 +137,13 @@ class ByDistance(StepSize):
         return displacement * math.sqrt(directions * share / self._power)
 
     def displacement_on(self, usual: float) -> float:
-        """Rho, or the view's own."""
-        return self.displacement or usual
+        """Rho, or the view's own, where a search begins."""
+        return self.displacement if isinstance(self.displacement, float) else usual
+
+    @property
+    def finds_displacement(self) -> bool:
+        """Where that is asked for."""
+        return self.displacement == MEASURED
 
     @cached_property
     def _power(self) -> float:
@@ -190,6 +207,8 @@ class Descent:
     def __init__(self, step_size: StepSize, displacement: float) -> None:
         self.step_size, self.displacement = step_size, displacement
         self.scale = RunningScale(step_size.scale_memory)
+        self.seen, self.least_scale = 0, 0.0
+        """Directions so far, and what estimates are divided by at least."""
         self.annealed = Annealed(step_size.annealing)
 
     def rate(self, directions: float, progress: Progress, lr: float | None = None) -> float:
@@ -209,22 +228,34 @@ class Descent:
         self, terms: Terms, projected: Sequence[float], rate: float, groups: Sequence[Group]
     ) -> Shift:
         """The step along -terms at a rate that ``rate`` gave."""
-        scale = self.scale.update(projected)
+        scale = max(self._observed(projected), self.least_scale)
         # 0 where no difference was ever seen: then there is nothing to scale, either.
         if self.step_size.normalized and scale > 0.0:
             terms = scaled(terms, 1.0 / scale)
         return downhill(terms, rate, groups, self.step_size.weight_decay)
 
+    def _observed(self, projected: Sequence[float]) -> float:
+        """The running scale with these values."""
+        scale, before = self.scale.update(projected), self.seen
+        self.seen += len(projected)
+        if self.step_size.finds_displacement and before < FIRST_DIRECTIONS <= self.seen:
+            # The displacement was right at this slope. Where the slope falls, as near a minimum, so
+            # must the steps; where it rises they stay, for noise does as much damage there.
+            self.least_scale = KEPT_SCALE * scale
+        return scale
+
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step."""
         return {
             "scale": [self.scale.total, self.scale.weight],
+            "least_scale": [self.seen, self.least_scale],
             "annealing": self.annealed.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.scale.total, self.scale.weight = state["scale"]
+        self.seen, self.least_scale = state.get("least_scale", [0, 0.0])
         # Runs of the first version have None here where nothing anneals.
         if state["annealing"] is not None:
             self.annealed.load_state_dict(state["annealing"])

@@ -100,7 +100,7 @@ class VarianceReduced(ZerothOrder):
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
         """The batch of every direction of the next step."""
 
-    def ask(self, samples: Samples) -> list[Probe]:
+    def propose(self, samples: Samples) -> list[Probe]:
         """The probes of the next step: at a snapshot here, otherwise here and at theta_bar."""
         state, snapshot = self.state, self.snapshot
         batches = self.divide(self._batch(samples), samples)

@@ -50,6 +50,9 @@ class ZOConfig(TrainingArguments):
         shaping: "base", "others", "ranks" or "zscore": how directions are compared.
         snapshot_interval: q, steps from one large batch to the next.
         snapshot_size: Rows of a large batch; "all" of them, or "batch", as many as a minibatch.
+        lora_start_rows: Training examples from which LoRA adapters get their A before training; see
+            ``initialise_lora``. The adapter is then saved as it starts in OUTPUT/initial_adapter,
+            from where the trajectory replays. 0: the adapters start as they are.
         noise: "gaussian" or "rademacher"; None: the view's, or "gaussian".
         max_queries: Stop before more forward passes of one sample than this; None: no limit.
         stratify: Spread the classes evenly over large batches and over the parts of a batch.
@@ -76,6 +79,7 @@ class ZOConfig(TrainingArguments):
     shaping: str | None = _option(None, "base, others, ranks or zscore.")
     snapshot_interval: int | None = _option(None, "Steps between large batches.")
     snapshot_size: CountOrWord | None = _option(None, "Rows of a large batch, all or batch.")
+    lora_start_rows: int = _option(0, "Examples from which LoRA adapters get their A.")
     noise: str | None = _option(None, "gaussian or rademacher.")
     max_queries: int | None = _option(None, "Budget in forward passes of one sample.")
     stratify: bool = _option(True, "Spread the classes evenly.")
@@ -102,6 +106,8 @@ class ZOConfig(TrainingArguments):
         if self.max_queries is not None:
             self.max_queries = at_least_one("max_queries", self.max_queries)
         self.trunk_bytes = at_least_one("trunk_bytes", self.trunk_bytes)
+        if self.lora_start_rows < 0:
+            raise OptionError(f"lora_start_rows={self.lora_start_rows}; choose 0 or more")
         if self.trunk_storage not in ("device", "host", "disk"):
             raise OptionError(
                 f"trunk_storage={self.trunk_storage!r}; choose 'device', 'host' or 'disk'"

@@ -125,6 +125,12 @@ class TrainerSamples(Samples):
             )
         return super().large(size)
 
+    def aside(self, size: int) -> Batch:
+        """The next rows of the training set; of a stream, rows of the step's inputs."""
+        if self._training.has_length:
+            return super().aside(size)
+        return self.minibatch(min(size, len(self._inputs)))
+
 
 def _fair_order(classes: Sequence[int] | None, rows: int) -> list[int]:
     """Rows so arranged that parts of the batch are fair to every class, as those of a pass are."""

@@ -34,6 +34,7 @@ from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_igno
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples
 from zo_adapt.trainer.ends import AtRunEnds
+from zo_adapt.trainer.lora import start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.planned import PlannedSteps
@@ -227,6 +228,8 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             check_all_labels(objective, loader.dataset)
             look_first(as_objective(objective), source, self.view)
             objective = resolve_mean_over_rows(objective, source, self.view.model)
+        if self.args.lora_start_rows and self._checkpoint is None:
+            start_adapters(self, as_objective(objective), source)
         evaluator = LocalEvaluator(
             objective,
             self.view,

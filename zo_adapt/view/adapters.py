@@ -31,7 +31,7 @@ def check_adapters(model: nn.Module, holds: Callable[[Tensor], bool]) -> None:
     Raises:
         AdapterError: Names the module and the call that mends it.
     """
-    for name, module in _adapted(model):
+    for name, module in adapted_modules(model):
         if getattr(module, "merged", False):
             raise AdapterError(
                 f"the adapter of {name!r} is merged into its base weights; "
@@ -60,14 +60,14 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def tuner_names(model: nn.Module) -> set[str]:
     """Names of the parameters that adapters brought, ``modules_to_save`` included."""
-    return {name for path, module in _adapted(model) for name, _ in _own(path, module)}
+    return {name for path, module in adapted_modules(model) for name, _ in _own(path, module)}
 
 
 def originals(model: nn.Module) -> dict[str, str]:
     """Parameters that begin as copies of the model's own: their names, and the originals'."""
     return {
         name: ".".join([path, original, *more])
-        for path, module in _adapted(model)
+        for path, module in adapted_modules(model)
         for name, _ in _own(path, module)
         for kind, _, *more in [_parts(path, name)]
         if (original := COPIES.get(kind))
@@ -82,7 +82,7 @@ def resting_factors(model: nn.Module) -> set[str]:
     at first moves and the others rest. Of what is no product of matrices nothing rests.
     """
     products: dict[tuple[str, ...], dict[str, Tensor]] = {}
-    for path, module in _adapted(model):
+    for path, module in adapted_modules(model):
         for name, parameter in _own(path, module):
             kind, adapter, *more = _parts(path, name)
             factor = ".".join([kind, *(part for part in more if part in ("Xd", "Xu"))])
@@ -118,7 +118,7 @@ def _adapters_of(module: Any) -> set[str]:
     return {name for layer in held if hasattr(layer, "keys") for name in list(layer)}
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that hold adapter weights; none unless peft has been imported."""
     if "peft" not in sys.modules:
         return

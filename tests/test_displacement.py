@@ -1,0 +1,228 @@
+"""A displacement that is to be measured: by forward passes, in any unit, the same on resume."""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import Problem, bits, logistic, problem, regression, squares
+from torch import Tensor
+
+from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, Step, minimize, replay
+from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
+from zo_adapt.optimizers.look_ahead import Evidence, parabola
+from zo_adapt.optimizers.optimizer import ZerothOrder
+
+QUIET: dict[str, Any] = {"progress": False}
+MAKE = partial(MeZO, displacement="measured")
+OPTIMIZERS = pytest.mark.parametrize(
+    "make", [MAKE, partial(MeZOSVRG, displacement="measured")], ids=["mezo", "mezo-svrg"]
+)
+Make = Callable[..., ZerothOrder]
+
+
+def found(optimizer: ZerothOrder) -> float:
+    """The displacement that the first step was made with."""
+    finder = optimizer.state.finder
+    assert finder is not None
+    return finder.calibration.displacement
+
+
+def tuned(make: Make, unit: float, queries: int = 6_000) -> tuple[Tensor, float]:
+    """Least squares in unknowns measured in a unit: where they end, in units of 1, and the loss."""
+    rows, x = regression(200, 20), torch.zeros(20, dtype=torch.float64)
+    minimize(
+        lambda batch: squares(x / unit, batch), ParameterView({"x": x}), rows, make(),
+        batch_size=16, max_queries=queries, **QUIET,
+    )  # fmt: skip
+    return x / unit, float(squares(x / unit, rows).mean())
+
+
+@OPTIMIZERS
+def test_least_squares_are_solved_whatever_the_unit(make: Make) -> None:
+    at_first = float(squares(torch.zeros(20, dtype=torch.float64), regression(200, 20)).mean())
+    for unit in (1.0, 1e4, 1e-4):
+        assert tuned(make, unit)[1] < 0.2 * at_first
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(("size", "unit", "target"), [(3, 1.0, 100.0), (20, 1e4, 0.2)])
+def test_a_function_of_a_few_variables_in_any_unit(
+    make: Make, size: int, unit: float, target: float
+) -> None:
+    x = torch.zeros(size, dtype=torch.float64)
+
+    def distance(_: object) -> float:
+        return float((x / unit - target).square().sum())
+
+    minimize(distance, ParameterView({"x": x}), None, make(), max_steps=300, **QUIET)
+    assert distance(None) < 1e-2 * size * target**2
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("steps", [2, 6, 16])
+def test_a_short_trial_does_not_harm_what_is_at_its_best(make: Make, steps: int) -> None:
+    rows = regression(200, 20, noise=0.3)
+    x = torch.linalg.lstsq(rows[:, :-1], rows[:, -1:]).solution[:, 0]
+    before = float(squares(x, rows).mean())
+    minimize(
+        lambda batch: squares(x, batch), ParameterView({"x": x}), rows, make(),
+        batch_size=16, max_steps=steps, **QUIET,
+    )  # fmt: skip
+    assert float(squares(x, rows).mean()) < 2.0 * before
+
+
+def test_what_is_given_is_taken() -> None:
+    p = problem()
+    optimizer = MeZO(displacement=0.125)
+    result = minimize(p.objective, p.view, p.data, optimizer, batch_size=8, max_steps=3, **QUIET)
+    assert optimizer.state.finder is None
+    assert optimizer.state.descent.displacement == 0.125
+    assert result.queries == 3 * 16
+
+
+def test_measurements_are_queries_and_the_perturbation_follows() -> None:
+    p = problem()
+    optimizer, steps = MAKE(), list[Step]()
+    result = minimize(
+        p.objective, p.view, p.data, optimizer, batch_size=8, max_queries=4_000,
+        callback=steps.append, **QUIET,
+    )  # fmt: skip
+    assert optimizer.measuring_queries > 0
+    assert steps[0].queries == optimizer.measuring_queries + 16
+    assert [step.step for step in steps] == list(range(1, result.steps + 1))
+    assert 0.9 * 4_000 < result.queries <= 4_000
+    assert {step.kind for step in steps} == {"minibatch"}
+    assert optimizer.perturbation_scale == optimizer.state.descent.displacement / 25
+    kept = MAKE(perturbation_scale=1e-3)
+    minimize(p.objective, p.view, p.data, kept, batch_size=8, max_steps=2, **QUIET)
+    assert kept.perturbation_scale == 1e-3
+
+
+def test_a_budget_too_small_for_measurements_has_none() -> None:
+    p = problem()
+    optimizer = MAKE()
+    result = minimize(p.objective, p.view, p.data, optimizer, batch_size=8, max_queries=40, **QUIET)
+    assert optimizer.measuring_queries == 0
+    assert found(optimizer) == p.view.displacement
+    assert (result.steps, result.queries) == (2, 32)
+
+
+@OPTIMIZERS
+def test_resumed_between_measurements_the_run_is_the_same(make: Make, tmp_path: Path) -> None:
+    def run(file: Path, p: Problem, stop: int | None = None, resume: bool = False) -> list[Step]:
+        def callback(step: Step) -> None:
+            if step.step == stop:
+                raise StopIteration
+
+        result = minimize(
+            p.objective, p.view, p.data, make(), batch_size=8, max_queries=2_500,
+            callback=callback, trajectory=file, resume=resume, **QUIET,
+        )  # fmt: skip
+        return result.history
+
+    whole = problem(logistic)
+    history = run(tmp_path / "whole.zot", whole)
+    for stop in (1, len(history) // 2):
+        part, file = problem(logistic), tmp_path / f"{stop}.zot"
+        run(file, part, stop)
+        again = problem(logistic)
+        assert run(file, again, resume=True) == history
+        for name, tensor in whole.view.tensors.items():
+            assert torch.equal(bits(tensor), bits(again.view.tensors[name]))
+        replayed = problem(logistic)
+        replay(replayed.view, file)
+        assert replayed.view.hash() == whole.view.hash()
+
+
+@OPTIMIZERS
+def test_ask_and_tell_measure_as_the_loop_does(make: Make) -> None:
+    x = torch.zeros(4, dtype=torch.float64)
+
+    def bowl(at: Any) -> float:
+        return float(((torch.as_tensor(at) - 30.0) ** 2).sum())
+
+    result = minimize(
+        lambda _: bowl(x), ParameterView({"x": x}), None, make(), max_queries=2_000, **QUIET
+    )
+    asker = AskTell(make(), np.zeros(4), max_queries=2_000)
+    kinds = list[str]()
+    while candidates := asker.ask():
+        before = asker.steps
+        record = asker.tell([bowl(one) for one in candidates])
+        kinds.append(record.kind)
+        assert asker.steps - before == (record.kind != "measurement")
+        if len(kinds) == 3:
+            asker = copy.deepcopy(asker)
+    assert (asker.steps, asker.queries) == (result.steps, result.queries)
+    assert np.array_equal(asker.x, x.numpy())
+    assert kinds[0] == "measurement"
+
+
+def test_where_far_places_have_no_value_the_search_comes_nearer() -> None:
+    x = torch.zeros(4)
+
+    def walled(_: object) -> float:
+        inside = bool((x.abs() < 0.05).all())
+        return float((x - 0.02).square().sum()) if inside else math.inf
+
+    optimizer = MAKE()
+    minimize(walled, ParameterView({"x": x}), None, optimizer, max_steps=50, **QUIET)
+    assert found(optimizer) < 0.05
+    assert walled(None) < walled_at_zero()
+
+
+def walled_at_zero() -> float:
+    """Its value at the start."""
+    return 4 * 0.02**2
+
+
+def test_a_count_does_not_send_the_weights_away() -> None:
+    search = Calibration(0.25, shrinks_only=True)
+    search._narrow(Response(even=0.0, odd=0.2))
+    assert (search.displacement, search.finished) == (0.25, True)
+    flat = Calibration(0.25, shrinks_only=True)
+    flat._narrow(Response(even=0.0, odd=0.0))
+    assert (flat.displacement, flat.finished) == (16.0, False)
+
+
+@pytest.mark.parametrize("start", [1e-6, 0.25, 1e5])
+@pytest.mark.parametrize("right", [1e-2, 3.0])
+def test_the_search_ends_where_damage_is_a_fifth_of_the_signal(start: float, right: float) -> None:
+    search = Calibration(start)
+    while not search.finished and search.rounds < 12:
+        rho = search.displacement
+        search._narrow(Response(even=RATIO * rho**2 / right, odd=rho))
+    assert search.finished
+    assert search.displacement == pytest.approx(right, rel=0.3)
+
+
+def test_a_parabola_is_found_with_its_error() -> None:
+    points = np.array([-1.0, 0.0, 1.0])
+    rows = (2.0 + 3.0 * points + 0.5 * points**2)[:, None] + np.arange(4.0)
+    assert parabola(points, rows) == pytest.approx((3.0, 1.0, 0.0))
+    noisy = rows + np.outer(points, [1.0, -1.0, 1.0, -1.0])
+    slope, _, error = parabola(points, noisy)
+    assert slope == pytest.approx(3.0)
+    assert error == pytest.approx(np.std([1, -1, 1, -1], ddof=1) / 2)
+    five = np.linspace(-1, 1, 5)
+    assert parabola(five, (five**2 + five)[:, None])[:2] == pytest.approx((1.0, 2.0))
+
+
+def test_looks_act_on_what_is_certain() -> None:
+    assert Evidence().verdict() == (0.0, 1.0)
+    unsure, sure, long = Evidence(), Evidence(), Evidence()
+    unsure.add(-1.0, 1.0, 1.0)
+    assert unsure.verdict() == (0.0, 1.0)
+    sure.add(-1.0, 1.0, 0.1)  # smallest at twice the way
+    assert sure.verdict() == (1.0, pytest.approx(2.0))
+    long.add(1.0, 2.0, 0.1)  # smallest at half of it
+    assert long.verdict() == (1.0, pytest.approx(0.5))
+    for _ in range(20):  # what one look does not show, many do
+        unsure.add(-1.0, 1.0, 1.0)
+    assert unsure.verdict()[1] == pytest.approx(2.0)

@@ -1,0 +1,33 @@
+"""LoRA adapters that start where the training data are, before ZOTrainer's first step."""
+
+from pathlib import Path
+from typing import Any
+
+from zo_adapt.data.samples import Samples
+from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.objective import Objective
+from zo_adapt.trainer.data import TrainingRows
+from zo_adapt.view.lora_start import start_on
+
+INITIAL = "initial_adapter"
+
+
+def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> None:
+    """Set the adapters' A on training examples, and save them as the trajectory begins.
+
+    Raises:
+        OptionError: The training set is a stream.
+        AdapterError: No LoRA on a linear layer, or one that has been tuned.
+    """
+    args, model = trainer.args, trainer.view.model
+    if not source.has_length:
+        raise OptionError(
+            f"lora_start_rows={args.lora_start_rows} with a train_dataset without a length; call "
+            "initialise_lora on some of its examples before training"
+        )
+    count = min(args.lora_start_rows, len(source))
+    classes = source.classes if args.stratify else None
+    batch = Samples(source, count, args.seed, classes).minibatch()
+    start_on(model, objective, batch.micro_batches(args.train_batch_size))
+    source.forget()
+    model.save_pretrained(Path(args.output_dir or ".") / INITIAL)

@@ -1,0 +1,183 @@
+"""Where a LoRA adapter starts: its A along the directions in which the layers' inputs vary.
+
+In W x + B A x with B = 0 at first, A decides what B gets to see of x. Random rows see mostly what
+all inputs have in common. Here, for every linear layer, from forward passes alone,
+
+    A <- c diag(lambda_1, ..., lambda_r)^(-1/2) V^T,   E[x x^T] v_k = lambda_k v_k, largest first
+
+so that the r numbers in A x are uncorrelated and of one size, and c such that this is the root mean
+square that A x has by peft's own initialisation: the steps' size stays right.
+
+Measured (MiniLM, BBC topics at 32 tokens, 7,680 queries, two seeds, by the defaults): query and
+value r=8 .66 -> .77, all linear layers r=8 .50 -> .83; film reviews at 30,000 queries, one to two
+seeds: .61 -> .68 and .58 -> .60.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.examples import as_data
+from zo_adapt.data.samples import Samples
+from zo_adapt.errors import AdapterError
+from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, ready
+from zo_adapt.options import at_least_one
+from zo_adapt.view.adapters import adapted_modules
+from zo_adapt.view.moments import Moment
+
+
+class LoraStart(NamedTuple):
+    """What ``initialise_lora`` did.
+
+    Args:
+        layers: Names of the layers whose A it set.
+        left: Names of adapted layers that it left as peft made them: embeddings, convolutions.
+        queries: Forwards of one sample.
+    """
+
+    layers: tuple[str, ...]
+    left: tuple[str, ...]
+    queries: int
+
+
+def initialise_lora(
+    model: nn.Module,
+    objective: ObjectiveLike,
+    data: Any,
+    *,
+    rows: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> LoraStart:
+    """Set the A of every LoRA on a linear layer to where the inputs of its layer vary.
+
+    A_k <- c v_k / sqrt(lambda_k), with the leading eigenpairs of the layer's E[x x^T] over ``rows``
+    examples. The model computes what it did: B is zero. Call it before tuning, and save the adapter
+    (``model.save_pretrained``): a trajectory replays from the weights that it leaves.
+
+    Args:
+        model: A peft model with LoRA, rsLoRA or DoRA adapters that have not been tuned yet.
+        objective: Called on batches of the data, so that the layers see their inputs.
+        data: Examples, as for ``minimize``.
+        rows: Examples to look at; all if there are fewer.
+        batch_size: Examples of a forward pass.
+        seed: Of their choice.
+
+    Returns:
+        Which layers were set, which were not, and how many forwards of one sample it took.
+
+    Raises:
+        AdapterError: No LoRA on a linear layer, or one that has been tuned.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 2)), LoraConfig(
+        ...     r=2, target_modules=["0"]))
+        >>> start = initialise_lora(model, lambda batch: model(batch).sum(1), torch.randn(64, 6))
+        >>> start.layers, start.queries
+        (('base_model.model.0',), 64)
+    """
+    objective, examples = as_objective(objective), as_data(data)
+    source = examples.source(objective)
+    count = min(at_least_one("rows", rows), len(source))
+    batch = Samples(source, count, seed, examples.classes()).minibatch()
+    return start_on(model, objective, batch.micro_batches(at_least_one("batch_size", batch_size)))
+
+
+def start_on(model: nn.Module, objective: Objective, parts: Sequence[Batch]) -> LoraStart:
+    """``initialise_lora`` on batches that there are already."""
+    layers, left = _lora_layers(model)
+    moments = {name: _moment_for(layer) for name, layer in layers.items()}
+    with torch.no_grad(), ready(objective, model), _watched(layers, moments) as masks:
+        for part in parts:
+            masks.append(_mask(part.content))
+            objective(part.content)
+    for name, layer in layers.items():
+        if moments[name].count:  # a layer may not be on the way of these examples
+            for a in _factors(layer):
+                _align(a, moments[name])
+    return LoraStart(tuple(layers), tuple(left), sum(map(len, parts)))
+
+
+def _lora_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    layers: dict[str, nn.Module] = {}
+    left: list[str] = []
+    for name, module in adapted_modules(model):
+        if not (hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")):
+            continue
+        if _factors(module):
+            layers[name] = module
+        else:
+            left.append(name)
+    if not layers:
+        raise AdapterError(
+            "the model has no LoRA on a linear layer; make one with peft's LoraConfig, or tune "
+            "without initialise_lora"
+        )
+    tuned = [name for name, layer in layers.items() if any(b.any() for b in _factors(layer, "B"))]
+    if tuned:
+        raise AdapterError(
+            f"the adapter of {tuned[0]!r} has been tuned (its B is not zero): another A would "
+            "change what the model computes; call initialise_lora before tuning, on an adapter "
+            "with init_lora_weights=True"
+        )
+    return layers, left
+
+
+def _factors(layer: nn.Module, which: str = "A") -> list[Tensor]:
+    """A (or B) of the active adapters of a LoRA on a linear layer; none of other layers."""
+    held = getattr(layer, f"lora_{which}", {})
+    active = cast(list[str], layer.active_adapters)
+    found = [held[name] for name in active if name in held]
+    return [module.weight.detach() for module in found if isinstance(module, nn.Linear)]
+
+
+def _moment_for(layer: nn.Module) -> Moment:
+    factors = _factors(layer)
+    return Moment(factors[0].shape[1], max(map(len, factors)), factors[0].device)
+
+
+def _align(a: Tensor, moment: Moment) -> None:
+    """Write the leading directions into A; its last rows stay where there are too few."""
+    values, vectors = moment.leading(len(a))
+    # An eigenvector has no sign: the largest part positive, so that machines agree.
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    # peft draws A from +-1/sqrt(d), evenly: of mean square 1 / (3 d).
+    usual = math.sqrt(moment.mean_square / (3 * a.shape[1]))
+    a[: len(values)] = (usual * signs * vectors / values.sqrt()).T.to(a)
+
+
+def _mask(content: Any) -> Tensor | None:
+    """Which tokens of a batch are no padding."""
+    mask = content.get("attention_mask") if isinstance(content, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+@contextmanager
+def _watched(
+    layers: Mapping[str, nn.Module], moments: Mapping[str, Moment]
+) -> Iterator[list[Tensor | None]]:
+    """Inside, the layers' inputs are taken in; the list's last is the mask of the batch."""
+    masks: list[Tensor | None] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs, mask = given[0].detach(), masks[-1]
+            if mask is not None and inputs.shape[:2] == mask.shape:
+                inputs = inputs[mask.bool()]
+            moments[name].add(inputs.reshape(-1, inputs.shape[-1]))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
