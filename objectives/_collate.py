@@ -75,12 +75,18 @@ def tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {
         name: torch.as_tensor(value)
         for name, value in batch.items()
-        if isinstance(value, Tensor | np.ndarray) and is_numeric(value)
+        if is_numeric(value) and (isinstance(value, Tensor | np.ndarray) or _is_label(name, value))
     }
-    if not LABELS & found.keys():
-        for name in sorted(LABELS & batch.keys()):
-            _refuse_labels(name, list(batch[name]))
+    for name in sorted(LABELS & batch.keys() - found.keys()):
+        column = batch[name]
+        if isinstance(column, list | tuple | np.ndarray) and not LABELS & found.keys():
+            _refuse_labels(name, list(column))
     return _renamed(found)
+
+
+def _is_label(name: str, value: Any) -> bool:
+    """Whether it is a plain list of one label an example."""
+    return name in LABELS and isinstance(value, list) and all(map(is_numeric, value))
 
 
 def _renamed(columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +141,8 @@ def _refuse_labels(name: str, column: list[Any]) -> None:
     Raises:
         DataError: Some are text or None.
     """
-    bad = next(index for index, label in enumerate(column) if not is_numeric(label))
-    if all(label is None for label in column):
+    bad = next((index for index, label in enumerate(column) if not is_numeric(label)), None)
+    if bad is None or all(label is None for label in column):
         return
     hint = "map the names to integers 0..C-1" if isinstance(column[bad], str) else "leave it out"
     raise DataError(f"{name!r} of example {bad} of the batch is {column[bad]!r:.80}; {hint}")

@@ -321,16 +321,23 @@ def test_what_is_no_list_of_values_is_named(told: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["3.5", b"3", 1 + 2j, np.datetime64("NaT"), np.timedelta64(5, "s"), np.ma.masked, object()],
+    [
+        "3.5",
+        b"3",
+        1 + 2j,
+        np.datetime64("NaT"),
+        np.timedelta64(5, "s"),
+        np.ma.masked,
+        10**400,
+        object(),
+    ],
     ids=repr,
 )
 def test_what_only_looks_like_a_number_is_named(value: Any) -> None:
     asker = AskTell(MeZO(lr=0.1), np.zeros(2), max_steps=3)
     count = len(asker.ask())
-    with pytest.raises(ObjectiveError, match=r"not one number|masked"):
+    with pytest.raises(ObjectiveError, match=r"the value is .*that is not one number"):
         asker.tell([0.0] * (count - 1) + [value])
-    with pytest.raises(NonFiniteObjectiveError, match="beyond float64"):
-        asker.tell([0.0] * (count - 1) + [10**400])
     asker.tell([0.0] * count)
 
 

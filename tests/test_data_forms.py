@@ -89,6 +89,17 @@ def test_pairs_of_named_inputs_and_batches_made_by_torch() -> None:
     assert torch.equal(loss(batch), whole)
 
 
+def test_labels_of_a_ready_batch_may_be_a_list_and_must_be_numbers() -> None:
+    loss = ClassificationLoss(net())
+    assert torch.equal(loss({"input": X, "label": YN.tolist()}), loss((X, Y)))
+    for labels in (["yes"] * ROWS, np.array(["yes"] * ROWS), np.array(["yes"] * ROWS, object)):
+        for batch in ({"input": X, "label": labels}, (X, np.asarray(labels))):
+            with pytest.raises(DataError, match=r"'yes'.*; map the names to integers"):
+                loss(batch)
+    with pytest.raises(DataError, match="has no labels"):
+        loss({"input": X, "labels": None})
+
+
 def test_a_bare_function_gets_the_pair_as_it_is() -> None:
     x, seen = torch.zeros(1), []
 
@@ -208,8 +219,11 @@ def test_labels_are_read_without_making_the_rows() -> None:
     assert class_labels(data) == [row["label"] for row in stored]
     assert labels_to_check(data) is None, "the transform may give other labels"
     assert not made
-    assert tuned(data, max_steps=1, metrics=None).steps == 1
-    assert len(made) <= 8 + 2 + 1, "the rows of a step, and the first two to look at"
+    tuned(data, max_steps=1, metrics=None)
+    once = len(made)
+    assert once < ROWS, "the rows of a step, and those of the looks before the first"
+    tuned(data, max_steps=3, metrics=None)
+    assert len(made) == once + once + 2 * 8, "a step makes its own rows, once"
 
 
 def test_a_large_batch_of_all_rows_is_named_all() -> None:

@@ -200,12 +200,7 @@ def test_nan_stops_at_the_last_good_step() -> None:
     assert math.isnan(result.fun)
 
 
-def test_an_integer_beyond_every_float_stops_as_infinity_does() -> None:
-    result = minimize(lambda x: 10**400, X0, method=scipy_method("mezo", maxiter=5))
-    assert (result.success, result.status, result.fun) == (False, 2, math.inf)
-
-
-@pytest.mark.parametrize("value", [None, [1.0, 2.0], "a"])
+@pytest.mark.parametrize("value", [None, [1.0, 2.0], "a", "3.5", 1 + 2j, 10**400])
 def test_a_function_that_gives_no_number_is_named(value: Any) -> None:
     with pytest.raises(ObjectiveError, match="not one number"):
         minimize(lambda x: value, X0, method=scipy_method("mezo", maxiter=5))

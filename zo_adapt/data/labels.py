@@ -67,6 +67,8 @@ def _stored(data: Any) -> list[Any]:
     """Columns of labels, as they are stored."""
     if isinstance(data, Columns):
         data = data.columns
+    if hasattr(data, "iloc"):  # a DataFrame, as Trainer may hold one
+        data = {field: data[field].tolist() for field in data.columns if field in FIELDS}
     if isinstance(data, Mapping):
         return [data[field] for field in FIELDS if field in data]
     if isinstance(data, TensorDataset):

@@ -101,8 +101,7 @@ def as_float64(given: Any, said: str, way_out: str) -> np.ndarray:
 
     Raises:
         ObjectiveError: Text, dates, complex or masked numbers, a sparse tensor or one that requires
-            grad, anything without a value.
-        NonFiniteObjectiveError: A number beyond float64.
+            grad, a number beyond float64, anything without a value.
 
     Example:
         >>> as_float64([1, True], "got", "give numbers")
@@ -125,7 +124,7 @@ def as_float64(given: Any, said: str, way_out: str) -> np.ndarray:
             raise TypeError(array.dtype)
         return array.astype(np.float64)
     except OverflowError as error:
-        raise NonFiniteObjectiveError(f"{said} a number beyond float64; {way_out}") from error
+        raise ObjectiveError(f"{said} a number beyond float64; {way_out}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         what = f"{given!r:.40}, a {type(given).__name__}"
         raise ObjectiveError(f"{said} {what}; {way_out}") from error

@@ -179,7 +179,6 @@ def number(value: Any) -> float:
 
     Raises:
         ObjectiveError: It is not one number.
-        NonFiniteObjectiveError: It is beyond float64.
     """
     values = as_float64(value, "the value is", "that is not one number")
     if values.size != 1:
