@@ -123,8 +123,10 @@ def test_tuners(tmp_path: Path, tuner: str) -> None:
 
 
 def test_a_mixture_of_saved_adapters(tmp_path: Path) -> None:
-    adapted("llama", TUNERS["LORA"]()).save_pretrained(str(tmp_path / "one"))
-    adapters = {"0": str(tmp_path / "one"), "1": str(tmp_path / "one")}
+    adapters = {str(alpha): str(tmp_path / str(alpha)) for alpha in (1, 8)}
+    for alpha, folder in adapters.items():
+        config = peft.LoraConfig(r=2, lora_alpha=int(alpha), init_lora_weights=False, **LINEAR)
+        adapted("llama", config).save_pretrained(folder)
 
     def make() -> ParameterView:
         config = peft.XLoraConfig(
