@@ -77,7 +77,7 @@ def by_minimize(
     source: Source,
     view: str = "LoRA",
     objective: Callable[[Any], Any] = ClassificationLoss,
-    evaluation: EvaluationOptions = EvaluationOptions(),
+    evaluation: EvaluationOptions | None = None,
     metrics: bool = False,
     steps: int = 60,
 ) -> None:
@@ -95,7 +95,7 @@ def by_minimize(
         trajectory=folder / "run.zot",
         resume=True,
         progress=False,
-        evaluation=evaluation,
+        evaluation=evaluation or EvaluationOptions(),
         metrics={"accuracy": Accuracy(tuned.model)} if metrics else None,
     )
     finish(tuned, folder)

@@ -245,3 +245,20 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
         again.train(resume_from_checkpoint=True)
     assert again.view.hash() == whole.view.hash()
     assert (newest / STATE).exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_view_that_was_made_before_is_resumed(tmp_path: Path, dtype: torch.dtype) -> None:
+    def trained(folder: str, **options: Any) -> Any:
+        model = lora_model().to(dtype)
+        view = ParameterView.trainable(model)
+        return trainer_of(tmp_path / folder, model, view=view, zo_optimizer=MeZO(), **options)
+
+    whole = trained("whole", **SAVING)
+    whole.train()
+    trained("parts", callbacks=[StopAt(7)], **SAVING).train()
+    again = trained("parts", **SAVING)
+    again.train(resume_from_checkpoint=True)
+    held = {id(tensor) for tensor in again.view.tensors.values()}
+    assert held <= {id(parameter) for parameter in again.model.parameters()}
+    assert again.view.hash() == whole.view.hash()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
+from zo_adapt.view.selection import owners
 
 
 class WholeCheckpoints:
@@ -47,22 +48,28 @@ class WholeCheckpoints:
         """Give up what the run held."""
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
-        with _dtypes_kept(model or self.model):
+        with _parameters_kept(model or self.model):
             super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        with _dtypes_kept(self.model):
+        with _parameters_kept(self.model):
             super()._load_best_model()  # type: ignore[misc]
 
 
 @contextmanager
-def _dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """Parameters keep their dtypes: peft makes an adapter that it loads fp32, whatever it was.
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Parameters stay the same objects, of the same dtypes, with the numbers that are loaded.
 
-    The numbers are those of the file, which has them in the dtype of before: no bit is lost.
+    peft makes new ones for an adapter that it loads, and makes them fp32; a view that the caller
+    has made before holds those that were there. The file has the numbers in the dtype of before: no
+    bit is lost.
     """
-    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    before = {name: (p, p.dtype) for name, p in model.named_parameters(remove_duplicate=False)}
     yield
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != before.get(name, parameter.dtype):
-            parameter.data = parameter.data.to(before[name])
+    for path, module, attribute, now in list(owners(model)):
+        kept, dtype = before.get(f"{path}.{attribute}" if path else attribute, (now, now.dtype))
+        if kept is not now and kept.shape == now.shape:
+            kept.data.copy_(now.data)
+            module._parameters[attribute] = kept
+        elif now.dtype != dtype:
+            now.data = now.data.to(dtype)
