@@ -224,3 +224,45 @@ def replayed(folder: Path) -> Subject:
         return [] if equal(end, other.tensors) else ["the replay ends elsewhere"]
 
     return Subject(lambda: way.to(0) and None, lambda: way.to(3), faults, again)
+
+
+def saved(folder: Path) -> Subject:
+    """A checkpoint of ZOTrainer: whole, or passed over when training is resumed."""
+    source, labels = tiny()
+    view = ParameterView.full(source, scratch="copy")
+    args = ZOConfig(
+        str(folder),
+        max_steps=2,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = ZOTrainer(
+        source,
+        args,
+        train_dataset=Dataset.from_list(labels),
+        data_collator=ClassificationLoss(source).collate,
+        view=view,
+        zo_optimizer=MeZO(),
+    )
+    trainer.train()
+    start, place = copies(view.tensors), folder / "checkpoint-2"
+
+    def faults() -> list[str]:
+        found = [] if equal(start, view.tensors) else ["weights differ"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            whole = last_whole_checkpoint(folder)
+        if whole is not None:
+            Checkpoint.read(whole).fit(view)
+            kept = load_file(place / "model.safetensors")
+            if not equal(kept, dict(source.named_parameters())):
+                found.append("a checkpoint that is taken for whole has other weights")
+        return found
+
+    def work() -> None:
+        trainer._save_checkpoint(source, None)
+
+    return Subject(lambda: shutil.rmtree(place, ignore_errors=True), work, faults, source)
