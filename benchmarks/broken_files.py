@@ -77,7 +77,7 @@ def flips(folder: Path) -> Iterator[str | None]:
 
 
 def cuts(folder: Path) -> Iterator[str | None]:
-    """A file cut at every length: what is whole is replayed, and the run goes on to the same end."""
+    """A file cut at every length: the steps that are whole are replayed, and no more."""
     whole = start()
     run(whole, folder / "f")
     data, path = (folder / "f").read_bytes(), folder / "cut"
