@@ -39,6 +39,8 @@ from zo_adapt import MeZOSVRG
 
 UNTOUCHED = "weights, modules and handlers as before"
 ONE_STEP = "file and weights of one step; resumed to the same bits"
+EVERY = 10**6
+"""More than there are instructions."""
 
 
 class Report:
@@ -65,22 +67,27 @@ def signalled(report: Report, folder: Path, quick: bool) -> None:
     """Signals at every instruction, or at many of them, and real ones from a timer."""
     optimizer = partial(MeZOSVRG, snapshot_interval=2)
     subjects: list[tuple[str, str, Callable[[], Subject], int]] = [
-        (UNTOUCHED, "a probe by a copy", copied, 1500),
-        (UNTOUCHED, "a probe layer by layer", layerwise, 1500),
-        (UNTOUCHED, "probes in one forward", joint, 1500),
+        (UNTOUCHED, "a probe by a copy", copied, EVERY),
+        (UNTOUCHED, "a probe layer by layer", layerwise, 3000),
+        (UNTOUCHED, "probes in one forward", joint, 2000),
         (UNTOUCHED, "probes above a trunk", trunk, 1000),
-        (UNTOUCHED, "evaluation mode", modes, 1500),
-        ("an update whole or not begun", "apply", applied, 1500),
-        (ONE_STEP, "three steps of minimize", partial(trained, folder / "run", optimizer), 600),
-        (ONE_STEP, "a checkpoint of ZOTrainer", partial(saved, folder / "saved"), 400),
-        ("a replay knows its step", "replay", partial(replayed, folder), 800),
+        (UNTOUCHED, "evaluation mode", modes, EVERY),
+        ("an update whole or not begun", "apply", applied, EVERY),
+        (ONE_STEP, "three steps of minimize", partial(trained, folder / "run", optimizer), 250),
+        (
+            "a checkpoint is whole or passed over",
+            "a checkpoint of ZOTrainer",
+            partial(saved, folder / "saved"),
+            250,
+        ),
+        ("a replay knows its step", "replay", partial(replayed, folder), 1000),
     ]
     with handlers():
         for promise, name, make, most in subjects:
             subject = make()
-            one: Outcome = attack(subject, most // 50 if quick else most)
+            one: Outcome = attack(subject, 25 if quick else most)
             report.line(promise, f"{name}: a signal at an instruction", one.attacked, one.faults)
-            two = attack_by_timer(subject, 4 if quick else most // 10, seed=0)
+            two = attack_by_timer(subject, 4 if quick else min(200, most), seed=0)
             report.line(promise, f"{name}: a signal from a timer", two.attacked, two.faults)
 
 
