@@ -18,12 +18,13 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 # Two workers of one thread: on 2 cores faster than one worker of two, or two of two.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help setup demo test soak lint types pytest wheel clean
+.PHONY: help setup demo test soak attack lint types pytest wheel clean
 
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
 	@echo "make test   format, lint, types, tests, and the wheel installed outside the tree"
-	@echo "make soak   kill a LoRA run 100 times, resume it each time, compare (under 10 minutes)"
+	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 10 minutes)"
+	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
 	@echo "make clean  remove the environment and the caches"
 
 setup: $(STAMP)
@@ -48,7 +49,10 @@ test: $(STAMP)
 	$(MAKE) --no-print-directory pytest
 
 soak: $(STAMP)
-	$(BIN)/python benchmarks/soak.py --kills 100
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --kills 100
+
+attack: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attack.py $(ATTACK_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,15 +1,19 @@
 """What is attacked by signals: every operation that writes weights or patches a model."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from injected_signals import Subject, copies, equal
+from killed_runs import tiny
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from objectives import CallableObjective
+from objectives import CallableObjective, ClassificationLoss
 from zo_adapt import (
     EvaluationOptions,
     MeZO,
@@ -17,6 +21,8 @@ from zo_adapt import (
     Replay,
     Shift,
     Term,
+    ZOConfig,
+    ZOTrainer,
     minimize,
     replay,
 )
@@ -25,6 +31,7 @@ from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
 
 POINT = [Term(1, 0.25), Term(2, -0.5)]
 UPDATE = Shift((Term(1, 0.25), Term(2, -0.5)), 0.9)
@@ -51,7 +58,7 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Net().to(dtype).eval()
+        return Net().to(dtype).eval().requires_grad_(False)
 
 
 IDS = torch.arange(24).view(6, 4) % 16
@@ -60,18 +67,18 @@ IDS = torch.arange(24).view(6, 4) % 16
 def shifted(view: ParameterView, model: nn.Module) -> Subject:
     """A probe; the next one must see the same as before."""
     start = copies(view.tensors)
-    with torch.no_grad(), view.shifted(POINT):
+    with view.shifted(POINT):
         there = model(IDS)
 
     def work() -> None:
-        with torch.no_grad(), view.shifted(POINT):
+        with view.shifted(POINT):
             model(IDS)
 
     def faults() -> list[str]:
         found = [] if equal(start, view.tensors) else ["weights differ"]
         for name, tensor in view.tensors.items():
             tensor.data.copy_(start[name])
-        with torch.no_grad(), view.shifted(POINT):
+        with view.shifted(POINT):
             again = model(IDS)
         return found + ([] if torch.equal(there, again) else ["the next probe differs"])
 
@@ -224,3 +231,45 @@ def replayed(folder: Path) -> Subject:
         return [] if equal(end, other.tensors) else ["the replay ends elsewhere"]
 
     return Subject(lambda: way.to(0) and None, lambda: way.to(3), faults, again)
+
+
+def saved(folder: Path) -> Subject:
+    """A checkpoint of ZOTrainer: whole, or passed over when training is resumed."""
+    source, labels = tiny()
+    view = ParameterView.full(source, scratch="copy")
+    args = ZOConfig(
+        str(folder),
+        max_steps=2,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = ZOTrainer(
+        source,
+        args,
+        train_dataset=Dataset.from_list(labels),
+        data_collator=ClassificationLoss(source).collate,
+        view=view,
+        zo_optimizer=MeZO(),
+    )
+    trainer.train()
+    start, place = copies(view.tensors), folder / "checkpoint-2"
+
+    def faults() -> list[str]:
+        found = [] if equal(start, view.tensors) else ["weights differ"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            whole = last_whole_checkpoint(folder)
+        if whole is not None:
+            Checkpoint.read(whole).fit(view)
+            kept = load_file(place / "model.safetensors")
+            if not equal(kept, dict(source.named_parameters())):
+                found.append("a checkpoint that is taken for whole has other weights")
+        return found
+
+    def work() -> None:
+        trainer._save_checkpoint(source, None)
+
+    return Subject(lambda: shutil.rmtree(place, ignore_errors=True), work, faults, source)

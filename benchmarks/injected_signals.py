@@ -91,7 +91,9 @@ def attack(subject: Subject, most: int) -> Outcome:
     subject.work()  # what is made at first use is there
     subject.prepare()
     total = instructions(subject.work)
-    places = range(0, total, -(-total // most))
+    places = (
+        sorted({index * total // most for index in range(most)}) if most < total else range(total)
+    )
     patched, faults, cuts = marks(subject.model), [], 0
     for index, place in enumerate(places):
         number = SIGNALS[index % len(SIGNALS)]
@@ -99,8 +101,8 @@ def attack(subject: Subject, most: int) -> Outcome:
         trace = _Trace(place, number)
         cuts += trace.run(subject.work)
         found = [*subject.faults(), *left_behind(), *differing(patched, marks(subject.model))]
-        faults += [f"{number.name} at {place} ({trace.where}): {fault}" for fault in found]
         if found:
+            faults.append(f"{number.name} at {place} ({trace.where}): {'; '.join(found)}")
             repair()
     return Outcome(len(places), cuts, faults)
 
@@ -118,8 +120,8 @@ def attack_by_timer(subject: Subject, times: int, seed: int) -> Outcome:
         subject.prepare()
         cuts += _rung(subject.work, moments.uniform(1e-6, length))
         found = [*subject.faults(), *left_behind(), *differing(patched, marks(subject.model))]
-        faults += [f"SIGALRM from a timer: {fault}" for fault in found]
         if found:
+            faults.append("; ".join(found))
             repair()
     return Outcome(times, cuts, faults)
 

@@ -79,7 +79,7 @@ def by_minimize(
     objective: Callable[[Any], Any] = ClassificationLoss,
     evaluation: EvaluationOptions | None = None,
     metrics: bool = False,
-    steps: int = 60,
+    steps: int = 30,
 ) -> None:
     """One life of a run of ``minimize``."""
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def by_minimize(
     finish(tuned, folder)
 
 
-def by_trainer(folder: Path, source: Source, view: str, steps: int = 40) -> None:
+def by_trainer(folder: Path, source: Source, view: str, steps: int = 16) -> None:
     """One life of a training by ZOTrainer that saves every few steps."""
     torch.manual_seed(0)
     model, examples = source()
@@ -130,7 +130,7 @@ def by_trainer(folder: Path, source: Source, view: str, steps: int = 40) -> None
     finish(tuned, folder)
 
 
-def written(folder: Path, steps: int = 40) -> None:
+def written(folder: Path, steps: int = 30) -> None:
     """One life of a run on a reward of generated text, by a tiny model with real generation."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -123,9 +123,10 @@ def test_tuners(tmp_path: Path, tuner: str) -> None:
 
 
 def test_a_mixture_of_saved_adapters(tmp_path: Path) -> None:
-    adapters = {str(alpha): str(tmp_path / str(alpha)) for alpha in (1, 8)}
-    for alpha, folder in adapters.items():
-        config = peft.LoraConfig(r=2, lora_alpha=int(alpha), init_lora_weights=False, **LINEAR)
+    adapters = {name: str(tmp_path / name) for name in ("0", "1")}
+    for name, folder in adapters.items():
+        alpha = 1 + 7 * int(name)  # unlike each other, or nothing would depend on their shares
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, **LINEAR)
         adapted("llama", config).save_pretrained(folder)
 
     def make() -> ParameterView:

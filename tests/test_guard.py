@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
 from zo_adapt.errors import ViewInUseError
 from zo_adapt.evaluation.forward import replaced_forwards
-from zo_adapt.interrupt import Guard
+from zo_adapt.interrupt import Guard, undone, uninterrupted
 
 TERMS = [Term(1, 0.5)]
 KINDS = [
@@ -171,3 +171,78 @@ def test_forwards_are_put_back_whatever_comes() -> None:
     ):
         signal.raise_signal(signal.SIGINT)
     assert layer.__dict__["forward"] is own
+
+
+def test_a_time_limit_is_not_taken_for_a_failed_attempt() -> None:
+    """Whichever call of the objective it cuts: the first look, the check of rows or the step."""
+    data = torch.arange(8.0).view(4, 2)
+
+    def calls_until(cut: int) -> int:
+        model, calls = nn.Linear(2, 1).eval(), [0]
+
+        def loss(batch: torch.Tensor) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] == cut:
+                signal.raise_signal(signal.SIGALRM)
+            return model(batch).square().mean(1)
+
+        tuned = ParameterView.full(model)
+        start = tuned.hash()
+        try:
+            minimize(loss, tuned, data, MeZO(), batch_size=2, max_steps=1, progress=False)
+        except Cut:
+            assert tuned.hash() == start
+            assert torch.is_grad_enabled()
+            return calls[0]
+        return -calls[0]
+
+    with cutting(signal.SIGALRM):
+        whole = -calls_until(0)
+        assert whole > 3
+        assert [calls_until(cut) for cut in range(1, whole + 1)] == list(range(1, whole + 1))
+
+
+@pytest.mark.parametrize("number", KINDS)
+def test_a_signal_while_the_handlers_are_exchanged_leaves_none_of_ours(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, exchanged = signal.signal, [0]
+
+    def cut_at(moment: int) -> bool:
+        def exchanging(which: int, handler: Any) -> Any:
+            before = exchange(which, handler)
+            exchanged[0] += 1
+            if exchanged[0] == moment:
+                signal.raise_signal(number)
+            return before
+
+        exchanged[0] = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "signal", exchanging)
+            try:
+                with uninterrupted():
+                    pass
+            except Cut:
+                return True
+        return False
+
+    with ExitStack() as stack:
+        for kind in KINDS:
+            stack.enter_context(cutting(kind))
+        handlers = [signal.getsignal(kind) for kind in KINDS]
+        cuts = [cut_at(moment) for moment in range(1, 2 * len(KINDS) + 1)]
+        assert all(cuts)
+        assert [signal.getsignal(kind) for kind in KINDS] == handlers
+
+
+def test_changes_are_undone_in_reverse_also_where_one_of_them_fails() -> None:
+    done: list[str] = []
+
+    def changes() -> Iterator[Any]:
+        yield lambda: done.append("first undone")
+        yield lambda: done.append("second undone")
+        raise ValueError("the third cannot be made")
+
+    with pytest.raises(ValueError, match="third"), undone(changes()):
+        done.append("never here")
+    assert done == ["second undone", "first undone"]
