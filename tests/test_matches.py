@@ -432,7 +432,7 @@ def test_the_default_optimizer_asks_a_hard_count_on_enough_rows(
         evaluation=EvaluationOptions(joint_rows="off"),
         **QUIET,
     )
-    assert set(sizes) == {rows}
+    assert set(sizes[1:]) == {rows}  # the first call is the look at the view, on two rows
 
 
 # --- the perturbation of a count ----------------------------------------------------------------
