@@ -188,7 +188,28 @@ def test_a_count_does_not_send_the_weights_away() -> None:
     assert (search.displacement, search.finished) == (0.25, True)
     flat = Calibration(0.25, shrinks_only=True)
     flat._narrow(Response(even=0.0, odd=0.0))
-    assert (flat.displacement, flat.finished) == (16.0, False)
+    assert (flat.displacement, flat.finished) == (2.0, False)
+
+
+def test_where_nothing_responds_the_displacement_is_the_views() -> None:
+    search = Calibration(0.25)
+    while not search.finished:
+        search._narrow(Response(even=0.0, odd=0.0))
+    assert (search.displacement, search.rounds) == (0.25, 4)
+
+
+def test_a_kept_state_does_not_change_with_the_run() -> None:
+    p, optimizer = problem(), MAKE()
+    states = list[dict[str, Any]]()
+
+    def keep(step: Step) -> None:
+        states.append(optimizer.state_dict()["finder"]["look_ahead"])
+
+    minimize(
+        p.objective, p.view, p.data, optimizer, batch_size=8, max_queries=2_500, callback=keep,
+        **QUIET,
+    )  # fmt: skip
+    assert [len(state["window"]) for state in states[:3]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("start", [1e-6, 0.25, 1e5])

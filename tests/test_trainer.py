@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from objectives import CausalLMLoss, ClassificationLoss
-from zo_adapt import ByDistance, MeZO, MeZOSVRG, ParameterView, Rate, ZOConfig, ZOTrainer
+from zo_adapt import ByDistance, MeZO, MeZOSVRG, ParameterView, Rate, ZOConfig, ZOTrainer, replay
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import TensorRows
@@ -608,3 +608,20 @@ def test_only_what_must_be_is_overridden() -> None:
     own = {name for name in vars(ZOTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
     state = {"_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"}
     assert own == {"create_optimizer", "get_train_dataloader", "training_step", "log"} | state
+
+
+def test_adapters_may_start_where_the_training_data_are(tmp_path: Path) -> None:
+    """The trajectory replays from the adapter that was saved as it started."""
+    model = lora_model()
+    plain = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
+    trainer_of(tmp_path, model, max_steps=3, optimizer="mezo", lora_start_rows=24).train()
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            assert not torch.equal(p, plain[name])
+    again = lora_model()
+    again.load_adapter(tmp_path / "initial_adapter", "default")
+    replay(ParameterView.trainable(again), tmp_path / "trajectory.zot")
+    assert ParameterView.trainable(again).hash() == ParameterView.trainable(model).hash()
+    stream = Dataset.from_list(toy_rows(64)).to_iterable_dataset()
+    with pytest.raises(OptionError, match="lora_start_rows"):
+        trainer_of(tmp_path, max_steps=3, train_dataset=stream, lora_start_rows=8).train()

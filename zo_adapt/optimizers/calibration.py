@@ -35,7 +35,9 @@ RATIO = 0.2
 ROWS, MOST_ROWS, LEAST_ROWS, LEAST_DIRECTIONS = 16, 64, 4, 4
 USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
 """Of the queries: beyond the first nothing is refined, beyond the second nothing is asked."""
-MOST_ROUNDS, MOST_FAILURES = 12, 4
+MOST_ROUNDS, MOST_FAILURES, MOST_FLAT = 12, 4, 4
+FLAT_FACTOR = 8.0
+"""How much further to look where nothing responds."""
 
 
 class Response(NamedTuple):
@@ -136,6 +138,10 @@ class Calibration:
             # Not for lying too far, then: the step itself will say what is wrong.
             self.finished = True
             return
+        if seen.odd == 0.0 and self.high is None and self.rounds == MOST_FLAT:
+            # Nothing responds at any distance: the steps say so, from where they would be.
+            self.displacement, self.finished = here / FLAT_FACTOR ** (self.rounds - 1), True
+            return
         too_far = ratio >= RATIO or self._saturates(seen)
         if too_far:
             self.high = here if self.high is None else min(self.high, here)
@@ -160,7 +166,7 @@ class Calibration:
     def _factor(self, seen: Response) -> float:
         """By which the displacement should change, as the ratio grows with it."""
         if seen.odd == 0.0:
-            return 64.0
+            return FLAT_FACTOR
         # Far below the target the ratio is mostly noise: only that it is far below is known.
         most = 32.0 if seen.ratio < RATIO / 20 and self.rounds < 7 else 4.0
         return min(max(RATIO / max(seen.ratio, 1e-9), 1 / 32), most)

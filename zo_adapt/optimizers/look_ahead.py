@@ -163,6 +163,8 @@ class LookAhead:
         """All that changes, as JSON can hold it."""
         names = ("rows", "looks", "taken", "growth", "window")
         numbers = {name: getattr(self, name) for name in names}
+        # A copy: what the run goes back to, where a step fails, must not change with it.
+        numbers["window"] = list(self.window)
         return numbers | {"evidence": list(vars(self.evidence).values())}
 
     @classmethod
