@@ -16,7 +16,7 @@ from zo_adapt.evaluation.forward import replaced_forwards
 from zo_adapt.evaluation.trunk.call import Call, kind_of
 from zo_adapt.evaluation.trunk.cut import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
-from zo_adapt.evaluation.trunk.parts import parts_of
+from zo_adapt.evaluation.trunk.parts import parts_of, tensors_of
 from zo_adapt.evaluation.trunk.store import Store
 from zo_adapt.interrupt import undone
 
@@ -262,15 +262,3 @@ def _wrapped(module: nn.Module, function: Callable[..., Any], *more: Any) -> Cal
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The hidden states among a block's arguments: the first tensor."""
     return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_of(item)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.evaluation.trunk.call import Call
-from zo_adapt.evaluation.trunk.calls import tensors_of
+from zo_adapt.evaluation.trunk.parts import tensors_of
 
 
 class Named(NamedTuple):

@@ -41,7 +41,7 @@ def parts_of(rows: Rows, chosen: Sequence[int], arguments: tuple[Any, Any]) -> I
         chosen: Numbers of those wanted.
         arguments: Positional and named arguments of the call.
     """
-    tensors = list(_tensors(arguments))
+    tensors = list(tensors_of(arguments))
     device = next((t.device.type for t in tensors), "cpu")
     device = device if device in ROWS else "cuda"
     size, width = len(rows.keys), rows.width
@@ -70,15 +70,16 @@ def _some(rows: Rows, index: Sequence[int], width: int) -> Rows:
     return Rows(keys, of(rows.starts), of(rows.stops), width)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _cut(value: Any, index: Sequence[int], size: int, widths: tuple[int, int] | None) -> Any:
