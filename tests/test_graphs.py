@@ -42,22 +42,24 @@ def test_off_the_gpu_the_function_is_called() -> None:
         assert graphs.call(lambda content: content["x"] + 1, {"x": torch.ones(1)}, None) == 2
 
 
-def test_only_what_allows_it_is_captured() -> None:
+@pytest.mark.parametrize(
+    ("asked", "scratch", "capturable", "why_not"),
+    [
+        ("auto", "copy", True, "the view is not on a GPU"),
+        ("auto", "layer", True, "the view is not on a GPU"),
+        ("auto", "copy", False, "the objective does not say that it can be captured"),
+        ("on", "copy", False, "the view is not on a GPU"),
+        ("off", "copy", True, "they are switched off"),
+    ],
+)
+def test_only_what_allows_it_is_captured(
+    asked: Any, scratch: Any, capturable: bool, why_not: str
+) -> None:
     model = lora_model()
-    view = ParameterView.trainable(model)
-    assert LocalEvaluator(ClassificationLoss(model), view)._graphs is not None
-    assert LocalEvaluator(lambda _: 0.0, view)._graphs is None
-    by_layer = ParameterView.trainable(model, scratch="layer")
-    assert LocalEvaluator(ClassificationLoss(model), by_layer)._graphs is not None
-    assert (
-        LocalEvaluator(lambda _: 0.0, view, EvaluationOptions(cuda_graphs="on"))._graphs is not None
-    )
-    assert (
-        LocalEvaluator(
-            ClassificationLoss(model), view, EvaluationOptions(cuda_graphs="off")
-        )._graphs
-        is None
-    )
+    view = ParameterView.trainable(model, scratch=scratch)
+    objective = ClassificationLoss(model) if capturable else lambda _: 0.0
+    plan = LocalEvaluator(objective, view, EvaluationOptions(cuda_graphs=asked)).plan
+    assert (plan.captured, plan.graphs, plan.why_not["graphs"]) == (False, 0, why_not)
 
 
 def values(evaluator: LocalEvaluator, source: Any, seeds: range) -> list[Tensor]:
@@ -92,8 +94,8 @@ def test_captured_values_are_those_of_plain_calls(scratch: Any, joint_rows: int 
         )
         source = as_source(examples(8), loss.collate)
         runs.append(values(evaluator, source, range(6)))
-        assert (evaluator._graphs is not None and len(evaluator._graphs._graphs) > 0) == graphs
-        assert evaluator._graphs is None or evaluator._graphs.why_not is None
+        assert (evaluator.plan.graphs > 0) == graphs
+        assert ("graphs" in evaluator.plan.why_not) == (not graphs)
     for plain, captured in zip(*runs, strict=True):
         assert torch.allclose(plain, captured, atol=1e-6)
 
@@ -144,8 +146,7 @@ def test_what_cannot_be_captured_runs_without() -> None:
         evaluator.evaluate([Probe(Shift((Term(1, 0.1),)), batch)])[0].value for _ in range(5)
     ]
     assert len(set(answers)) == 1
-    assert evaluator._graphs is not None
-    assert "capturing failed" in (evaluator._graphs.why_not or "")
+    assert "capturing failed" in evaluator.plan.why_not["graphs"]
     assert evaluator.view.hash() == before
 
 
@@ -169,9 +170,8 @@ def test_graphs_of_many_shapes_keep_what_they_read() -> None:
             expected, found = (e.evaluate([probe])[0].value for e in (plain, captured))
             assert found == pytest.approx(expected, abs=1e-6)
             torch.cuda.empty_cache()
-    assert captured._graphs is not None
-    assert captured._graphs.why_not is None
-    assert len(captured._graphs._graphs) > 1
+    assert "graphs" not in captured.plan.why_not
+    assert captured.plan.graphs > 1
 
 
 @pytest.mark.cuda
@@ -200,8 +200,7 @@ def test_a_graph_reads_no_value_that_was_made_before_it() -> None:
         probe = Probe(Shift((Term(turn, 0.3),)), Batch(source, range(40)))
         expected, found = (e.evaluate([probe])[0].value for e in (plain, captured))
         assert found == pytest.approx(expected, abs=1e-5)
-    assert captured._graphs is not None
-    assert len(captured._graphs._graphs) == 1
+    assert captured.plan.graphs == 1
 
 
 @pytest.mark.cuda

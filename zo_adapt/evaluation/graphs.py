@@ -53,6 +53,10 @@ class Graphs:
         on_gpu = all(tensor.is_cuda for tensor in view.tensors.values())
         self.why_not = None if on_gpu else "the view is not on a GPU"
 
+    def __len__(self) -> int:
+        """Graphs that were captured so far."""
+        return len(self._graphs)
+
     def call(self, function: Callable[[Any], Any], content: Any, key: Hashable) -> Any:
         """``function(content)``.
 

@@ -135,6 +135,7 @@ class LocalEvaluator:
             layers=0 if trunk is None else trunk.layers,
             nbytes=0 if trunk is None else trunk.nbytes,
             captured="graphs" not in why_not,
+            graphs=0 if self._graphs is None else len(self._graphs),
             why_not=why_not,
         )
 

@@ -11,12 +11,13 @@ class Plan:
         candidates: Most points evaluated in one forward so far; 1: one at a time.
         layers: Frozen layers that run once for each example; 0: all run every time.
         nbytes: Bytes that their kept activations take.
-        captured: Whether evaluations are replayed from CUDA graphs.
+        captured: Whether evaluations are replayed from CUDA graphs, once a shape has recurred.
+        graphs: CUDA graphs that were captured so far.
         why_not: Why a faster way is not gone, by its name: "joint", "trunk", "graphs"; one that is
             gone, or may still be, is missing.
 
     Example:
-        >>> print(Plan(8, 4, 2**20, False, {"graphs": "the view is not on a GPU"}))
+        >>> print(Plan(8, 4, 2**20, why_not={"graphs": "the view is not on a GPU"}))
         8 candidates a forward; trunk of 4 layers reused, 1 MB; graphs: the view is not on a GPU
     """
 
@@ -24,6 +25,7 @@ class Plan:
     layers: int = 0
     nbytes: int = 0
     captured: bool = False
+    graphs: int = 0
     why_not: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
