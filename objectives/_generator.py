@@ -75,8 +75,17 @@ class Generator:
         stops = self._config.stop_strings or []
         self._stops = [stops] if isinstance(stops, str) else list(stops)
 
-    def __call__(self, ids: Tensor, mask: Tensor, seed: int) -> Generated:
-        """Completions of left-padded prompts (b, t); what is drawn is a function of the seed."""
+    def __call__(
+        self, ids: Tensor, mask: Tensor, seed: int, more: Mapping[str, Tensor] | None = None
+    ) -> Generated:
+        """Completions of left-padded prompts (b, t); what is drawn is a function of the seed.
+
+        Args:
+            ids: The prompts.
+            mask: 1 where they have a token.
+            seed: Of what is drawn.
+            more: What else the model takes, a value for every row.
+        """
         # It is the tokenizer that knows which tokens spell a stop string.
         spelling = {"tokenizer": self._tokenizer} if self._stops else {}
         with _own_randomness(seed, self._model):
@@ -86,6 +95,7 @@ class Generator:
                 generation_config=self._config,
                 logits_processor=LogitsProcessorList([_refuse_nan]),
                 **spelling,
+                **(more or {}),
             )
         output = output if isinstance(output, Tensor) else output.sequences
         if len(output) != len(ids):
@@ -205,4 +215,9 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in known:
             raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
+    if given.get("num_return_sequences") not in (None, 1):
+        raise OptionError(
+            f"num_return_sequences={given['num_return_sequences']}; leave it 1: a reward is of one "
+            "text for each prompt"
+        )
     return dict(given)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from objectives._encoded import PromptBatch, PromptEncoder, columns_of, is_chat, left_padded
 from objectives._fit import reads, virtual_tokens
 from objectives._generator import Generated, Generator
+from objectives._model import TASK_IDS, accepted_arguments
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
@@ -172,10 +173,18 @@ class GenerationReward(Mixable, SetObjective):
         seed = self._sampling_seed(prepared)
         with self.evaluating():
             if virtual_tokens(self.model) and not bool(mask.all()):
-                return self._by_length(ids, mask, seed)
-            return self._generator(ids, mask, seed)
+                return self._by_length(ids, mask, seed, self._tasks(prepared))
+            return self._generator(ids, mask, seed, self._tasks(prepared))
 
-    def _by_length(self, ids: Tensor, mask: Tensor, seed: int) -> Generated:
+    def _tasks(self, batch: PromptBatch) -> dict[str, Tensor]:
+        """The task of every row, where the model has a tuner of several tasks and asks for it."""
+        if TASK_IDS not in batch.columns or TASK_IDS not in (accepted_arguments(self.model) or ()):
+            return {}
+        return {TASK_IDS: torch.tensor(batch.columns[TASK_IDS], device=batch.input_ids.device)}
+
+    def _by_length(
+        self, ids: Tensor, mask: Tensor, seed: int, tasks: Mapping[str, Tensor]
+    ) -> Generated:
         """Prompts of one length at a time: peft's virtual tokens stand before the padding.
 
         With padding between, what a prompt is answered would depend on the longest beside it.
@@ -185,7 +194,8 @@ class GenerationReward(Mixable, SetObjective):
         lengths = mask.sum(1)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()
-            found = self._generator(ids[rows, -length:], mask[rows, -length:], seed)
+            own_tasks = {name: values[rows] for name, values in tasks.items()}
+            found = self._generator(ids[rows, -length:], mask[rows, -length:], seed, own_tasks)
             for row, text, own in zip(rows.tolist(), found.texts, found.ids, strict=True):
                 texts[row], written[row] = text, own
         return Generated(texts, written)
