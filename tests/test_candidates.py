@@ -508,6 +508,14 @@ def test_rows_that_know_of_each_other(function: Any) -> None:
     assert evaluator.plan.why_not.get("joint")
 
 
+def test_weights_tied_by_their_memory_are_not_joined() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).eval()
+    model[2].weight = nn.Parameter(model[0].weight.data.T)
+    view = ParameterView.matching(model, "weight")
+    probes = asked(as_source(torch.randn(16, 8)))
+    refused(lambda x: model(x).square().sum(1), view, probes, "belongs to several modules")
+
+
 def test_a_forward_that_stops_being_in_blocks_goes_one_by_one() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
     view = ParameterView.full(model)
