@@ -210,7 +210,7 @@ def test_messages_pass_through_untouched(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=1, optimizer="mezo")
     rows = Dataset.from_list([{"prompt": chat} for chat in chats])
     ZOTrainer(model, args, train_dataset=rows, objective=reward).train()
-    assert len(seen) == 2 + 2 * 8  # two rows are looked at before the first step
+    assert len(seen) == 2 * 2 + 2 * 8  # two rows are looked at before the first step, twice
     assert all(chat in chats for chat in seen)
 
 
@@ -298,7 +298,7 @@ def test_every_point_sees_the_same_draw_of_the_objectives_own_collator(tmp_path:
     rows = [{"input_ids": [5, 6 + i % 3, 7], "labels": i % 2} for i in range(16)]
     args = arguments(tmp_path, max_steps=2, optimizer="mezo", micro_batch_size=4)
     ZOTrainer(model, args, train_dataset=rows, objective=objective).train()
-    del seen[0]  # the look at the view before the first step
+    del seen[:2]  # the look at the view before the first step
     assert len(seen) == 2 * 2 * 2
     for step in (seen[:4], seen[4:]):
         assert torch.equal(step[0], step[2])
@@ -319,7 +319,7 @@ def test_parts_of_a_batch_of_examples_are_fair_to_every_class(tmp_path: Path) ->
     rows = [{"input_ids": [5, 6, 7], "labels": int(i >= 4)} for i in range(8)]
     args = arguments(tmp_path, max_steps=2, optimizer="mezo", micro_batch_size=4)
     ZOTrainer(model, args, train_dataset=rows, objective=objective).train()
-    assert set(shares[1:]) == {0.5}  # after the look at the view, on two rows
+    assert set(shares[2:]) == {0.5}  # after the look at the view, on two rows
 
 
 def test_another_collator_is_respected(tmp_path: Path) -> None:

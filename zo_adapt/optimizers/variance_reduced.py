@@ -48,7 +48,9 @@ class VarianceReduced(ZerothOrder):
     Args:
         estimate: Of the large batch; minibatch steps take its differences along one direction.
         apply: How an estimate is applied.
-        snapshot_interval: q >= 1, steps from one snapshot to the next.
+        snapshot_interval: q >= 1, steps from one snapshot to the next. The way back to theta_bar is
+            one term for every step since, so that the time of a step and the state that a
+            trajectory keeps beside it grow with q: choose tens, not thousands.
         snapshot_size: Rows of the large batch; "batch": of a minibatch; "all": the whole set.
         snapshot_lr: Rate of the snapshot steps; None: as of the others.
         coupling: Whether the two estimates of a minibatch step share their directions.
