@@ -32,7 +32,7 @@ from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import former_keywords
 from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
-from zo_adapt.trainer.data import Batching, TrainerSamples
+from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
 from zo_adapt.trainer.lora import start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
@@ -114,12 +114,14 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
         self._batching = Batching(self, wanted, collator)
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
+        self.train_dataset = readable(self.train_dataset)
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, wanted, zo_optimizer)
         self._metrics = as_metrics(metrics)
         self._monitor: Monitor | None = None
         self._run: Run | None = None
+        self._is_begun = False
         self._end = AtRunEnds(self)
         self.add_callback(self._end)
 
@@ -177,7 +179,11 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             raise OptionError("training_step needs a run; call train()")
         loss = 0.0
         try:
-            self._samples.receive(self._batching.received(inputs))
+            rows = self._batching.received(inputs)
+            self._samples.receive(rows)
+            if not self._is_begun:
+                look_first(self._run.evaluator.objective, rows, self.view)
+                self._begin_log(self._run)
             loss = self._run.step().value
         except BudgetExhausted:
             self._end.stop(StopReason.MAX_QUERIES, taken=False)
@@ -204,8 +210,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
 
     def _measured(self) -> dict[str, float]:
         """The metrics at the weights as they are."""
-        found = None if self._monitor is None else self._monitor.at(self.state.global_step)
-        return found or {}
+        return {} if self._monitor is None else self._monitor.at(self.state.global_step) or {}
 
     def begin_run(self, loader: Any) -> None:
         """Forget the last run and start one on what ``train_dataset`` gives; Trainer calls this.
@@ -249,9 +254,14 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             evaluation=options,
             batch_size=self.args.eval_batch_size,
         )
-        folder = Path(self.args.output_dir or ".")
-        begin_log(self._run, folder, self._settings(), self._checkpoint)
-        self._checkpoint = None
+        self._is_begun = False
+        # Of a stream the first examples come with the first step; a checkpoint knows what they say.
+        if source.has_length or self._checkpoint is not None:
+            self._begin_log(self._run)
+
+    def _begin_log(self, run: Run) -> None:
+        begin_log(run, Path(self.args.output_dir or "."), self._settings(), self._checkpoint)
+        self._checkpoint, self._is_begun = None, True
 
     def _settings(self) -> dict[str, Any]:
         """What a run depends on, beside its view, its budget and the model."""
