@@ -480,6 +480,7 @@ def test_a_text_that_is_missing_is_not_the_word_none() -> None:
 # --- 25: what a model takes, and what it is ------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_the_task_of_a_row_reaches_the_tuner() -> None:
     torch.manual_seed(0)
     poly = peft.PolyConfig(
