@@ -311,7 +311,7 @@ def run(objective: Callable[[Any], float], **options: Any) -> None:
 
 def test_a_signal_that_is_nearly_always_flat_is_named_with_figures() -> None:
     with pytest.warns(FlatObjectiveWarning) as caught:
-        run(rarely(50))
+        run(rarely(50), displacement=0.25)
     assert len(caught) == 1
     told = str(caught[0].message)
     assert "96 of 100 differences in 100 steps were exactly zero (96%)" in told

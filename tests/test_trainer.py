@@ -224,7 +224,7 @@ def test_a_step_is_the_optimizers_own_on_the_batches_that_trainer_makes(tmp_path
         return pad(rows) | {"labels": torch.arange(len(rows)) % 2}  # an order that is fair already
 
     def optimizer() -> MeZO:
-        return MeZO(num_directions=3, perturbation_scale=1e-2)
+        return MeZO(displacement=0.25, num_directions=3, perturbation_scale=1e-2)
 
     model = lora_model()
     Recording(
@@ -276,8 +276,9 @@ def test_a_causal_language_model_learns_by_its_own_loss_and_by_an_objective(
         logged = [e["loss"] for e in trainer.state.log_history if "loss" in e]
         assert logged[-1] < 0.9 * logged[0]
         losses.append(logged)
-    # rows of one length: the mean over tokens and the mean over texts are the same
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    # Rows of one length: the mean over tokens and the mean over texts are the same. How far steps
+    # go is found from one value a batch, or from one a text.
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2)
 
 
 # --- the loss -----------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def test_every_point_of_an_estimate_sees_the_same_draw_of_a_random_collator(
         batch["input_ids"] = torch.randint(5, VOCABULARY, batch["input_ids"].shape)
         return batch
 
-    optimizer = MeZOSVRG(snapshot_interval=1, snapshot_size=40, num_directions=2, one_sided=False)
+    optimizer = MeZOSVRG(displacement=0.25, snapshot_size=40, num_directions=2, one_sided=False)
     trainer = trainer_of(
         tmp_path, max_steps=2, micro_batch_size=8, data_collator=drawing, zo_optimizer=optimizer
     )
@@ -426,8 +427,9 @@ def test_a_budget_of_queries_is_never_exceeded_and_unmade_steps_are_not_counted(
 ) -> None:
     watch = Watch()
     trainer = trainer_of(
-        tmp_path, max_steps=50, optimizer="mezo", max_queries=budget, callbacks=[watch]
-    )
+        tmp_path, max_steps=50, optimizer="mezo", displacement=0.25, max_queries=budget,
+        callbacks=[watch],
+    )  # fmt: skip
     trainer.train()
     assert trainer.queries == steps * 2 * 16
     assert trainer.state.global_step == steps

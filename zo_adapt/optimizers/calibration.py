@@ -35,6 +35,8 @@ RATIO = 0.2
 ROWS, MOST_ROWS, LEAST_ROWS, LEAST_DIRECTIONS = 16, 64, 4, 4
 USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
 """Of the queries: beyond the first nothing is refined, beyond the second nothing is asked."""
+UNSEEN_FACTOR, MOST_LEAP = 1 / 8, 2.0
+"""Of the view's displacement where the budget allows no look, and beyond what was looked at."""
 MOST_ROUNDS, MOST_FAILURES, MOST_FLAT = 12, 4, 4
 FLAT_FACTOR = 8.0
 """How much further to look where nothing responds."""
@@ -94,7 +96,7 @@ class Calibration:
         """The points of the next round; none where it is found, or the budget is too small."""
         parts = [] if self.finished else self._parts(samples, budget)
         if not parts:
-            self.finished = True
+            self.give_up()
             return []
         # Directions on the same rows where there are few parts: what noise does differs with both.
         parts *= -(-LEAST_DIRECTIONS // len(parts))
@@ -106,6 +108,14 @@ class Calibration:
                 probes.append(Probe(Shift(along), batch))
         self.queries += sum(len(probe.batch) for probe in probes)
         return probes
+
+    def give_up(self) -> None:
+        """End the search where the budget does: no further than what was seen allows."""
+        if not self.finished and self.rounds == 0:
+            self.displacement *= UNSEEN_FACTOR
+        elif not self.finished and self.low is not None:
+            self.displacement = min(self.displacement, MOST_LEAP * self.low)
+        self.finished = True
 
     def take(self, evaluations: Sequence[Evaluation]) -> None:
         """Narrow the search by the values of the last round's probes."""

@@ -123,6 +123,6 @@ def _costs(
             if isinstance(asked, ZerothOrder):
                 asked.state.steps = step
                 samples = Samples(_Rows(rows), size, 0, None, min_rows)
-                known[key] = sum(len(probe.batch) for probe in asked.ask(samples))
+                known[key] = sum(len(probe.batch) for probe in asked.propose(samples))
         yield known[key]
         step += 1
