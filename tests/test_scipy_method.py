@@ -55,18 +55,18 @@ def test_it_minimises_and_counts_every_call(name: str) -> None:
 )
 def test_budgets_are_exact(options: dict[str, int], nit: int, nfev: int) -> None:
     fun = Bowl()
-    method = scipy_method("mezo", displacement=0.5)
+    method = scipy_method("mezo", num_directions=1, displacement=0.5)
     result = minimize(fun, X0, method=method, options=options)
     assert (result.nit, result.nfev, len(fun.places)) == (nit, nfev, nfev)
 
 
 @pytest.mark.parametrize("maxfev", [1, 2])
 def test_a_run_without_a_step_is_no_success(maxfev: int) -> None:
-    result = minimize(Bowl(), X0, method=scipy_method("mezo", maxfev=maxfev))
+    result = minimize(Bowl(), X0, method=scipy_method("mezo", num_directions=1, maxfev=maxfev))
     assert (result.nit, result.nfev, result.success, result.status) == (0, 1, False, 1)
     assert f"maxfev={maxfev} is less than" in result.message
     assert np.array_equal(result.x, X0)
-    enough = minimize(Bowl(), X0, method=scipy_method("mezo", maxfev=3))
+    enough = minimize(Bowl(), X0, method=scipy_method("mezo", num_directions=1, maxfev=3))
     assert (enough.nit, enough.nfev, enough.success, enough.status) == (1, 3, True, 0)
 
 
@@ -101,7 +101,7 @@ def test_a_step_beyond_every_number_is_a_failure_not_an_error() -> None:
 
 
 def test_an_optimizer_of_the_package_and_a_pickle_of_the_method() -> None:
-    optimizer = MeZO(lr=1e-2, num_directions=2)
+    optimizer = MeZO(lr=1e-2, one_sided=False, num_directions=2)
     method = scipy_method(optimizer, maxiter=5)
     result = minimize(Bowl(), X0, method=method)
     assert result.nfev == 21
@@ -146,7 +146,7 @@ def test_a_callback_of_the_intermediate_result() -> None:
         seen.append(intermediate_result)
 
     fun = Bowl()
-    method = scipy_method("mezo-svrg", maxiter=5, shaping="base", displacement=0.5)
+    method = scipy_method("mezo", maxiter=5, shaping="base", displacement=0.5)
     result = minimize(fun, X0, method=method, callback=callback)
     assert [r.nit for r in seen] == [1, 2, 3, 4, 5]
     assert [r.nfev for r in seen] == [9, 18, 27, 36, 45]
@@ -164,7 +164,7 @@ def test_nothing_but_the_final_value_is_evaluated_after_stop_iteration() -> None
         if len(calls) == 3:
             raise StopIteration
 
-    method = scipy_method("mezo", maxiter=50, displacement=0.5)
+    method = scipy_method("mezo", num_directions=1, maxiter=50, displacement=0.5)
     result = minimize(fun, X0, method=method, callback=callback)
     assert calls == [2, 4, 6]
     assert (result.nit, result.nfev, len(fun.places)) == (3, 7, 7)
@@ -193,7 +193,7 @@ def test_nan_stops_at_the_last_good_step() -> None:
     def failing(x: np.ndarray) -> float:
         return math.nan if len(fun.places) == 6 else fun(x)
 
-    method = scipy_method("mezo", maxiter=50, displacement=0.5)
+    method = scipy_method("mezo", num_directions=1, maxiter=50, displacement=0.5)
     result = minimize(failing, X0, method=method, callback=places.append)
     assert (result.success, result.status, result.nit) == (False, 2, 3)
     assert np.array_equal(result.x, places[-1])
@@ -267,7 +267,7 @@ def test_what_comes_with_the_call_is_checked_before_any_evaluation() -> None:
 
 
 def test_disp_prints_a_report(capsys: pytest.CaptureFixture[str]) -> None:
-    method = scipy_method("mezo", maxiter=5, displacement=0.5)
+    method = scipy_method("mezo", num_directions=1, maxiter=5, displacement=0.5)
     minimize(Bowl(), X0, method=method)
     assert not capsys.readouterr().out
     minimize(Bowl(), X0, method=method, options={"disp": True})

@@ -117,13 +117,17 @@ class Calibration:
             self.displacement = min(self.displacement, MOST_LEAP * self.low)
         self.finished = True
 
-    def take(self, evaluations: Sequence[Evaluation]) -> None:
+    def take(self, evaluations: Sequence[Evaluation]) -> Response:
         """Narrow the search by the values of the last round's probes."""
-        self._narrow(response(self._batches, evaluations))
+        seen = response(self._batches, evaluations)
+        self._narrow(seen)
+        return seen
 
-    def take_failure(self) -> None:
+    def take_failure(self) -> Response:
         """Narrow the search where the objective was not finite."""
-        self._narrow(Response(math.inf, math.inf))
+        seen = Response(math.inf, math.inf)
+        self._narrow(seen)
+        return seen
 
     def _parts(self, samples: Samples, budget: Budget) -> list[Batch]:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""

@@ -212,15 +212,17 @@ class ZerothOrder(Settings, ABC):
         """The hyper-parameters in force, for a log and to compare on resuming."""
         own = super().settings()
         estimate, apply = own.pop("estimate"), own.pop("apply")
-        # What the view and the objective decided, in place of None.
+        # In place of None what the view and the objective decided: not what was measured since,
+        # for that is of the run, and settings are compared with those of another start.
+        displacement, mu = self.state.at_start
         return {
             "optimizer": type(self).__name__,
             "apply": type(apply).__name__,
             **apply.settings(),
-            "displacement": self.state.descent.displacement,
+            "displacement": displacement,
             "estimate": type(estimate).__name__,
             **estimate.settings(),
-            "perturbation_scale": self.state.perturbation_scale,
+            "perturbation_scale": mu,
             **own,
         }
 

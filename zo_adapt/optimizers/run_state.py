@@ -32,6 +32,9 @@ class RunState:
         drawn: Seeds drawn so far.
         flat: Watches for an objective that does not change.
         asked: The directions of the step that was asked about and has not been taken.
+
+    Attributes:
+        at_start: Displacement and mu as the run began: what a setting of None stands for.
     """
 
     seed: int
@@ -44,6 +47,9 @@ class RunState:
     drawn: int = 0
     flat: FlatWatch = field(default_factory=FlatWatch)
     asked: Directions | None = None
+
+    def __post_init__(self) -> None:
+        self.at_start = (self.descent.displacement, self.perturbation_scale)
 
     def new_seeds(self, count: int) -> list[int]:
         """Seeds of ``count`` new directions: a function of the run's seed and a counter."""

@@ -1,6 +1,5 @@
 """LoRA adapters that start where the training data are, before ZOTrainer's first step."""
 
-from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
@@ -9,11 +8,9 @@ from zo_adapt.evaluation.objective import Objective
 from zo_adapt.trainer.data import TrainingRows
 from zo_adapt.view.lora_start import start_on
 
-INITIAL = "initial_adapter"
-
 
 def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> None:
-    """Set the adapters' A on training examples, and save them as the trajectory begins.
+    """Set the adapters' A on training examples.
 
     Raises:
         OptionError: The training set is a stream.
@@ -30,4 +27,3 @@ def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> 
     batch = Samples(source, count, args.seed, classes).minibatch()
     start_on(model, objective, batch.micro_batches(args.train_batch_size))
     source.forget()
-    model.save_pretrained(Path(args.output_dir or ".") / INITIAL)

@@ -89,7 +89,7 @@ def steps_within(
 
     Example:
         >>> from zo_adapt import MeZO
-        >>> steps_within(100, MeZO(), 10, [4, 4, 2], 1)  # 8 + 8 + 4 an epoch
+        >>> steps_within(400, MeZO(), 10, [4, 4, 2], 1)  # 32 + 32 + 16 an epoch
         15
     """
     interval = int(getattr(optimizer, "snapshot_interval", 1))
