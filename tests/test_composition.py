@@ -147,6 +147,19 @@ def test_settings_are_json_and_say_what_is_in_force(make: Callable[[], Any]) -> 
     assert settings["displacement"] > 0
 
 
+def test_mezo_svrg_corrects_by_a_large_batch_unless_told_otherwise() -> None:
+    found = run(MeZOSVRG(displacement=0.5))
+    assert [step.kind for step in found] == ["snapshot", "minibatch"] * 3
+    # A large batch of four times 6 rows is 6 shares, with 8 directions on each; the correction is
+    # one direction more.
+    assert [len(step.update.terms) for step in found[:2]] == [6 * 8, 6 * 8 + 1]
+    few = run(MeZOSVRG(displacement=0.5, snapshot_size=8), count=1)
+    assert len(few[0].update.terms) == 2 * 8
+    p = problem(logistic, labelled(10, 10))
+    (all_rows,) = steps(MeZOSVRG(displacement=0.5), *p, batch_size=6, seed=7, count=1)
+    assert len(all_rows.update.terms) == 2 * 8
+
+
 def test_the_papers_settings() -> None:
     assert MeZO.paper(1e-3) == MeZO(1e-3, estimate=TwoSided(perturbation_scale=1e-3))
     paper = MeZOSVRG.paper(1e-3, 1e-2, epoch_steps=4, perturbation_scale=1e-2)

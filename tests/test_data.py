@@ -76,8 +76,8 @@ def test_collate_of_the_caller_and_of_the_objective() -> None:
 
     view = ParameterView({"x": torch.zeros(1)})
     options: dict[str, Any] = {"batch_size": N, "max_steps": 1, "progress": False}
-    minimize(Objective(), view, NUMBERS, MeZO(1e-3), **options)
-    minimize(Objective(), view, Data(NUMBERS, lambda rows: "mine"), MeZO(1e-3), **options)
+    minimize(Objective(), view, NUMBERS, MeZO.paper(1e-3), **options)
+    minimize(Objective(), view, Data(NUMBERS, lambda rows: "mine"), MeZO.paper(1e-3), **options)
     assert sorted(seen[0].removeprefix("objective ")) == [str(n) for n in NUMBERS]
     assert seen[-1] == "mine"
 

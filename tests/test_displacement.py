@@ -79,7 +79,7 @@ def test_what_is_given_is_taken() -> None:
     result = minimize(p.objective, p.view, p.data, optimizer, batch_size=8, max_steps=3, **QUIET)
     assert optimizer.state.finder is None
     assert optimizer.state.descent.displacement == 0.125
-    assert result.queries == 3 * 16
+    assert result.queries == 3 * 64
 
 
 def test_measurements_are_queries_and_the_perturbation_follows() -> None:
@@ -90,7 +90,7 @@ def test_measurements_are_queries_and_the_perturbation_follows() -> None:
         callback=steps.append, **QUIET,
     )  # fmt: skip
     assert optimizer.measuring_queries > 0
-    assert steps[0].queries == optimizer.measuring_queries + 16
+    assert steps[0].queries == optimizer.measuring_queries + 64
     assert [step.step for step in steps] == list(range(1, result.steps + 1))
     assert 0.9 * 4_000 < result.queries <= 4_000
     assert {step.kind for step in steps} == {"minibatch"}
@@ -102,7 +102,7 @@ def test_measurements_are_queries_and_the_perturbation_follows() -> None:
 
 def test_a_budget_too_small_for_measurements_has_none_and_stays_near() -> None:
     p = problem()
-    optimizer = MeZO()
+    optimizer = MeZO(num_directions=1)
     result = minimize(p.objective, p.view, p.data, optimizer, batch_size=8, max_queries=40, **QUIET)
     assert optimizer.measuring_queries == 0
     assert found(optimizer) == p.view.displacement / 8
@@ -116,6 +116,10 @@ def test_a_budget_for_one_look_does_not_leap_beyond_it() -> None:
     assert search.displacement == 8.0
     search.give_up()
     assert (search.displacement, search.finished) == (0.5, True)
+    flat = Calibration(0.25)
+    flat._narrow(Response(even=0.0, odd=0.0))
+    flat.give_up()
+    assert flat.displacement == 0.25
 
 
 @OPTIMIZERS

@@ -16,7 +16,7 @@ from zo_adapt.loops.result import reason_of
 def run(steps: int = 7, **options: Any) -> Result:
     p = problem()
     return minimize(
-        options.pop("objective", p.objective), p.view, p.data, MeZO(lr=0.05),
+        options.pop("objective", p.objective), p.view, p.data, MeZO(lr=0.05, num_directions=1),
         batch_size=6, max_steps=steps, progress=False, **options,
     )  # fmt: skip
 

@@ -80,7 +80,7 @@ def test_annealing_judges_each_window_once() -> None:
 def seeds(seed: int, *counts: int) -> list[int]:
     optimizer = MeZO(1e-3, perturbation_scale=1e-2)
     optimizer.start(one(), seed)
-    return [found for count in counts for found in optimizer.new_seeds(count)]
+    return [found for count in counts for found in optimizer.state.new_seeds(count)]
 
 
 def test_every_direction_of_a_run_is_new(seed: int) -> None:

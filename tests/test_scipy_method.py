@@ -95,7 +95,7 @@ def test_a_step_beyond_every_number_is_a_failure_not_an_error() -> None:
         return 1e200 * fun(x)
 
     result = minimize(cliff, X0, method=scipy_method("mezo", lr=1e200, maxiter=5))
-    assert (result.success, result.status, result.nit, result.nfev) == (False, 3, 0, 3)
+    assert (result.success, result.status, result.nit, result.nfev) == (False, 3, 0, 9)
     assert "left the dtype's range" in result.message
     assert np.array_equal(result.x, X0)
 
@@ -289,7 +289,7 @@ def test_the_example_brings_the_cost_down_on_held_out_patients() -> None:
     cost, held_out = black_box_scipy.halves(seed=0)
     assert not set(map(tuple, cost.measured)) & set(map(tuple, held_out.measured))
     start = np.concatenate([np.zeros(30), np.ones(30), [0.5]])
-    method = scipy_method("mezo-svrg", displacement=1.0, shaping="ranks", maxfev=4000)
+    method = scipy_method(displacement=1.0, shaping="ranks", maxfev=4000)
     result = minimize(cost, start, method=method)
     assert result.fun < 0.3 * cost(start)
     assert held_out(result.x) < held_out(start)

@@ -168,10 +168,10 @@ def bytes_a_step(folder: Path, optimizer: Optimizer, **options: Any) -> float:
 
 def test_a_step_takes_at_most_64_bytes(tmp_path: Path) -> None:
     two = [Group("b", lr=0.5, perturbation_scale=2.0)]
-    decayed = MeZO(1e-3, num_directions=1, weight_decay=0.1)
-    assert bytes_a_step(tmp_path / "one", MeZO(1e-3, num_directions=1)) == 54
+    decayed = MeZO(1e-3, num_directions=1, one_sided=False, weight_decay=0.1)
+    assert bytes_a_step(tmp_path / "one", MeZO.paper(1e-3)) == 54
     assert bytes_a_step(tmp_path / "decay", decayed) == 54
-    assert bytes_a_step(tmp_path / "groups", MeZO(1e-3, num_directions=1), groups=two) == 64
+    assert bytes_a_step(tmp_path / "groups", MeZO.paper(1e-3), groups=two) == 64
     assert bytes_a_step(tmp_path / "both", decayed, groups=two) == 64
 
 

@@ -107,7 +107,7 @@ def side_by_side(
     evaluator = LocalEvaluator(p.objective, p.view)
     engine.start(p.view, SEED)
     source_of_seeds.start(p.view, SEED)
-    twin = Twin(p, source_of_seeds.new_seeds)
+    twin = Twin(p, source_of_seeds.state.new_seeds)
     start = twin.theta
     for t in range(STEPS):
         probes = engine.ask(samples)

@@ -111,11 +111,15 @@ class Calibration:
 
     def give_up(self) -> None:
         """End the search where the budget does: no further than what was seen allows."""
-        if not self.finished and self.rounds == 0:
-            self.displacement *= UNSEEN_FACTOR
-        elif not self.finished and self.low is not None:
-            self.displacement = min(self.displacement, MOST_LEAP * self.low)
+        if self.finished:
+            return
         self.finished = True
+        if self.last is None:
+            self.displacement *= UNSEEN_FACTOR
+        elif self.last[1] == 0.0 and self.high is None:
+            self.displacement /= FLAT_FACTOR**self.rounds  # back to where it began
+        elif self.low is not None:
+            self.displacement = min(self.displacement, MOST_LEAP * self.low)
 
     def take(self, evaluations: Sequence[Evaluation]) -> Response:
         """Narrow the search by the values of the last round's probes."""

@@ -220,6 +220,7 @@ class ZerothOrder(Settings, ABC):
             "apply": type(apply).__name__,
             **apply.settings(),
             "displacement": displacement,
+            "measured": apply.finds_displacement,
             "estimate": type(estimate).__name__,
             **estimate.settings(),
             "perturbation_scale": mu,

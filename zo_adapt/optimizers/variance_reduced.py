@@ -83,7 +83,10 @@ class VarianceReduced(ZerothOrder):
             raise OptionError(f"coupling={self.coupling!r}; choose 'shared' or 'independent'")
         if self.estimate.shaping != "none" and self.snapshot_interval != 1:
             # g has no unit then, and a difference of two estimates along one direction has.
-            raise OptionError(f"shaping={self.estimate.shaping!r} needs snapshot_interval=1")
+            raise OptionError(
+                f"shaping={self.estimate.shaping!r} needs snapshot_interval=1, as minibatch steps "
+                f"have none; choose that, or MeZO(shaping={self.estimate.shaping!r})"
+            )
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view, without a snapshot."""
