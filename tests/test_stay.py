@@ -48,7 +48,7 @@ def mean_loss(objective: Any, data: list[dict[str, Any]]) -> float:
 @pytest.mark.parametrize("steps", [2, 6, 16])
 @pytest.mark.parametrize("tuner", sorted(TUNERS))
 def test_a_causal_language_model_keeps_its_own_distribution(tuner: str, steps: int) -> None:
-    base = tiny_model("llama")
+    base = tiny_model("llama", "causal")
     data = own_texts(base)
     torch.manual_seed(0)
     model = peft.get_peft_model(base, TUNERS[tuner](task_type="CAUSAL_LM")).eval()

@@ -25,17 +25,10 @@ from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ObjectiveLike,
-    SetObjective,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.evaluation.start_checks import (
-    check_all_labels,
-    resolve_mean_over_rows,
-)
+from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.directions import direction

@@ -75,6 +75,7 @@ class Calibration:
         low, high: The largest displacement that was too small, the smallest that was too large;
             None: none was.
         last: Displacement and odd response of the round before.
+        alone: Whether rows are asked about one at a time.
     """
 
     displacement: float
@@ -85,6 +86,7 @@ class Calibration:
     low: float | None = None
     high: float | None = None
     last: tuple[float, float] | None = None
+    alone: bool = False
 
     def probes(
         self,
@@ -99,6 +101,7 @@ class Calibration:
             self.give_up()
             return []
         # Directions on the same rows where there are few parts: what noise does differs with both.
+        self._several = samples.min_rows == 1 < len(parts[0])
         parts *= -(-LEAST_DIRECTIONS // len(parts))
         self._batches = parts
         probes = [Probe(HERE, batch) for batch in _distinct(parts)]
@@ -114,9 +117,9 @@ class Calibration:
         if self.finished:
             return
         self.finished = True
-        if self.last is None:
+        if self.rounds == 0:
             self.displacement *= UNSEEN_FACTOR
-        elif self.last[1] == 0.0 and self.high is None:
+        elif self.last is not None and self.last[1] == 0.0 and self.high is None:
             self.displacement /= FLAT_FACTOR**self.rounds  # back to where it began
         elif self.low is not None:
             self.displacement = min(self.displacement, MOST_LEAP * self.low)
@@ -125,6 +128,10 @@ class Calibration:
         """Narrow the search by the values of the last round's probes."""
         seen = response(self._batches, evaluations)
         self._narrow(seen)
+        if self._several and evaluations[0].per_example is None and not self.finished:
+            # Means of several rows scatter less than rows do, and the ratio is one of rows: they
+            # are asked about alone from now on, at the same number of queries.
+            self.alone, self.low, self.high, self.last = True, None, None, None
         return seen
 
     def take_failure(self) -> Response:
@@ -141,7 +148,7 @@ class Calibration:
         if limit < math.inf and self.rounds == 0:
             wanted = min(wanted, int(limit * LARGEST_SHARE / 3))
         rows = min(max(wanted, needed), there)
-        parts = max(1, rows // samples.share)
+        parts = max(1, rows if self.alone and samples.min_rows == 1 else rows // samples.share)
         cost = rows + 2 * max(parts, LEAST_DIRECTIONS) * -(-rows // parts)
         share = LARGEST_SHARE if self.rounds < 2 else USUAL_SHARE
         too_few = rows < min(max(LEAST_ROWS, needed), there)

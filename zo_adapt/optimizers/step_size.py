@@ -31,6 +31,8 @@ from zo_adapt.view.group import Group
 
 FIRST_DIRECTIONS, KEPT_SCALE = 24, 0.7
 """Where the displacement is found: after so many directions the scale may fall so far at most."""
+FARTHEST = 1.5
+"""Of a displacement that was measured: how far one step may go along the gradient."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -106,6 +108,7 @@ class ByDistance(StepSize):
     Args:
         displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
             of the queries before the first step and 5% later; see ``calibration``, ``look_ahead``.
+            Then no step goes further than 1.5 rho along the gradient.
         schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
 
     Raises:
@@ -131,7 +134,10 @@ class ByDistance(StepSize):
         """Rho sqrt(N dt / int s^2)."""
         # A normalised estimate from N directions of pure noise has a mean square of 1 / N in every
         # weight, so a run adds sum lr^2 s^2 / N = rho^2 sum s^2 dt / int s^2 = rho^2 to it.
-        return displacement * math.sqrt(directions * share / self._power)
+        length = math.sqrt(directions * share / self._power)
+        # Along the gradient itself a step of lr goes lr, however little the noise adds. Beyond what
+        # was looked at nothing is known of it: a run of two steps would leap.
+        return displacement * (min(length, FARTHEST) if self.finds_displacement else length)
 
     def displacement_on(self, usual: float) -> float:
         """Rho, or the view's own, where a search begins."""
