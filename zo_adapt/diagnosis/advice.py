@@ -113,7 +113,7 @@ def choose_scale(scales: Sequence[Scale], usual: float) -> tuple[Scale, str]:
     good = [scale for scale in scales if scale.agreement >= best - SAME_AGREEMENT]
     chosen = min(good, key=lambda scale: abs(math.log(scale.perturbation_scale / usual)))
     return chosen, (
-        f"{chosen.perturbation_scale:.3g}, the one nearest to the default {usual:.3g} where scales "
+        f"{chosen.perturbation_scale:.3g}, the one nearest to the usual {usual:.3g} where scales "
         f"agree ({chosen.agreement:.2f}, the best is {best:.2f}); {chosen.equal:.0%} of the pairs "
         "are equal there"
     )

@@ -83,8 +83,8 @@ def diagnose(
         batch_size: Rows that a direction is measured on, at least 2; "auto": 16, or the fewest that
             the objective needs.
         num_directions: K; the relative error of G is about sqrt(2 / K).
-        perturbation_scales: mu to try, at least two; "auto": 1/16, 1/4, 1, 4 and 16 times the
-            optimizers' default.
+        perturbation_scales: mu to try, at least two; "auto": 1/16, 1/4, 1, 4 and 16 times what
+            suits the displacement that the view assumes.
         seed: Of directions and rows.
         evaluation: As for ``minimize``.
 
@@ -128,7 +128,7 @@ def diagnose(
     view.check_adapters()
     evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
     far = find_displacement(evaluator, samples, seed)
-    usual, scales = _scales(view, far.displacement, objective.step_like, perturbation_scales)
+    usual, scales = _scales(view, objective.step_like, perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
     evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
@@ -240,14 +240,11 @@ def _alike(*values: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _scales(
-    view: ParameterView,
-    displacement: float,
-    step_like: bool,
-    given: Sequence[float] | Literal["auto"],
+    view: ParameterView, step_like: bool, given: Sequence[float] | Literal["auto"]
 ) -> tuple[float, list[float]]:
-    """The optimizers' default, and the scales to try, in ascending order."""
+    """What suits the view's own displacement, and the scales to try, in ascending order."""
     finest = finest_perturbation(view)
-    usual = usual_perturbation(displacement, finest, step_like)
+    usual = usual_perturbation(view.displacement, finest, step_like)
     if isinstance(given, str):
         return usual, [usual * factor for factor in FACTORS if usual * factor >= finest]
     scales = sorted({positive("perturbation_scales", mu) for mu in given})
