@@ -121,7 +121,7 @@ def diagnose(
     objective = resolve_mean_over_rows(objective, source, view.model)
     least = max(USUAL_ROWS, rows_needed(objective))
     size = min(least, len(source)) if batch_size == "auto" else batch_size
-    samples = Samples(source, size, seed, examples.classes())
+    samples = Samples(source, size, seed, examples.classes(), rows_needed(objective))
     rows = samples.batch_size
     if rows < 2 and not isinstance(source, NoData):
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")

@@ -179,7 +179,7 @@ class VarianceReduced(ZerothOrder):
             return samples.minibatch()
         size, rows = self.snapshot_size, samples.batch_size
         if size == "auto":
-            size = min(SNAPSHOT_BATCHES * rows, len(samples.source))
+            return samples.large(min(SNAPSHOT_BATCHES * rows, len(samples.source)))
         return samples.large(rows if size == "batch" else size)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """LoRA adapters that start where the training data are, before ZOTrainer's first step."""
 
+from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.trainer.data import TrainingRows
+from zo_adapt.trainer.state import INITIAL
 from zo_adapt.view.lora_start import start_on
+from zo_adapt.view.parameters import ParameterView
 
 
 def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> None:
@@ -27,3 +30,9 @@ def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> 
     batch = Samples(source, count, args.seed, classes).minibatch()
     start_on(model, objective, batch.micro_batches(args.train_batch_size))
     source.forget()
+
+
+def save_start(view: ParameterView, folder: Path) -> None:
+    """Save the adapters as the trajectory begins."""
+    model: Any = view.model
+    model.save_pretrained(folder / INITIAL)

@@ -34,12 +34,12 @@ from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_igno
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
-from zo_adapt.trainer.lora import start_adapters
+from zo_adapt.trainer.lora import save_start, start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
-from zo_adapt.trainer.state import INITIAL, begin_log, save_state
+from zo_adapt.trainer.state import begin_log, save_state
 from zo_adapt.trainer.undecayed import without_decay
 from zo_adapt.trajectory.origin import described
 from zo_adapt.view.group import Groups
@@ -265,7 +265,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
         folder = Path(self.args.output_dir or ".")
         begin_log(run, folder, self._settings(), self._checkpoint)
         if self.args.lora_start_rows and self._checkpoint is None:
-            self.view.model.save_pretrained(folder / INITIAL)
+            save_start(self.view, folder)
         self._checkpoint, self._is_begun = None, True
 
     def _settings(self) -> dict[str, Any]:
