@@ -33,7 +33,8 @@ def test_a_command_line_without_options_gives_the_defaults(tmp_path: Path) -> No
 def test_words_and_numbers_of_a_command_line(tmp_path: Path) -> None:
     args = parsed(
         tmp_path, "--optimizer", "mezo-svrg", "--snapshot_size", "all", "--joint_rows", "off",
-        "--reuse_trunk", "on", "--cuda_graphs", "off", "--trunk_storage", "host", "--trunk_bytes", "1000",
+        "--reuse_trunk", "on", "--cuda_graphs", "off",
+        "--trunk_storage", "host", "--trunk_bytes", "1000",
         "--no_stratify", "--shaping", "base", "--micro_batch_size", "8", "--noise", "rademacher",
     )  # fmt: skip
     assert (args.joint_rows, args.snapshot_size, args.stratify) == ("off", "all", False)
