@@ -618,7 +618,12 @@ def test_minimize_raises_the_reward_and_counts_one_query_a_text(
         reward,
         ParameterView.trainable(model),
         prompts(16),
-        MeZO(displacement=displacement, perturbation_scale=displacement / 5),
+        MeZO(
+            displacement=displacement,
+            perturbation_scale=displacement / 5,
+            num_directions=1,
+            one_sided=False,
+        ),
         batch_size=16,
         max_steps=steps,
         progress=False,

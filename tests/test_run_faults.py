@@ -88,7 +88,8 @@ def test_a_failed_step_leaves_no_trace(name: str, error: BaseException) -> None:
     make = OPTIMIZERS.get(name, lambda: Adam(1e-2))
     whole, expected, _ = failing_run(make)
     parts, live, errors = failing_run(make)
-    for step in range(6):
+    whole.step(), parts.step()  # what is not finite before the first one is too far to look
+    for step in range(1, 6):
         whole.step()
         before = parts.state_dict(), copies(live)
         errors.append(error)  # type: ignore[arg-type]

@@ -460,8 +460,9 @@ def test_a_transform_is_not_run_for_the_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [330, 352])
 def test_a_budget_of_queries_ends_a_run_as_its_last_step_does(tmp_path: Path, budget: int) -> None:
     trainer = trainer_of(
-        tmp_path, optimizer="mezo", max_queries=budget, eval_dataset=toy_rows(16),
-        compute_metrics=accuracy, eval_strategy="steps", eval_steps=4, save_strategy="steps",
+        tmp_path, num_directions=1, displacement=0.25, max_queries=budget,
+        eval_dataset=toy_rows(16), compute_metrics=accuracy, eval_strategy="steps",
+        eval_steps=4, save_strategy="steps",
         save_steps=4, load_best_model_at_end=True, metric_for_best_model="eval_loss",
     )  # fmt: skip
     trainer.train()

@@ -34,7 +34,7 @@ from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_igno
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
-from zo_adapt.trainer.lora import start_adapters
+from zo_adapt.trainer.lora import save_start, start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.planned import PlannedSteps
@@ -184,7 +184,9 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             if not self._is_begun:
                 look_first(self._run.evaluator.objective, rows, self.view)
                 self._begin_log(self._run)
-            loss = self._run.step().value
+            step = self._run.step()
+            loss = step.value
+            self._end.steps.append(step.brief())
         except BudgetExhausted:
             self._end.stop(StopReason.MAX_QUERIES, taken=False)
         except FAULTS as error:
@@ -260,7 +262,10 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             self._begin_log(self._run)
 
     def _begin_log(self, run: Run) -> None:
-        begin_log(run, Path(self.args.output_dir or "."), self._settings(), self._checkpoint)
+        folder = Path(self.args.output_dir or ".")
+        begin_log(run, folder, self._settings(), self._checkpoint)
+        if self.args.lora_start_rows and self._checkpoint is None:
+            save_start(self.view, folder)
         self._checkpoint, self._is_begun = None, True
 
     def _settings(self) -> dict[str, Any]:
@@ -282,6 +287,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
 
     def _end_run(self) -> None:
         if self._run is not None:
+            self._end.advise(self._run)
             self._run.close()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
