@@ -30,8 +30,8 @@ class MeZOSVRG(VarianceReduced):
     By default q = 2 and the large batch is four minibatches, cut into shares with 8 directions on
     each, as ``MeZO`` cuts a minibatch. The correction takes data noise out of a minibatch step, not
     the noise of its few directions, about d / K times the signal, which a large batch of many
-    directions has less of. Where that noise is the larger one, as on every set of texts tried,
-    ``MeZO()`` does more with the same queries; ``diagnose`` says which one is.
+    directions has less of. Where that noise is the larger one ``MeZO()`` does more with the same
+    queries; ``diagnose`` says which one is.
 
     Memory: one copy of the weights. theta_bar is theta minus the terms applied since.
     Queries: K |B| a snapshot step (|B| more with ``shaping="base"``; two-sided 2 |B|) and 4 b a
@@ -106,9 +106,10 @@ class MeZOSVRG(VarianceReduced):
         """Algorithm 1 of Gautam et al. 2024 (arXiv 2404.08080) with Algorithm 4, by name.
 
         Pairs along one direction, a snapshot of the whole set, two constant rates, divided by 5
-        where the mean loss of an epoch is more than 1.05 times that of the epoch before. mu, q, the
-        factor (3 to 5 in its scripts) and the threshold are the defaults of the published code
-        (amazon-science/mezo_svrg). Its floors under the rates are left out: they raise small rates.
+        where the mean loss of an epoch is more than 1.05 times that of the epoch before. mu, q and
+        the threshold are the defaults of the published code (amazon-science/mezo_svrg), the factor
+        is that of its scripts (3 to 5; its default is 1.5). Its floors under the rates are left
+        out: they raise small rates.
 
         Args:
             lr: eta_2, of the minibatch steps; chosen for each model and task (1e-6 in the code).
