@@ -6,7 +6,18 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from zo_adapt import SGD, ZOSVRG, Adam, Annealing, MeZO, MeZOSVRG
+from zo_adapt import (
+    SGD,
+    ZOPAGE,
+    ZOSAGA,
+    ZOSPIDER,
+    ZOSTORM,
+    ZOSVRG,
+    Adam,
+    Annealing,
+    MeZO,
+    MeZOSVRG,
+)
 
 EXAMPLES, BATCH = 24, 6
 PLAIN: dict[str, Any] = {"perturbation_scale": 0.05, "normalize": False, "schedule": "constant"}
@@ -87,6 +98,32 @@ ZEROTH_ORDER = {
     "zo_svrg": Row(
         ZOSVRG, PLAIN | {"lr": 0.02, "snapshot_interval": 3, "snapshot_size": 8}, cycle(16, 24)
     ),
+    "spider": Row(
+        ZOSPIDER,
+        PLAIN | {"lr": 0.02, "snapshot_interval": 3, "snapshot_size": 16, "num_directions": 4},
+        cycle(32, 24),
+    ),
+    "spider_by_distance": Row(
+        ZOSPIDER,
+        {
+            "displacement": 0.5,
+            "perturbation_scale": 0.05,
+            "snapshot_interval": 3,
+            "num_directions": 4,
+        },
+        cycle(48, 24),
+    ),
+    "page": Row(
+        ZOPAGE,
+        PLAIN | {"lr": 0.02, "restart_probability": 1.0, "num_directions": 4},
+        lambda t: 48,
+    ),
+    "storm": Row(
+        ZOSTORM,
+        PLAIN | {"lr": 0.02, "momentum": 0.5, "num_directions": 4},
+        lambda t: 24 if t else 48,
+    ),
+    "saga": Row(ZOSAGA, PLAIN | {"lr": 0.02}, lambda t: 12 if t else 48),
 }
 FIRST_ORDER = {
     "sgd": Row(SGD, {"lr": 0.1, "schedule": "constant"}, lambda t: 6),

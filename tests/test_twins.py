@@ -8,7 +8,7 @@ import torch
 from problems import Problem, dense, flat, logistic, problem
 from torch import Tensor
 
-from zo_adapt import ZOSVRG, MeZO, MeZOSVRG
+from zo_adapt import ZOPAGE, ZOSAGA, ZOSPIDER, ZOSTORM, ZOSVRG, MeZO, MeZOSVRG
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
@@ -26,6 +26,7 @@ class Twin:
     def __init__(self, p: Problem, seeds: Callable[[int], list[int]]) -> None:
         self.theta, self.data, self.seeds = flat(p.view).clone(), p.data, seeds
         self.view = p.view
+        self.terms: dict[int, Tensor] = {}
 
     def loss(self, theta: Tensor, rows: Sequence[int]) -> float:
         return float(logistic(theta, self.data[list(rows)]).mean())
@@ -95,6 +96,35 @@ class Twin:
             self.theta = self.theta - lr * self.g
         else:
             self.theta = self.theta - lr * (g(self.theta) - g(self.snapshot) + self.g)
+
+    def recursive(self, rows: Sequence[Sequence[int]], lr: float, keep: float, whole: bool) -> None:
+        """SPIDER, PAGE and STORM: v = g_I(theta) + keep (v - g_I(theta before))."""
+        if whole:
+            z = self.directions(len(rows) // 2)
+            parts = [self.spsa(self.theta, rows[2 * i], zi) for i, zi in enumerate(z)]
+            self.v = torch.stack(parts).mean(0)
+        else:
+            (z1,) = self.directions(1)
+            here, there = (self.spsa(theta, rows[0], z1) for theta in (self.theta, self.before))
+            self.v = here + keep * (self.v - there)
+        self.before = self.theta
+        self.theta = self.theta - lr * self.v
+
+    def saga(self, rows: Sequence[Sequence[int]], lr: float) -> None:
+        """SAGA with a term for every example, drawn anew at each visit."""
+        samples = [row[0] for row in rows[::2]]
+        new = [
+            self.spsa(self.theta, [i], z)
+            for i, z in zip(samples, self.directions(len(samples)), strict=True)
+        ]
+        if not self.terms:
+            self.terms = dict(zip(samples, new, strict=True))
+            v = torch.stack(new).mean(0)
+        else:
+            v = torch.stack([n - self.terms[i] for i, n in zip(samples, new, strict=True)]).mean(0)
+            v = v + torch.stack(list(self.terms.values())).mean(0)
+            self.terms |= dict(zip(samples, new, strict=True))
+        self.theta = self.theta - lr * v
 
 
 def side_by_side(
@@ -202,3 +232,69 @@ def test_zo_svrg(size: Any, noise: str) -> None:
             2 * (24 if size == "all" else size) if t % 3 == 0 else 4 * BATCH
         )
         twin.zo_svrg(t, rows, 3, 0.02)
+
+
+@NOISES
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("size", ["all", 16])
+def test_spider(size: Any, k: int, noise: str) -> None:
+    def make() -> ZOSPIDER:
+        return ZOSPIDER(
+            0.02,
+            snapshot_interval=4,
+            snapshot_size=size,
+            num_directions=k,
+            perturbation_scale=MU,
+        )
+
+    for t, rows, twin in side_by_side(make, noise):
+        twin.recursive(rows, 0.02, 1.0, t % 4 == 0)
+
+
+@NOISES
+def test_page(noise: str) -> None:
+    def make() -> ZOPAGE:
+        return ZOPAGE(0.02, restart_probability=0.3, perturbation_scale=MU)
+
+    restarts = []
+    for _, rows, twin in side_by_side(make, noise):
+        restarts.append(sum(map(len, rows)) == 48)
+        assert sum(map(len, rows)) == (48 if restarts[-1] else 4 * BATCH)
+        twin.recursive(rows, 0.02, 1.0, restarts[-1])
+    assert restarts[0] and 2 <= sum(restarts) < STEPS - 5
+
+
+@NOISES
+@pytest.mark.parametrize("momentum", [0.2, 1.0])
+def test_storm(momentum: float, noise: str) -> None:
+    def make() -> ZOSTORM:
+        return ZOSTORM(0.02, momentum=momentum, num_directions=2, perturbation_scale=MU)
+
+    for t, rows, twin in side_by_side(make, noise):
+        twin.recursive(rows, 0.02, 1.0 - momentum, t == 0)
+
+
+def test_what_storm_leaves_out_is_small() -> None:
+    """With a = 0.9 three terms are left, and the fourth would be a thousandth."""
+
+    def make() -> ZOSTORM:
+        return ZOSTORM(0.02, momentum=0.9, perturbation_scale=MU)
+
+    p = problem(logistic)
+    engine, samples = make(), Samples(as_source(p.data), BATCH, SEED)
+    evaluator = LocalEvaluator(p.objective, p.view)
+    engine.start(p.view, SEED)
+    for _ in range(STEPS):
+        step = engine.tell(evaluator.evaluate(engine.ask(samples)))
+        p.view.apply(step.update)
+    assert len(step.update.terms) == 4
+
+
+@NOISES
+def test_saga(noise: str) -> None:
+    def make() -> ZOSAGA:
+        return ZOSAGA(0.02, perturbation_scale=MU)
+
+    for t, rows, twin in side_by_side(make, noise):
+        assert sum(map(len, rows)) == (2 * BATCH if t else 48)
+        twin.saga(rows, 0.02)

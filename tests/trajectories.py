@@ -7,7 +7,19 @@ from typing import Any
 import torch
 
 from objectives import CallableObjective
-from zo_adapt import ZOSVRG, Annealing, MeZO, MeZOSVRG, ParameterView, Result, minimize
+from zo_adapt import (
+    ZOPAGE,
+    ZOSAGA,
+    ZOSPIDER,
+    ZOSTORM,
+    ZOSVRG,
+    Annealing,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    Result,
+    minimize,
+)
 from zo_adapt.optimizers.optimizer import Optimizer
 
 STEPS = 12
@@ -21,6 +33,10 @@ OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
     ),
     "svrg annealed": lambda: MeZOSVRG(snapshot_interval=2, annealing=Annealing(window=2)),
     "zo-svrg": lambda: ZOSVRG(1e-3, snapshot_interval=4),
+    "spider": lambda: ZOSPIDER(snapshot_interval=3),
+    "page": lambda: ZOPAGE(1e-3, restart_probability=0.3, num_directions=2),
+    "storm": lambda: ZOSTORM(1e-3, momentum=0.9, weight_decay=0.1),
+    "saga": lambda: ZOSAGA(1e-3),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -23,6 +23,10 @@ from zo_adapt.optimizers.first_order import SGD as SGD
 from zo_adapt.optimizers.first_order import Adam as Adam
 from zo_adapt.optimizers.mezo import MeZO as MeZO
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG as MeZOSVRG
+from zo_adapt.optimizers.recursive import ZOPAGE as ZOPAGE
+from zo_adapt.optimizers.recursive import ZOSPIDER as ZOSPIDER
+from zo_adapt.optimizers.recursive import ZOSTORM as ZOSTORM
+from zo_adapt.optimizers.saga import ZOSAGA as ZOSAGA
 from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.step_size import ByDistance as ByDistance
 from zo_adapt.optimizers.step_size import Rate as Rate
@@ -39,6 +43,10 @@ from zo_adapt.view.parameters import ParameterView as ParameterView
 
 __all__ = [
     "SGD",
+    "ZOPAGE",
+    "ZOSAGA",
+    "ZOSPIDER",
+    "ZOSTORM",
     "ZOSVRG",
     "Adam",
     "Annealing",

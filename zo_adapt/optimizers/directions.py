@@ -59,15 +59,20 @@ def direction(seed: int, coefficient: float, groups: Sequence[Group]) -> Terms:
 
 def gradient(directions: Directions, projected: Sequence[float]) -> Terms:
     """1/K sum_k p_k z_k, unbiased in every group."""
-    seeds, groups = directions.seeds, directions.groups
-    share = 1.0 / len(seeds)
+    share = 1.0 / len(directions.seeds)
+    pairs = zip(directions.seeds, projected, strict=True)
+    each = (direction_terms(seed, p * share, directions.groups) for seed, p in pairs)
+    return tuple(term for terms in each for term in terms)
+
+
+def direction_terms(seed: int, projected: float, groups: Sequence[Group]) -> Terms:
+    """P z, the estimate along one direction, unbiased in every group."""
     if len(groups) == 1:
-        return tuple(Term(s, p * share) for s, p in zip(seeds, projected, strict=True))
+        return (Term(seed, projected),)
     # A probe stretched by s in a group sees p = s z.grad there: its share is p z / s, so that
     # E g = grad f in every group, whatever its scale.
     return tuple(
-        Term(seed, p * share / group.perturbation_scale, index)
-        for seed, p in zip(seeds, projected, strict=True)
+        Term(seed, projected / group.perturbation_scale, index)
         for index, group in enumerate(groups)
         if group.perturbation_scale > 0
     )

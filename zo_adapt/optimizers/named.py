@@ -8,12 +8,18 @@ from zo_adapt.optimizers.keywords import keywords_of
 from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.recursive import ZOPAGE, ZOSPIDER, ZOSTORM
+from zo_adapt.optimizers.saga import ZOSAGA
 from zo_adapt.optimizers.zo_svrg import ZOSVRG
 
 OPTIMIZERS: dict[str, Callable[..., ZerothOrder]] = {
     "mezo": MeZO,
     "mezo-svrg": MeZOSVRG,
     "zo-svrg": ZOSVRG,
+    "zo-spider": ZOSPIDER,
+    "zo-page": ZOPAGE,
+    "zo-storm": ZOSTORM,
+    "zo-saga": ZOSAGA,
 }
 
 

@@ -32,13 +32,13 @@ class Snapshot:
 
     Args:
         gradient: g, the large-batch estimate at the snapshot.
-        directions: N, how many there are in g.
+        directions: N, such that the noise of g is that of an estimate from N directions.
         since: The updates since then, as one shift.
         elsewhere: The directions asked about at theta_bar, of a step that has not been taken.
     """
 
     gradient: Terms = ()
-    directions: int = 1
+    directions: float = 1
     since: Shift = HERE
     elsewhere: Directions | None = None
 
@@ -129,34 +129,61 @@ class VarianceReduced(ZerothOrder):
             here = self.estimate.combine(self.asked, evaluations)
             snapshot.gradient, snapshot.since = here.terms, HERE
             snapshot.directions = len(here.projected)
-            return self._move(here.terms, here, progress, 0.0, "snapshot")
+            return self._move(here.terms, here, progress, 1.0 / snapshot.directions, "snapshot")
         one, half = self.estimate.of_one_direction, len(evaluations) // 2
         here = one.combine(self.asked, evaluations[:half])
         there = one.combine(snapshot.elsewhere or self.asked, evaluations[half:])
-        # Along shared directions the pair is one term each: p - q, small near the snapshot.
-        terms = coalesced((*here.terms, *scaled(there.terms, -1.0), *snapshot.gradient))
+        terms = self.corrected(here.terms, there.terms)
         pairs = zip(here.projected, there.projected, strict=True)
         change = sum((p - q) ** 2 for p, q in pairs) / len(here.projected) ** 2
-        return self._move(terms, here, progress, change, "minibatch")
-
-    def _move(
-        self, terms: Terms, here: Estimate, progress: Progress, change: float, kind: str
-    ) -> Step:
-        snapshot, scale = self.snapshot, self.state.descent.scale.value
         # The noise of g is 1 / N in squares of the running scale, and the correction's directions
         # add theirs: together that of an estimate from fewer directions.
-        relative = change / scale**2 if scale else 0.0
+        scale = self.state.descent.scale.value
+        noise = self.noise(change / scale**2 if scale else 0.0)
+        return self._move(terms, here, progress, noise, "minibatch")
+
+    def _move(
+        self, terms: Terms, here: Estimate, progress: Progress, noise: float, kind: str
+    ) -> Step:
         step = self.descend(
             terms,
             here,
             progress,
             lr=self.snapshot_lr if kind == "snapshot" else None,
             kind=kind,
-            directions=1.0 / (1.0 / snapshot.directions + relative),
-            reuse=self.snapshot_interval,
+            directions=1.0 / noise,
+            reuse=self.steps_of_an_estimate,
         )
-        snapshot.since = snapshot.since.then(self._undecayed(step.update))
+        self.remember(terms, step.update, noise)
         return step
+
+    @property
+    def steps_of_an_estimate(self) -> int:
+        """About how many steps share the noise of one large-batch estimate."""
+        return self.snapshot_interval
+
+    def corrected(self, here: Terms, there: Terms) -> Terms:
+        """g_I(theta) - g_I(theta_bar) + g, of which the first two are given."""
+        # Along shared directions the pair is one term each: p - q, small near the snapshot.
+        return coalesced((*here, *scaled(there, -1.0), *self.snapshot.gradient))
+
+    def noise(self, change: float) -> float:
+        """The mean square of what a minibatch step goes along, in squares of the running scale.
+
+        Args:
+            change: That of the correction alone.
+        """
+        return 1.0 / self.snapshot.directions + change
+
+    def remember(self, terms: Terms, update: Shift, noise: float) -> None:
+        """Keep what the next step needs of this one.
+
+        Args:
+            terms: What was descended along.
+            update: What will be applied.
+            noise: See ``noise``.
+        """
+        self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
 
     def _undecayed(self, update: Shift) -> Shift:
         """The update as a part of ``since``, whose way back divides every term by all decays.

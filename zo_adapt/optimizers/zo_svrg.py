@@ -72,11 +72,20 @@ class ZOSVRG(VarianceReduced):
 
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
         """A direction for every sample."""
-        # A batch of one row, as a function without data has, is whole already.
-        if samples.min_rows > 1 and len(batch) > 1:
-            raise OptionError(
-                "ZOSVRG asks for one sample at a time, and this objective wants more: its min_rows "
-                "is larger, or it gives one number for a batch (return one value per example, or "
-                "set mean_over_rows=True if the number is a mean); or choose MeZO or MeZOSVRG"
-            )
-        return batch.split(len(batch))
+        return each_sample(batch, samples)
+
+
+def each_sample(batch: Batch, samples: Samples) -> list[Batch]:
+    """Every row of a batch as a batch of its own.
+
+    Raises:
+        OptionError: The objective wants more rows in one call.
+    """
+    # A batch of one row, as a function without data has, is whole already.
+    if samples.min_rows > 1 and len(batch) > 1:
+        raise OptionError(
+            "this optimizer asks for one sample at a time, and the objective wants more: its "
+            "min_rows is larger, or it gives one number for a batch (return one value per example, "
+            "or set mean_over_rows=True if the number is a mean); or choose MeZO or MeZOSVRG"
+        )
+    return batch.split(len(batch))
