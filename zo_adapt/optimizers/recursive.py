@@ -16,7 +16,7 @@ from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced
 from zo_adapt.options import finite
 from zo_adapt.term import HERE, Shift, Terms, coalesced, scaled
 
-RESTART_STREAM = 6
+RESTART_STREAM = 7
 """Of the generator: which steps of ``ZOPAGE`` take a large batch."""
 SMALLEST = 1e-3
 """Share of what a term once was, below which STORM leaves it out."""
