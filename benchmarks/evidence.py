@@ -171,7 +171,7 @@ def without_rates(quick: bool) -> Iterator[Run]:
 
 def open_runs(results: dict[str, Any], quick: bool, pieces: str) -> list[Run]:
     """What is to be done now: grids first, then, where a grid is done, the other seeds."""
-    wanted = [run for run in without_rates(quick)]
+    wanted = list(without_rates(quick))
     for run in comparisons(quick):
         lr = tuned(results, run)
         if lr is None:

@@ -38,9 +38,7 @@ def algorithm_1(lr: float, **options: Any) -> MeZOSVRG:
 
 def two_rates(lr: float) -> MeZOSVRG:
     """Algorithm 1 as printed: two directions a minibatch step, its rate a hundredth."""
-    return algorithm_1(
-        lr, apply=constant(SECOND_RATE * lr), snapshot_lr=lr, coupling="independent"
-    )
+    return algorithm_1(lr, apply=constant(SECOND_RATE * lr), snapshot_lr=lr, coupling="independent")
 
 
 def by_name(name: str) -> Callable[[float], Optimizer]:

@@ -1,4 +1,4 @@
-"""What benchmarks/evidence.py tunes: the paper's least squares and perceptron, and theory's tests."""
+"""What benchmarks/evidence.py tunes, least squares and a perceptron, and tests of the theory."""
 
 import math
 from collections.abc import Callable

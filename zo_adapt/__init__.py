@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from zo_adapt.data.examples import Data as Data
 from zo_adapt.diagnosis.advice import Diagnosis as Diagnosis
 from zo_adapt.diagnosis.survey import diagnose as diagnose
+from zo_adapt.diagnosis.variance import TrackVariance as TrackVariance
 from zo_adapt.errors import ZOError as ZOError
 from zo_adapt.evaluation.objective import Objective as Objective
 from zo_adapt.evaluation.objective import SetObjective as SetObjective
@@ -71,6 +72,7 @@ __all__ = [
     "Step",
     "StopReason",
     "Term",
+    "TrackVariance",
     "TrajectoryFile",
     "TwoSided",
     "ZOConfig",

@@ -3,53 +3,43 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from zo_adapt.arguments import check_data, check_evaluation, check_view, checked_objective
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import NoData
 from zo_adapt.diagnosis.advice import (
     Diagnosis,
-    Noise,
     Scale,
     choose_batch,
     choose_scale,
     judge_snapshot,
 )
+from zo_adapt.diagnosis.differences import Differences, Survey, anova, rms
 from zo_adapt.diagnosis.displacement import find_displacement
 from zo_adapt.diagnosis.jackknife import Jackknife
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
-from zo_adapt.noise import philox
-from zo_adapt.optimizers.directions import direction
 from zo_adapt.optimizers.perturbation import (
     check_resolution,
     finest_perturbation,
     usual_perturbation,
 )
 from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
-from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
 
-PROBE_STREAM = 4
 USUAL_ROWS = 16
 """Rows of a direction where the caller names none."""
 FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 """Scales to try, in units of the default one."""
-PARTS = 4
-"""Parts of a batch that stand for examples where the objective gives one number a batch."""
-ROUNDING = 1e-13
-"""Means of a batch that are as near as this, relative to the largest value, are equal."""
 
 
 @former_keywords(
@@ -132,12 +122,12 @@ def diagnose(
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
     evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
-    survey = _Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
+    survey = Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
     table = _table(scales, found)
     chosen, why = choose_scale(table, usual)
     measured = found[table.index(chosen)]
-    noise = _anova(measured, rows, len(source))
+    noise = anova(measured, rows, len(source))
     batch, directions, reasons = choose_batch(noise, chosen.equal, rows, len(source))
     helps, verdict = judge_snapshot(noise, len(source))
     return Diagnosis(
@@ -167,78 +157,6 @@ def _auto(name: str, value: Any) -> Any:
     return "auto"
 
 
-class Differences(NamedTuple):
-    """The answers at one scale, K directions by U parts (examples) of their batches.
-
-    Args:
-        projected: Projected gradients of the parts.
-        mean: Their means, (K,): exactly 0 where the two values are equal.
-        equal: Share of directions whose two values are equal.
-        curvature: rms(f+ + f- - 2 f0) / rms(f+ - f-).
-        part: Rows of a part, on average.
-    """
-
-    projected: np.ndarray
-    mean: np.ndarray
-    equal: float
-    curvature: float
-    part: float
-
-
-class _Survey:
-    """Asks the same directions on the same rows at every scale."""
-
-    def __init__(self, evaluator: LocalEvaluator, batches: Sequence[Batch], seed: int) -> None:
-        self.evaluator, self.batches = evaluator, batches
-        count = len(batches)
-        words = philox.words_numpy(seed, 0, PROBE_STREAM, 0, -(-count // 4))
-        self.seeds = [int(word) for word in words[:count]]
-        self.parts = [[batch] for batch in batches]
-        self.base = self._values(self._asked(0.0))
-        if self.base.shape[1] == 1 and len(batches[0]) > 1:
-            least = rows_needed(evaluator.objective)
-            count = max(1, min(PARTS, len(batches[0]) // least))
-            self.parts = [batch.split(count) for batch in batches]
-            self.base = self._values(self._asked(0.0)) if count > 1 else self.base
-
-    def at(self, mu: float) -> Differences | None:
-        """The differences at one scale; None if the objective is not finite there."""
-        try:
-            up, down = self._values(self._asked(mu)), self._values(self._asked(-mu))
-        except NonFiniteObjectiveError:
-            return None
-        up, down, base = _alike(up, down, self.base)
-        change, bend = (up - down).mean(1), (up + down - 2 * base).mean(1)
-        equal = abs(change) <= ROUNDING * np.maximum(abs(up), abs(down)).max(1)
-        change[equal] = 0.0
-        part = len(self.batches[0]) / up.shape[1]
-        curvature = _rms(bend) / _rms(change) if change.any() else math.nan
-        projected, mean = (up - down) / (2 * mu), change / (2 * mu)
-        return Differences(projected, mean, float(equal.mean()), curvature, part)
-
-    def _asked(self, mu: float) -> list[list[Probe]]:
-        groups = self.evaluator.view.groups
-        return [
-            [Probe(Shift(direction(seed, mu, groups)) if mu else HERE, part) for part in parts]
-            for seed, parts in zip(self.seeds, self.parts, strict=True)
-        ]
-
-    def _values(self, probes: Sequence[Sequence[Probe]]) -> np.ndarray:
-        """Values per example where all batches have them; else one for every part."""
-        answers = [self.evaluator.evaluate(of_one) for of_one in probes]
-        rows = [one[0].per_example if len(one) == 1 else None for one in answers]
-        if any(values is None for values in rows):
-            return np.array([[part.value for part in one] for one in answers])
-        return np.array(rows)
-
-
-def _alike(*values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same, or their means where not all have as many parts: not all scores were defined."""
-    if len({one.shape for one in values}) == 1:
-        return values
-    return tuple(one.mean(1, keepdims=True) for one in values)
-
-
 def _scales(
     view: ParameterView, step_like: bool, given: Sequence[float] | Literal["auto"]
 ) -> tuple[float, list[float]]:
@@ -263,30 +181,11 @@ def _table(scales: Sequence[float], found: Sequence[Differences | None]) -> tupl
         if d is None:
             table.append(Scale(mu, math.nan, math.nan, math.nan, agreement))
         else:
-            table.append(Scale(mu, _rms(d.mean), d.equal, d.curvature, agreement))
+            table.append(Scale(mu, rms(d.mean), d.equal, d.curvature, agreement))
     return tuple(table)
-
-
-def _anova(found: Differences | None, batch_size: int, rows: int) -> Noise:
-    """Between and within directions. The mean over all directions is known: zero."""
-    if found is None:
-        return Noise(math.nan, math.nan, math.nan)
-    squares = found.mean**2
-    error = float(squares.std(ddof=1)) / math.sqrt(len(squares)) if len(squares) > 1 else math.nan
-    if found.projected.shape[1] == 1:
-        data = 0.0 if rows == 1 else math.nan
-        return Noise(float(squares.mean()), error, data)
-    data = float(found.projected.var(1, ddof=1).mean()) * found.part
-    # Rows are drawn without replacement: a batch of all of them has no noise.
-    drawn = data / batch_size * (1 - batch_size / rows)
-    return Noise(float(squares.mean()) - drawn, error, data)
 
 
 def _cosine(a: np.ndarray | None, b: np.ndarray | None) -> float:
     if a is None or b is None or not (a.any() and b.any()):
         return 0.0
     return float(a @ b / math.sqrt((a @ a) * (b @ b)))
-
-
-def _rms(values: np.ndarray) -> float:
-    return math.sqrt(float((values**2).mean()))

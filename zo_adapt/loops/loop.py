@@ -122,6 +122,7 @@ def minimize(
     monitor = Monitor(watched, view, examples, evaluation=evaluation, batch_size=batch_size)
     budget = Budget(max_steps, max_queries)
     run = Run(optimizer, evaluator, samples, budget, seed, trajectory, resume)
+    monitor.follow(run)
     loop = _Loop(run, monitor)
     with (
         closing(run),

@@ -1,7 +1,7 @@
 """Metrics of interest: measured beside the objective, never minimised, their queries apart."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,12 +10,14 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.examples import Data, as_data
 from zo_adapt.data.forms import named_sets
 from zo_adapt.data.sources import Source
+from zo_adapt.diagnosis.variance import TrackVariance, VarianceMonitor
 from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
+from zo_adapt.loops.run import Run
 from zo_adapt.options import at_least_one
 from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
@@ -29,7 +31,8 @@ class Metrics:
     own sign. Their queries count apart, outside the budget.
 
     Args:
-        objectives: By the names that they are reported under.
+        objectives: By the names that they are reported under; ``TrackVariance`` among them watches
+            the noise of the run's estimates, at its own steps.
         data: As for ``minimize``, or several of these by name, which end the metrics' names; None:
             the data of the run.
         every: Steps from one measurement to the next (in ``ZOTrainer``, logging has its own).
@@ -43,9 +46,11 @@ class Metrics:
         10
     """
 
-    objectives: Mapping[str, ObjectiveLike] = field(default_factory=dict)
+    objectives: Mapping[str, "ObjectiveLike | TrackVariance"] = field(default_factory=dict)
     data: Any = None
     every: int = 100
+    tracked: Mapping[str, TrackVariance] = field(default_factory=dict, init=False)
+    """Those of the objectives that watch the estimates themselves."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.objectives, Mapping):
@@ -53,8 +58,10 @@ class Metrics:
                 f"metrics are a {type(self.objectives).__name__}; give objectives by name, as "
                 "{'accuracy': Accuracy(model)}"
             )
-        checked = {name: _checked(name, given) for name, given in self.objectives.items()}
+        tracked = {n: one for n, one in self.objectives.items() if isinstance(one, TrackVariance)}
+        checked = {n: _checked(n, one) for n, one in self.objectives.items() if n not in tracked}
         object.__setattr__(self, "objectives", checked)
+        object.__setattr__(self, "tracked", tracked)
         check_data(self.data)
         object.__setattr__(self, "every", at_least_one("every", self.every))
 
@@ -98,7 +105,10 @@ class Monitor:
         batch_size: int | None,
     ) -> None:
         self.every = metrics.every
-        self._last: tuple[int, dict[str, float]] | None = None
+        self._step, self._last, self._done = -1, dict[str, float](), set[str]()
+        self._evaluation, self._asked = evaluation, metrics.tracked
+        self._run: Run | None = None
+        self._tracked: dict[str, VarianceMonitor] = {}
         # The run's trunk is filled by its own examples: these would push them out.
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
         most = evaluation.micro_batch_size or batch_size
@@ -108,22 +118,47 @@ class Monitor:
             for name, metric in metrics.objectives.items()
         }
 
+    def follow(self, run: Run) -> None:
+        """Watch the estimates of this run."""
+        self._run = run
+        self._tracked = {
+            name: VarianceMonitor(
+                asked, run.evaluator, run.optimizer, run.samples, self._evaluation
+            )
+            for name, asked in self._asked.items()
+        }
+
     @property
     def queries(self) -> int:
         """Forwards of one sample made here."""
-        return sum(evaluator.queries for evaluator, _ in self._ready.values())
+        tracked = sum(one.queries for one in self._tracked.values())
+        return tracked + sum(evaluator.queries for evaluator, _ in self._ready.values())
 
     def after(self, step: int) -> dict[str, float] | None:
-        """The metrics if they are due after this step."""
-        return self.at(step) if self._ready and step % self.every == 0 else None
+        """The metrics that are due after this step; None where none is."""
+        due = {name for name, one in self._tracked.items() if step % one.every == 0}
+        if self._ready and step % self.every == 0:
+            due |= self._ready.keys()
+        return self._measured(step, due) if due else None
 
     def at(self, step: int) -> dict[str, float] | None:
-        """The metrics at the weights after this step; not measured twice. None without metrics."""
-        if not self._ready:
-            return None
-        if self._last is None or self._last[0] != step:
-            self._last = step, {name: _measured(*ready) for name, ready in self._ready.items()}
-        return self._last[1]
+        """All metrics at the weights after this step. None without metrics."""
+        names = self._ready.keys() | self._tracked.keys()
+        return self._measured(step, names) if names else None
+
+    def _measured(self, step: int, names: Set[str]) -> dict[str, float]:
+        """What is due, in the order in which it was given; nothing is measured twice at a step."""
+        if step != self._step:
+            self._step, self._last, self._done = step, {}, set[str]()
+        for name, ready in self._ready.items():
+            if name in names - self._done:
+                self._last[name] = _measured(*ready)
+        for name, tracked in self._tracked.items():
+            if name in names - self._done:
+                found = tracked.measure(None if self._run is None else self._run.last)
+                self._last |= {f"{name}_{what}": value for what, value in found.items()}
+        self._done |= names
+        return dict(self._last)
 
 
 def _sets(data: Any) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.evaluation.protocol import Evaluator
@@ -82,10 +83,7 @@ class FirstOrder(Settings):
         factor = schedule_named(self.schedule)(budget.used(run.steps, evaluator.queries))
         batch = samples.minibatch()
         evaluator.reserve(len(batch))
-        live = list(evaluator.view.tensors.values())
-        with _differentiable(live), evaluator.ready():
-            loss = evaluator.sign * _mean_loss(evaluator.objective(batch.content))
-            gradients = torch.autograd.grad(loss, live, allow_unused=True)
+        loss, gradients = backpropagated(evaluator, batch)
         # Before anything is written: the weights stay those of the last good step.
         _check_finite(loss, gradients)
         for shadow, gradient in zip(run.tensors.values(), gradients, strict=True):
@@ -155,6 +153,18 @@ class Adam(FirstOrder):
     """
 
     kind = torch.optim.AdamW
+
+
+def backpropagated(evaluator: Evaluator, batch: Batch) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The loss of a batch and its gradient by the view's tensors; None of one that is not read.
+
+    Raises:
+        ObjectiveError: The objective has no gradient.
+    """
+    live = list(evaluator.view.tensors.values())
+    with _differentiable(live), evaluator.ready():
+        loss = evaluator.sign * _mean_loss(evaluator.objective(batch.content))
+        return loss, torch.autograd.grad(loss, live, allow_unused=True)
 
 
 @contextmanager

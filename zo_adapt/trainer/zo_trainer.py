@@ -256,6 +256,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             evaluation=options,
             batch_size=self.args.eval_batch_size,
         )
+        self._monitor.follow(self._run)
         self._is_begun = False
         # Of a stream the first examples come with the first step; a checkpoint knows what they say.
         if source.has_length or self._checkpoint is not None:

@@ -1,0 +1,106 @@
+"""What is watched of a run's noise, against what is known of a quadratic."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zo_adapt import SGD, Metrics, MeZO, MeZOSVRG, ParameterView, Result, TrackVariance, minimize
+from zo_adapt.errors import OptionError
+
+D, N = 400, 64
+
+
+def problem() -> tuple[Tensor, Tensor, Any]:
+    """f_i(x) = |x - a_i|^2 / 2: a gradient x - mean a, and noise of the a_i."""
+    a = torch.randn(N, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    x = torch.zeros(D, dtype=torch.float64)
+    return x, a, lambda rows: 0.5 * (rows - x).square().sum(1)
+
+
+def run(optimizer: Any, tracked: TrackVariance | None, steps: int = 9) -> tuple[Result, Tensor]:
+    x, a, loss = problem()
+    metrics = None if tracked is None else {"noise": tracked, "loss": loss}
+    result = minimize(
+        loss, ParameterView({"x": x}), a, optimizer,
+        batch_size=16, max_steps=steps, progress=False, metrics=Metrics(metrics or {}, every=3),
+    )  # fmt: skip
+    return result, x
+
+
+def test_noise_of_a_quadratic_is_what_it_is() -> None:
+    x, a, _ = problem()
+    result, _ = run(MeZO(lr=1e-9), TrackVariance(9, num_directions=64))
+    assert result.metrics is not None
+    gradient = float((x - a.mean(0)).square().sum())
+    spread = float((a - a.mean(0)).square().sum(1).mean()) * N / (N - 1)
+    assert result.metrics["noise_direction_noise"] == pytest.approx(gradient, rel=0.5)
+    assert result.metrics["noise_data_noise"] == pytest.approx(spread, rel=0.2)
+
+
+def test_the_control_variate_explains_much_near_its_snapshot_and_less_far_away() -> None:
+    found = []
+    for rate in (1e-5, 2e-3):
+        optimizer = MeZOSVRG(lr=rate, snapshot_interval=5, snapshot_size="all")
+        result, _ = run(optimizer, TrackVariance(9))
+        assert result.metrics is not None
+        found.append((result.metrics["noise_explained"], result.metrics["noise_distance"]))
+    (near, short), (far, long) = found
+    assert near > 0.99 and near > far
+    assert short < 0.1 * long
+
+
+def test_the_distance_is_that_of_the_weights() -> None:
+    x, a, loss = problem()
+    at_snapshot: list[Tensor] = []
+    result = minimize(
+        loss, ParameterView({"x": x}), a,
+        MeZOSVRG(lr=1e-3, snapshot_interval=4, snapshot_size="all"),
+        batch_size=16, max_steps=4, progress=False,
+        metrics={"noise": TrackVariance(1)}, callback=lambda step: at_snapshot.append(x.clone()),
+    )  # fmt: skip
+    # theta_bar is where the run began: the first step is the snapshot's own.
+    assert result.metrics is not None
+    assert result.metrics["noise_distance"] == pytest.approx(float(x.norm()), rel=0.15)
+
+
+def test_the_cosine_is_that_of_an_estimate_from_few_directions() -> None:
+    result, _ = run(MeZO(lr=1e-9), TrackVariance(1, gradient=True), steps=20)
+    cosines = [step.metrics["noise_cosine"] for step in result.history if step.metrics]
+    # Of N = 32 directions (four shares of 16 rows) in d = 400 dimensions, with data noise.
+    assert len(cosines) == 20
+    mean = sum(cosines) / 20
+    assert 0.05 < mean < math.sqrt(32 / D)
+
+
+def test_a_run_is_the_same_when_it_is_watched() -> None:
+    for optimizer in (MeZO(), MeZOSVRG()):
+        watched, x = run(optimizer, TrackVariance(2, gradient=True))
+        alone, y = run(optimizer, None)
+        assert torch.equal(x, y)
+        assert watched.queries == alone.queries
+        assert [s.value for s in watched.history] == [s.value for s in alone.history]
+        assert watched.metric_queries > 0 == alone.metric_queries
+
+
+def test_each_is_measured_at_its_own_steps() -> None:
+    result, _ = run(MeZO(lr=1e-9), TrackVariance(2))
+    seen = {step.step: sorted(step.metrics) for step in result.history if step.metrics}
+    noise = ["noise_data_noise", "noise_direction_noise"]
+    assert seen == {
+        2: noise, 3: ["loss"], 4: noise, 6: ["loss", *noise], 8: noise, 9: ["loss"],
+    }  # fmt: skip
+    assert sorted(result.metrics or ()) == ["loss", *noise]
+
+
+def test_a_first_order_run_has_the_usual_scale() -> None:
+    result, _ = run(SGD(1e-3), TrackVariance(9))
+    assert (result.metrics or {})["noise_direction_noise"] > 0
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"num_directions": 0}, {"batch_size": 1.5}])
+def test_numbers_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(options))):
+        TrackVariance(**options)

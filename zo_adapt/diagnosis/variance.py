@@ -1,0 +1,196 @@
+"""What the noise of a run's estimates is made of, watched while it runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.samples import Samples
+from zo_adapt.diagnosis.differences import Differences, Survey, anova
+from zo_adapt.diagnosis.jackknife import Jackknife
+from zo_adapt.errors import ObjectiveError
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.objective import SetObjective
+from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.noise.distributions import draw
+from zo_adapt.optimizers.first_order import backpropagated
+from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
+from zo_adapt.optimizers.perturbation import finest_perturbation, usual_perturbation
+from zo_adapt.optimizers.variance_reduced import VarianceReduced
+from zo_adapt.options import at_least_one
+from zo_adapt.step import Step
+from zo_adapt.term import Terms
+from zo_adapt.view.parameters import ParameterView
+
+
+@dataclass(frozen=True)
+class TrackVariance:
+    """Watch direction noise, data noise and the control variate of a run.
+
+    With p_ki the projected gradient of example i along direction k, Var p_ki = G + sigma^2, between
+    and within directions. An estimate from N directions on b rows each has, in a view of d numbers,
+    the mean squared error d/N (G + sigma^2 / b). Measured along the same directions on the same
+    rows every time, so that a change is one of the weights.
+
+    Goes where objectives go in ``metrics``, and reports under its name there:
+        direction_noise: G, the squared norm of the gradient.
+        data_noise: sigma^2 of one example.
+        explained: 1 - E(p_k - q_k)^2 / E p_k^2 on minibatches, q at the snapshot: the share of a
+            minibatch estimate that the control variate takes out. Optimizers with snapshots only.
+        distance: |theta - theta_bar|, as expected of the directions between. The same.
+        cosine: Between the last step and the negative gradient by backpropagation on the rows; with
+            ``gradient=True``.
+
+    Args:
+        every: Steps from one measurement to the next.
+        num_directions: K, of each measurement.
+        batch_size: Rows of a direction, at least 2.
+        gradient: Whether to backpropagate. Memory: a gradient of the view, and the activations.
+
+    Raises:
+        OptionError: A number outside its range.
+
+    Example:
+        >>> import torch
+        >>> from zo_adapt import MeZOSVRG, ParameterView, TrackVariance, minimize
+        >>> x, data = torch.zeros(4), torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        >>> result = minimize(
+        ...     lambda batch: (batch - x).square().sum(1), ParameterView({"x": x}), data,
+        ...     MeZOSVRG(), batch_size=16, max_steps=20, progress=False,
+        ...     metrics={"variance": TrackVariance(every=10)})
+        >>> sorted(result.metrics)
+        ['variance_data_noise', 'variance_direction_noise', 'variance_distance', \
+'variance_explained']
+
+    Reference: arXiv 2404.08080, Section 5 (what the snapshot is for).
+    """
+
+    every: int = 100
+    num_directions: int = field(default=16, kw_only=True)
+    batch_size: int = field(default=16, kw_only=True)
+    gradient: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_directions", "batch_size"):
+            at_least_one(name, getattr(self, name))
+
+
+class VarianceMonitor:
+    """Measures at the weights as they are.
+
+    Args:
+        asked: What to measure.
+        evaluator: Of the run; its queries are not counted up.
+        optimizer: Of the run, started.
+        samples: Of the run; where it is in the data stays as it is.
+        evaluation: How.
+    """
+
+    def __init__(
+        self,
+        asked: TrackVariance,
+        evaluator: Evaluator,
+        optimizer: Optimizer,
+        samples: Samples,
+        evaluation: EvaluationOptions,
+    ) -> None:
+        self.every, self._gradient, self._optimizer = asked.every, asked.gradient, optimizer
+        self._rows = min(asked.batch_size, len(samples.source))
+        objective = evaluator.objective
+        if isinstance(objective, SetObjective):
+            objective = Jackknife(objective)
+        self._evaluator = LocalEvaluator(
+            objective, evaluator.view, evaluation, batch_size=self._rows
+        )
+        own = Samples(samples.source, self._rows, samples.seed, samples.classes)
+        self._batches = [own.minibatch() for _ in range(asked.num_directions)]
+        self._seed, self._size = samples.seed, len(samples.source)
+
+    @property
+    def queries(self) -> int:
+        """Forwards of one sample made here."""
+        return self._evaluator.queries
+
+    def measure(self, last: Step | None) -> dict[str, float]:
+        """What ``TrackVariance`` lists.
+
+        Args:
+            last: The last step, whose update has been applied.
+        """
+        optimizer, view = self._optimizer, self._evaluator.view
+        survey = Survey(self._evaluator, self._batches, self._seed)
+        mu = _perturbation(optimizer, view)
+        here = survey.at(mu)
+        noise = anova(here, self._rows, self._size)
+        found = {"direction_noise": noise.direction, "data_noise": noise.data}
+        if isinstance(optimizer, VarianceReduced):
+            since = optimizer.snapshot.since
+            found["explained"] = _explained(here, survey.at(mu, since.inverse()))
+            found["distance"] = _norm(since.terms, view)
+        if self._gradient and last is not None:
+            found["cosine"] = self._cosine(last.update.terms, self._batches)
+        return found
+
+    def _cosine(self, terms: Terms, batches: Sequence[Batch]) -> float:
+        """Of the step -v and the negative gradient on the rows; NaN where there is none."""
+        view = self._evaluator.view
+        total: dict[str, Tensor] = {}
+        for batch in batches:
+            try:
+                _, gradients = backpropagated(self._evaluator, batch)
+            except ObjectiveError:
+                return math.nan
+            for name, gradient in zip(view.tensors, gradients, strict=True):
+                if gradient is not None:
+                    total[name] = total.get(name, 0.0) + gradient.double()
+        dot = squares = 0.0
+        for name, tensor in view.tensors.items():
+            step = _along(terms, view, name, tensor)
+            squares += float(step.square().sum())
+            if name in total:
+                dot -= float((step * total[name].flatten()).sum())
+        norm = math.sqrt(squares * sum(float(g.square().sum()) for g in total.values()))
+        return dot / norm if norm else math.nan
+
+
+def _along(terms: Terms, view: ParameterView, name: str, tensor: Tensor) -> Tensor:
+    """sum_k c_k z(s_k) of one tensor, in fp64."""
+    group = list(view.groups).index(view.group_of(name))
+    found = torch.zeros(tensor.numel(), dtype=torch.float64, device=tensor.device)
+    for term in terms:
+        if term.group is None or term.group == group:
+            z = draw(view.noise, term.seed, name, tensor.numel(), tensor.device)
+            found += term.coefficient * z
+    return found
+
+
+def _norm(terms: Terms, view: ParameterView) -> float:
+    """The root of E|sum_k c_k z_k|^2 over the view."""
+    sizes = [0] * len(view.groups)
+    groups = list(view.groups)
+    for name, tensor in view.tensors.items():
+        sizes[groups.index(view.group_of(name))] += tensor.numel()
+    squares = (
+        term.coefficient**2 * (sum(sizes) if term.group is None else sizes[term.group])
+        for term in terms
+    )
+    return math.sqrt(math.fsum(squares))
+
+
+def _explained(here: Differences | None, there: Differences | None) -> float:
+    if here is None or there is None:
+        return math.nan
+    left, all_ = np.square(here.mean - there.mean).sum(), np.square(here.mean).sum()
+    return float(1.0 - left / all_) if all_ else math.nan
+
+
+def _perturbation(optimizer: Optimizer, view: ParameterView) -> float:
+    """The run's mu; of a first-order run, which has none, the usual one."""
+    if isinstance(optimizer, ZerothOrder):
+        return optimizer.perturbation_scale
+    return usual_perturbation(view.displacement, finest_perturbation(view), step_like=False)
