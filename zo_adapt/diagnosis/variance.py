@@ -107,7 +107,8 @@ class VarianceMonitor:
         self._evaluator = LocalEvaluator(
             objective, evaluator.view, evaluation, batch_size=self._rows
         )
-        own = Samples(samples.source, self._rows, samples.seed, samples.classes)
+        classes = None if samples.classes is None else samples.classes.tolist()
+        own = Samples(samples.source, self._rows, samples.seed, classes)
         self._batches = [own.minibatch() for _ in range(asked.num_directions)]
         self._seed, self._size = samples.seed, len(samples.source)
 

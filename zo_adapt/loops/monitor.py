@@ -59,7 +59,11 @@ class Metrics:
                 "{'accuracy': Accuracy(model)}"
             )
         tracked = {n: one for n, one in self.objectives.items() if isinstance(one, TrackVariance)}
-        checked = {n: _checked(n, one) for n, one in self.objectives.items() if n not in tracked}
+        checked = {
+            name: _checked(name, one)
+            for name, one in self.objectives.items()
+            if not isinstance(one, TrackVariance)
+        }
         object.__setattr__(self, "objectives", checked)
         object.__setattr__(self, "tracked", tracked)
         check_data(self.data)
@@ -116,6 +120,7 @@ class Monitor:
             name + suffix: _prepared(as_objective(metric), view, as_data(rows), options, most)
             for suffix, rows in _sets(data if metrics.data is None else metrics.data)
             for name, metric in metrics.objectives.items()
+            if not isinstance(metric, TrackVariance)
         }
 
     def follow(self, run: Run) -> None:
