@@ -1,7 +1,7 @@
 """What a model writes after prompts: one configuration, randomness of its own."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
+from objectives._drawing import SHAPING, Draws
 from objectives._fit import positions
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError
 from zo_adapt.options import at_least_one, positive
 
 _GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """What counts as not set: a model's own settings would be reported as unused."""
+_TRIED, _SCORES = 3, 256
+"""Tokens whose scores are compared, and most scores of each."""
 _OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
 
 
@@ -34,7 +37,9 @@ class Generator:
     """Writes completions of encoded prompts; the arguments are those of ``GenerationReward``.
 
     Attributes:
-        draws: Whether it samples.
+        independent: Whether what is drawn for a row depends on that row alone.
+        beams: Texts that are followed for each prompt.
+        longest: Most tokens of a completion.
         pad: A token to pad prompts with.
 
     Raises:
@@ -60,34 +65,33 @@ class Generator:
                 f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
             )
         self._tokenizer = tokenizer
-        self._longest = at_least_one("max_new_tokens", max_new_tokens)
+        self.longest = at_least_one("max_new_tokens", max_new_tokens)
         self._ends, self.pad = _special_tokens(model, tokenizer)
-        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
         more = _checked_options(options)
-        self._config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            pad_token_id=self.pad,
-            eos_token_id=self._ends or None,
-            **sampling | more,
-        )
-        self.draws = bool(self._config.do_sample)
-        stops = self._config.stop_strings or []
+        self.beams = int(more.get("num_beams") or 1)
+        # Beams are drawn by transformers, for all rows from one stream.
+        self.independent = not do_sample or self.beams == 1
+        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
+        self._shaping: dict[str, Any] | None = None
+        if do_sample and self.independent:
+            self._shaping = sampling | {name: more.pop(name) for name in SHAPING if name in more}
+            do_sample, sampling = False, _GREEDY
+        self._settings = sampling | more
+        self._do_sample = do_sample
+        stops = more.get("stop_strings") or []
         self._stops = [stops] if isinstance(stops, str) else list(stops)
 
-    def __call__(self, ids: Tensor, mask: Tensor, seed: int) -> Generated:
-        """Completions of left-padded prompts (b, t); what is drawn is a function of the seed."""
+    def __call__(self, ids: Tensor, mask: Tensor, seeds: Sequence[int]) -> Generated:
+        """Completions of padded prompts (b, t); what a row draws is a function of its seed."""
+        finite = _Finite()
+        processors: list[Any] = [finite]
+        if self._shaping is not None:
+            processors.append(Draws(self._inherited() | self._shaping, seeds))
         # It is the tokenizer that knows which tokens spell a stop string.
         spelling = {"tokenizer": self._tokenizer} if self._stops else {}
-        with _own_randomness(seed, self._model):
-            output: Any = self._model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=self._config,
-                logits_processor=LogitsProcessorList([_refuse_nan]),
-                **spelling,
-            )
-        output = output if isinstance(output, Tensor) else output.sequences
+        with _own_randomness(sum(seeds) % 2**63, self._model):
+            output = self._generate(ids, mask, self._config(), processors, **spelling)
+        finite.check()
         if len(output) != len(ids):
             raise OptionError(
                 f"generate returned {len(output)} texts for {len(ids)} prompts; leave "
@@ -96,6 +100,55 @@ class Generator:
         written = [self._until_end(row) for row in self._without_prompt(output, ids).tolist()]
         return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
 
+    def scores(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Of the first tokens of completions whose text is given, some scores, (b, m), fp32.
+
+        They change smoothly with the weights, and come of the forwards that completions come of:
+        one of the prompts, the others with what is cached of them.
+        """
+        given = _Given(min(set(range(len(self._ends) + 2)) - {*self._ends, self.pad}))
+        config = GenerationConfig(
+            max_new_tokens=min(_TRIED, self.longest),
+            do_sample=False,
+            pad_token_id=self.pad,
+            eos_token_id=self._ends or None,
+            num_beams=1,
+        )
+        self._generate(ids, mask, config, [given])
+        return torch.cat(given.seen, dim=1)
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        config: GenerationConfig,
+        processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
+        **more: Any,
+    ) -> Tensor:
+        output: Any = self._model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            **more,
+        )
+        found: Tensor = output if isinstance(output, Tensor) else output.sequences
+        return found
+
+    def _config(self) -> GenerationConfig:
+        """A new one: transformers fills in what is not set, of the model's own."""
+        return GenerationConfig(
+            max_new_tokens=self.longest,
+            do_sample=self._do_sample,
+            pad_token_id=self.pad,
+            eos_token_id=self._ends or None,
+            **self._settings,
+        )
+
+    def _inherited(self) -> dict[str, Any]:
+        own = getattr(self._model, "generation_config", None)
+        return {name: getattr(own, name, None) for name in SHAPING}
+
     def check_length(self, width: int) -> None:
         """Refuse prompts of a width that leaves no room for completions.
 
@@ -103,10 +156,10 @@ class Generator:
             DataError: Gives the model's limit.
         """
         limit = positions(self._model)
-        used = width if self._configured("is_encoder_decoder") else width + self._longest - 1
+        used = width if self._configured("is_encoder_decoder") else width + self.longest - 1
         if limit is not None and used > limit:
             raise DataError(
-                f"a prompt has {width} tokens, and with max_new_tokens={self._longest} that "
+                f"a prompt has {width} tokens, and with max_new_tokens={self.longest} that "
                 f"takes {used} positions of the model's {limit}; shorten the prompts or the "
                 "completions"
             )
@@ -146,15 +199,47 @@ class Generator:
         return ids[: bisect_left(range(len(ids)), True, key=stopped)]
 
 
-def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
-    """Passes on scores that have a largest one: of NaN every choice is as good as another."""
-    bad = ~scores.amax(-1).isfinite()
-    if bool(bad.any()):
-        raise NonFiniteObjectiveError(
-            f"the model's logits for {int(bad.sum())} of {len(bad)} texts are NaN or infinite; a "
-            "smaller lr or perturbation_scale keeps them finite"
-        )
-    return scores
+class _Finite:
+    """Passes scores on, and remembers rows without a largest one: any choice of NaN is as good.
+
+    Looked at when all is written: every look waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~scores.amax(-1).isfinite()
+        self._bad = bad if self._bad is None else self._bad | bad
+        return scores
+
+    def check(self) -> None:
+        """Refuse texts of NaN.
+
+        Raises:
+            NonFiniteObjectiveError: Says how many.
+        """
+        bad = 0 if self._bad is None else int(self._bad.sum())
+        if bad and self._bad is not None:
+            raise NonFiniteObjectiveError(
+                f"the model's logits for {bad} of {len(self._bad)} texts are NaN or infinite; a "
+                "smaller lr or perturbation_scale keeps them finite"
+            )
+
+
+class _Given:
+    """Has one token written always, and keeps some of the scores."""
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+        self.seen: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        some = scores[:, :: -(-scores.shape[1] // _SCORES)]
+        self.seen.append(some.float().masked_fill(some.isinf(), 0.0))
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self._token] = 0.0
+        return forced
 
 
 @contextmanager

@@ -11,6 +11,7 @@ reading the frozen weights. The live tensors are never written.
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 
 import torch
@@ -25,6 +26,19 @@ from zo_adapt.view.selection import owners
 Stacks = Mapping[str, Tensor]
 """By attribute ("weight", "bias") the values at all points, (n, *shape)."""
 Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
+
+
+_blocks: ContextVar[int] = ContextVar("blocks", default=1)
+
+
+def blocks() -> int:
+    """How many points the rows of a batch are computed at here, in equal blocks one after another.
+
+    Example:
+        >>> blocks()
+        1
+    """
+    return _blocks.get()
 
 
 class NotJoint(Exception):
@@ -122,7 +136,11 @@ class ManyPoints:
         """
         forwards = {} if replaying else self._forwards()
         with self._usage.shifting(), replaced_forwards(forwards):
-            yield
+            token = _blocks.set(self._count)
+            try:
+                yield
+            finally:
+                _blocks.reset(token)
 
     def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         found = {}
