@@ -58,7 +58,7 @@ class Generator:
         top_k: int,
         options: Mapping[str, Any],
     ) -> None:
-        self._model = model
+        self._model, self._limit = model, positions(model)
         self._check_completions(max_new_tokens)
         if not hasattr(model, "generate"):
             raise OptionError(
@@ -89,7 +89,7 @@ class Generator:
             processors.append(Draws(self._inherited() | self._shaping, seeds))
         # It is the tokenizer that knows which tokens spell a stop string.
         spelling = {"tokenizer": self._tokenizer} if self._stops else {}
-        with _own_randomness(sum(seeds) % 2**63, self._model):
+        with _own_randomness(sum(seeds) % 2**63, ids.device):
             output = self._generate(ids, mask, self._config(), processors, **spelling)
         finite.check()
         if len(output) != len(ids):
@@ -155,7 +155,7 @@ class Generator:
         Raises:
             DataError: Gives the model's limit.
         """
-        limit = positions(self._model)
+        limit = self._limit
         used = width if self._configured("is_encoder_decoder") else width + self.longest - 1
         if limit is not None and used > limit:
             raise DataError(
@@ -166,7 +166,7 @@ class Generator:
 
     def _check_completions(self, longest: int) -> None:
         """Refuse completions that the decoder of an encoder-decoder has no positions for."""
-        limit = positions(self._model)
+        limit = self._limit
         if self._configured("is_encoder_decoder") and limit is not None and longest > limit:
             raise OptionError(
                 f"max_new_tokens={longest}, and the model's decoder has {limit} positions; choose "
@@ -243,9 +243,9 @@ class _Given:
 
 
 @contextmanager
-def _own_randomness(seed: int, model: nn.Module) -> Iterator[None]:
-    """The global generators of the CPU and of the model's GPUs seeded; put back afterwards."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators of the CPU and of the texts' GPU seeded; put back afterwards."""
+    devices = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: it seeds every GPU, also those that are not put back.
         torch.default_generator.manual_seed(seed)

@@ -31,7 +31,8 @@ def bytes_of_text(model: nn.Module, prompt: int, longest: int) -> int:
         found = (getattr(of_text, name, None) for name in names)
         return next((int(each) for each in found if isinstance(each, int) and each > 0), 1)
 
-    size = max((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
+    # The first is an embedding, of the dtype that is computed in.
+    size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     hidden = said("hidden_size")
     heads = said("num_attention_heads")
     of_head = said("head_dim", "d_kv") if _has(of_text, "head_dim", "d_kv") else hidden // heads

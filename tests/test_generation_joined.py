@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
-from test_generation import END, a_reward, a_tokenizer, prompts, text
+from test_generation import CHAT, END, a_reward, a_tokenizer, prompts, text
 from tiny_models import PAD, VOCABULARY, tiny_model, token_rows
 from torch import nn
 from transformers import (
@@ -108,7 +109,7 @@ def probes_of(
     """Several points on each of several shares of prompts of unlike lengths."""
     source = as_source(prompts(sum(sizes), id=list(range(sum(sizes)))), reward.collate)
     ends = np.cumsum([0, *sizes]).tolist()
-    shares = [Batch(source, range(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+    shares = [Batch(source, range(a, b)) for a, b in pairwise(ends)]
     return [
         Probe(Shift((Term(10 * number + k, scale),)), share)
         for number, share in enumerate(shares)
@@ -319,14 +320,14 @@ def test_a_joint_forward_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_messages_and_columns_keep_to_their_rows() -> None:
-    chat = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
     seen: list[dict[str, Any]] = []
 
     def check(prompts: Any, completions: Any, target: Any, **_: Any) -> list[float]:
-        seen.extend({"p": p, "c": c, "t": t} for p, c, t in zip(prompts, completions, target))
+        rows = zip(prompts, completions, target, strict=True)
+        seen.extend({"p": p, "c": c, "t": t} for p, c, t in rows)
         return [float(len(c[0]["content"])) for c in completions]
 
-    reward = reward_of(lora("llama"), check, tokenizer=a_tokenizer(chat_template=chat))
+    reward = reward_of(lora("llama"), check, tokenizer=a_tokenizer(chat_template=CHAT))
     data = [
         {"prompt": [{"role": "user", "content": text(row)}] * 2, "target": [row, text(row)]}
         for row in token_rows(4)
