@@ -2,15 +2,16 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from objectives._drawing import SHAPING, Draws
 from objectives._fit import positions
+from objectives._shared_text import SharedText
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError
 from zo_adapt.options import at_least_one, positive
 
@@ -81,8 +82,21 @@ class Generator:
         stops = more.get("stop_strings") or []
         self._stops = [stops] if isinstance(stops, str) else list(stops)
 
-    def __call__(self, ids: Tensor, mask: Tensor, seeds: Sequence[int]) -> Generated:
-        """Completions of padded prompts (b, t); what a row draws is a function of its seed."""
+    def __call__(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        seeds: Sequence[int],
+        shared: SharedText | None = None,
+    ) -> Generated:
+        """Completions of padded prompts (b, t).
+
+        Args:
+            ids: Of the prompts.
+            mask: Where they are not padding.
+            seeds: What a row draws is a function of its seed.
+            shared: Of these rows.
+        """
         finite = _Finite()
         processors: list[Any] = [finite]
         if self._shaping is not None:
@@ -90,7 +104,7 @@ class Generator:
         # It is the tokenizer that knows which tokens spell a stop string.
         spelling = {"tokenizer": self._tokenizer} if self._stops else {}
         with _own_randomness(sum(seeds) % 2**63, ids.device):
-            output = self._generate(ids, mask, self._config(), processors, **spelling)
+            output = self._generate(ids, mask, self._config(), processors, shared, **spelling)
         finite.check()
         if len(output) != len(ids):
             raise OptionError(
@@ -100,7 +114,7 @@ class Generator:
         written = [self._until_end(row) for row in self._without_prompt(output, ids).tolist()]
         return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
 
-    def scores(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def scores(self, ids: Tensor, mask: Tensor, shared: SharedText | None = None) -> Tensor:
         """Of the first tokens of completions whose text is given, some scores, (b, m), fp32.
 
         They change smoothly with the weights, and come of the forwards that completions come of:
@@ -114,7 +128,7 @@ class Generator:
             eos_token_id=self._ends or None,
             num_beams=1,
         )
-        self._generate(ids, mask, config, [given])
+        self._generate(ids, mask, config, [given], shared)
         return torch.cat(given.seen, dim=1)
 
     def _generate(
@@ -123,15 +137,18 @@ class Generator:
         mask: Tensor,
         config: GenerationConfig,
         processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
+        shared: SharedText | None,
         **more: Any,
     ) -> Tensor:
-        output: Any = self._model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-            **more,
-        )
+        with nullcontext() if shared is None else shared.entered():
+            output: Any = self._model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList([] if shared is None else [shared]),
+                **more,
+            )
         found: Tensor = output if isinstance(output, Tensor) else output.sequences
         return found
 

@@ -16,6 +16,7 @@ from objectives._fit import reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
 from objectives._rewards import Rewarded, RewardFunction, Rewards
+from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.candidates import NotJoint, blocks
@@ -181,14 +182,15 @@ class GenerationReward(Mixable, SetObjective):
         with self.evaluating():
             if virtual_tokens(self.model) and len(set(map(len, prepared.tokens))) > 1:
                 return self._by_length(prepared, seeds)
-            return self._generator(prepared.input_ids, prepared.attention_mask, seeds)
+            shared = self._shared(prepared)
+            return self._generator(prepared.input_ids, prepared.attention_mask, seeds, shared)
 
     def _by_length(self, batch: PromptBatch, seeds: Sequence[int]) -> Generated:
         """Prompts of one length at a time: peft's virtual tokens stand before the padding.
 
         With padding between, what a prompt is answered would depend on the longest beside it.
         """
-        if blocks() > 1:
+        if blocks().count > 1:
             raise NotJoint("prompts with virtual tokens are written one length at a time")
         texts: list[str] = [""] * len(batch)
         written: list[list[int]] = [[]] * len(batch)
@@ -218,7 +220,7 @@ class GenerationReward(Mixable, SetObjective):
     def _seeds(self, batch: PromptBatch) -> list[int]:
         """Of every row, a function of its content alone, in any process; of equal ones, others."""
         found: list[int] = []
-        block = len(batch) // blocks()
+        block = len(batch) // blocks().count
         for row, tokens in enumerate(batch.tokens):
             own = {name: column[row] for name, column in batch.columns.items()}
             text = json.dumps([self.seed, tokens, own], default=_told, skipkeys=True)
@@ -235,7 +237,16 @@ class GenerationReward(Mixable, SetObjective):
             raise NotJoint("several beams are followed for every prompt")
         prepared = self._prepared(batch)
         with torch.no_grad(), self.evaluating():
-            return self._generator.scores(prepared.input_ids, prepared.attention_mask)
+            shared = self._shared(prepared)
+            return self._generator.scores(prepared.input_ids, prepared.attention_mask, shared)
+
+    def _shared(self, batch: PromptBatch) -> SharedText | None:
+        """What frozen layers need not compute for every point; on a GPU they wait for no row."""
+        # An encoder-decoder's first layers read the prompt alone.
+        one_text = self._side == "left" and self._generator.beams == 1
+        if not (one_text and blocks().frozen and batch.device.type == "cpu"):
+            return None
+        return SharedText(blocks().frozen, batch.tokens)
 
     def _row_bytes(self, batch: Any) -> int:
         """Memory of one row while it is written."""

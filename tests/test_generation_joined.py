@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from objectives import GenerationReward
+from objectives._shared_text import SharedText
 from zo_adapt import MeZO, OneSided, ParameterView, Term, TwoSided, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
@@ -92,9 +93,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     rows: list[int] = []
     real = Generator.__call__
 
-    def counted(self: Any, ids: Any, mask: Any, seeds: Any) -> Any:
+    def counted(self: Any, ids: Any, *args: Any) -> Any:
         rows.append(len(ids))
-        return real(self, ids, mask, seeds)
+        return real(self, ids, *args)
 
     monkeypatch.setattr(Generator, "__call__", counted)
     yield rows
@@ -172,6 +173,36 @@ def test_adapters_of_other_places_and_kinds(options: dict[str, Any], calls: list
     assert ("joint" in evaluator.plan.why_not) == (evaluator.plan.candidates == 1)
     assert len(calls) == (8 if evaluator.plan.candidates == 1 else 1)
     assert same(joined, alone)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("family", "tuned"),
+    [("gpt2", "c_proj"), ("opt", "fc2"), ("llama", "down_proj"), ("qwen2", "q_proj")],
+)
+def test_frozen_layers_compute_one_row_for_texts_that_are_the_same_so_far(
+    family: str, tuned: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[SharedText] = []
+    real = SharedText.__init__
+
+    def noted(self: SharedText, *args: Any) -> None:
+        real(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(SharedText, "__init__", noted)
+    reward = reward_of(
+        lora(family, target_modules=[tuned], layers_to_transform=[1]), do_sample=do_sample
+    )
+    probes = probes_of(reward, scale=0.03)
+    alone, _ = evaluated(reward, probes, joint_rows="off")
+    assert not made
+    joined, evaluator = evaluated(reward, probes)
+    assert evaluator.plan.candidates == 12, evaluator.plan.why_not
+    assert same(joined, alone)
+    rows = made[-1].rows
+    assert rows[0] == 10 and max(rows) < 48, "a prompt is read once for all of its points"
+    assert rows == sorted(rows) and rows[-1] > 10, "texts part, and never meet again"
 
 
 def test_norms_are_joined_and_a_full_view_says_why_not(calls: list[int]) -> None:

@@ -10,15 +10,17 @@ reading the frozen weights. The live tensors are never written.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.trunk.cut import RefusedError, cut
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
@@ -28,14 +30,27 @@ Stacks = Mapping[str, Tensor]
 Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
 
 
-_blocks: ContextVar[int] = ContextVar("blocks", default=1)
+class Blocks(NamedTuple):
+    """How the rows of a batch are computed: in equal blocks one after another, each at its point.
+
+    Args:
+        count: How many.
+        frozen: The model's layers before the first that holds weights of the view, in order: what
+            they make of a row is the same in every block.
+    """
+
+    count: int = 1
+    frozen: Sequence[nn.Module] = ()
 
 
-def blocks() -> int:
-    """How many points the rows of a batch are computed at here, in equal blocks one after another.
+_blocks: ContextVar[Blocks] = ContextVar("blocks", default=Blocks())  # noqa: B039
+
+
+def blocks() -> Blocks:
+    """The blocks in which an objective is called here.
 
     Example:
-        >>> blocks()
+        >>> blocks().count
         1
     """
     return _blocks.get()
@@ -59,6 +74,10 @@ class Candidates:
         self.view = view
         self._modules: dict[nn.Module, dict[str, str]] = {}
         self.why_not = self._why_not()
+        self._frozen: Sequence[nn.Module] = ()
+        if self.why_not is None:
+            with suppress(RefusedError):
+                self._frozen = cut(view).frozen
 
     def _why_not(self) -> str | None:
         if self.view.model is None:
@@ -92,7 +111,7 @@ class Candidates:
             leads: Sizes of a module's first dimension that are rows in blocks; any other is
                 refused.
         """
-        return ManyPoints(self.view, self._modules, points, leads)
+        return ManyPoints(self.view, self._modules, points, leads, self._frozen)
 
 
 class ManyPoints:
@@ -104,6 +123,7 @@ class ManyPoints:
         view: Whose tensors move.
         modules: That hold them, with their names by attribute.
         points, leads: As for ``Candidates.at``.
+        frozen: The layers that compute the same at every point.
 
     Attributes:
         used: Names of the tensors that were used; filled as the model runs.
@@ -115,7 +135,9 @@ class ManyPoints:
         modules: Mapping[nn.Module, Mapping[str, str]],
         points: Sequence[Shift],
         leads: Collection[int],
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
+        self._blocks = Blocks(len(points), frozen)
         self._usage, self._modules, self._stacks = view.usage, modules, view.stack(points)
         self._count, self._leads = len(points), frozenset(leads)
         self.used: set[str] = set()
@@ -136,7 +158,7 @@ class ManyPoints:
         """
         forwards = {} if replaying else self._forwards()
         with self._usage.shifting(), replaced_forwards(forwards):
-            token = _blocks.set(self._count)
+            token = _blocks.set(self._blocks)
             try:
                 yield
             finally:
