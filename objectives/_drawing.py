@@ -27,12 +27,12 @@ class Draws:
 
     argmax_v [s_v + g_v],  g_v = -log e_v,  e_v ~ Exp(1),    is v with probability softmax(s)_v
 
-    (Gumbel's). A row's noise is a function of its seed and of how many tokens were drawn before:
-    rows of one seed, at several points of the weights, have common random numbers.
+    (Gumbel's). A row's noise is a function of its seed and of how many tokens it has written: rows
+    of one seed, at several points of the weights, have common random numbers.
 
     Args:
         settings: Options of ``GenerationConfig`` that shape the distribution, those of ``SHAPING``.
-        seeds: Of every row, 0 <= seed < 2**63.
+        seeds: Of every row, 0 <= seed < 2**64.
 
     Example:
         >>> scores = torch.zeros(3, 100)
@@ -42,28 +42,32 @@ class Draws:
     """
 
     def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int]) -> None:
-        self._settings, self._warpers = settings, None
-        self._distinct = {seed: number for number, seed in enumerate(dict.fromkeys(seeds))}
-        self._rows = [self._distinct[seed] for seed in seeds]
-        self._streams: list[torch.Generator] = []
-        self._index: Tensor | None = None
+        self._settings, self.seeds = settings, list(seeds)
+        self._warpers: list[Any] | None = None
+        self._start = 0
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """The scores of the next token, warped, with noise."""
         if self._warpers is None:
-            self._begin(scores.device)
+            self._warpers = warpers(self._settings, scores.device)
+            self._start = ids.shape[1]  # of an encoder-decoder 1, whatever the prompt
         for warp in self._warpers:
             scores = warp(ids, scores)
-        noise = scores.new_empty((len(self._streams), scores.shape[1]))
-        for row, stream in zip(noise, self._streams, strict=True):
-            row.exponential_(generator=stream)
-        return scores - noise.log_()[self._index]
+        number = {seed: i for i, seed in enumerate(dict.fromkeys(self.seeds))}
+        noise = scores.new_empty((len(number), scores.shape[1]))
+        stream, place = torch.Generator(scores.device), ids.shape[1] - self._start
+        for row, seed in zip(noise, number, strict=True):
+            row.exponential_(generator=stream.manual_seed(mixed(seed, place)))
+        which = torch.tensor([number[seed] for seed in self.seeds], device=scores.device)
+        return scores - noise.log_()[which]
 
-    def _begin(self, device: torch.device) -> None:
-        self._warpers = warpers(self._settings, device)
-        self._index = torch.tensor(self._rows, device=device)
-        for seed in self._distinct:
-            self._streams.append(torch.Generator(device).manual_seed(seed))
+
+def mixed(seed: int, place: int) -> int:
+    """A seed for each place of a text, all bits of which depend on both (SplitMix64)."""
+    x = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return (x ^ x >> 31) >> 1
 
 
 def warpers(settings: Mapping[str, Any], device: torch.device) -> list[Any]:

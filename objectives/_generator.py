@@ -7,18 +7,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from objectives._drawing import SHAPING, Draws
 from objectives._fit import positions
+from objectives._scores import Finite, Given
 from objectives._shared_text import SharedText
-from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError
+from objectives._stages import HalfEnded, can_go_on, rows_of_cache
+from zo_adapt.errors import DataError, OptionError
+from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.options import at_least_one, positive
 
 _GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """What counts as not set: a model's own settings would be reported as unused."""
-_TRIED, _SCORES = 3, 256
-"""Tokens whose scores are compared, and most scores of each."""
+_TRIED = 3
+"""Tokens whose scores are compared."""
 _OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
 
 
@@ -81,6 +89,7 @@ class Generator:
         self._do_sample = do_sample
         stops = more.get("stop_strings") or []
         self._stops = [stops] if isinstance(stops, str) else list(stops)
+        self._in_stages = can_go_on(model, more)
 
     def __call__(
         self,
@@ -97,21 +106,15 @@ class Generator:
             seeds: What a row draws is a function of its seed.
             shared: Of these rows.
         """
-        finite = _Finite()
-        processors: list[Any] = [finite]
+        draws = None
         if self._shaping is not None:
-            processors.append(Draws(self._inherited() | self._shaping, seeds))
-        # It is the tokenizer that knows which tokens spell a stop string.
-        spelling = {"tokenizer": self._tokenizer} if self._stops else {}
+            draws = Draws(self._inherited() | self._shaping, seeds)
         with _own_randomness(sum(seeds) % 2**63, ids.device):
-            output = self._generate(ids, mask, self._config(), processors, shared, **spelling)
-        finite.check()
-        if len(output) != len(ids):
-            raise OptionError(
-                f"generate returned {len(output)} texts for {len(ids)} prompts; leave "
-                "num_return_sequences=1"
-            )
-        written = [self._until_end(row) for row in self._without_prompt(output, ids).tolist()]
+            if self._in_stages and self._ends and len(ids) > 1:
+                written = self._by_stages(ids, mask, draws, shared)
+            else:
+                written = self._at_once(ids, mask, draws, shared)
+        written = [self._until_end(row) for row in written]
         return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
 
     def scores(self, ids: Tensor, mask: Tensor, shared: SharedText | None = None) -> Tensor:
@@ -120,7 +123,7 @@ class Generator:
         They change smoothly with the weights, and come of the forwards that completions come of:
         one of the prompts, the others with what is cached of them.
         """
-        given = _Given(min(set(range(len(self._ends) + 2)) - {*self._ends, self.pad}))
+        given = Given(min(set(range(len(self._ends) + 2)) - {*self._ends, self.pad}))
         config = GenerationConfig(
             max_new_tokens=min(_TRIED, self.longest),
             do_sample=False,
@@ -131,31 +134,79 @@ class Generator:
         self._generate(ids, mask, config, [given], shared)
         return torch.cat(given.seen, dim=1)
 
+    def _at_once(
+        self, ids: Tensor, mask: Tensor, draws: Draws | None, shared: SharedText | None
+    ) -> list[list[int]]:
+        # It is the tokenizer that knows which tokens spell a stop string.
+        spelling = {"tokenizer": self._tokenizer} if self._stops else {}
+        finite = Finite()
+        config, processors = self._config(self.longest), [finite, *([draws] if draws else [])]
+        output = self._generate(ids, mask, config, processors, shared, **spelling)
+        output = output if isinstance(output, Tensor) else output.sequences
+        finite.check()
+        _check_count(output, ids)
+        return self._without_prompt(output, ids).tolist()  # type: ignore[no-any-return]
+
+    def _by_stages(
+        self, ids: Tensor, mask: Tensor, draws: Draws | None, shared: SharedText | None
+    ) -> list[list[int]]:
+        """The same, without the texts that have ended as soon as they are half of all."""
+        width, written = ids.shape[1], [list[int]()] * len(ids)
+        rows, now, cache = torch.arange(len(ids), device=ids.device), (ids, mask), None
+        half = HalfEnded(self._ends, width)
+        while True:
+            finite = Finite()
+            config = self._config(width + self.longest - now[0].shape[1])
+            config.return_dict_in_generate = True
+            processors = [finite, *([draws] if draws else [])]
+            more = {} if cache is None else {"past_key_values": cache}
+            with blocks().of_rows(rows, len(ids)):
+                output = self._generate(*now, config, processors, shared, half, **more)
+            finite.check()
+            found = output.sequences
+            _check_count(found, rows)
+            for row, text in zip(rows.tolist(), found[:, width:].tolist(), strict=True):
+                written[row] = text
+            kept = half.kept(found)
+            if len(kept) == 0 or found.shape[1] == width + self.longest:
+                return written
+            cache = rows_of_cache(output.past_key_values, kept)
+            if cache is None:
+                self._in_stages = False
+                if shared is not None:
+                    shared.begin()
+                return self._at_once(ids, mask, draws, shared)
+            rows, longer = rows[kept], found.shape[1] - now[1].shape[1]
+            now = found[kept], nn.functional.pad(now[1][kept], (0, longer), value=1)
+            if draws is not None:
+                draws.seeds = [draws.seeds[row] for row in kept.tolist()]
+            if shared is not None:
+                shared.select(kept)
+
     def _generate(
         self,
         ids: Tensor,
         mask: Tensor,
         config: GenerationConfig,
         processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
-        shared: SharedText | None,
+        *criteria: StoppingCriteria | SharedText | None,
         **more: Any,
-    ) -> Tensor:
+    ) -> Any:
+        shared = next((each for each in criteria if isinstance(each, SharedText)), None)
         with nullcontext() if shared is None else shared.entered():
-            output: Any = self._model.generate(  # type: ignore[operator]
+            return self._model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([] if shared is None else [shared]),
+                stopping_criteria=StoppingCriteriaList(filter(None, criteria)),
                 **more,
             )
-        found: Tensor = output if isinstance(output, Tensor) else output.sequences
-        return found
 
-    def _config(self) -> GenerationConfig:
+    def _config(self, longest: int) -> GenerationConfig:
         """A new one: transformers fills in what is not set, of the model's own."""
         return GenerationConfig(
-            max_new_tokens=self.longest,
+            max_new_tokens=longest,
             do_sample=self._do_sample,
             pad_token_id=self.pad,
             eos_token_id=self._ends or None,
@@ -216,49 +267,6 @@ class Generator:
         return ids[: bisect_left(range(len(ids)), True, key=stopped)]
 
 
-class _Finite:
-    """Passes scores on, and remembers rows without a largest one: any choice of NaN is as good.
-
-    Looked at when all is written: every look waits for a GPU.
-    """
-
-    def __init__(self) -> None:
-        self._bad: Tensor | None = None
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        bad = ~scores.amax(-1).isfinite()
-        self._bad = bad if self._bad is None else self._bad | bad
-        return scores
-
-    def check(self) -> None:
-        """Refuse texts of NaN.
-
-        Raises:
-            NonFiniteObjectiveError: Says how many.
-        """
-        bad = 0 if self._bad is None else int(self._bad.sum())
-        if bad and self._bad is not None:
-            raise NonFiniteObjectiveError(
-                f"the model's logits for {bad} of {len(self._bad)} texts are NaN or infinite; a "
-                "smaller lr or perturbation_scale keeps them finite"
-            )
-
-
-class _Given:
-    """Has one token written always, and keeps some of the scores."""
-
-    def __init__(self, token: int) -> None:
-        self._token = token
-        self.seen: list[Tensor] = []
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        some = scores[:, :: -(-scores.shape[1] // _SCORES)]
-        self.seen.append(some.float().masked_fill(some.isinf(), 0.0))
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self._token] = 0.0
-        return forced
-
-
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """The global generators of the CPU and of the texts' GPU seeded; put back afterwards."""
@@ -308,3 +316,11 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
     return dict(given)
+
+
+def _check_count(written: Tensor, prompts: Tensor) -> None:
+    if len(written) != len(prompts):
+        raise OptionError(
+            f"generate returned {len(written)} texts for {len(prompts)} prompts; leave "
+            "num_return_sequences=1"
+        )

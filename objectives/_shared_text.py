@@ -32,13 +32,22 @@ class SharedText(StoppingCriteria):
     def __init__(self, layers: Sequence[nn.Module], prompts: Sequence[Sequence[int]]) -> None:
         known = {key: number for number, key in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self._layers, self.rows = layers, list[int]()
-        self._set(torch.tensor([known[tuple(tokens)] for tokens in prompts]))
+        self._prompts = torch.tensor([known[tuple(tokens)] for tokens in prompts])
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is written yet."""
+        self._set(self._prompts)
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Note which texts still are the same; all go on."""
         last = ids[:, -1]
         self._set(self._group * (int(last.max()) + 1) + last)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self._set(self._group[rows])
 
     def _set(self, keys: Tensor) -> None:
         distinct, self._group = keys.unique(return_inverse=True)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from objectives import GenerationReward
+from objectives._generator import Generator
 from objectives._shared_text import SharedText
 from zo_adapt import MeZO, OneSided, ParameterView, Term, TwoSided, minimize
 from zo_adapt.data.batches import Batch
@@ -88,8 +89,6 @@ def reward_of(model: nn.Module, functions: Any = told_apart, **options: Any) -> 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many rows each generate has had; what the checks at the start ask for is left out."""
-    from objectives._generator import Generator
-
     rows: list[int] = []
     real = Generator.__call__
 
@@ -200,7 +199,7 @@ def test_frozen_layers_compute_one_row_for_texts_that_are_the_same_so_far(
     joined, evaluator = evaluated(reward, probes)
     assert evaluator.plan.candidates == 12, evaluator.plan.why_not
     assert same(joined, alone)
-    rows = made[-1].rows
+    rows = [row for row in made[-1].rows if row]
     assert rows[0] == 10 and max(rows) < 48, "a prompt is read once for all of its points"
     assert rows == sorted(rows) and rows[-1] > 10, "texts part, and never meet again"
 
@@ -388,3 +387,70 @@ def test_a_mixture_gives_the_values_of_single_ones() -> None:
         for rows in ("auto", "off")
     ]
     assert same(*found)
+
+
+def ending(model: nn.Module, share: float) -> nn.Module:
+    """The model, a share of whose tokens end a text: texts of all lengths."""
+    ends = list(range(int((1 - share) * VOCABULARY), VOCABULARY))
+    model.generation_config.eos_token_id = ends  # type: ignore[union-attr, assignment]
+    return model
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2"])
+def test_texts_that_have_ended_are_left_out_and_the_others_go_on_as_they_were(
+    family: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ending(lora(family), 0.25 if do_sample else 0.45)
+    options: dict[str, Any] = {"do_sample": do_sample, "max_new_tokens": 16}
+    probes = probes_of(reward_of(model, **options))
+    written: list[list[list[int]]] = []
+
+    def noted(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        written.append(completion_ids)
+        return told_apart(completion_ids)
+
+    rows: list[int] = []
+    real = Generator._generate
+
+    def counted(self: Any, ids: Any, *args: Any, **more: Any) -> Any:
+        rows.append(len(ids))
+        return real(self, ids, *args, **more)
+
+    reward = reward_of(model, noted, **options)
+    monkeypatch.setattr("objectives._generator.can_go_on", lambda *_: False)
+    whole, _ = evaluated(reward_of(model, **options), probes, joint_rows="off")
+    monkeypatch.undo()
+    monkeypatch.setattr("objectives._generator.Generator._generate", counted)
+    joined, evaluator = evaluated(reward, probes)
+    assert evaluator.plan.candidates == 12, evaluator.plan.why_not
+    assert same(joined, whole)
+    assert len({len(ids) for ids in written[-1]}) > 3, "texts of all lengths"
+    written_in = rows[rows.index(48) :]
+    assert len(written_in) > 1 and written_in[1] <= 24
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_a_text_does_not_see_when_others_end(do_sample: bool) -> None:
+    model = ending(tiny_model("llama", "causal"), 0.15)
+    reward = reward_of(model, do_sample=do_sample, max_new_tokens=20)
+    together = reward.generate(prompts(24)).ids
+    assert together == [reward.generate([one]).ids[0] for one in prompts(24)]
+    assert len({len(ids) for ids in together}) > 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"min_new_tokens": 5}, {"repetition_penalty": 1.5}, {"suppress_tokens": [7]}],
+    ids=str,
+)
+def test_options_hold_where_texts_end(options: dict[str, Any]) -> None:
+    model = ending(tiny_model("llama", "causal"), 0.15)
+    reward = reward_of(model, max_new_tokens=20, generation_kwargs=options)
+    found = reward.generate(prompts(12)).ids
+    for prompt, ids in zip(prompts(12), found, strict=True):
+        tokens = torch.tensor([[int(word[1:]) for word in prompt["prompt"].split()]])
+        plain = model.generate(  # type: ignore[operator]
+            input_ids=tokens, do_sample=False, max_new_tokens=20, pad_token_id=PAD, **options
+        )
+        assert ids == plain[0, tokens.shape[1] :].tolist()

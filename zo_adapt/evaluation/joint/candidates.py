@@ -11,15 +11,14 @@ reading the frozen weights. The live tensors are never written.
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.joint.blocks import Blocks, calling_in, fits
 from zo_adapt.evaluation.trunk.cut import RefusedError, cut
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
@@ -28,32 +27,6 @@ from zo_adapt.view.selection import owners
 Stacks = Mapping[str, Tensor]
 """By attribute ("weight", "bias") the values at all points, (n, *shape)."""
 Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
-
-
-class Blocks(NamedTuple):
-    """How the rows of a batch are computed: in equal blocks one after another, each at its point.
-
-    Args:
-        count: How many.
-        frozen: The model's layers before the first that holds weights of the view, in order: what
-            they make of a row is the same in every block.
-    """
-
-    count: int = 1
-    frozen: Sequence[nn.Module] = ()
-
-
-_blocks: ContextVar[Blocks] = ContextVar("blocks", default=Blocks())  # noqa: B039
-
-
-def blocks() -> Blocks:
-    """The blocks in which an objective is called here.
-
-    Example:
-        >>> blocks().count
-        1
-    """
-    return _blocks.get()
 
 
 class NotJoint(Exception):
@@ -157,20 +130,36 @@ class ManyPoints:
             ViewInUseError: Another thread uses the view.
         """
         forwards = {} if replaying else self._forwards()
-        with self._usage.shifting(), replaced_forwards(forwards):
-            token = _blocks.set(self._blocks)
-            try:
-                yield
-            finally:
-                _blocks.reset(token)
+        shifting = self._usage.shifting()
+        with shifting, replaced_forwards(forwards), calling_in(self._blocks):
+            yield
 
     def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         found = {}
         for module, names in self._modules.items():
             own = {a: self._stacks[name] for a, name in names.items() if name in self._stacks}
             if own:
-                found[module] = _forward(module, own, self._count, self._leads, self.used, names)
+                found[module] = self._forward(module, own, names)
         return found
+
+    def _forward(
+        self, module: nn.Module, stacks: Stacks, names: Mapping[str, str]
+    ) -> Callable[[Tensor], Tensor]:
+        compute, count, here = _FORWARDS[type(module)], self._count, self._blocks
+
+        def forward(input: Tensor) -> Tensor:
+            if input.dim() < 2 or not fits(input.shape[0], here, self._leads):
+                raise NotJoint(
+                    f"a {type(module).__name__} was called with the shape {tuple(input.shape)}, "
+                    f"whose first size is none of {sorted(self._leads)}"
+                )
+            self.used.update(names.values())
+            if here.narrowed is None:
+                return compute(module, input, stacks, count)
+            padded, own = here.narrowed
+            return compute(module, input[padded], stacks, count)[own]
+
+        return forward
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -187,28 +176,6 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _output_embedding(model: nn.Module) -> object:
     return getattr(model, "get_output_embeddings", lambda: None)()
-
-
-def _forward(
-    module: nn.Module,
-    stacks: Stacks,
-    count: int,
-    leads: Collection[int],
-    used: set[str],
-    names: Mapping[str, str],
-) -> Callable[[Tensor], Tensor]:
-    compute = _FORWARDS[type(module)]
-
-    def forward(input: Tensor) -> Tensor:
-        if input.dim() < 2 or input.shape[0] not in leads:
-            raise NotJoint(
-                f"a {type(module).__name__} was called with the shape {tuple(input.shape)}, whose "
-                f"first size is none of {sorted(leads)}"
-            )
-        used.update(names.values())
-        return compute(module, input, stacks, count)
-
-    return forward
 
 
 def _linear(module: nn.Module, x: Tensor, stacks: Stacks, count: int) -> Tensor:
