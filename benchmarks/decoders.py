@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind with random weights, by size, and a tokenizer for them."""
+"""Decoders of Llama's kind with random weights, by size, a tokenizer and a reward for them."""
 
 import gc
 from typing import Any, NamedTuple
@@ -70,3 +70,14 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class Texts:
+    """A reward, the share of tokens that are even, that keeps what was written."""
+
+    def __init__(self) -> None:
+        self.written: list[list[int]] = []
+
+    def __call__(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+        self.written += completion_ids
+        return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]

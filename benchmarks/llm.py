@@ -27,17 +27,20 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from decoders import SIZES, Size, decoder, free, word_tokenizer
+from decoders import SIZES, Size, Texts, decoder, free, word_tokenizer
 
 from objectives import CausalLMLoss, GenerationReward
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
+from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.term import Shift, Term
 
 WORKS = ("generation", "lora", "full", "adamw")
 
@@ -109,17 +112,6 @@ def prompts(args: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
     return [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in drawn]
 
 
-class Texts:
-    """A reward, the share of tokens that are even, that keeps what was written."""
-
-    def __init__(self) -> None:
-        self.written: list[list[int]] = []
-
-    def __call__(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
-        self.written += completion_ids
-        return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
-
-
 def generation(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The default step on rewards of text: one call, one at a time, and the model's own call."""
     model, texts = decoder(SIZES[name], args.device, lora=True), Texts()
@@ -148,21 +140,31 @@ def generation(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     why_not = step.evaluator.plan.why_not.get("joint", "")
     rows.append(row(name, "generation, default step", found, base, 1, tokens, why_not))
     if name in args.alone:
-        ways: list[list[list[int]]] = []
-        for joint_rows in ("auto", "off"):
-            options = EvaluationOptions(joint_rows=joint_rows)
-            same = Steps(reward, view, MeZOSVRG(lr=1e-30), data, args.batch, options)
-            found = timed(same, argparse.Namespace(**vars(args) | {"repeats": 1}), warm=0)
-            ways.append(texts.written[-same.queries :])
-        rows.append(row(name, "generation, one at a time", found, base, 1, tokens, alike(*ways)))
-        few = batch.select_rows(range(4 * 8))
-        parts = [few.select_rows(range(i, i + 4)) for i in range(0, len(few), 4)]
-        ways = [
-            reward.generate(few).ids,
-            [ids for part in parts for ids in reward.generate(part).ids],
-        ]
-        print(f"plain generate, all rows against 4 at a time: {alike(*ways)}", flush=True)
+        rows.append(one_share(name, reward, view, texts, args))
     return rows
+
+
+def one_share(
+    name: str, reward: GenerationReward, view: ParameterView, texts: Texts, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Eight points on four prompts: together and one at a time, in time and to the token."""
+    examples = as_source(prompts(args, SIZES[name].vocabulary), reward.collate)
+    share = Batch(examples, range(4))
+    probes = [Probe(Shift((Term(k, 10 * view.displacement),)), share) for k in range(8)]
+    seconds, written = [], []
+    for joint_rows in ("auto", "off"):
+        evaluator = LocalEvaluator(reward, view, EvaluationOptions(joint_rows=joint_rows))
+        evaluator.evaluate(probes[:2])
+        texts.written.clear()
+        once = argparse.Namespace(**vars(args) | {"repeats": 1})
+        seconds.append(timed(lambda e=evaluator: e.evaluate(probes), once, warm=0))  # type: ignore[misc]
+        written.append(list(texts.written))
+    rows = share.content.select_rows([*range(4)] * 8)
+    whole, parts = reward.generate(rows).ids, reward.generate(share.content).ids * 8
+    note = f"{alike(*written)}; at one point, 32 rows or 4: {alike(whole, parts)}"
+    joined, alone = seconds
+    tokens = len(rows) * args.new_tokens
+    return row(name, "generation, a share one at a time", alone, joined, 1, tokens, note)
 
 
 def alike(one: list[list[int]], other: list[list[int]]) -> str:

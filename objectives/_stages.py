@@ -33,7 +33,7 @@ class HalfEnded(StoppingCriteria):
     """
 
     def __init__(self, ends: Sequence[int], width: int) -> None:
-        self._ends, self._width = ends, width
+        self._width, self._ends = width, torch.tensor(ends)
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Whether to stop here, the same for all rows."""
@@ -44,8 +44,8 @@ class HalfEnded(StoppingCriteria):
         return self._going(ids).nonzero()[:, 0]
 
     def _going(self, ids: Tensor) -> Tensor:
-        ends = torch.tensor(self._ends, device=ids.device)
-        return ~torch.isin(ids[:, self._width :], ends).any(1)
+        self._ends = self._ends.to(ids.device)
+        return ~torch.isin(ids[:, self._width :], self._ends).any(1)
 
 
 def can_go_on(model: nn.Module, options: Mapping[str, Any]) -> bool:
