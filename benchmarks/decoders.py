@@ -81,3 +81,11 @@ class Texts:
     def __call__(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         self.written += completion_ids
         return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def prompts(args: Any, vocabulary: int) -> list[dict[str, Any]]:
+    """Of half the prompts' length to all of it."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [args.prompt - (i % (args.prompt // 2 + 1)) for i in range(args.batch)]
+    drawn = (torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths)
+    return [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in drawn]

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from decoders import SIZES, Size, Texts, decoder, free, word_tokenizer
+from decoders import SIZES, Size, Texts, decoder, free, prompts, word_tokenizer
 
 from objectives import CausalLMLoss, GenerationReward
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
@@ -104,14 +105,6 @@ class Steps:
         return self.evaluator.queries // self._run.steps
 
 
-def prompts(args: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
-    """Of half the prompts' length to all of it."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [args.prompt - (i % (args.prompt // 2 + 1)) for i in range(args.batch)]
-    drawn = (torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths)
-    return [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in drawn]
-
-
 def generation(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The default step on rewards of text: one call, one at a time, and the model's own call."""
     model, texts = decoder(SIZES[name], args.device, lora=True), Texts()
@@ -149,22 +142,21 @@ def one_share(
 ) -> dict[str, Any]:
     """Eight points on four prompts: together and one at a time, in time and to the token."""
     examples = as_source(prompts(args, SIZES[name].vocabulary), reward.collate)
-    share = Batch(examples, range(4))
-    probes = [Probe(Shift((Term(k, 10 * view.displacement),)), share) for k in range(8)]
+    share, far = Batch(examples, range(4)), 10 * view.displacement
+    probes = [Probe(Shift((Term(k, far),)), share) for k in range(8)]
     seconds, written = [], []
     for joint_rows in ("auto", "off"):
         evaluator = LocalEvaluator(reward, view, EvaluationOptions(joint_rows=joint_rows))
         evaluator.evaluate(probes[:2])
         texts.written.clear()
-        once = argparse.Namespace(**vars(args) | {"repeats": 1})
-        seconds.append(timed(lambda e=evaluator: e.evaluate(probes), once, warm=0))  # type: ignore[misc]
+        call = partial(evaluator.evaluate, probes)
+        seconds.append(timed(call, argparse.Namespace(device=args.device, repeats=1), warm=0))
         written.append(list(texts.written))
     rows = share.content.select_rows([*range(4)] * 8)
     whole, parts = reward.generate(rows).ids, reward.generate(share.content).ids * 8
     note = f"{alike(*written)}; at one point, 32 rows or 4: {alike(whole, parts)}"
-    joined, alone = seconds
-    tokens = len(rows) * args.new_tokens
-    return row(name, "generation, a share one at a time", alone, joined, 1, tokens, note)
+    work, tokens = "generation, a share one at a time", len(rows) * args.new_tokens
+    return row(name, work, seconds[1], seconds[0], 1, tokens, note)
 
 
 def alike(one: list[list[int]], other: list[list[int]]) -> str:
@@ -184,7 +176,7 @@ def tokens_of(args: argparse.Namespace, size: Size) -> dict[str, Tensor]:
 
 def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Steps on the loss of an adapter, or of all weights."""
-    model, data = decoder(SIZES[name], args.device, lora=work != "full"), None
+    model = decoder(SIZES[name], args.device, lora=work != "full")
     data, loss, rows = tokens_of(args, SIZES[name]), CausalLMLoss(model), []
 
     def forward() -> None:
@@ -293,9 +285,7 @@ def main() -> None:
     if args.output:
         result = {
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            "versions": [each.__version__ for each in (torch, transformers, peft)],
             "settings": {k: str(v) for k, v in vars(args).items()},
             "rows": found,
         }

@@ -16,18 +16,16 @@ from transformers import (
 
 from objectives._drawing import SHAPING, Draws
 from objectives._fit import positions
+from objectives._generation_options import GREEDY, checked_options, sampling_options, special_tokens
 from objectives._scores import Finite, Given
 from objectives._shared_text import SharedText
 from objectives._stages import HalfEnded, can_go_on, rows_of_cache
 from zo_adapt.errors import DataError, OptionError
 from zo_adapt.evaluation.joint.blocks import blocks
-from zo_adapt.options import at_least_one, positive
+from zo_adapt.options import at_least_one
 
-_GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-"""What counts as not set: a model's own settings would be reported as unused."""
 _TRIED = 3
 """Tokens whose scores are compared."""
-_OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
 
 
 class Generated(NamedTuple):
@@ -75,16 +73,16 @@ class Generator:
             )
         self._tokenizer = tokenizer
         self.longest = at_least_one("max_new_tokens", max_new_tokens)
-        self._ends, self.pad = _special_tokens(model, tokenizer)
-        more = _checked_options(options)
+        self._ends, self.pad = special_tokens(model, tokenizer)
+        more = checked_options(options)
         self.beams = int(more.get("num_beams") or 1)
         # Beams are drawn by transformers, for all rows from one stream.
         self.independent = not do_sample or self.beams == 1
-        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
+        sampling = sampling_options(temperature, top_p, top_k) if do_sample else GREEDY
         self._shaping: dict[str, Any] | None = None
         if do_sample and self.independent:
             self._shaping = sampling | {name: more.pop(name) for name in SHAPING if name in more}
-            do_sample, sampling = False, _GREEDY
+            do_sample, sampling = False, GREEDY
         self._settings = sampling | more
         self._do_sample = do_sample
         stops = more.get("stop_strings") or []
@@ -170,7 +168,7 @@ class Generator:
             kept = half.kept(found)
             if len(kept) == 0 or found.shape[1] == width + self.longest:
                 return written
-            cache = rows_of_cache(output.past_key_values, kept)
+            cache = rows_of_cache(output.past_key_values, kept, found.shape[1])
             if cache is None:
                 self._in_stages = False
                 if shared is not None:
@@ -277,45 +275,6 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)
         yield
-
-
-def _special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that end a text, and one to pad with: any will do, since the mask is read."""
-    config = getattr(model, "generation_config", None)
-    end = getattr(config, "eos_token_id", None)
-    end = tokenizer.eos_token_id if end is None else end
-    ends = [] if end is None else [end] if isinstance(end, int) else [int(token) for token in end]
-    for pad in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), *ends):
-        if pad is not None:
-            return ends, int(pad)
-    return ends, 0
-
-
-def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    positive("temperature", temperature)
-    if not 0 < top_p <= 1:
-        raise OptionError(f"top_p={top_p}; choose 0 < top_p <= 1")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise OptionError(f"top_k={top_k}; choose an integer >= 0, 0 for no limit")
-    return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-
-def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """More options of the generation.
-
-    Raises:
-        OptionError: One that this class sets itself, or that ``GenerationConfig`` does not have.
-    """
-    known = vars(GenerationConfig())
-    for name in given:
-        if name in _OWN:
-            raise OptionError(
-                f"generation_kwargs has {name!r}, which GenerationReward sets itself: by its "
-                "arguments, and by the tokens of the tokenizer and the model"
-            )
-        if name not in known:
-            raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
-    return dict(given)
 
 
 def _check_count(written: Tensor, prompts: Tensor) -> None:

@@ -20,9 +20,11 @@ def bytes_of_text(model: nn.Module, prompt: int, longest: int) -> int:
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=2, n_head=2))
-        >>> bytes_of_text(model, 16, 16) - bytes_of_text(model, 16, 8)  # 2 layers, keys and values
-        1024
+        >>> config = GPT2Config(vocab_size=10, n_embd=8, n_layer=2, n_head=2, bos_token_id=0,
+        ...                     eos_token_id=1)
+        >>> model = GPT2LMHeadModel(config)
+        >>> bytes_of_text(model, 16, 16) - bytes_of_text(model, 16, 8)  # 2 layers and a copy
+        1536
     """
     config = getattr(model, "config", None)
     of_text = getattr(config, "get_text_config", lambda: config)()

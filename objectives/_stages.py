@@ -57,9 +57,9 @@ def can_go_on(model: nn.Module, options: Mapping[str, Any]) -> bool:
     return not said and not getattr(model, "_is_stateful", False) and set(options) <= set(_WHEREVER)
 
 
-def rows_of_cache(cache: Any, rows: Tensor) -> Any:
-    """The cache of some rows; None where it is of a kind that may not be cut."""
-    if not isinstance(cache, DynamicCache):
+def rows_of_cache(cache: Any, rows: Tensor, length: int) -> Any:
+    """The cache of some rows, of which all tokens but the last were read; None: of another kind."""
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length() != length - 1:
         return None
     cache.batch_select_indices(rows)
     return cache
