@@ -1,4 +1,4 @@
-"""What a user may say of generation, and the tokens that a model and its tokenizer end texts with."""
+"""What a user may say of generation, and the tokens that end a text."""
 
 from collections.abc import Mapping
 from typing import Any
