@@ -49,10 +49,14 @@ class GenerationReward(Mixable, SetObjective):
     prompt should be answered anew, a column that differs (``"id": 0, 1, ...``) gives it other
     numbers. The global random generators are never touched.
 
-    **All candidates of a step** are written together where the view allows it (``LoRA``, norms,
-    embeddings): their prompts are one ``generate``, each block of rows at its own point, as many as
-    the memory holds beside the model. The rewards of a call come in one list; a reward must depend
-    on its own completion alone.
+    **All candidates of a step** are written together where the view allows it (LoRA, layer norms,
+    embeddings; ``Result.evaluation`` says why not): one ``generate`` of all prompts, each block of
+    rows at its own point, as many as the memory holds beside the model. In fp32 on a CPU the texts
+    are to the token those of one point at a time; elsewhere a tie may be rounded another way, as by
+    any other size of batch. Once half of the texts have ended they are left out of the rest
+    (decoders with transformers' usual cache, no stop strings or beams, no option that counts from
+    the start). On a CPU, layers before the first tuned one read a prompt once for all candidates.
+    The completions of a call come to the rewards in one list; a reward must depend on its own alone.
 
     Args:
         model: A causal or encoder-decoder language model with ``generate``, or a peft one.
