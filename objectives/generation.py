@@ -56,7 +56,7 @@ class GenerationReward(Mixable, SetObjective):
     any other size of batch. Once half of the texts have ended they are left out of the rest
     (decoders with transformers' usual cache, no stop strings or beams, no option that counts from
     the start). On a CPU, layers before the first tuned one read a prompt once for all candidates.
-    The completions of a call come to the rewards in one list; a reward must depend on its own alone.
+    The completions of a call come to the rewards in one list; each depends on its own alone.
 
     Args:
         model: A causal or encoder-decoder language model with ``generate``, or a peft one.

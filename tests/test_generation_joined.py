@@ -454,3 +454,26 @@ def test_options_hold_where_texts_end(options: dict[str, Any]) -> None:
             input_ids=tokens, do_sample=False, max_new_tokens=20, pad_token_id=PAD, **options
         )
         assert ids == plain[0, tokens.shape[1] :].tolist()
+
+
+def test_a_cache_that_cannot_be_cut_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ending(lora("llama", target_modules=["q_proj"], layers_to_transform=[1]), 0.25)
+    probes = probes_of(reward_of(model, do_sample=True, max_new_tokens=16))
+    found = []
+    for cut in (True, False):
+        if not cut:
+            monkeypatch.setattr("objectives._generator.rows_of_cache", lambda *_: None)
+        joined, evaluator = evaluated(reward_of(model, do_sample=True, max_new_tokens=16), probes)
+        assert evaluator.plan.candidates == 12, evaluator.plan.why_not
+        found.append(joined)
+    assert same(*found)
+
+
+def test_sampled_beams_touch_no_generator_and_recur() -> None:
+    reward = reward_of(
+        tiny_model("llama", "causal"), do_sample=True, generation_kwargs={"num_beams": 2}
+    )
+    before = torch.get_rng_state()
+    assert reward.generate(prompts(4)) == reward.generate(prompts(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not reward.independent_rows
