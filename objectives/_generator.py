@@ -24,6 +24,8 @@ from zo_adapt.errors import DataError, OptionError
 from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.options import at_least_one
 
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""Of the scores of the next token: the texts so far and the scores in, scores out."""
 _TRIED = 3
 """Tokens whose scores are compared."""
 
@@ -138,12 +140,13 @@ class Generator:
         # It is the tokenizer that knows which tokens spell a stop string.
         spelling = {"tokenizer": self._tokenizer} if self._stops else {}
         finite = Finite()
-        config, processors = self._config(self.longest), [finite, *([draws] if draws else [])]
+        config = self._config(self.longest)
+        processors: list[Processor] = [finite] if draws is None else [finite, draws]
         output = self._generate(ids, mask, config, processors, shared, **spelling)
         output = output if isinstance(output, Tensor) else output.sequences
         finite.check()
         _check_count(output, ids)
-        return self._without_prompt(output, ids).tolist()  # type: ignore[no-any-return]
+        return self._without_prompt(output, ids).tolist()
 
     def _by_stages(
         self, ids: Tensor, mask: Tensor, draws: Draws | None, shared: SharedText | None
@@ -156,8 +159,8 @@ class Generator:
             finite = Finite()
             config = self._config(width + self.longest - now[0].shape[1])
             config.return_dict_in_generate = True
-            processors = [finite, *([draws] if draws else [])]
-            more = {} if cache is None else {"past_key_values": cache}
+            processors: list[Processor] = [finite] if draws is None else [finite, draws]
+            more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
             with blocks().of_rows(rows, len(ids)):
                 output = self._generate(*now, config, processors, shared, half, **more)
             finite.check()
@@ -186,7 +189,7 @@ class Generator:
         ids: Tensor,
         mask: Tensor,
         config: GenerationConfig,
-        processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
+        processors: Sequence[Processor],
         *criteria: StoppingCriteria | SharedText | None,
         **more: Any,
     ) -> Any:
