@@ -23,7 +23,7 @@ PYTEST_ARGS ?= -n 2
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
 	@echo "make test   format, lint, types, tests, and the wheel installed outside the tree"
-	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 10 minutes)"
+	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 15 minutes)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
 	@echo "make clean  remove the environment and the caches"
 

@@ -67,24 +67,30 @@ OBJECTIVES: dict[str, Callable[[Any], Any]] = {
 COUNTED = 128
 """Rows of a batch of an objective that counts."""
 
+PAIRS = partial(MeZO, num_directions=1, one_sided=False)
+"""One pair on the whole batch, as published."""
+
 METHODS: dict[str, tuple[Callable[[], Optimizer], int]] = {
-    "MeZOSVRG()": (MeZOSVRG, 16),
-    "MeZOSVRG(snapshot_interval=2)": (partial(MeZOSVRG, snapshot_interval=2), 16),
-    "MeZOSVRG(), LoRA's A moves too": (MeZOSVRG, 16),
     "MeZO()": (MeZO, 16),
+    "MeZO(), LoRA's A moves too": (MeZO, 16),
+    "MeZOSVRG()": (MeZOSVRG, 16),
+    "MeZO, pairs": (PAIRS, 16),
     "Adam(lr=1e-3)": (partial(Adam, lr=1e-3), 16),
 }
 for _mu in (0.01, 0.03, 0.1, 0.2):  # of a LoRA view: 1, 3, 10 and 20 times the scale for a loss
-    METHODS[f"MeZOSVRG mu={_mu:g}"] = (partial(MeZOSVRG, perturbation_scale=_mu), 16)
-METHODS["MeZOSVRG, ranks"] = (partial(MeZOSVRG, shaping="ranks"), 16)
-METHODS["MeZOSVRG, base points"] = (partial(MeZOSVRG, shaping="base"), 16)
+    METHODS[f"MeZO mu={_mu:g}"] = (partial(MeZO, perturbation_scale=_mu), 16)
+METHODS["MeZO, ranks"] = (partial(MeZO, shaping="ranks"), 16)
+METHODS["MeZO, base points"] = (partial(MeZO, shaping="base"), 16)
 for _rho in (0.15, 0.25, 0.4):
     for _batch in (16, 64):
-        METHODS[f"MeZO rho={_rho:g} b={_batch}"] = (partial(MeZO, displacement=_rho), _batch)
+        METHODS[f"MeZO, pairs, rho={_rho:g} b={_batch}"] = (
+            partial(PAIRS, displacement=_rho),
+            _batch,
+        )
 for _lr in (5e-3, 1e-2, 2e-2):
     for _batch in (16, 64):
-        METHODS[f"MeZO lr={_lr:g} b={_batch}"] = (
-            partial(MeZO, _lr, normalize=True, perturbation_scale=1e-2),
+        METHODS[f"MeZO, pairs, lr={_lr:g} b={_batch}"] = (
+            partial(PAIRS, _lr, normalize=True, perturbation_scale=1e-2),
             _batch,
         )
 

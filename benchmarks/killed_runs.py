@@ -125,6 +125,7 @@ def by_trainer(folder: Path, source: Source, view: str, steps: int = 16) -> None
         view=tuned,
         zo_optimizer=MeZO(num_directions=2),
     )
+    trainer.remove_callback(transformers.PrinterCallback)  # figures of no use here
     begun = any(folder.glob("checkpoint-*/trainer_state.json"))
     trainer.train(resume_from_checkpoint=True if begun else None)
     finish(tuned, folder)

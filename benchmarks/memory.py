@@ -30,7 +30,7 @@ METHODS = ["forward", "MeZO", "MeZO-SVRG", "SGD", "Adam"]
 def optimizer(method: str) -> Optimizer:
     """One of the methods."""
     made: dict[str, Optimizer] = {
-        "MeZO": MeZO(LR),
+        "MeZO": MeZO.paper(LR),
         "MeZO-SVRG": svrg(),
         "SGD": SGD(LR),
         "Adam": Adam(LR),

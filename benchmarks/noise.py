@@ -101,7 +101,7 @@ def share_of_step(noise: str, device: str, adapter: bool) -> dict[str, float]:
         loss,
         view,
         rows,
-        MeZO(lr=1e-9),
+        MeZO(lr=1e-9, num_directions=1, one_sided=False),
         batch_size=BATCH,
         max_steps=2 + REPEATS,
         callback=note,

@@ -226,7 +226,7 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> list[dict[str, A
         bare[graphs] = timed(forwards(loss, data, graphs), device, repeats)
         note("forward", way, bare[graphs], 1, bare[graphs])
         for noise in ("gaussian", "rademacher"):
-            step = stepper(loss, data, MeZO(LR), noise, graphs)
+            step = stepper(loss, data, MeZO.paper(LR), noise, graphs)
             note(f"MeZO {noise}", way, timed(step, device, repeats), 2, bare[graphs])
             del step
             free()

@@ -38,7 +38,7 @@ def crossed(package: Path) -> list[str]:
     from transformers import BertConfig, BertForSequenceClassification
 
     from objectives import ClassificationLoss
-    from zo_adapt import MeZOSVRG, ParameterView, minimize
+    from zo_adapt import MeZO, ParameterView, minimize
 
     config = BertConfig(
         vocab_size=50,
@@ -58,7 +58,7 @@ def crossed(package: Path) -> list[str]:
     def after(step: Any) -> None:
         sys.setprofile(note if step.step == 2 else None)  # the third step: nothing is set up in it
 
-    view, optimizer = ParameterView.trainable(model), MeZOSVRG()
+    view, optimizer = ParameterView.trainable(model), MeZO()
     torch.set_num_threads(1)
     minimize(
         ClassificationLoss(model), view, examples, optimizer,

@@ -152,7 +152,7 @@ def step(loss: Any, view: ParameterView, data: Any, size: Size, device: str, kin
         loss,
         view,
         data,
-        MeZO(lr=1e-9),
+        MeZO(lr=1e-9, num_directions=1, one_sided=False),
         batch_size=size.batch,
         max_steps=WARM + REPEATS + 1,
         callback=note,

@@ -79,11 +79,11 @@ def main() -> None:
     methods = {
         "BFGS": "BFGS",
         "Nelder-Mead": "Nelder-Mead",
-        "mezo-svrg": scipy_method("mezo-svrg", displacement=1.0, shaping="ranks"),
+        "mezo": scipy_method(displacement=1.0, shaping="ranks"),
     }
     for name, method in methods.items():
         options = {} if name == "BFGS" else {"maxfev": args.maxfev}
-        if name == "mezo-svrg":
+        if name == "mezo":
             options["seed"] = args.seed
         began = time.perf_counter()
         result = minimize(cost, start, method=method, options=options)

@@ -100,7 +100,7 @@ def main() -> None:
     reward = GenerationReward(model, tokenizer, plain_words, max_new_tokens=12)
     before = look(reward, held_out, "before")
     started = time.perf_counter()
-    optimizer = MeZO(displacement=0.3, perturbation_scale=0.05)
+    optimizer = MeZO(displacement=0.3, perturbation_scale=0.05, num_directions=1, one_sided=False)
     view = ParameterView.trainable(model)
     result = minimize(
         reward, view, train, optimizer, batch_size=16, max_queries=args.max_queries, seed=args.seed

@@ -100,7 +100,7 @@ def main() -> None:
         ParameterView.trainable(model),
         train,
         # A metric counts: mu is ten times that for a loss, so that some answers change.
-        MeZO(displacement=args.displacement),
+        MeZO(displacement=args.displacement, num_directions=1, one_sided=False),
         batch_size=args.batch_size,
         max_queries=args.max_queries,
         seed=args.seed,

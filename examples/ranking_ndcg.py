@@ -20,7 +20,7 @@ from torch import nn
 import real_data
 from objectives import NDCG
 from registry import FetchError
-from zo_adapt import MeZOSVRG, ParameterView, minimize
+from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.errors import ZOError
 
 BM25 = 109  # the column of its score for the whole document
@@ -72,7 +72,7 @@ def main() -> None:
         ndcg,
         ParameterView.full(scorer),
         train,
-        MeZOSVRG(),
+        MeZO(),
         batch_size=16,
         max_steps=args.steps,
         seed=args.seed,

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import real_data
 from objectives import ClassificationLoss
 from text_classifier import accuracy, build_model, predict, tokenize
-from zo_adapt import MeZOSVRG, ParameterView, minimize, replay
+from zo_adapt import MeZO, ParameterView, minimize, replay
 
 SEED, LENGTH = 0, 48
 
@@ -53,7 +53,7 @@ def main() -> None:
             ClassificationLoss(sender),
             ParameterView.trainable(sender),
             train,
-            MeZOSVRG(),
+            MeZO(),
             batch_size=16,
             max_queries=args.max_queries,
             seed=SEED,

@@ -35,13 +35,24 @@ from text_classifier import (
     reload_model,
     tokenize,
 )
-from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, Result, Step, minimize
+from zo_adapt import (
+    SGD,
+    ZOSVRG,
+    Adam,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    Result,
+    Step,
+    initialise_lora,
+    minimize,
+)
 from zo_adapt.errors import ZOError
 
 MAX_QUERIES = 24_000
 ACCURACY_POINTS = 6  # on the curve, first and last included; not counted as queries
 LARGEST_GAP = 1e-5  # of logits, between the tuned model and its saved copy
-OPTIMIZERS = {"mezo-svrg": MeZOSVRG, "mezo": MeZO, "zo-svrg": ZOSVRG, "sgd": SGD, "adam": Adam}
+OPTIMIZERS = {"mezo": MeZO, "mezo-svrg": MeZOSVRG, "zo-svrg": ZOSVRG, "sgd": SGD, "adam": Adam}
 FIRST_ORDER_LR = {"sgd": 1e-1, "adam": 1e-3}  # the others have a default that works
 
 
@@ -57,7 +68,8 @@ def parse_arguments() -> argparse.Namespace:
         "--dataset", default="bbc", help="bbc, movie, a hub name, a folder or a CSV with text,label"
     )
     add("--view", choices=["lora", "partial", "full"], default="lora", help="what is tuned")
-    add("--optimizer", choices=list(OPTIMIZERS), default="mezo-svrg", help="sgd, adam: backprop")
+    add("--plain-start", action="store_true", help="LoRA begins as peft makes it")
+    add("--optimizer", choices=list(OPTIMIZERS), default="mezo", help="sgd, adam: backprop")
     add("--lr", type=float, help="learning rate (default: the optimizer's own)")
     add("--max-queries", type=int, default=MAX_QUERIES, help="forward passes of one sample")
     add("--batch-size", type=int, default=16, help="samples of a step")
@@ -152,6 +164,9 @@ def main() -> None:
     model = build_model(source, names, tokenizer, lora=lora)
 
     started = time.perf_counter()
+    if lora and not args.plain_start:
+        start = initialise_lora(model, ClassificationLoss(model), train, seed=args.seed)
+        print(f"{len(start.layers)} LoRA layers start from {start.queries} forward passes")
     result, curve = tune(model, tokenizer, train, test, args)
     figures = table(curve, time.perf_counter() - started)
 

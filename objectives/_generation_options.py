@@ -55,4 +55,9 @@ def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in known:
             raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
+    if given.get("num_return_sequences") not in (None, 1):
+        raise OptionError(
+            f"num_return_sequences={given['num_return_sequences']}; leave it 1: a reward is of one "
+            "text for each prompt"
+        )
     return dict(given)

@@ -97,6 +97,7 @@ class Generator:
         mask: Tensor,
         seeds: Sequence[int],
         shared: SharedText | None = None,
+        more: Mapping[str, Tensor] | None = None,
     ) -> Generated:
         """Completions of padded prompts (b, t).
 
@@ -105,19 +106,26 @@ class Generator:
             mask: Where they are not padding.
             seeds: What a row draws is a function of its seed.
             shared: Of these rows.
+            more: What else the model takes, a value for every row.
         """
         draws = None
         if self._shaping is not None:
             draws = Draws(self._inherited() | self._shaping, seeds)
         with _own_randomness(sum(seeds) % 2**63, ids.device):
-            if self._in_stages and self._ends and len(ids) > 1:
+            if self._in_stages and self._ends and len(ids) > 1 and not more:
                 written = self._by_stages(ids, mask, draws, shared)
             else:
-                written = self._at_once(ids, mask, draws, shared)
+                written = self._at_once(ids, mask, draws, shared, more)
         written = [self._until_end(row) for row in written]
         return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
 
-    def scores(self, ids: Tensor, mask: Tensor, shared: SharedText | None = None) -> Tensor:
+    def scores(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        shared: SharedText | None = None,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Of the first tokens of completions whose text is given, some scores, (b, m), fp32.
 
         They change smoothly with the weights, and come of the forwards that completions come of:
@@ -131,18 +139,24 @@ class Generator:
             eos_token_id=self._ends or None,
             num_beams=1,
         )
-        self._generate(ids, mask, config, [given], shared)
+        self._generate(ids, mask, config, [given], shared, **(more or {}))
         return torch.cat(given.seen, dim=1)
 
     def _at_once(
-        self, ids: Tensor, mask: Tensor, draws: Draws | None, shared: SharedText | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        draws: Draws | None,
+        shared: SharedText | None,
+        more: Mapping[str, Tensor] | None = None,
     ) -> list[list[int]]:
-        # It is the tokenizer that knows which tokens spell a stop string.
-        spelling = {"tokenizer": self._tokenizer} if self._stops else {}
+        given: dict[str, Any] = dict(more or {})
+        if self._stops:  # it is the tokenizer that knows which tokens spell a stop string
+            given["tokenizer"] = self._tokenizer
         finite = Finite()
         config = self._config(self.longest)
         processors: list[Processor] = [finite] if draws is None else [finite, draws]
-        output = self._generate(ids, mask, config, processors, shared, **spelling)
+        output = self._generate(ids, mask, config, processors, shared, **given)
         output = output if isinstance(output, Tensor) else output.sequences
         finite.check()
         _check_count(output, ids)

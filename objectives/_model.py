@@ -15,7 +15,7 @@ from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
 
 Batch = dict[str, Tensor]
-_TASK_IDS = "task_ids"
+TASK_IDS = "task_ids"
 """Which task every row is of, for peft's Poly and multitask prompt tuning."""
 
 
@@ -208,8 +208,8 @@ def accepted_arguments(model: nn.Module) -> frozenset[str] | None:
         return None
     # A tuner may take more than its base does: Poly and multitask prompts the task of every row.
     around = (model, getattr(model, "base_model", None))
-    takes_tasks = any(_TASK_IDS in _named(type(one).forward) for one in around if one is not None)
-    return frozenset(named | {_TASK_IDS} if takes_tasks else named)
+    takes_tasks = any(TASK_IDS in _named(type(one).forward) for one in around if one is not None)
+    return frozenset(named | {TASK_IDS} if takes_tasks else named)
 
 
 def first_argument(model: nn.Module) -> str:
@@ -232,9 +232,10 @@ def _named(function: Any) -> set[str]:
 
 
 def _arguments(function: Any) -> list[str]:
+    """Of a method as its class has it: the first is the object, under whatever name."""
     parameters = inspect.signature(function).parameters.values()
-    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [name for name in named if name != "self"]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for index, p in enumerate(parameters) if index and p.kind not in kinds]
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -73,13 +73,15 @@ class TokenLoss(ModelObjective):
         return self._vocabulary
 
     def check_labels(self, labels: Tensor) -> None:
-        """Refuse labels that the model has no logit for."""
+        """Refuse labels that the model has no logit for, and rows without any that counts."""
+        if labels.dim() == 2:
+            check_labelled(labels)
         counted = labels[labels != IGNORED]
         if self.classes is not None:
             check_range(counted, self.classes)
 
 
-def check_labelled(targets: Tensor, why: str) -> None:
+def check_labelled(targets: Tensor, why: str = "") -> None:
     """Refuse rows without a label token.
 
     Raises:
@@ -88,6 +90,6 @@ def check_labelled(targets: Tensor, why: str) -> None:
     missing = (targets == IGNORED).all(1).nonzero().flatten().tolist()
     if missing:
         raise DataError(
-            f"examples {missing} of the batch have no label token{why}; raise the length at which "
-            "texts are cut, or leave them out"
+            f"examples {missing[:8]} have no label token{why}; raise the length at which texts are "
+            "cut, or leave them out"
         )

@@ -64,8 +64,8 @@ class ClassificationLoss(ModelObjective):
     def check_labels(self, labels: Tensor) -> None:
         """Refuse class labels that the head has no output for."""
         classes = self.configured("num_labels", self._classes)
-        if classes is None or labels.is_floating_point():
-            return
+        if classes is None or labels.is_floating_point() or labels.dim() > 1:
+            return  # of several labels an example the shape is checked beside the logits
         if self.problem(classes, labels) == "single_label_classification":
             check_range(labels, classes)
 

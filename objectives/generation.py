@@ -15,6 +15,7 @@ from objectives._encoded import PromptBatch, PromptEncoder, Side, columns_of, is
 from objectives._fit import reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
+from objectives._model import TASK_IDS, accepted_arguments
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
@@ -188,7 +189,14 @@ class GenerationReward(Mixable, SetObjective):
             if virtual_tokens(self.model) and len(set(map(len, prepared.tokens))) > 1:
                 return self._by_length(prepared, seeds)
             shared = self._shared(prepared)
-            return self._generator(prepared.input_ids, prepared.attention_mask, seeds, shared)
+            ids, mask = prepared.input_ids, prepared.attention_mask
+            return self._generator(ids, mask, seeds, shared, self._tasks(prepared))
+
+    def _tasks(self, batch: PromptBatch) -> dict[str, Tensor]:
+        """The task of every row, where the model has a tuner of several tasks and asks for it."""
+        if TASK_IDS not in batch.columns or TASK_IDS not in (accepted_arguments(self.model) or ()):
+            return {}
+        return {TASK_IDS: torch.tensor(batch.columns[TASK_IDS], device=batch.device)}
 
     def _by_length(self, batch: PromptBatch, seeds: Sequence[int]) -> Generated:
         """Prompts of one length at a time: peft's virtual tokens stand before the padding.
@@ -203,7 +211,8 @@ class GenerationReward(Mixable, SetObjective):
             rows = [row for row, tokens in enumerate(batch.tokens) if len(tokens) == length]
             part = batch.select_rows(rows)
             of_part = [seeds[row] for row in rows]
-            found = self._generator(part.input_ids, part.attention_mask, of_part)
+            ids, mask = part.input_ids, part.attention_mask
+            found = self._generator(ids, mask, of_part, None, self._tasks(part))
             for row, text, own in zip(rows, found.texts, found.ids, strict=True):
                 texts[row], written[row] = text, own
         return Generated(texts, written)
@@ -242,8 +251,8 @@ class GenerationReward(Mixable, SetObjective):
             raise NotJoint("several beams are followed for every prompt")
         prepared = self._prepared(batch)
         with torch.no_grad(), self.evaluating():
-            shared = self._shared(prepared)
-            return self._generator.scores(prepared.input_ids, prepared.attention_mask, shared)
+            ids, mask = prepared.input_ids, prepared.attention_mask
+            return self._generator.scores(ids, mask, self._shared(prepared), self._tasks(prepared))
 
     def _shared(self, batch: PromptBatch) -> SharedText | None:
         """What frozen layers need not compute for every point; on a GPU they wait for no row."""

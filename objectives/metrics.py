@@ -1,6 +1,6 @@
 """Metrics of a classifier as objectives. scikit-learn computes them.
 
-    minimize(F1(model), view, train, MeZOSVRG(), batch_size=128, max_queries=50_000)
+    minimize(F1(model), view, train, MeZO(), batch_size=128, max_queries=50_000)
 
 climbs. A metric counts: on a few rows it hardly moves when the weights do. The optimizers perturb
 ten times as far as for a loss (``step_like``) and ask about many rows at a time (``min_rows``);

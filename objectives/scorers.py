@@ -108,7 +108,9 @@ def _relevance(index: int, example: Any, documents: str) -> np.ndarray:
     """The relevance of an example's documents, after a check that there is one for each."""
     if not isinstance(example, Mapping):
         raise DataError(f"query {index} of the batch is a {type(example).__name__}; give a mapping")
-    count = len(field(example, documents))
+    if isinstance(given := field(example, documents), str | bytes):
+        raise DataError(f"{documents!r} of a query is {given!r:.80}; give a list, one a document")
+    count = len(given)
     if count == 0:
         raise DataError(f"query {index} of the batch has no documents; leave it out")
     relevance = np.asarray(field(example, RELEVANCE), dtype=np.float64)

@@ -73,7 +73,8 @@ class Seq2SeqLoss(TokenLoss):
             raise DataError(
                 f"labels of shape {tuple(labels.shape)}; give the tokens of every target, (b, t)"
             )
-        check_labelled(labels, "")
+        self._check_tokens(labels.clamp_min(0))  # the decoder has the encoder's limits
+        check_labelled(labels)
         if "decoder_input_ids" not in prepared:
             prepared = prepared | {"decoder_input_ids": shifted_right(self.model, labels)}
         places = labels != IGNORED

@@ -64,7 +64,7 @@ class TokenClassificationLoss(TokenLoss):
                 f"for tokens of shape {shape}; give one label for every token, and a model with "
                 "one row of logits for each (AutoModelForTokenClassification)"
             )
-        check_labelled(labels, "")
+        check_labelled(labels)
         places = labels != IGNORED
         # From the end: peft's prompt tuning puts virtual tokens before the text.
         return LabelTokens(logits[:, -labels.shape[1] :][places], labels[places], places)
@@ -122,6 +122,10 @@ class EntityF1(Mixable, SetObjective):
     def collate(self, examples: Sequence[Any]) -> Batch:
         """A batch of a list of examples, as the loss of the same model makes it."""
         return self.classifier.collate(examples)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse labels that the model has no logit for."""
+        self.classifier.check_labels(labels)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode of the model."""

@@ -152,7 +152,7 @@ def check(make: Callable[[], ParameterView], task: str, folder: Path) -> None:
         objective,
         view,
         data,
-        MeZO(),
+        MeZO(num_directions=2),
         batch_size=4,
         max_steps=3,
         progress=False,

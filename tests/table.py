@@ -10,6 +10,7 @@ from zo_adapt import SGD, ZOSVRG, Adam, Annealing, MeZO, MeZOSVRG
 
 EXAMPLES, BATCH = 24, 6
 PLAIN: dict[str, Any] = {"perturbation_scale": 0.05, "normalize": False, "schedule": "constant"}
+PAIR: dict[str, Any] = {"num_directions": 1, "one_sided": False}
 SVRG = PLAIN | {
     "lr": 0.02,
     "snapshot_lr": 0.05,
@@ -42,27 +43,25 @@ def cycle(snapshot: int, other: int) -> Callable[[int], int]:
 
 
 ZEROTH_ORDER = {
-    "mezo": Row(MeZO, PLAIN | {"lr": 0.05}, lambda t: 12),
-    "mezo_split": Row(MeZO, PLAIN | {"lr": 0.05, "num_directions": 3}, lambda t: 12),
+    "mezo": Row(MeZO, PLAIN | PAIR | {"lr": 0.05}, lambda t: 12),
+    "mezo_split": Row(MeZO, PLAIN | PAIR | {"lr": 0.05, "num_directions": 3}, lambda t: 12),
     "mezo_more_directions_than_rows": Row(
-        MeZO, PLAIN | {"lr": 0.05, "num_directions": 8}, lambda t: 96
+        MeZO, PLAIN | PAIR | {"lr": 0.05, "num_directions": 8}, lambda t: 96
     ),
-    "mezo_one_sided": Row(
-        MeZO, PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True}, lambda t: 18
-    ),
+    "mezo_one_sided": Row(MeZO, PLAIN | {"lr": 0.05, "num_directions": 3}, lambda t: 18),
     "mezo_from_base_points": Row(
         MeZO,
-        PLAIN | {"lr": 0.05, "num_directions": 3, "one_sided": True, "shaping": "base"},
+        PLAIN | {"lr": 0.05, "num_directions": 3, "shaping": "base"},
         lambda t: 24,
     ),
     "mezo_by_distance": Row(
         MeZO,
-        {"lr": None, "displacement": 0.5, "perturbation_scale": 0.05, "schedule": "linear"},
+        PAIR | {"lr": None, "displacement": 0.5, "perturbation_scale": 0.05, "schedule": "linear"},
         lambda t: 12,
     ),
     "mezo_normalised": Row(
         MeZO,
-        PLAIN | {"lr": 0.01, "normalize": True, "schedule": "linear", "scale_memory": 0.9},
+        PLAIN | PAIR | {"lr": 0.01, "normalize": True, "schedule": "linear", "scale_memory": 0.9},
         lambda t: 12,
     ),
     "svrg_shared": Row(MeZOSVRG, SVRG, cycle(32, 24)),

@@ -33,7 +33,7 @@ TORCH = torch.optim.SGD(MODEL.parameters(), lr=0.1)
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer by name": ({"optimizer": "mezo"}, r"optimizer is 'mezo'; give the object, MeZO\(\)"),
-    "unknown name": ({"optimizer": "adamw"}, r"'adamw'; give MeZOSVRG\(\)"),
+    "unknown name": ({"optimizer": "adamw"}, r"'adamw'; give MeZO\(\)"),
     "torch optimizer": ({"optimizer": TORCH}, r"SGD; a torch optimizer needs gradients"),
     "class of optimizer": ({"optimizer": MeZO}, r"class MeZO; give an instance of it, MeZO\(\)"),
     "model for a view": ({"view": MODEL}, r"Sequential; .*ParameterView\.trainable\(model\)"),

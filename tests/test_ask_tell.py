@@ -35,6 +35,11 @@ DATA = labelled(24, 10)
 Values = dict[str, Any]
 
 
+def mezo(**options: Any) -> MeZO:
+    """With pairs: two candidates a step."""
+    return MeZO(**({"num_directions": 1, "one_sided": False} | options))
+
+
 def start(dtype: Any = np.float64) -> Values:
     return {"w": np.full((2, 4), 0.3, dtype), "b": np.full(2, -0.2, dtype)}
 
@@ -99,7 +104,7 @@ def test_a_pickle_between_any_two_calls_changes_nothing(row: Row) -> None:
 
 
 def test_a_pickle_is_a_branch_of_its_own() -> None:
-    asker = AskTell(MeZO(lr=0.1), start(), max_steps=4)
+    asker = AskTell(mezo(lr=0.1), start(), max_steps=4)
     asker.tell([loss(x) for x in asker.ask()])
     branch, here = pickle.loads(pickle.dumps(asker)), asker.x
     talk(branch, loss)
@@ -108,7 +113,7 @@ def test_a_pickle_is_a_branch_of_its_own() -> None:
 
 
 def test_asked_again_the_candidates_are_the_same() -> None:
-    asker = AskTell(MeZOSVRG(), start(), max_steps=2)
+    asker = AskTell(MeZO(displacement=0.5), start(), max_steps=2)
     first, again = asker.ask(), asker.ask()
     assert len(first) == 8
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
@@ -116,7 +121,7 @@ def test_asked_again_the_candidates_are_the_same() -> None:
 
 def test_candidates_and_x_are_copies() -> None:
     x0 = start()
-    asker = AskTell(MeZO(lr=0.1), x0, max_steps=2)
+    asker = AskTell(mezo(lr=0.1), x0, max_steps=2)
     for candidate in (*asker.ask(), asker.x):
         candidate["w"][:] = 99.0
     assert same(asker.x, start())
@@ -125,7 +130,7 @@ def test_candidates_and_x_are_copies() -> None:
 
 
 def test_candidates_lie_around_x_by_mu() -> None:
-    asker = AskTell(MeZO(lr=0.1, perturbation_scale=0.5), np.ones(50), max_steps=1)
+    asker = AskTell(mezo(lr=0.1, perturbation_scale=0.5), np.ones(50), max_steps=1)
     up, down = asker.ask()
     assert np.allclose(up + down, 2.0)
     assert 0.3 < (up - 1).std() < 0.7
@@ -142,7 +147,7 @@ def test_candidates_lie_around_x_by_mu() -> None:
     ],
 )
 def test_candidates_have_the_form_of_x0(x0: Any, kind: type, dtype: Any) -> None:
-    asker = AskTell(MeZO(lr=0.1, perturbation_scale=0.5), x0, max_steps=1)
+    asker = AskTell(mezo(lr=0.1, perturbation_scale=0.5), x0, max_steps=1)
     for given in (*asker.ask(), asker.x):
         assert isinstance(given, kind)
         assert given.dtype == dtype  # type: ignore[attr-defined]
@@ -151,7 +156,7 @@ def test_candidates_have_the_form_of_x0(x0: Any, kind: type, dtype: Any) -> None
 
 
 def test_a_mapping_may_mix_tensors_and_arrays() -> None:
-    asker = AskTell(MeZO(lr=0.1), {"t": torch.ones(2), "a": np.ones(2)}, max_steps=1)
+    asker = AskTell(mezo(lr=0.1), {"t": torch.ones(2), "a": np.ones(2)}, max_steps=1)
     kinds = {name: type(value) for name, value in asker.ask()[0].items()}
     assert kinds == {"t": torch.Tensor, "a": np.ndarray}
 
@@ -167,7 +172,7 @@ def test_a_mapping_may_mix_tensors_and_arrays() -> None:
     ],
 )
 def test_budgets(budget: dict[str, int], steps: int, reason: StopReason) -> None:
-    asker, records, _ = talk(AskTell(MeZO(lr=0.1), start(), **budget), loss)
+    asker, records, _ = talk(AskTell(mezo(lr=0.1), start(), **budget), loss)
     assert (len(records), asker.queries, asker.stop_reason) == (steps, 2 * steps, reason)
     assert asker.ask() == []
     with pytest.raises(ObjectiveError, match="tell without ask"):
@@ -189,8 +194,8 @@ def test_budgets(budget: dict[str, int], steps: int, reason: StopReason) -> None
 def test_after_bad_values_the_same_candidates_can_be_told(
     values: list[Any], error: type[Exception], message: str
 ) -> None:
-    expected = talk(AskTell(MeZO(lr=0.1), start(), max_steps=3), loss)[1]
-    asker = AskTell(MeZO(lr=0.1), start(), max_steps=3)
+    expected = talk(AskTell(mezo(lr=0.1), start(), max_steps=3), loss)[1]
+    asker = AskTell(mezo(lr=0.1), start(), max_steps=3)
     candidates = asker.ask()
     with pytest.raises(error, match=message):
         asker.tell(values)
@@ -203,7 +208,7 @@ def test_after_bad_values_the_same_candidates_can_be_told(
 @pytest.mark.parametrize("huge", [1e200, 1.7e308])
 def test_a_step_beyond_every_number_ends_the_run_where_it_was(row: str, huge: float) -> None:
     """The coefficient overflows, or already the estimate does: 1e200 squared."""
-    optimizer = MeZO(lr=1e200) if row == "MeZO" else MeZOSVRG(lr=1e200)
+    optimizer = mezo(lr=1e200) if row == "MeZO" else MeZOSVRG(lr=1e200)
     asker = AskTell(optimizer, start(), max_steps=9)
     while asker.steps < 2:
         asker.tell([0.0] * len(asker.ask()))
@@ -220,7 +225,7 @@ def test_a_step_beyond_every_number_ends_the_run_where_it_was(row: str, huge: fl
 
 def test_tell_needs_ask() -> None:
     with pytest.raises(ObjectiveError, match="tell without ask"):
-        AskTell(MeZO(lr=0.1), start(), max_steps=3).tell([1.0, 2.0])
+        AskTell(mezo(lr=0.1), start(), max_steps=3).tell([1.0, 2.0])
 
 
 def test_maximize_is_the_negative() -> None:
@@ -232,7 +237,7 @@ def test_maximize_is_the_negative() -> None:
 
 def test_groups_and_noise_are_the_views() -> None:
     asker = AskTell(
-        MeZO(lr=0.1, perturbation_scale=0.5), start(), max_steps=1,
+        mezo(lr=0.1, perturbation_scale=0.5), start(), max_steps=1,
         noise="rademacher", groups=[Group("b", perturbation_scale=0.0)],
     )  # fmt: skip
     up = asker.ask()[0]
@@ -276,7 +281,7 @@ def test_bad_input_is_named(
     x0: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        AskTell(MeZO(lr=0.1), x0, **options)
+        AskTell(mezo(lr=0.1), x0, **options)
 
 
 def test_a_first_order_optimizer_is_refused() -> None:
@@ -288,7 +293,7 @@ def test_a_view_of_arrays_is_live() -> None:
     x = np.zeros(3)
     view = ParameterView({"x": x})
     minimize(
-        lambda batch: float(((x - 3) ** 2).sum()), view, None, MeZO(lr=1e-2),
+        lambda batch: float(((x - 3) ** 2).sum()), view, None, mezo(lr=1e-2),
         max_steps=500, progress=False,
     )  # fmt: skip
     assert (abs(x - 3) < 0.1).all()
@@ -312,7 +317,7 @@ def test_arrays_that_cannot_be_shared_are_named() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_list_of_values_is_named(told: Any) -> None:
-    asker = AskTell(MeZO(lr=0.1), {"x": np.zeros(2)}, max_steps=3)
+    asker = AskTell(mezo(lr=0.1), {"x": np.zeros(2)}, max_steps=3)
     candidates = asker.ask()
     with pytest.raises(ObjectiveError, match="one number for each candidate"):
         asker.tell(told)
@@ -334,7 +339,7 @@ def test_what_is_no_list_of_values_is_named(told: Any) -> None:
     ids=lambda value: type(value).__name__,  # an address would differ from worker to worker
 )
 def test_what_only_looks_like_a_number_is_named(value: Any) -> None:
-    asker = AskTell(MeZO(lr=0.1), np.zeros(2), max_steps=3)
+    asker = AskTell(mezo(lr=0.1), np.zeros(2), max_steps=3)
     count = len(asker.ask())
     with pytest.raises(ObjectiveError, match=r"the value is .*that is not one number"):
         asker.tell([0.0] * (count - 1) + [value])
@@ -343,6 +348,6 @@ def test_what_only_looks_like_a_number_is_named(value: Any) -> None:
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor], ids=lambda k: k.__name__)
 def test_values_may_come_in_any_sequence_of_numbers(kind: Any) -> None:
-    asker = AskTell(MeZO(lr=0.1), np.zeros(2), max_steps=3)
+    asker = AskTell(mezo(lr=0.1), np.zeros(2), max_steps=3)
     values = [float(x.sum()) for x in asker.ask()]
     assert asker.tell(kind(values)).value == pytest.approx(np.mean(values), abs=1e-6)

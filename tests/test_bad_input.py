@@ -38,7 +38,8 @@ EMPTY: Iterator[float] = iter(())
 
 
 def mezo(**options: Any) -> MeZO:
-    return MeZO(**({"lr": 0.01, "perturbation_scale": 0.05} | options))
+    pair = {"lr": 0.01, "perturbation_scale": 0.05, "num_directions": 1, "one_sided": False}
+    return MeZO(**(pair | options))
 
 
 def one() -> ParameterView:

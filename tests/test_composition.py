@@ -30,14 +30,14 @@ from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation
 
 SAME: dict[str, tuple[Any, Any]] = {
-    "default": (MeZO(), MeZO(estimate=TwoSided(), apply=ByDistance())),
+    "default": (MeZO(), MeZO(estimate=OneSided(8), apply=ByDistance())),
     "rate": (MeZO(1e-2), MeZO(apply=Rate(1e-2))),
     "rate and estimate": (
         MeZO(1e-2, one_sided=True, num_directions=4, shaping="base", perturbation_scale=0.1),
         MeZO(1e-2, estimate=OneSided(4, baseline="base", perturbation_scale=0.1)),
     ),
     "distance": (
-        MeZO(displacement=0.25, schedule="cosine", num_directions=8, shaping="ranks"),
+        MeZO(displacement=0.25, schedule="cosine", one_sided=False, shaping="ranks"),
         MeZO(estimate=TwoSided(8, shaping="ranks"), apply=ByDistance(0.25, schedule="cosine")),
     ),
     "normalised": (
@@ -147,8 +147,21 @@ def test_settings_are_json_and_say_what_is_in_force(make: Callable[[], Any]) -> 
     assert settings["displacement"] > 0
 
 
+def test_mezo_svrg_corrects_by_a_large_batch_unless_told_otherwise() -> None:
+    found = run(MeZOSVRG(displacement=0.5))
+    assert [step.kind for step in found] == ["snapshot", "minibatch"] * 3
+    # A large batch of four times 6 rows is 6 shares, with 8 directions on each; the correction is
+    # one direction more.
+    assert [len(step.update.terms) for step in found[:2]] == [6 * 8, 6 * 8 + 1]
+    few = run(MeZOSVRG(displacement=0.5, snapshot_size=8), count=1)
+    assert len(few[0].update.terms) == 2 * 8
+    p = problem(logistic, labelled(10, 10))
+    (all_rows,) = steps(MeZOSVRG(displacement=0.5), *p, batch_size=6, seed=7, count=1)
+    assert len(all_rows.update.terms) == 2 * 8
+
+
 def test_the_papers_settings() -> None:
-    assert MeZO.paper(1e-3) == MeZO(1e-3, perturbation_scale=1e-3)
+    assert MeZO.paper(1e-3) == MeZO(1e-3, estimate=TwoSided(perturbation_scale=1e-3))
     paper = MeZOSVRG.paper(1e-3, 1e-2, epoch_steps=4, perturbation_scale=1e-2)
     assert paper == MeZOSVRG(
         1e-3,
@@ -181,8 +194,8 @@ OLD: dict[str, tuple[Callable[[], Any], Any, str]] = {
         "shaping=None is now shaping='base'",
     ),
     "pairs": (
-        lambda: MeZO(shaping=None),  # type: ignore[arg-type]
-        MeZO(),
+        lambda: MeZO(one_sided=False, shaping=None),  # type: ignore[arg-type]
+        MeZO(one_sided=False),
         "shaping=None is now shaping='auto'",
     ),
     "loo": (

@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ class Recorder:
     def __call__(self, batch: Tensor) -> Any:
         self.rows.append(len(batch))
         return self.value(batch)
+
+
+PAIRS = partial(MeZO, 1e-3, one_sided=False, num_directions=4)
 
 
 def one_number(batch: Tensor) -> float:
@@ -153,7 +157,7 @@ def test_one_number_is_asked_of_the_whole_batch_and_values_of_a_share(make: Any)
     def rows(value: Callable[[Tensor], Any]) -> list[int]:
         objective = make(value)
         minimize(
-            objective, one(), torch.arange(64.0), MeZO(1e-3, num_directions=4), batch_size=16,
+            objective, one(), torch.arange(64.0), PAIRS(), batch_size=16,
             max_steps=1, **QUIET,
         )  # fmt: skip
         recorder: Recorder = getattr(objective, "function", objective)
@@ -165,7 +169,9 @@ def test_one_number_is_asked_of_the_whole_batch_and_values_of_a_share(make: Any)
 
 def test_a_snapshot_of_one_number_is_one_call() -> None:
     recorder = Recorder(one_number)
-    optimizer = MeZOSVRG(1e-3, snapshot_size=48, perturbation_scale=1e-2, num_directions=1)
+    optimizer = MeZOSVRG(
+        1e-3, snapshot_interval=1, snapshot_size=48, perturbation_scale=1e-2, num_directions=1
+    )
     minimize(recorder, one(), torch.arange(64.0), optimizer, batch_size=16, max_steps=1, **QUIET)
     assert set(recorder.rows[1:]) == {48}
 
@@ -175,7 +181,13 @@ def test_one_that_says_it_is_a_mean_is_cut_and_not_looked_at() -> None:
     objective = CallableObjective(recorder, mean_over_rows=True)
     options = {"batch_size": 16, "max_steps": 1}
     options = QUIET | options | {"evaluation": EvaluationOptions(2, "off")}
-    minimize(objective, one(), torch.arange(64.0), MeZO(1e-3, num_directions=4), **options)
+    minimize(
+        objective,
+        one(),
+        torch.arange(64.0),
+        PAIRS(),
+        **options,
+    )
     assert recorder.rows == [2] * 16
 
 
@@ -188,7 +200,7 @@ def test_in_batch_negatives_see_the_batch_that_was_asked_for() -> None:
         return float(nn.functional.cross_entropy(scores, torch.arange(len(batch))))
 
     data = torch.randn(64, 3)
-    optimizer = MeZO(1e-9, num_directions=4, perturbation_scale=1e-3)
+    optimizer = MeZO(1e-9, one_sided=False, num_directions=4, perturbation_scale=1e-3)
     result = minimize(
         contrastive, ParameterView({"x": x}), data, optimizer, batch_size=16, max_steps=1, **QUIET
     )
@@ -205,7 +217,7 @@ def test_values_per_example_that_depend_on_the_others_are_not_cut_either(says: b
         return nn.functional.cross_entropy(scores, targets, reduction="none")
 
     objective = CallableObjective(contrastive, independent_rows=not says)
-    optimizer = MeZO(1e-9, num_directions=4, perturbation_scale=1e-3)
+    optimizer = MeZO(1e-9, one_sided=False, num_directions=4, perturbation_scale=1e-3)
     result = minimize(
         objective, ParameterView({"x": x}), torch.randn(64, 3), optimizer, batch_size=16,
         max_steps=1, **QUIET,
@@ -265,7 +277,13 @@ def test_a_function_without_a_value_on_two_rows_is_whole() -> None:
         return 0.0
 
     options = {"batch_size": 16, "max_steps": 1} | QUIET
-    minimize(needs_many, one(), torch.arange(64.0), MeZO(1e-3, num_directions=4), **options)
+    minimize(
+        needs_many,
+        one(),
+        torch.arange(64.0),
+        PAIRS(),
+        **options,
+    )
 
 
 def test_an_error_of_the_function_is_still_its_own() -> None:
@@ -321,7 +339,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, value: Any) -> N
                 raise StopIteration
 
         minimize(
-            objective, view, torch.arange(32.0), MeZO(1e-3, num_directions=4), batch_size=8,
+            objective, view, torch.arange(32.0), PAIRS(), batch_size=8,
             max_steps=6, trajectory=tmp_path / file, resume=True, callback=stop, **QUIET,
         )  # fmt: skip
         return view

@@ -21,6 +21,7 @@ from torch import Tensor
 from zo_adapt import SGD, ZOSVRG, Adam, MeZO, MeZOSVRG, ParameterView, minimize
 from zo_adapt.evaluation.options import EvaluationOptions
 
+PAIR: dict[str, Any] = {"num_directions": 1, "one_sided": False}
 PLAIN: dict[str, Any] = {"perturbation_scale": 1e-3, "normalize": False, "schedule": "constant"}
 SCALED: dict[str, Any] = {
     "perturbation_scale": 1e-3,
@@ -55,14 +56,16 @@ class Row(NamedTuple):
 
 
 TABLE = {
-    "mezo": Row(lambda lr: MeZO(lr, **PLAIN), (0.03, 0.005), (0.2, 0.3)),
-    "mezo_k2": Row(lambda lr: MeZO(lr, num_directions=2, **PLAIN), (0.05, 0.005), (0.3, 0.3)),
-    "mezo_one_sided": Row(
-        lambda lr: MeZO(lr, num_directions=3, one_sided=True, **PLAIN), (0.1, 0.005), (0.6, 0.3)
+    "mezo": Row(lambda lr: MeZO(lr, **PAIR, **PLAIN), (0.03, 0.005), (0.2, 0.3)),
+    "mezo_k2": Row(
+        lambda lr: MeZO(lr, num_directions=2, one_sided=False, **PLAIN), (0.05, 0.005), (0.3, 0.3)
     ),
-    "mezo_normalised": Row(lambda lr: MeZO(lr, **SCALED), (0.1, 0.005), (0.1, 0.2)),
+    "mezo_one_sided": Row(lambda lr: MeZO(lr, num_directions=3, **PLAIN), (0.1, 0.005), (0.6, 0.3)),
+    "mezo_normalised": Row(lambda lr: MeZO(lr, **PAIR, **SCALED), (0.1, 0.005), (0.1, 0.2)),
     "mezo_by_distance": Row(
-        lambda rho: MeZO(displacement=rho, perturbation_scale=1e-3), (2.0, 0.005), (2.0, 0.2)
+        lambda rho: MeZO(displacement=rho, perturbation_scale=1e-3, **PAIR),
+        (2.0, 0.005),
+        (2.0, 0.2),
     ),
     "svrg_shared": Row(
         lambda lr: MeZOSVRG(lr, coupling="shared", **SVRG, **PLAIN), (0.04, 0.2), (0.3, 0.5)
@@ -139,7 +142,7 @@ def test_least_squares_of_appendix_b2() -> None:
     # A whole set split over 16 directions allows a rate at which a single one diverges.
     assert least_squares(svrg_of_appendix(16, 5e-3, 3e-2), 300_000) < 0.2
     assert least_squares(svrg_of_appendix(1, 3e-3, 3e-3), 300_000) > 5
-    assert least_squares(MeZO(2e-3, **PLAIN), 200_000) < 0.5
+    assert least_squares(MeZO(2e-3, **PAIR, **PLAIN), 200_000) < 0.5
 
 
 def corrected_square(coupling: str | None, seed: int) -> float:
@@ -147,7 +150,7 @@ def corrected_square(coupling: str | None, seed: int) -> float:
     p = problem(logistic, labelled(64, 10), start=0.2)
     common = PLAIN | {"lr": 1e-3}
     if coupling is None:
-        (info,) = steps(MeZO(**common), *p, batch_size=4, seed=seed, count=1)
+        (info,) = steps(MeZO(**PAIR, **common), *p, batch_size=4, seed=seed, count=1)
         return float((vector(p.view, info.update) / info.lr).square().mean())
     optimizer = MeZOSVRG(
         snapshot_interval=2, snapshot_size="all", num_directions=4, coupling=coupling,  # type: ignore[arg-type]

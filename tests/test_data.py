@@ -36,7 +36,7 @@ def recorded(data: Any, optimizer: Any = None, **options: Any) -> list[list[int]
 
     objective.mean_over_rows = True  # type: ignore[attr-defined]
     settings = {"batch_size": 3, "max_steps": 7, "seed": 5, "progress": False}
-    optimizer = optimizer or MeZO(1e-3, perturbation_scale=1e-2)
+    optimizer = optimizer or MeZO(1e-3, one_sided=False, num_directions=1, perturbation_scale=1e-2)
     minimize(objective, ParameterView({"x": x}), data, optimizer, **(settings | options))
     return seen
 
@@ -76,8 +76,8 @@ def test_collate_of_the_caller_and_of_the_objective() -> None:
 
     view = ParameterView({"x": torch.zeros(1)})
     options: dict[str, Any] = {"batch_size": N, "max_steps": 1, "progress": False}
-    minimize(Objective(), view, NUMBERS, MeZO(1e-3), **options)
-    minimize(Objective(), view, Data(NUMBERS, lambda rows: "mine"), MeZO(1e-3), **options)
+    minimize(Objective(), view, NUMBERS, MeZO.paper(1e-3), **options)
+    minimize(Objective(), view, Data(NUMBERS, lambda rows: "mine"), MeZO.paper(1e-3), **options)
     assert sorted(seen[0].removeprefix("objective ")) == [str(n) for n in NUMBERS]
     assert seen[-1] == "mine"
 
@@ -90,7 +90,9 @@ def test_no_data_is_one_row_of_none() -> None:
         return float(len(seen))
 
     view = ParameterView({"x": torch.zeros(1)})
-    result = minimize(objective, view, None, MeZO(1e-3), max_steps=2, progress=False)
+    result = minimize(
+        objective, view, None, MeZO(1e-3, num_directions=1), max_steps=2, progress=False
+    )
     assert seen == [None] * 4
     assert result.queries == 4
 

@@ -167,6 +167,19 @@ def test_what_has_no_rows_is_named_with_the_way_out(case: str) -> None:
         Data(data)
 
 
+def test_a_forward_may_call_its_object_as_it_likes() -> None:
+    class Odd(nn.Module):
+        def __init__(this) -> None:
+            super().__init__()
+            this.layer = nn.Linear(4, 3)
+
+        def forward(this, x: Tensor) -> Tensor:
+            return this.layer(x)  # type: ignore[no-any-return]
+
+    pairs = (torch.randn(8, 4), torch.arange(8) % 3)
+    assert ClassificationLoss(Odd())(pairs).shape == (8,)
+
+
 def test_a_module_that_names_no_argument() -> None:
     class Any_(nn.Module):
         def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""A displacement that is to be measured: by forward passes, in any unit, the same on resume."""
+"""The displacement that nobody gave: found by forward passes, in any unit, the same on resume."""
 
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,7 @@ from zo_adapt.optimizers.look_ahead import Evidence, parabola
 from zo_adapt.optimizers.optimizer import ZerothOrder
 
 QUIET: dict[str, Any] = {"progress": False}
-MAKE = partial(MeZO, displacement="measured")
-OPTIMIZERS = pytest.mark.parametrize(
-    "make", [MAKE, partial(MeZOSVRG, displacement="measured")], ids=["mezo", "mezo-svrg"]
-)
+OPTIMIZERS = pytest.mark.parametrize("make", [MeZO, MeZOSVRG])
 Make = Callable[..., ZerothOrder]
 
 
@@ -83,34 +79,47 @@ def test_what_is_given_is_taken() -> None:
     result = minimize(p.objective, p.view, p.data, optimizer, batch_size=8, max_steps=3, **QUIET)
     assert optimizer.state.finder is None
     assert optimizer.state.descent.displacement == 0.125
-    assert result.queries == 3 * 16
+    assert result.queries == 3 * 64
 
 
 def test_measurements_are_queries_and_the_perturbation_follows() -> None:
     p = problem()
-    optimizer, steps = MAKE(), list[Step]()
+    optimizer, steps = MeZO(), list[Step]()
     result = minimize(
         p.objective, p.view, p.data, optimizer, batch_size=8, max_queries=4_000,
         callback=steps.append, **QUIET,
     )  # fmt: skip
     assert optimizer.measuring_queries > 0
-    assert steps[0].queries == optimizer.measuring_queries + 16
+    assert steps[0].queries == optimizer.measuring_queries + 64
     assert [step.step for step in steps] == list(range(1, result.steps + 1))
     assert 0.9 * 4_000 < result.queries <= 4_000
     assert {step.kind for step in steps} == {"minibatch"}
     assert optimizer.perturbation_scale == optimizer.state.descent.displacement / 25
-    kept = MAKE(perturbation_scale=1e-3)
+    kept = MeZO(perturbation_scale=1e-3)
     minimize(p.objective, p.view, p.data, kept, batch_size=8, max_steps=2, **QUIET)
     assert kept.perturbation_scale == 1e-3
 
 
-def test_a_budget_too_small_for_measurements_has_none() -> None:
+def test_a_budget_too_small_for_measurements_has_none_and_stays_near() -> None:
     p = problem()
-    optimizer = MAKE()
+    optimizer = MeZO(num_directions=1)
     result = minimize(p.objective, p.view, p.data, optimizer, batch_size=8, max_queries=40, **QUIET)
     assert optimizer.measuring_queries == 0
-    assert found(optimizer) == p.view.displacement
+    assert found(optimizer) == p.view.displacement / 8
+    assert optimizer.state.descent.displacement == found(optimizer)
     assert (result.steps, result.queries) == (2, 32)
+
+
+def test_a_budget_for_one_look_does_not_leap_beyond_it() -> None:
+    search = Calibration(0.25)
+    search._narrow(Response(even=1e-6, odd=1.0))
+    assert search.displacement == 8.0
+    search.give_up()
+    assert (search.displacement, search.finished) == (0.5, True)
+    flat = Calibration(0.25)
+    flat._narrow(Response(even=0.0, odd=0.0))
+    flat.give_up()
+    assert flat.displacement == 0.25
 
 
 @OPTIMIZERS
@@ -171,7 +180,7 @@ def test_where_far_places_have_no_value_the_search_comes_nearer() -> None:
         inside = bool((x.abs() < 0.05).all())
         return float((x - 0.02).square().sum()) if inside else math.inf
 
-    optimizer = MAKE()
+    optimizer = MeZO()
     minimize(walled, ParameterView({"x": x}), None, optimizer, max_steps=50, **QUIET)
     assert found(optimizer) < 0.05
     assert walled(None) < walled_at_zero()
@@ -199,7 +208,7 @@ def test_where_nothing_responds_the_displacement_is_the_views() -> None:
 
 
 def test_a_kept_state_does_not_change_with_the_run() -> None:
-    p, optimizer = problem(), MAKE()
+    p, optimizer = problem(), MeZO()
     states = list[dict[str, Any]]()
 
     def keep(step: Step) -> None:

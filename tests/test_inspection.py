@@ -1,10 +1,12 @@
 """What is found before the first write: memory, classes, buffers, tensors that nothing reads."""
 
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -14,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from zo_adapt import MeZO, ParameterView, Shift, Term, minimize, replay
-from zo_adapt.errors import AdapterError, ChangingBufferError, UnreadTensorWarning, ViewError
+from zo_adapt.errors import (
+    AdapterError,
+    ChangingBufferError,
+    NoisyObjectiveWarning,
+    UnreadTensorWarning,
+    ViewError,
+)
 from zo_adapt.evaluation.trunk.cut import cut
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 
@@ -392,6 +400,25 @@ def test_every_way_out_of_torch_counts_as_reading(way: str) -> None:
     assert not view.at_rest
 
 
+@pytest.mark.parametrize("draw", ["torch", "numpy", "python"])
+def test_an_objective_that_draws_is_noticed(draw: str) -> None:
+    model = encoder()
+    plain = embedding(model)
+    noise: dict[str, Callable[[], float]] = {
+        "torch": lambda: float(torch.rand(())),
+        "numpy": np.random.random,
+        "python": random.random,
+    }
+
+    def drawing(batch: Tensor) -> Tensor:
+        return plain(batch) * (1 + 0.1 * noise[draw]())
+
+    view = ParameterView.matching(model, "encoder")
+    with pytest.warns(NoisyObjectiveWarning, match=r"differ by \d+\.\d%"):
+        run(model, view, drawing)
+    run(model, view, plain)  # where a warning would be an error
+
+
 def test_a_look_is_not_a_query_and_draws_no_random_number() -> None:
     model = adapted("default")
     drawn: list[float] = []
@@ -408,9 +435,9 @@ def test_a_look_is_not_a_query_and_draws_no_random_number() -> None:
     expected = float(torch.rand(()))
     torch.manual_seed(7)
     result = run(model, ParameterView.trainable(model), Loss(), max_steps=1)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     assert result.queries == 8
-    assert drawn[1] == expected, "the first evaluation that counts draws the first number"
+    assert drawn[2] == expected, "the first evaluation that counts draws the first number"
 
 
 def test_a_frozen_adapter_says_how_it_is_loaded(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 """LoRA that starts where the data are: A from the second moment of inputs, the model as before."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from zo_adapt import MeZO, ParameterView, initialise_lora, minimize
-from zo_adapt.errors import AdapterError
+from zo_adapt import MeZO, ParameterView, Step, initialise_lora, minimize, replay
+from zo_adapt.errors import AdapterError, TrajectoryError
 from zo_adapt.view import moments
 from zo_adapt.view.moments import Moment
 
@@ -159,3 +160,36 @@ def test_a_sketch_finds_the_leading_directions(monkeypatch: pytest.MonkeyPatch) 
     assert torch.allclose(near, values, rtol=1e-6)
     assert torch.allclose((along.T @ vectors).abs(), torch.eye(4, dtype=torch.float64), atol=1e-5)
     assert sketch.mean_square == exact.mean_square
+
+
+def test_a_saved_start_carries_resumed_and_replayed_runs(tmp_path: Path) -> None:
+    """What initialise_lora made travels as the adapter that was saved after it."""
+
+    def run(model: Any, file: Path, stop: int | None = None, resume: bool = False) -> str:
+        def callback(step: Step) -> None:
+            if step.step == stop:
+                raise StopIteration
+
+        view = ParameterView.trainable(model)
+        minimize(
+            loss(model), view, rows(), MeZO(), batch_size=8, max_steps=6, callback=callback,
+            trajectory=file, resume=resume, progress=False,
+        )  # fmt: skip
+        return view.hash()
+
+    def received() -> Any:
+        torch.manual_seed(0)
+        return PeftModel.from_pretrained(Net(), tmp_path / "start", is_trainable=True).eval()
+
+    model = adapted()
+    initialise_lora(model, loss(model), rows())
+    model.save_pretrained(tmp_path / "start")
+    end = run(model, tmp_path / "whole.zot")
+    run(received(), tmp_path / "part.zot", stop=3)
+    assert run(received(), tmp_path / "part.zot", resume=True) == end
+    view = ParameterView.trainable(received())
+    assert replay(view, tmp_path / "whole.zot") == 6
+    assert view.hash() == end
+    # Another start is refused, and says so.
+    with pytest.raises(TrajectoryError, match="adapter"):
+        replay(ParameterView.trainable(adapted()), tmp_path / "whole.zot")

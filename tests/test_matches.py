@@ -152,7 +152,7 @@ def test_it_is_climbed_at_a_scale_at_which_the_hard_metric_is_flat() -> None:
     x = torch.randn(96, 4, generator=generator)
     x[torch.arange(96), labels] += 2.0
     data = {"input": x, "labels": labels}
-    optimizer = MeZOSVRG(displacement=1.0, perturbation_scale=1e-4)
+    optimizer = MeZO(displacement=1.0, perturbation_scale=1e-4)
     accuracies = []
     for softness in (None, 1.0):
         model = nn.Linear(4, 2)
@@ -362,7 +362,7 @@ def test_an_exact_answer_is_learned_by_forward_passes() -> None:
     assert ExactMatch(model)(rows).mean() == 0.0
     minimize(
         ExactMatch(model, softness=2.0), ParameterView.full(model), rows,
-        MeZOSVRG(displacement=0.3), batch_size=12, max_queries=4_000, **QUIET,
+        MeZO(displacement=0.3), batch_size=12, max_queries=4_000, **QUIET,
     )  # fmt: skip
     assert ExactMatch(model)(rows).mean() == 1.0
 
@@ -426,7 +426,7 @@ def test_the_default_optimizer_asks_a_hard_count_on_enough_rows(
         objective,
         view,
         data,
-        MeZOSVRG(),
+        MeZO(),
         batch_size=64,
         max_steps=1,
         evaluation=EvaluationOptions(joint_rows="off"),

@@ -28,7 +28,6 @@ from objectives._set_metric import SetMetric
 from zo_adapt import (
     ZOSVRG,
     MeZO,
-    MeZOSVRG,
     ParameterView,
     SetObjective,
     ZOConfig,
@@ -324,7 +323,7 @@ def test_a_metric_climbs_without_being_told_to_and_the_same_seed_climbs_the_same
         before = float(np.mean(objective(data)))
         result = minimize(
             objective, ParameterView.trainable(model), data,
-            MeZOSVRG(displacement=1.0, perturbation_scale=0.2), batch_size=48,
+            MeZO(displacement=1.0, perturbation_scale=0.2), batch_size=48,
             max_queries=3_000, seed=3, **QUIET,
         )  # fmt: skip
         after = float(np.mean(objective(data)))
@@ -351,7 +350,7 @@ def test_a_loss_among_the_metrics_falls() -> None:
     )
     before = objective({"input": x, "labels": labels})
     minimize(
-        objective, ParameterView.trainable(model), data, MeZOSVRG(displacement=1.0), batch_size=48,
+        objective, ParameterView.trainable(model), data, MeZO(displacement=1.0), batch_size=48,
         max_queries=10_000, **QUIET,
     )  # fmt: skip
     assert objective({"input": x, "labels": labels}) < 0.7 * before
@@ -370,14 +369,14 @@ class Recorded(F1):
 @pytest.mark.parametrize(
     ("optimizer", "min_rows", "expected"),
     [
-        (MeZOSVRG(), "all", [48] * 8),
-        (MeZOSVRG(num_directions=2), 16, [16] * 6),
-        (MeZOSVRG(one_sided=False), "all", [48] * 16),
-        (MeZOSVRG(one_sided=False, num_directions=2), 16, [24] * 4),
-        (MeZO(num_directions=4), "all", [48] * 8),
+        (MeZO(), "all", [48] * 8),
+        (MeZO(num_directions=2), 16, [16] * 6),
+        (MeZO(one_sided=False), "all", [48] * 16),
+        (MeZO(one_sided=False, num_directions=2), 16, [24] * 4),
+        (MeZO(one_sided=False, num_directions=4), "all", [48] * 8),
         (MeZO(num_directions=3, one_sided=True), "all", [48] * 3),
         (MeZO(num_directions=3, one_sided=True, shaping="base"), "all", [48] * 4),
-        (MeZO(num_directions=4), 8, [12] * 8),
+        (MeZO(one_sided=False, num_directions=4), 8, [12] * 8),
     ],
 )
 def test_a_batch_is_not_cut_below_what_the_metric_needs(
@@ -444,7 +443,7 @@ def test_one_class_only_is_named_and_leaves_the_weights() -> None:
     start = model.weight.detach().clone()
     with pytest.raises(UndefinedMetricError, match=r"classes \[0, 1\].*48 rows.*raise batch_size"):
         minimize(
-            ROCAUC(model), ParameterView.trainable(model), data, MeZOSVRG(), batch_size=48,
+            ROCAUC(model), ParameterView.trainable(model), data, MeZO(), batch_size=48,
             max_steps=2, **QUIET,
         )  # fmt: skip
     assert torch.equal(model.weight, start)

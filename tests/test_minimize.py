@@ -27,7 +27,8 @@ QUIET: dict[str, Any] = {"progress": False}
 
 
 def mezo(**options: Any) -> MeZO:
-    return MeZO(**({"lr": 0.01, "perturbation_scale": 0.05} | options))
+    pair = {"lr": 0.01, "perturbation_scale": 0.05, "num_directions": 1, "one_sided": False}
+    return MeZO(**(pair | options))
 
 
 def bowl(view: ParameterView) -> Callable[[Any], float]:
@@ -55,7 +56,7 @@ def test_the_example_of_the_contract() -> None:
         lambda batch: float(((x - 3) ** 2).sum()),
         ParameterView({"x": x}),
         None,
-        MeZO(lr=1e-2, perturbation_scale=1e-3),
+        MeZO(lr=1e-2, perturbation_scale=1e-3, num_directions=1),
         max_steps=500,
         **QUIET,
     )

@@ -18,7 +18,7 @@ from objectives import (
     Mixture,
     VerbalizerLoss,
 )
-from zo_adapt import Adam, MeZO, MeZOSVRG, ParameterView, SetObjective, minimize
+from zo_adapt import Adam, MeZO, ParameterView, SetObjective, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import ObjectiveError, OptionError
@@ -188,7 +188,7 @@ def test_loss_and_metric_together_in_a_run() -> None:
     mixed = loss - 0.5 * accuracy
     before = float(mixed(data))
     minimize(
-        mixed, ParameterView.trainable(model), data, MeZOSVRG(displacement=1.0), batch_size=32,
+        mixed, ParameterView.trainable(model), data, MeZO(displacement=1.0), batch_size=32,
         max_queries=5_000,        **QUIET,
     )  # fmt: skip
     assert float(mixed(data)) < before - 0.3

@@ -14,7 +14,7 @@ from objectives import ROCAUC, Accuracy
 from zo_adapt import Data, Metrics, MeZO, ParameterView, Result, Step, StopReason, minimize
 from zo_adapt.errors import ArgumentTypeError, DataError, OptionError
 
-OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05}
+OPTIMIZER: dict[str, Any] = {"lr": 0.05, "perturbation_scale": 0.05, "num_directions": 1}
 
 
 def run(p: Problem, **options: Any) -> Result:
@@ -215,7 +215,7 @@ def test_the_trainer_logs_metrics_beside_its_loss(tmp_path: Path) -> None:
 
     model = hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)).eval()
     args = ZOConfig(
-        str(tmp_path), max_steps=6, optimizer="mezo", learning_rate=1e-2, logging_steps=2,
+        str(tmp_path), max_steps=6, num_directions=1, learning_rate=1e-2, logging_steps=2,
         report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     data = [{"input_ids": [2, 5 + i % 2, 7], "labels": i % 2} for i in range(24)]

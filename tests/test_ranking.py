@@ -27,7 +27,7 @@ from objectives import (
     RecallAt,
     Spearman,
 )
-from zo_adapt import MeZOSVRG, ParameterView, SetObjective, minimize
+from zo_adapt import MeZO, ParameterView, SetObjective, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import (
@@ -297,7 +297,7 @@ def test_a_ranking_climbs_without_being_told_to_and_the_same_seed_climbs_the_sam
         before = float(objective(data).mean())
         result = minimize(
             objective, ParameterView.trainable(model), data,
-            MeZOSVRG(displacement=0.5, perturbation_scale=0.2), batch_size=12, max_queries=1_200,
+            MeZO(displacement=0.5, perturbation_scale=0.2), batch_size=12, max_queries=1_200,
             **QUIET,
         )  # fmt: skip
         return before, float(objective(data).mean()), [one.value for one in result.history]
@@ -339,7 +339,7 @@ def test_an_error_inside_a_probe_leaves_the_weights() -> None:
     start = model.weight.detach().clone()
     with pytest.raises(UndefinedMetricError, match="NDCG is not defined for query"):
         minimize(
-            NDCG(model), ParameterView.trainable(model), data, MeZOSVRG(), batch_size=24,
+            NDCG(model), ParameterView.trainable(model), data, MeZO(), batch_size=24,
             max_steps=1, **QUIET,
         )  # fmt: skip
     assert torch.equal(model.weight, start)

@@ -68,7 +68,7 @@ def test_a_step_comes_back(
 def test_seeds_are_the_optimizers() -> None:
     optimizer = MeZO(num_directions=3)
     optimizer.start(ParameterView({"x": torch.zeros(2)}), 11)
-    drawn = [seed for count in (1, 3, 4, 5) for seed in optimizer.new_seeds(count)]
+    drawn = [seed for count in (1, 3, 4, 5) for seed in optimizer.state.new_seeds(count)]
     assert drawn == STREAM.take(0, 13)
     assert optimizer.drawn == 13
     assert STREAM.take(5, 0) == []

@@ -16,7 +16,7 @@ from zo_adapt.loops.result import reason_of
 def run(steps: int = 7, **options: Any) -> Result:
     p = problem()
     return minimize(
-        options.pop("objective", p.objective), p.view, p.data, MeZO(lr=0.05),
+        options.pop("objective", p.objective), p.view, p.data, MeZO(lr=0.05, num_directions=1),
         batch_size=6, max_steps=steps, progress=False, **options,
     )  # fmt: skip
 
@@ -25,7 +25,10 @@ def test_the_recommended_optimizer_needs_no_name() -> None:
     p = problem()
     result = minimize(p.objective, p.view, p.data, batch_size=6, max_steps=3, progress=False)
     assert result.steps == 3
-    assert {step.kind for step in result.history} == {"snapshot"}, "MeZO-SVRG with its defaults"
+    assert {step.kind for step in result.history} == {"minibatch"}
+    q = problem()
+    named = minimize(q.objective, q.view, q.data, MeZO(), batch_size=6, max_steps=3, progress=False)
+    assert named.history == result.history
 
 
 def test_success_is_work_done_without_a_fault() -> None:

@@ -21,6 +21,7 @@ from transformers import (
     BertLMHeadModel,
     EvalPrediction,
     GPT2ForSequenceClassification,
+    MBartConfig,
     PreTrainedTokenizerFast,
     T5Config,
     Trainer,
@@ -120,7 +121,12 @@ def bart(**options: Any) -> nn.Module:
     return AutoModelForSeq2SeqLM.from_config(BartConfig(**BART | options)).eval()
 
 
-WRITERS: dict[str, Callable[[], nn.Module]] = {"t5": t5, "bart": bart}
+def mbart() -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForSeq2SeqLM.from_config(MBartConfig(**BART)).eval()
+
+
+WRITERS: dict[str, Callable[[], nn.Module]] = {"t5": t5, "bart": bart, "mbart": mbart}
 
 
 def poisoned(model: nn.Module) -> nn.Module:
@@ -392,6 +398,15 @@ def test_a_decoders_limit_is_named_before_it_writes() -> None:
     GenerationReward(t5(), a_tokenizer(), one_each, max_new_tokens=1000)
 
 
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_targets_beyond_the_decoders_last_position_are_named(family: str) -> None:
+    loss = Seq2SeqLoss(WRITERS[family]())
+    for objective in (loss, ExactMatch(loss)):
+        with pytest.raises(DataError, match="41 tokens and the model reads 40"):
+            objective([{"input_ids": [5, 6], "labels": [7] * 41}])
+    loss([{"input_ids": [5, 6], "labels": [7] * 40}])
+
+
 # --- 23: generate may return more than ids -------------------------------------------------------
 
 
@@ -405,6 +420,14 @@ def test_generate_may_return_a_dictionary(of_the_model: bool) -> None:
         model, a_tokenizer(), one_each, max_new_tokens=4, generation_kwargs=more
     )
     assert reward.generate(data) == expected
+
+
+def test_a_prompt_has_one_completion() -> None:
+    with pytest.raises(OptionError, match="num_return_sequences=2"):
+        GenerationReward(
+            tiny_model("llama", "causal"), a_tokenizer(), one_each,
+            generation_kwargs={"num_return_sequences": 2},
+        )  # fmt: skip
 
 
 # --- 24: a list is a list ------------------------------------------------------------------------
@@ -433,9 +456,9 @@ def test_lists_of_other_libraries_are_rewards(returned: Any) -> None:
     assert reward([{"prompt": "w5"}, {"prompt": "w6"}])[0] == 1.0
 
 
-@pytest.mark.parametrize("documents", ["w6", {"a": "w6"}, ["w6", None]])
+@pytest.mark.parametrize("documents", ["w6", "w6 w7", {"a": "w6", "b": "w7"}, ["w6", None]])
 def test_documents_are_a_list_of_texts(documents: Any) -> None:
-    relevance = [1.0] * len(documents)
+    relevance = [1.0] * 2
     query = {"query": "w5", "documents": documents, "relevance": relevance}
     for scorer in (
         CrossEncoder(tiny_model("bert", num_labels=1), a_tokenizer()),
@@ -457,6 +480,7 @@ def test_a_text_that_is_missing_is_not_the_word_none() -> None:
 # --- 25: what a model takes, and what it is ------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_the_task_of_a_row_reaches_the_tuner() -> None:
     torch.manual_seed(0)
     poly = peft.PolyConfig(
@@ -473,6 +497,15 @@ def test_the_task_of_a_row_reaches_the_tuner() -> None:
         loss = CausalLMLoss(tuned)
         values = loss([{"input_ids": [5, 6, 7], "task_ids": task} for task in (0, 1)])
         assert values[0].item() != values[1].item()
+        reward = GenerationReward(
+            tuned, a_tokenizer(), one_each, max_new_tokens=8,
+            generation_kwargs={"min_new_tokens": 8},
+        )  # fmt: skip
+        # Of two lengths, which virtual tokens take one after the other.
+        prompts = [{"prompt": t, "task_ids": task} for t in ("w5 w6", "w5") for task in (0, 1)]
+        written = reward.generate(prompts).ids
+        assert written[0] != written[1]
+        assert written == [reward.generate([prompt]).ids[0] for prompt in prompts]
 
 
 MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -529,7 +562,7 @@ def test_the_loss_of_an_encoder_decoder_is_the_models_own(name: str) -> None:
     assert by_token == pytest.approx(mean, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["t5", "bart"])  # mBART begins with the target's last token
 def test_an_exact_match_is_what_greedy_decoding_writes(name: str) -> None:
     model = WRITERS[name]()
     sources = token_rows(8)

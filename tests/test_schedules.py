@@ -21,7 +21,14 @@ def moving(view: ParameterView) -> Any:
 
 def rates(schedule: Any, steps: int = 4) -> list[float]:
     view = one()
-    optimizer = MeZO(0.5, perturbation_scale=0.05, normalize=True, schedule=schedule)
+    optimizer = MeZO(
+        0.5,
+        num_directions=1,
+        one_sided=False,
+        perturbation_scale=0.05,
+        normalize=True,
+        schedule=schedule,
+    )
     result = minimize(moving(view), view, None, optimizer, max_steps=steps, progress=False)
     return [record.lr for record in result.history]
 
@@ -40,7 +47,14 @@ def test_schedules() -> None:
 
 def test_a_schedule_follows_the_queries_where_they_are_the_budget() -> None:
     view = one()
-    optimizer = MeZO(1.0, perturbation_scale=0.05, normalize=True, schedule="linear")
+    optimizer = MeZO(
+        1.0,
+        num_directions=1,
+        one_sided=False,
+        perturbation_scale=0.05,
+        normalize=True,
+        schedule="linear",
+    )
     result = minimize(moving(view), view, None, optimizer, max_queries=8, progress=False)
     assert [record.lr for record in result.history] == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
@@ -80,7 +94,7 @@ def test_annealing_judges_each_window_once() -> None:
 def seeds(seed: int, *counts: int) -> list[int]:
     optimizer = MeZO(1e-3, perturbation_scale=1e-2)
     optimizer.start(one(), seed)
-    return [found for count in counts for found in optimizer.new_seeds(count)]
+    return [found for count in counts for found in optimizer.state.new_seeds(count)]
 
 
 def test_every_direction_of_a_run_is_new(seed: int) -> None:

@@ -264,7 +264,7 @@ def test_a_view_reads_as_a_line_and_its_summary_as_a_short_table() -> None:
     assert head.split() == ["2", "12", "48", "B", "x", "2", "x", "0.5", "'head'"]
     assert rest.split() == ["1", "6", "24", "B", "x", "1", "x", "1", "the", "rest"]
     assert "by way of a copy" in shifted
-    assert displacement == "default displacement 0.25"
+    assert displacement == "the search for a displacement begins at 0.25"
     layered = ParameterView.full(FAMILIES["bert"](), scratch="layer").summary()
     assert "layer by layer" in layered
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import datasets
 import peft
 import pytest
 import torch
@@ -92,6 +93,27 @@ def test_the_loss_of_tokens_is_the_models_own(family: str) -> None:
 def test_labels_that_are_not_those_of_tokens(labels: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         TokenClassificationLoss(tagger())([{"input_ids": [5, 6, 7], "labels": labels}])
+
+
+@pytest.mark.parametrize("form", ["list", "table"])
+@pytest.mark.parametrize("make", [TokenClassificationLoss, EntityF1])
+def test_one_bad_label_of_all_tokens_is_found_at_the_start(make: Any, form: str) -> None:
+    model, rows, calls = tagger(), tagged(16), []
+    objective = make(model, **({"labels": TAGS} if make is EntityF1 else {}))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    view = ParameterView.matching(model, "classifier")
+    for bad in (len(TAGS), -1):
+        rows[13]["labels"][-1] = bad
+        data = rows if form == "list" else datasets.Dataset.from_list(rows)
+        with pytest.raises(DataError, match="classes"):
+            minimize(objective, view, data, MeZO(), batch_size=2, max_steps=1, **QUIET)
+    rows[13]["labels"] = [-100] * len(rows[13]["labels"])
+    with pytest.raises(DataError, match=r"\[13\] have no label token"):
+        minimize(objective, view, rows, MeZO(), batch_size=2, max_steps=1, **QUIET)
+    assert not calls
+    rows[13] = tagged(16)[13]
+    rows[13]["labels"][-1] = -100
+    assert minimize(objective, view, rows, MeZO(), batch_size=8, max_steps=1, **QUIET).steps == 1
 
 
 def test_a_classifier_of_texts_is_refused() -> None:

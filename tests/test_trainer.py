@@ -224,7 +224,7 @@ def test_a_step_is_the_optimizers_own_on_the_batches_that_trainer_makes(tmp_path
         return pad(rows) | {"labels": torch.arange(len(rows)) % 2}  # an order that is fair already
 
     def optimizer() -> MeZO:
-        return MeZO(num_directions=3, perturbation_scale=1e-2)
+        return MeZO(displacement=0.25, num_directions=3, perturbation_scale=1e-2)
 
     model = lora_model()
     Recording(
@@ -267,7 +267,7 @@ def test_a_causal_language_model_learns_by_its_own_loss_and_by_an_objective(
             tmp_path,
             model,
             max_steps=60,
-            optimizer="mezo",
+            displacement=0.25,
             objective=CausalLMLoss(model) if by_objective else None,
             train_dataset=rows,
             data_collator=collate,
@@ -352,7 +352,9 @@ def test_every_point_of_an_estimate_sees_the_same_draw_of_a_random_collator(
         batch["input_ids"] = torch.randint(5, VOCABULARY, batch["input_ids"].shape)
         return batch
 
-    optimizer = MeZOSVRG(snapshot_interval=1, snapshot_size=40, num_directions=2, one_sided=False)
+    optimizer = MeZOSVRG(
+        displacement=0.25, snapshot_interval=1, snapshot_size=40, num_directions=2, one_sided=False
+    )
     trainer = trainer_of(
         tmp_path, max_steps=2, micro_batch_size=8, data_collator=drawing, zo_optimizer=optimizer
     )
@@ -365,12 +367,17 @@ def test_every_point_of_an_estimate_sees_the_same_draw_of_a_random_collator(
 
 def test_a_stream_can_be_trained_on_but_has_no_large_batches(tmp_path: Path) -> None:
     stream = Dataset.from_list(toy_rows(64)).to_iterable_dataset()
-    for options in ({"optimizer": "mezo"}, {}, {"snapshot_size": 16}):
+    for options in (
+        {},
+        {"optimizer": "mezo-svrg"},
+        {"optimizer": "mezo-svrg", "snapshot_size": 16},
+    ):
         trainer = trainer_of(tmp_path, max_steps=3, train_dataset=stream, **options)
         trainer.train()
         assert trainer.state.global_step == 3
+    svrg = {"optimizer": "mezo-svrg"}
     with pytest.raises(DataError, match="optimizer='mezo'"):
-        trainer_of(tmp_path, max_steps=3, train_dataset=stream, snapshot_size=24).train()
+        trainer_of(tmp_path, max_steps=3, train_dataset=stream, **svrg, snapshot_size=24).train()
 
 
 def test_a_batch_is_shown_in_an_order_whose_parts_are_fair_to_every_class() -> None:
@@ -426,8 +433,9 @@ def test_a_budget_of_queries_is_never_exceeded_and_unmade_steps_are_not_counted(
 ) -> None:
     watch = Watch()
     trainer = trainer_of(
-        tmp_path, max_steps=50, optimizer="mezo", max_queries=budget, callbacks=[watch]
-    )
+        tmp_path, max_steps=50, num_directions=1, displacement=0.25, max_queries=budget,
+        callbacks=[watch],
+    )  # fmt: skip
     trainer.train()
     assert trainer.queries == steps * 2 * 16
     assert trainer.state.global_step == steps
@@ -473,7 +481,7 @@ def test_a_run_can_be_repeated_and_starts_afresh(tmp_path: Path) -> None:
     hashes = []
     for seed in (5, 5, 6):
         model = lora_model()
-        trainer = trainer_of(tmp_path, model, max_steps=4, seed=seed, snapshot_size=16)
+        trainer = trainer_of(tmp_path, model, max_steps=4, seed=seed)
         trainer.train()
         hashes.append(ParameterView.trainable(model).hash())
     assert hashes[0] == hashes[1] != hashes[2]

@@ -32,8 +32,9 @@ def test_a_command_line_without_options_gives_the_defaults(tmp_path: Path) -> No
 
 def test_words_and_numbers_of_a_command_line(tmp_path: Path) -> None:
     args = parsed(
-        tmp_path, "--joint_rows", "off", "--snapshot_size", "all", "--reuse_trunk", "on",
-        "--cuda_graphs", "off", "--trunk_storage", "host", "--trunk_bytes", "1000",
+        tmp_path, "--optimizer", "mezo-svrg", "--snapshot_size", "all", "--joint_rows", "off",
+        "--reuse_trunk", "on", "--cuda_graphs", "off",
+        "--trunk_storage", "host", "--trunk_bytes", "1000",
         "--no_stratify", "--shaping", "base", "--micro_batch_size", "8", "--noise", "rademacher",
     )  # fmt: skip
     assert (args.joint_rows, args.snapshot_size, args.stratify) == ("off", "all", False)
@@ -41,7 +42,8 @@ def test_words_and_numbers_of_a_command_line(tmp_path: Path) -> None:
     optimizer: Any = args.build_optimizer()
     assert optimizer.snapshot_size == "all"
     assert optimizer.estimate.baseline == "base"
-    numbers = parsed(tmp_path, "--joint_rows", "64", "--snapshot_size", "256")
+    svrg = ("--optimizer", "mezo-svrg")
+    numbers = parsed(tmp_path, *svrg, "--joint_rows", "64", "--snapshot_size", "256")
     assert (numbers.joint_rows, numbers.snapshot_size) == (64, 256)
     assert ZOConfig(str(tmp_path), joint_rows=64, report_to="none", use_cpu=True).joint_rows == 64
 

@@ -7,20 +7,29 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import peft
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from test_trainer import accuracy, arguments, lora_model, pad, toy_rows, trainer_of
 from test_trainer_resume import SAVING, STEPS, StopAt
 from tiny_models import PAD, tiny_model, token_rows
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from objectives import ClassificationLoss
+from objectives import Accuracy, ClassificationLoss
 from zo_adapt import SGD, Adam, MeZO, ParameterView, StopReason, ZOConfig, ZOTrainer, replay
 from zo_adapt.data.labels import class_labels
-from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
+from zo_adapt.errors import (
+    CorruptTrajectoryError,
+    DataError,
+    OptionError,
+    TrajectoryError,
+    UnreadTensorWarning,
+)
 from zo_adapt.trainer.state import MOMENTS, STATE, TRAJECTORY
 
 pytestmark = [
@@ -77,8 +86,7 @@ def ends_of(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_view_of_pretrained_weights_is_resumed(tmp_path: Path, name: str) -> None:
     def make(folder: Path, **options: Any) -> ZOTrainer:
-        # What a trunk keeps is another matter: test_trunk.
-        return trainer_of(folder, MODELS[name](), optimizer="mezo", reuse_trunk="off", **options)
+        return trainer_of(folder, MODELS[name](), optimizer="mezo", **options)
 
     again = resumed_equals_whole(tmp_path, make)
     displacement = again.view.displacement
@@ -212,6 +220,62 @@ def test_a_nan_leaves_the_checkpoint_before_it_as_it_was(tmp_path: Path) -> None
 # Logs, settings, budgets
 
 
+FORMS = {
+    "table": pandas.DataFrame,
+    "columns": lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_rows_makes_the_same_training(tmp_path: Path, form: str) -> None:
+    hashes = []
+    for index, data in enumerate((toy_rows(16), FORMS[form](toy_rows(16)))):
+        model = lora_model()
+        args = arguments(tmp_path / str(index), max_steps=2)
+        trainer = ZOTrainer(model, args, train_dataset=data, objective=ClassificationLoss(model))
+        trainer.train()
+        hashes.append(trainer.view.hash())
+    assert hashes[0] == hashes[1]
+
+
+def test_pairs_train_and_what_is_no_single_set_is_named(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 3)).eval()
+    objective = Accuracy(net)
+    x, y = torch.randn(16, 4), np.arange(16) % 3
+    args = arguments(tmp_path, max_steps=2)
+    ZOTrainer(net, args, train_dataset=(x, y), objective=objective).train()
+    rows = Dataset.from_list(toy_rows(16))
+    for data, words in (
+        (DatasetDict(train=rows), r"data\['train'\]"),
+        (DataLoader(rows), "loader.dataset"),
+    ):
+        with pytest.raises(DataError, match=words):
+            ZOTrainer(net, args, train_dataset=data, objective=objective)
+
+
+def test_a_stream_is_looked_at_with_its_first_batch(tmp_path: Path) -> None:
+    def model_with_more() -> nn.Module:
+        model = tiny_model("bert")
+        torch.manual_seed(1)
+        model.more = nn.Linear(2, 2)
+        return model
+
+    model = model_with_more()
+    trainer = ZOTrainer(
+        model,
+        arguments(tmp_path, max_steps=4, save_steps=2, save_strategy="steps", optimizer="mezo"),
+        train_dataset=Dataset.from_list(toy_rows(64)).to_iterable_dataset(),
+        data_collator=pad,
+        view=ParameterView.full(model),
+    )
+    with pytest.warns(UnreadTensorWarning, match="'more.weight'"):
+        trainer.train()
+    assert trainer.view.at_rest == {"more.weight", "more.bias"}
+    again = ParameterView.full(model_with_more())
+    assert replay(again, tmp_path / TRAJECTORY) == 4
+    assert again.hash() == trainer.view.hash()
+
+
 def test_evaluate_returns_its_own_figures_alone(tmp_path: Path) -> None:
     seen: list[set[str]] = []
 
@@ -246,6 +310,7 @@ def test_evaluate_returns_its_own_figures_alone(tmp_path: Path) -> None:
         {"max_grad_norm": 0.5},
         {"activation_checkpointing": True},
         {"neftune_noise_alpha": 5.0},
+        {"fp16": True},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -395,8 +460,9 @@ def test_a_transform_is_not_run_for_the_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [330, 352])
 def test_a_budget_of_queries_ends_a_run_as_its_last_step_does(tmp_path: Path, budget: int) -> None:
     trainer = trainer_of(
-        tmp_path, optimizer="mezo", max_queries=budget, eval_dataset=toy_rows(16),
-        compute_metrics=accuracy, eval_strategy="steps", eval_steps=4, save_strategy="steps",
+        tmp_path, num_directions=1, displacement=0.25, max_queries=budget,
+        eval_dataset=toy_rows(16), compute_metrics=accuracy, eval_strategy="steps",
+        eval_steps=4, save_strategy="steps",
         save_steps=4, load_best_model_at_end=True, metric_for_best_model="eval_loss",
     )  # fmt: skip
     trainer.train()

@@ -114,7 +114,9 @@ def test_a_reward_of_generated_text_trains(tmp_path: Path, kind: str, collator: 
         rows = rows.to_iterable_dataset()
     given = {"named": {"data_collator": reward.collate}}.get(collator, {})
     positional = [reward.collate] if collator == "positional" else []
-    args = arguments(tmp_path, max_steps=3, optimizer="mezo", perturbation_scale=0.2)
+    args = arguments(
+        tmp_path, max_steps=3, num_directions=1, displacement=0.25, perturbation_scale=0.2
+    )
     trainer = ZOTrainer(model, args, *positional, train_dataset=rows, objective=reward, **given)
     start = ParameterView.trainable(model).hash()
     output = trainer.train()
@@ -129,7 +131,7 @@ def test_the_reward_rises_and_is_logged_as_a_reward(tmp_path: Path) -> None:
     reward = a_reward(model)
     before = reward(prompts()).mean()
     args = arguments(
-        tmp_path, max_steps=40, optimizer="mezo", displacement=1.0, perturbation_scale=0.2,
+        tmp_path, max_steps=40, num_directions=1, displacement=1.0, perturbation_scale=0.2,
         per_device_train_batch_size=16, logging_steps=1,
     )  # fmt: skip
     trainer = ZOTrainer(model, args, train_dataset=prompts(), objective=reward)
@@ -154,7 +156,7 @@ def test_a_step_is_the_optimizers_own_on_the_examples_that_trainer_draws(
             return super().training_step(model, inputs, num_items_in_batch)
 
     def optimizer() -> MeZO:
-        return MeZO(num_directions=2, perturbation_scale=0.2)
+        return MeZO(displacement=0.25, num_directions=2, perturbation_scale=0.2)
 
     model = lora()
     Recording(
@@ -207,10 +209,10 @@ def test_messages_pass_through_untouched(tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} w6 {% endfor %}"
     chats = [[{"role": "user", "content": one["prompt"]}] for one in prompts(8)]
     reward = GenerationReward(model, tokenizer, keep, max_new_tokens=2)
-    args = arguments(tmp_path, max_steps=1, optimizer="mezo")
+    args = arguments(tmp_path, max_steps=1, num_directions=1, learning_rate=1e-3)
     rows = Dataset.from_list([{"prompt": chat} for chat in chats])
     ZOTrainer(model, args, train_dataset=rows, objective=reward).train()
-    assert len(seen) == 2 + 2 * 8  # two rows are looked at before the first step
+    assert len(seen) == 2 * 2 + 2 * 8  # two rows are looked at before the first step, twice
     assert all(chat in chats for chat in seen)
 
 
@@ -230,7 +232,12 @@ def test_a_column_that_a_reward_needs_is_named(tmp_path: Path) -> None:
 def test_on_a_gpu_the_loader_pins_and_the_objective_collates(tmp_path: Path, workers: int) -> None:
     model = lora()
     args = arguments(
-        tmp_path, max_steps=2, use_cpu=False, optimizer="mezo", dataloader_num_workers=workers
+        tmp_path,
+        max_steps=2,
+        use_cpu=False,
+        num_directions=1,
+        displacement=0.25,
+        dataloader_num_workers=workers,
     )
     trainer = ZOTrainer(model, args, train_dataset=prompts(), objective=a_reward(model))
     trainer.train()
@@ -296,9 +303,9 @@ def test_every_point_sees_the_same_draw_of_the_objectives_own_collator(tmp_path:
 
     objective = CallableObjective(kept, model=model, collate=drawing, mean_over_rows=True)
     rows = [{"input_ids": [5, 6 + i % 3, 7], "labels": i % 2} for i in range(16)]
-    args = arguments(tmp_path, max_steps=2, optimizer="mezo", micro_batch_size=4)
+    args = arguments(tmp_path, max_steps=2, num_directions=1, displacement=0.25, micro_batch_size=4)
     ZOTrainer(model, args, train_dataset=rows, objective=objective).train()
-    del seen[0]  # the look at the view before the first step
+    del seen[:2]  # the look at the view before the first step
     assert len(seen) == 2 * 2 * 2
     for step in (seen[:4], seen[4:]):
         assert torch.equal(step[0], step[2])
@@ -317,9 +324,9 @@ def test_parts_of_a_batch_of_examples_are_fair_to_every_class(tmp_path: Path) ->
 
     objective = CallableObjective(kept, model=model, collate=loss.collate, mean_over_rows=True)
     rows = [{"input_ids": [5, 6, 7], "labels": int(i >= 4)} for i in range(8)]
-    args = arguments(tmp_path, max_steps=2, optimizer="mezo", micro_batch_size=4)
+    args = arguments(tmp_path, max_steps=2, num_directions=1, displacement=0.25, micro_batch_size=4)
     ZOTrainer(model, args, train_dataset=rows, objective=objective).train()
-    assert set(shares[1:]) == {0.5}  # after the look at the view, on two rows
+    assert set(shares[2:]) == {0.5}  # after the look at the view, on two rows
 
 
 def test_another_collator_is_respected(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from zo_adapt.errors import (
     TrajectoryError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.trainer.state import STATE, TRAJECTORY, last_whole_checkpoint, set_aside
+from zo_adapt.trainer.state import INITIAL, STATE, TRAJECTORY, last_whole_checkpoint, set_aside
 from zo_adapt.trajectory.tools import main
 
 pytestmark = [
@@ -68,6 +68,25 @@ def test_a_resumed_training_is_the_one_that_was_never_stopped(tmp_path: Path, na
     assert again.queries == whole.queries
     files = [(tmp_path / run / TRAJECTORY).read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
+
+
+def test_a_start_on_the_training_data_is_resumed_and_replayed(tmp_path: Path) -> None:
+    options = SAVING | {"lora_start_rows": 24, "max_steps": 6}
+    whole = trainer_of(tmp_path / "whole", **options)
+    whole.train()
+    trainer_of(tmp_path / "parts", callbacks=[StopAt(4)], **options).train()
+    again = trainer_of(tmp_path / "parts", **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.view.hash() == whole.view.hash()
+    # Another run in the folder keeps the first one's start beside its trajectory.
+    trainer_of(tmp_path / "parts", lora_start_rows=8, max_steps=2).train()
+    for start, file in (("initial_adapter.1", "trajectory.1.zot"), (INITIAL, TRAJECTORY)):
+        received = PeftModel.from_pretrained(
+            tiny_model("bert"), tmp_path / "parts" / start, is_trainable=True
+        )
+        view = ParameterView.trainable(received)
+        replay(view, tmp_path / "parts" / file)
+        assert (view.hash() == whole.view.hash()) == (start != INITIAL)
 
 
 def test_the_trajectory_of_a_training_rebuilds_its_adapter(tmp_path: Path) -> None:

@@ -168,16 +168,17 @@ def bytes_a_step(folder: Path, optimizer: Optimizer, **options: Any) -> float:
 
 def test_a_step_takes_at_most_64_bytes(tmp_path: Path) -> None:
     two = [Group("b", lr=0.5, perturbation_scale=2.0)]
-    assert bytes_a_step(tmp_path / "one", MeZO(1e-3)) == 54
-    assert bytes_a_step(tmp_path / "decay", MeZO(1e-3, weight_decay=0.1)) == 54
-    assert bytes_a_step(tmp_path / "groups", MeZO(1e-3), groups=two) == 64
-    assert bytes_a_step(tmp_path / "both", MeZO(1e-3, weight_decay=0.1), groups=two) == 64
+    decayed = MeZO(1e-3, num_directions=1, one_sided=False, weight_decay=0.1)
+    assert bytes_a_step(tmp_path / "one", MeZO.paper(1e-3)) == 54
+    assert bytes_a_step(tmp_path / "decay", decayed) == 54
+    assert bytes_a_step(tmp_path / "groups", MeZO.paper(1e-3), groups=two) == 64
+    assert bytes_a_step(tmp_path / "both", decayed, groups=two) == 64
 
 
 def test_a_direction_more_takes_8_bytes(tmp_path: Path) -> None:
     # a batch of 8 is two shares of 4 rows, each with K directions
     for k in (1, 8):
-        assert bytes_a_step(tmp_path / f"{k}", MeZOSVRG(num_directions=k)) == 38 + 8 + 2 * k * 8
+        assert bytes_a_step(tmp_path / f"{k}", MeZO(num_directions=k)) == 38 + 8 + 2 * k * 8
 
 
 def test_the_header_says_what_the_run_was(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def side_by_side(
     evaluator = LocalEvaluator(p.objective, p.view)
     engine.start(p.view, SEED)
     source_of_seeds.start(p.view, SEED)
-    twin = Twin(p, source_of_seeds.new_seeds)
+    twin = Twin(p, source_of_seeds.state.new_seeds)
     start = twin.theta
     for t in range(STEPS):
         probes = engine.ask(samples)
@@ -125,7 +125,7 @@ NOISES = pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_mezo(k: int, noise: str) -> None:
     def make() -> MeZO:
-        return MeZO(0.1, perturbation_scale=MU, num_directions=k, normalize=False)
+        return MeZO(0.1, perturbation_scale=MU, num_directions=k, one_sided=False, normalize=False)
 
     for _, rows, twin in side_by_side(make, noise):
         twin.mezo(rows, 0.1, k)

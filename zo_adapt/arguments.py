@@ -55,11 +55,11 @@ def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
     elif isinstance(optimizer, type):
         way_out = f"give an instance of it, {optimizer.__name__}()"
     elif isinstance(optimizer, torch.optim.Optimizer):
-        way_out = "a torch optimizer needs gradients; give MeZOSVRG(), or zo_adapt.Adam(lr=...)"
+        way_out = "a torch optimizer needs gradients; give MeZO(), or zo_adapt.Adam(lr=...)"
     elif hasattr(optimizer, "start") and hasattr(optimizer, "step"):
         return
     else:
-        way_out = "give MeZOSVRG(), MeZO(), ... or None for the recommended one"
+        way_out = "give MeZO(), MeZOSVRG(), ... or None for the recommended one"
     raise ArgumentTypeError(f"{name} is {_kind(optimizer)}; {way_out}")
 
 

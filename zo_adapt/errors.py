@@ -93,5 +93,9 @@ class FlatObjectiveWarning(UserWarning):
     """Both points of the estimate gave the same loss many times in a row: nothing is learned."""
 
 
+class NoisyObjectiveWarning(UserWarning):
+    """The objective gives other values for the same examples at the same weights."""
+
+
 class UnreadTensorWarning(UserWarning):
     """Tensors of the view do not reach the objective's value; they stay as they are."""

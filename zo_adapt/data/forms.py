@@ -62,14 +62,22 @@ def rows_given(examples: Any, collate: Collate | None) -> tuple[Any, Collate | N
         return _of_loader(examples, collate)
     if isinstance(examples, Columns):
         return examples, collate
-    library = type(examples).__module__.partition(".")[0]
-    if library in _TABLES and hasattr(examples, "columns"):
-        return _of_table(examples, library), collate
+    if is_table(examples):
+        return _of_table(examples), collate
     if isinstance(examples, Mapping):
         return _of_mapping(examples), collate
     if isinstance(examples, tuple):
         return _of_tuple(examples), collate
     return _of_single(_as_column(examples)), collate
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is a table of pandas, polars or pyarrow."""
+    return _library(value) in _TABLES and hasattr(value, "columns")
+
+
+def _library(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
 
 
 def is_column(value: Any) -> bool:
@@ -122,8 +130,9 @@ def _of_loader(loader: "DataLoader[Any]", collate: Collate | None) -> tuple[Any,
     return found
 
 
-def _of_table(table: Any, library: str) -> list[Any]:
+def _of_table(table: Any) -> list[Any]:
     """The rows of a table, as dictionaries of Python's own numbers."""
+    library = _library(table)
     if library == "pandas" and not table.columns.is_unique:
         twice = sorted(set(table.columns[table.columns.duplicated()]))
         raise DataError(f"the columns {twice} of the table are there twice; rename them")
@@ -203,7 +212,7 @@ def _as_column(value: Any) -> Any:
     Raises:
         DataError: Rows of it cannot be read: it is sparse, masked, or has no values.
     """
-    library = type(value).__module__.partition(".")[0]
+    library = _library(value)
     if isinstance(value, Tensor):
         _check_tensor(value)
     elif library == "scipy":

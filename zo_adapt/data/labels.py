@@ -5,12 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset, TensorDataset
 
 from zo_adapt.data.forms import Columns
 from zo_adapt.errors import DataError
 
+IGNORED = -100
+"""Label of a token that no loss counts."""
 FIELDS = ("labels", "label", "label_ids")
 """Names that labels go by, the first one found is meant."""
 
@@ -24,8 +28,11 @@ def class_labels(data: Any) -> list[int] | None:
     return labels if labels is not None and 1 < len(set(labels)) < len(labels) else None
 
 
-def labels_to_check(data: Any) -> list[int] | None:
-    """The label of every example where the data hold one integer for each; else None.
+def labels_to_check(data: Any) -> Tensor | None:
+    """All labels where the data hold integers: one for each example, (n,), or a list of them.
+
+    Lists make (n, t), the shorter filled up with -100, as those of the tokens of texts are. None
+    where the labels are something else, or would have to be made first.
 
     Raises:
         DataError: Some examples have a label and one has none, or text.
@@ -35,9 +42,27 @@ def labels_to_check(data: Any) -> list[int] | None:
         return None
     for column in _columns(data):
         if labels := _integers(column):
-            return labels
+            return torch.tensor(labels)
+        if rows := _integer_rows(column):
+            return pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         _refuse_missing(column)
     return None
+
+
+def _integer_rows(column: Sequence[Any]) -> list[Tensor] | None:
+    """A list of integers for every example; None where it is something else for one of them."""
+    rows: list[Tensor] = []
+    for value in column:
+        if not isinstance(value, list | tuple | Tensor | np.ndarray) or len(value) == 0:
+            return None
+        try:
+            row = torch.as_tensor(value)
+        except (TypeError, ValueError):
+            return None
+        if row.dim() != 1 or row.is_floating_point() or row.is_complex():
+            return None
+        rows.append(row.long())
+    return rows
 
 
 def _integers(column: Sequence[Any]) -> list[int] | None:

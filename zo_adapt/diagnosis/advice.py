@@ -57,21 +57,25 @@ class Diagnosis(NamedTuple):
     Args:
         scales: One row per perturbation scale.
         noise: At the recommended scale.
+        displacement: Recommended: how far noise alone may move a weight over a run.
         perturbation_scale, batch_size, num_directions: Recommended. The directions are for pairs
             (two-sided), each on its own part of the batch.
         snapshot_helps: Whether variance reduction can pay at these weights.
-        reasons: A sentence for each of the four.
+        reasons: A sentence for each of the five.
         queries: Forwards of one sample made.
+        search_queries: Those of them that the displacement took.
     """
 
     scales: tuple[Scale, ...]
     noise: Noise
+    displacement: float
     perturbation_scale: float
     batch_size: int
     num_directions: int
     snapshot_helps: bool
     reasons: dict[str, str]
     queries: int
+    search_queries: int
 
     def __str__(self) -> str:
         head = f"{'mu':>10} {'signal':>10} {'equal pairs':>12} {'curvature':>10} {'agreement':>10}"
@@ -109,7 +113,7 @@ def choose_scale(scales: Sequence[Scale], usual: float) -> tuple[Scale, str]:
     good = [scale for scale in scales if scale.agreement >= best - SAME_AGREEMENT]
     chosen = min(good, key=lambda scale: abs(math.log(scale.perturbation_scale / usual)))
     return chosen, (
-        f"{chosen.perturbation_scale:.3g}, the one nearest to the default {usual:.3g} where scales "
+        f"{chosen.perturbation_scale:.3g}, the one nearest to the usual {usual:.3g} where scales "
         f"agree ({chosen.agreement:.2f}, the best is {best:.2f}); {chosen.equal:.0%} of the pairs "
         "are equal there"
     )
@@ -136,8 +140,8 @@ def choose_batch(
     reasons = {
         "batch_size": f"{batch}, {why}{limit}",
         "num_directions": f"{directions}, each on its own part of the batch, as "
-        "MeZO(num_directions=...) and MeZOSVRG(one_sided=False, num_directions=...) deal it, or "
-        f"the objective's min_rows={each} beside MeZOSVRG's defaults: on more rows a direction the "
+        "MeZO(one_sided=False, num_directions=...) cuts it, or the objective's "
+        f"min_rows={each} beside MeZO's defaults: on more rows a direction the "
         "same queries buy fewer directions, on fewer data noise leaves nothing to gain",
     }
     return batch, directions, reasons

@@ -20,21 +20,15 @@ from zo_adapt.diagnosis.advice import (
     choose_scale,
     judge_snapshot,
 )
+from zo_adapt.diagnosis.displacement import find_displacement
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import (
-    ObjectiveLike,
-    SetObjective,
-    rows_needed,
-)
+from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.evaluation.start_checks import (
-    check_all_labels,
-    resolve_mean_over_rows,
-)
+from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.directions import direction
@@ -74,6 +68,8 @@ def diagnose(
 ) -> Diagnosis:
     """Measure signal and noise of an objective at the current weights, and advise on settings.
 
+    How far a run may go is found as the optimizers do it: where the damage of noise alone is a
+    fifth of what single examples gain or lose along a direction. Then
     K directions, each on a batch of its own, at several perturbation scales. With p_ki the
     projected gradient of example i along direction k, a random-effects analysis of variance splits
     Var p_ki = G + sigma^2: between directions G = |grad f|^2, within one sigma^2, of the data.
@@ -87,13 +83,14 @@ def diagnose(
         batch_size: Rows that a direction is measured on, at least 2; "auto": 16, or the fewest that
             the objective needs.
         num_directions: K; the relative error of G is about sqrt(2 / K).
-        perturbation_scales: mu to try, at least two; "auto": 1/16, 1/4, 1, 4 and 16 times the
-            optimizers' default.
+        perturbation_scales: mu to try, at least two; "auto": 1/16, 1/4, 1, 4 and 16 times what
+            suits the displacement that the view assumes.
         seed: Of directions and rows.
         evaluation: As for ``minimize``.
 
     Returns:
-        The table, the noise and the advice; it cost (2 scales + 1) K b queries.
+        The table, the noise and the advice; it cost (2 scales + 1) K b queries beside the search
+        for a displacement, of 100 to 200.
 
     Raises:
         ZOError: Named errors for bad input, before any evaluation.
@@ -105,8 +102,10 @@ def diagnose(
         >>> rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0)) + 3
         >>> found = diagnose(lambda b: (b @ x).square() - b @ x, ParameterView({"x": x}), rows,
         ...                  batch_size=16)
-        >>> found.batch_size, found.num_directions, found.snapshot_helps, found.queries
-        (16, 16, False, 2816)
+        >>> found.batch_size, found.num_directions, found.snapshot_helps
+        (16, 16, False)
+        >>> found.queries - found.search_queries
+        2816
     """
     batch_size = _auto("batch_size", batch_size)
     perturbation_scales = _auto("perturbation_scales", perturbation_scales)
@@ -122,11 +121,13 @@ def diagnose(
     objective = resolve_mean_over_rows(objective, source, view.model)
     least = max(USUAL_ROWS, rows_needed(objective))
     size = min(least, len(source)) if batch_size == "auto" else batch_size
-    samples = Samples(source, size, seed, examples.classes())
+    samples = Samples(source, size, seed, examples.classes(), rows_needed(objective))
     rows = samples.batch_size
     if rows < 2 and not isinstance(source, NoData):
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
     view.check_adapters()
+    evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
+    far = find_displacement(evaluator, samples, seed)
     usual, scales = _scales(view, objective.step_like, perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
@@ -139,9 +140,23 @@ def diagnose(
     noise = _anova(measured, rows, len(source))
     batch, directions, reasons = choose_batch(noise, chosen.equal, rows, len(source))
     helps, verdict = judge_snapshot(noise, len(source))
-    reasons = {"perturbation_scale": why, **reasons, "snapshot": verdict}
-    mu = chosen.perturbation_scale
-    return Diagnosis(table, noise, mu, batch, directions, helps, reasons, evaluator.queries)
+    return Diagnosis(
+        scales=table,
+        noise=noise,
+        displacement=far.displacement,
+        perturbation_scale=chosen.perturbation_scale,
+        batch_size=batch,
+        num_directions=directions,
+        snapshot_helps=helps,
+        reasons={
+            "displacement": far.reason,
+            "perturbation_scale": why,
+            **reasons,
+            "snapshot": verdict,
+        },
+        queries=far.queries + evaluator.queries,
+        search_queries=far.queries,
+    )
 
 
 def _auto(name: str, value: Any) -> Any:
@@ -227,7 +242,7 @@ def _alike(*values: np.ndarray) -> tuple[np.ndarray, ...]:
 def _scales(
     view: ParameterView, step_like: bool, given: Sequence[float] | Literal["auto"]
 ) -> tuple[float, list[float]]:
-    """The optimizers' default, and the scales to try, in ascending order."""
+    """What suits the view's own displacement, and the scales to try, in ascending order."""
     finest = finest_perturbation(view)
     usual = usual_perturbation(view.displacement, finest, step_like)
     if isinstance(given, str):

@@ -1,20 +1,28 @@
 """One evaluation before the first write: what it reads of the view, and what it changes.
 
 It is made on the first two examples, the same ones in every run and in one that is resumed, and not
-counted as queries: no optimizer sees it.
+counted as queries: no optimizer sees it. Of tensors without a model (``AskTell``, scipy) nothing is
+looked at: there is no forward to follow.
 """
 
 import logging
+import random
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from zo_adapt.data.sources import Source
-from zo_adapt.errors import ChangingBufferError, UnreadTensorWarning, ViewError
+from zo_adapt.errors import (
+    ChangingBufferError,
+    NoisyObjectiveWarning,
+    UnreadTensorWarning,
+    ViewError,
+)
 from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
@@ -28,10 +36,14 @@ LOOK_SEED = 3
 FAR = 4.0
 """Shift of tensors that nothing seems to read, in displacements of the view."""
 OTHER = "not of the view: "
+NOISE = 1e-3
+"""Relative difference of two values at one place that is more than rounding."""
 
 
 def look_first(objective: Objective, source: Source, view: ParameterView) -> None:
     """Find what an evaluation would do that no run survives, and tensors that it does not read.
+
+    An objective that gives other values for the same examples is warned of.
 
     Where the objective cannot be called on two examples, or computes where torch does not see it
     (another process or thread), nothing is concluded.
@@ -55,7 +67,7 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
             content = source.take(range(min(2, len(source))))
             unread = _unread(call, content, view, view.model)
         # What is wrong with the data or the function says itself again, where it counts.
-        except (ChangingBufferError, ViewError):
+        except (ChangingBufferError, ViewError, NoisyObjectiveWarning):
             raise
         except Exception as error:
             if is_from_handler(error):
@@ -81,6 +93,7 @@ def _unread(
         found = value()
     trace.leave(found)
     _check_buffers(buffers, value)
+    _warn_of_noise(found, call, content)
     reached = set(trace.names(trace.reached))
     items = _skipped_items(model, entered)
     unread = [
@@ -105,6 +118,31 @@ def _check_buffers(buffers: Buffers, value: Callable[[], Any]) -> None:
             f"every evaluation changes {drifting[0]!r} ({len(drifting)} buffers in all), so that "
             "no two points would see the same model; call model.eval() before tuning"
         )
+
+
+def _warn_of_noise(found: Any, call: Callable[[Any], Any], content: Any) -> None:
+    """Call again with other random numbers, of which the value should know nothing."""
+    random.random(), np.random.random(), torch.rand(())  # noqa: NPY002
+    pairs = zip(_numbers(found), _numbers(call(content)), strict=False)
+    apart = [
+        float(abs(one - other).max() / abs(one).max())
+        for one, other in pairs
+        if one.shape == other.shape and abs(one).max() > 0
+    ]
+    if apart and max(apart) > NOISE:
+        warnings.warn(
+            f"the objective gives values that differ by {max(apart):.1%} for the same examples at "
+            "the same weights: it draws random numbers or depends on something else, and what a "
+            "step learns is the rest of a difference; let it draw the same ones for all points "
+            "(of a generator of its own, seeded by the batch), or average them",
+            NoisyObjectiveWarning,
+            stacklevel=6,
+        )
+
+
+def _numbers(value: Any) -> list[Any]:
+    arrays = [np.asarray(_array(leaf)) for leaf in leaves_of(value)]
+    return [a.astype(float) for a in arrays if a.dtype.kind in "biuf" and a.size]
 
 
 def _moves(

@@ -30,7 +30,7 @@ def check_all_labels(objective: Objective, data: Any) -> None:
         return
     labels = labels_to_check(data)
     if labels is not None:
-        objective.check_labels(torch.tensor(labels))
+        objective.check_labels(labels)
 
 
 def check_micro_batch_size(

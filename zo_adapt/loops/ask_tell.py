@@ -35,7 +35,7 @@ class AskTell:
     state is in the object: it can be pickled or deep-copied between any two calls.
 
     Args:
-        optimizer: ``MeZOSVRG()``, ``MeZO()``, ``ZOSVRG()``. It is copied.
+        optimizer: ``MeZO()``, ``MeZOSVRG()``, ``ZOSVRG()``. It is copied.
         x0: Where to start: an array, a tensor, or a mapping of names to these; never changed.
             Candidates come in the same form. Integers become float64.
         max_steps: Budget in steps.
@@ -61,11 +61,11 @@ class AskTell:
     Example:
         >>> import numpy as np
         >>> from zo_adapt import AskTell, MeZO
-        >>> asker = AskTell(MeZO(lr=1e-2), np.zeros(2), max_steps=500)
+        >>> asker = AskTell(MeZO(), np.zeros(2), max_queries=1000)
         >>> while candidates := asker.ask():
         ...     record = asker.tell([float(((x - 3) ** 2).sum()) for x in candidates])
         >>> bool((abs(asker.x - 3) < 0.05).all()), asker.queries
-        (True, 1000)
+        (True, 998)
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class AskTell:
         check_optimizer(optimizer)
         if not isinstance(optimizer, ZerothOrder):
             raise OptionError(
-                f"{type(optimizer).__name__} needs more than values; choose MeZOSVRG, MeZO, ZOSVRG"
+                f"{type(optimizer).__name__} needs more than values; choose MeZO, MeZOSVRG, ZOSVRG"
             )
         max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
         self._form, tensors = Form.of(x0)

@@ -29,7 +29,7 @@ from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.loops.verdict import verdict
 from zo_adapt.optimizers.budget import Budget
-from zo_adapt.optimizers.mezo_svrg import MeZOSVRG
+from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import check_run, former_keywords, integer
 from zo_adapt.step import Step
@@ -64,7 +64,7 @@ def minimize(
         view: What may change; it is changed in place.
         data: None (the objective is called with None); tensors; a sequence of examples; or ``Data``
             of these, with a collate function.
-        optimizer: ``MeZO()``, ``ZOSVRG()``, ...; None: the recommended one, ``MeZOSVRG()``. It is
+        optimizer: ``MeZOSVRG()``, ``SGD(lr)``, ...; None: the recommended one, ``MeZO()``. It is
             restarted.
         batch_size: Rows of a minibatch; not needed without data.
         max_steps: Budget in steps.
@@ -99,9 +99,9 @@ def minimize(
         ...     lambda batch: float(((x - 3) ** 2).sum()), ParameterView({"x": x}),
         ...     optimizer=MeZO(lr=1e-2), max_steps=3, progress=False)
         >>> result.steps, result.queries, result.stop_reason.name
-        (3, 6, 'MAX_STEPS')
+        (3, 24, 'MAX_STEPS')
     """
-    optimizer = MeZOSVRG() if optimizer is None else optimizer
+    optimizer = MeZO() if optimizer is None else optimizer
     objective = checked_objective(objective)
     check_view(view)
     check_data(data)
@@ -144,7 +144,7 @@ def minimize(
         metrics=monitor.at(loop.run.steps),
         metric_queries=monitor.queries,
         evaluation=evaluator.plan,
-        advice=verdict(loop.history, evaluator.sign),
+        advice=verdict(loop.history, evaluator.sign, optimizer),
     )
 
 

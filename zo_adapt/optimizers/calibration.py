@@ -35,6 +35,8 @@ RATIO = 0.2
 ROWS, MOST_ROWS, LEAST_ROWS, LEAST_DIRECTIONS = 16, 64, 4, 4
 USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
 """Of the queries: beyond the first nothing is refined, beyond the second nothing is asked."""
+UNSEEN_FACTOR, MOST_LEAP = 1 / 8, 2.0
+"""Of the view's displacement where the budget allows no look, and beyond what was looked at."""
 MOST_ROUNDS, MOST_FAILURES, MOST_FLAT = 12, 4, 4
 FLAT_FACTOR = 8.0
 """How much further to look where nothing responds."""
@@ -73,6 +75,7 @@ class Calibration:
         low, high: The largest displacement that was too small, the smallest that was too large;
             None: none was.
         last: Displacement and odd response of the round before.
+        alone: Whether rows are asked about one at a time.
     """
 
     displacement: float
@@ -83,6 +86,7 @@ class Calibration:
     low: float | None = None
     high: float | None = None
     last: tuple[float, float] | None = None
+    alone: bool = False
 
     def probes(
         self,
@@ -94,9 +98,10 @@ class Calibration:
         """The points of the next round; none where it is found, or the budget is too small."""
         parts = [] if self.finished else self._parts(samples, budget)
         if not parts:
-            self.finished = True
+            self.give_up()
             return []
         # Directions on the same rows where there are few parts: what noise does differs with both.
+        self._several = samples.min_rows == 1 < len(parts[0])
         parts *= -(-LEAST_DIRECTIONS // len(parts))
         self._batches = parts
         probes = [Probe(HERE, batch) for batch in _distinct(parts)]
@@ -107,13 +112,33 @@ class Calibration:
         self.queries += sum(len(probe.batch) for probe in probes)
         return probes
 
-    def take(self, evaluations: Sequence[Evaluation]) -> None:
-        """Narrow the search by the values of the last round's probes."""
-        self._narrow(response(self._batches, evaluations))
+    def give_up(self) -> None:
+        """End the search where the budget does: no further than what was seen allows."""
+        if self.finished:
+            return
+        self.finished = True
+        if self.rounds == 0:
+            self.displacement *= UNSEEN_FACTOR
+        elif self.last is not None and self.last[1] == 0.0 and self.high is None:
+            self.displacement /= FLAT_FACTOR**self.rounds  # back to where it began
+        elif self.low is not None:
+            self.displacement = min(self.displacement, MOST_LEAP * self.low)
 
-    def take_failure(self) -> None:
+    def take(self, evaluations: Sequence[Evaluation]) -> Response:
+        """Narrow the search by the values of the last round's probes."""
+        seen = response(self._batches, evaluations)
+        self._narrow(seen)
+        if self._several and evaluations[0].per_example is None and not self.finished:
+            # Means of several rows scatter less than rows do, and the ratio is one of rows: they
+            # are asked about alone from now on, at the same number of queries.
+            self.alone, self.low, self.high, self.last = True, None, None, None
+        return seen
+
+    def take_failure(self) -> Response:
         """Narrow the search where the objective was not finite."""
-        self._narrow(Response(math.inf, math.inf))
+        seen = Response(math.inf, math.inf)
+        self._narrow(seen)
+        return seen
 
     def _parts(self, samples: Samples, budget: Budget) -> list[Batch]:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""
@@ -123,7 +148,7 @@ class Calibration:
         if limit < math.inf and self.rounds == 0:
             wanted = min(wanted, int(limit * LARGEST_SHARE / 3))
         rows = min(max(wanted, needed), there)
-        parts = max(1, rows // samples.share)
+        parts = max(1, rows if self.alone and samples.min_rows == 1 else rows // samples.share)
         cost = rows + 2 * max(parts, LEAST_DIRECTIONS) * -(-rows // parts)
         share = LARGEST_SHARE if self.rounds < 2 else USUAL_SHARE
         too_few = rows < min(max(LEAST_ROWS, needed), there)

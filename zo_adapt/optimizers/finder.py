@@ -53,6 +53,7 @@ class Finder:
         found: list[Probe] = []
         if self.is_calibrating:
             found = self.calibration.probes(samples, groups, new_seeds, budget)
+            self.displacement = self.calibration.displacement
         elif self.look_ahead.is_due(done):
             found = self.look_ahead.probes(samples)
         self.asks = bool(found)
@@ -65,6 +66,7 @@ class Finder:
             self.displacement = self.calibration.displacement
         else:
             self.displacement *= self.look_ahead.take(evaluations)
+        self.asks = False
 
     def take_failure(self) -> None:
         """Go on where the objective was not finite at the last probes: they may lie too far."""
@@ -74,7 +76,10 @@ class Finder:
 
     def give_up(self) -> None:
         """Go on without the measurement whose probes the budget does not allow."""
-        self.calibration.finished, self.asks = True, False
+        if self.is_calibrating:
+            self.calibration.give_up()
+            self.displacement = self.calibration.displacement
+        self.asks = False
 
     def after_step(
         self, update: Shift, samples: Samples, budget: Budget, step_queries: int

@@ -16,12 +16,12 @@ SHAPINGS = ("auto", "base", "others", "ranks", "zscore")
 class StepSizeKeywords(TypedDict, total=False):
     """In place of ``apply``; None is as if left out.
 
-    displacement: rho of the step by distance, where there is no ``lr``, or "measured".
+    displacement: rho of the step by distance, where there is no ``lr``; left out, it is measured.
     normalize: Divide estimates by their running scale; without ``lr`` they always are.
     schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
     """
 
-    displacement: float | Literal["measured"] | None
+    displacement: float | None
     normalize: bool | None
     schedule: str | Schedule | None
     weight_decay: float

@@ -11,8 +11,8 @@ from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.zo_svrg import ZOSVRG
 
 OPTIMIZERS: dict[str, Callable[..., ZerothOrder]] = {
-    "mezo-svrg": MeZOSVRG,
     "mezo": MeZO,
+    "mezo-svrg": MeZOSVRG,
     "zo-svrg": ZOSVRG,
 }
 
@@ -25,11 +25,15 @@ def optimizer_named(name: str, options: Mapping[str, Any]) -> ZerothOrder:
 
     Example:
         >>> optimizer_named("mezo", {"num_directions": 4}).estimate
-        TwoSided(num_directions=4)
+        OneSided(num_directions=4, baseline='others')
     """
     if name not in OPTIMIZERS:
         raise OptionError(f"optimizer={name!r}; choose one of {sorted(OPTIMIZERS)}")
     own = keywords_of(OPTIMIZERS[name])
     if foreign := options.keys() - own:
-        raise OptionError(f"{name} has no {sorted(foreign)}; leave it out (it has {sorted(own)})")
+        others = [other for other, make in OPTIMIZERS.items() if foreign <= keywords_of(make)]
+        way_out = f"leave it out (it has {sorted(own)})"
+        if others:
+            way_out += f", or choose optimizer={' or '.join(map(repr, others))}"
+        raise OptionError(f"{name} has no {sorted(foreign)}; {way_out}")
     return OPTIMIZERS[name](**options)

@@ -15,8 +15,8 @@ may be its probes, and the ``Step`` that follows from their values moves nothing
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,22 +24,20 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator, Probe
-from zo_adapt.noise.seeds import Seeds
 from zo_adapt.optimizers.budget import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
 from zo_adapt.optimizers.finder import Finder
-from zo_adapt.optimizers.flat import FlatWatch
 from zo_adapt.optimizers.perturbation import (
     check_resolution,
     finest_perturbation,
     usual_perturbation,
 )
+from zo_adapt.optimizers.run_state import RunState
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.optimizers.step_size import Descent, StepSize
 from zo_adapt.step import MEASUREMENT, Step
 from zo_adapt.term import Terms
-from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -66,35 +64,6 @@ class Optimizer(Protocol):
         """
 
 
-@dataclass
-class RunState:
-    """All that one run of an optimizer has, and changes.
-
-    Args:
-        seed: Of the directions.
-        groups: The parts of the view.
-        perturbation_scale: mu in force.
-        descent: The running scale and the annealing.
-        usual_scale: The mu that suits a displacement.
-        finder: Finds the displacement; None: it was given.
-        steps: Done so far.
-        drawn: Seeds drawn so far.
-        flat: Watches for an objective that does not change.
-        asked: The directions of the step that was asked about and has not been taken.
-    """
-
-    seed: int
-    groups: Sequence[Group]
-    perturbation_scale: float
-    descent: Descent
-    usual_scale: Callable[[float], float]
-    finder: Finder | None = None
-    steps: int = 0
-    drawn: int = 0
-    flat: FlatWatch = field(default_factory=FlatWatch)
-    asked: Directions | None = None
-
-
 @dataclass(frozen=True, repr=False)
 class ZerothOrder(Settings, ABC):
     """Base of the optimizers that see values only: ``ask`` for probes, ``tell`` their values.
@@ -117,10 +86,8 @@ class ZerothOrder(Settings, ABC):
             PerturbationError: mu is below the resolution of a tensor's dtype.
             ViewError: The weights are not finite.
         """
-        displacement, finest = (
-            self.apply.displacement_on(view.displacement),
-            finest_perturbation(view),
-        )
+        displacement = self.apply.displacement_on(view.displacement)
+        finest = finest_perturbation(view)
         usual_scale = partial(usual_perturbation, finest=finest, step_like=step_like)
         mu = self.estimate.perturbation_scale or usual_scale(displacement)
         check_resolution(view, mu, finest)
@@ -131,7 +98,7 @@ class ZerothOrder(Settings, ABC):
                 view.groups,
                 mu,
                 Descent(self.apply, displacement),
-                usual_scale,
+                usual_scale if self.estimate.perturbation_scale is None else None,
                 Finder(displacement, shrinks_only=step_like) if finds else None,
             )
         )
@@ -164,14 +131,7 @@ class ZerothOrder(Settings, ABC):
             budget: Of the run; without one there are no measurements after the first step.
             queries: Made so far.
         """
-        state = self.state
-        if state.finder is not None:
-            done = budget.used(state.steps, queries)
-            probes = state.finder.probes(samples, state.groups, self.new_seeds, budget, done)
-            self._follow(state.finder)
-            if probes:
-                return probes
-        return self.propose(samples)
+        return self.state.measurement(samples, budget, queries) or self.propose(samples)
 
     @property
     def is_measuring(self) -> bool:
@@ -188,7 +148,7 @@ class ZerothOrder(Settings, ABC):
             StepTooLargeError: The values' differences or squares are beyond any float.
         """
         if self.is_measuring and self.state.finder is not None:
-            return self._measure(self.state.finder, evaluations)
+            return self.state.measured(self.state.finder, evaluations)
         try:
             return self.advance(evaluations, progress)
         except OverflowError as error:
@@ -232,8 +192,7 @@ class ZerothOrder(Settings, ABC):
 
     def skip_measurement(self) -> None:
         """Go on without the measurement that was asked for: the budget does not allow it."""
-        if self.state.finder is not None:
-            self.state.finder.give_up()
+        self.state.skip_measurement()
 
     @property
     def measuring_queries(self) -> int:
@@ -241,56 +200,30 @@ class ZerothOrder(Settings, ABC):
         finder = self.state.finder
         return 0 if finder is None else finder.calibration.queries
 
-    def _measure(self, finder: Finder, evaluations: Sequence[Evaluation]) -> Step:
-        finder.take(evaluations)
-        self._follow(finder)
-        finder.asks = False
-        value = sum(evaluation.value for evaluation in evaluations) / len(evaluations)
-        return Step(self.steps, 0, value, 0.0, math.nan, kind=MEASUREMENT)
-
-    def _follow(self, finder: Finder) -> None:
-        """Let steps and probes go as far as was found."""
-        state = self.state
-        state.descent.displacement = finder.displacement
-        if self.estimate.perturbation_scale is None:
-            state.perturbation_scale = state.usual_scale(finder.displacement)
-
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, as JSON can hold it exactly; between two steps only."""
-        state = self.state
-        return {
-            "steps": state.steps,
-            "directions": state.drawn,
-            "flat": state.flat.state,
-            "rule": state.descent.state_dict(),
-            "finder": None if state.finder is None else state.finder.state_dict(),
-        }
+        return self.state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; ``start`` comes first."""
-        own = self.state
-        own.steps, own.drawn = state["steps"], state["directions"]
-        own.flat = FlatWatch(state["flat"])
-        own.descent.load_state_dict(state["rule"])
-        if state.get("finder") is None:
-            own.finder = None  # given, or begun by a version that measured nothing
-        elif own.finder is not None:
-            own.finder.load_state_dict(state["finder"])
-            self._follow(own.finder)
+        self.state.load_state_dict(state)
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters in force, for a log and to compare on resuming."""
         own = super().settings()
         estimate, apply = own.pop("estimate"), own.pop("apply")
-        # What the view and the objective decided, in place of None.
+        # In place of None what the view and the objective decided: not what was measured since,
+        # for that is of the run, and settings are compared with those of another start.
+        displacement, mu = self.state.at_start
         return {
             "optimizer": type(self).__name__,
             "apply": type(apply).__name__,
             **apply.settings(),
-            "displacement": self.state.descent.displacement,
+            "displacement": displacement,
+            "measured": apply.finds_displacement,
             "estimate": type(estimate).__name__,
             **estimate.settings(),
-            "perturbation_scale": self.state.perturbation_scale,
+            "perturbation_scale": mu,
             **own,
         }
 
@@ -320,15 +253,10 @@ class ZerothOrder(Settings, ABC):
         """How many seeds were drawn so far."""
         return self.state.drawn
 
-    def new_seeds(self, count: int) -> list[int]:
-        """Seeds of ``count`` new directions: a function of the run's seed and a counter."""
-        first, self.state.drawn = self.state.drawn, self.state.drawn + count
-        return Seeds(self.state.seed).take(first, count)
-
     def new_directions(self, batches: Sequence[Batch]) -> Directions:
         """A new direction for every batch."""
         state = self.state
-        seeds = self.new_seeds(len(batches))
+        seeds = state.new_seeds(len(batches))
         return Directions(seeds, batches, state.groups, state.perturbation_scale)
 
     def descend(

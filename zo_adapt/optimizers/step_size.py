@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.budget import Progress
@@ -29,9 +29,10 @@ from zo_adapt.options import finite, positive, positive_or_none
 from zo_adapt.term import HERE, Shift, Terms, scaled
 from zo_adapt.view.group import Group
 
-MEASURED: Literal["measured"] = "measured"
 FIRST_DIRECTIONS, KEPT_SCALE = 24, 0.7
 """Where the displacement is found: after so many directions the scale may fall so far at most."""
+FARTHEST = 1.5
+"""Of a displacement that was measured: how far one step may go along the gradient."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -105,9 +106,9 @@ class ByDistance(StepSize):
     whatever the budget, the batch and N. What a longer run has to spare goes into smaller steps.
 
     Args:
-        displacement: rho, in the parameters' units, > 0. None: as the view says. "measured": found
-            by forward passes, of about 2% of the queries before the first step and 5% later; see
-            ``calibration`` and ``look_ahead``.
+        displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
+            of the queries before the first step and 5% later; see ``calibration``, ``look_ahead``.
+            Then no step goes further than 1.5 rho along the gradient.
         schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
 
     Raises:
@@ -118,12 +119,11 @@ class ByDistance(StepSize):
         ByDistance(displacement=0.25, schedule='cosine')
     """
 
-    displacement: float | Literal["measured"] | None = None
+    displacement: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.displacement != MEASURED:
-            self._set(displacement=positive_or_none("displacement", self.displacement))
+        self._set(displacement=positive_or_none("displacement", self.displacement))
 
     @property
     def normalized(self) -> bool:
@@ -134,16 +134,19 @@ class ByDistance(StepSize):
         """Rho sqrt(N dt / int s^2)."""
         # A normalised estimate from N directions of pure noise has a mean square of 1 / N in every
         # weight, so a run adds sum lr^2 s^2 / N = rho^2 sum s^2 dt / int s^2 = rho^2 to it.
-        return displacement * math.sqrt(directions * share / self._power)
+        length = math.sqrt(directions * share / self._power)
+        # Along the gradient itself a step of lr goes lr, however little the noise adds. Beyond what
+        # was looked at nothing is known of it: a run of two steps would leap.
+        return displacement * (min(length, FARTHEST) if self.finds_displacement else length)
 
     def displacement_on(self, usual: float) -> float:
         """Rho, or the view's own, where a search begins."""
-        return self.displacement if isinstance(self.displacement, float) else usual
+        return self.displacement or usual
 
     @property
     def finds_displacement(self) -> bool:
-        """Where that is asked for."""
-        return self.displacement == MEASURED
+        """Where none was given."""
+        return self.displacement is None
 
     @cached_property
     def _power(self) -> float:

@@ -17,8 +17,10 @@ from zo_adapt.step import Step
 from zo_adapt.term import HERE, Shift, Term, Terms, coalesced, scaled
 from zo_adapt.view.parameters import ParameterView
 
-SnapshotSize = int | Literal["batch", "all"]
+SnapshotSize = int | Literal["auto", "batch", "all"]
 Coupling = Literal["shared", "independent"]
+SNAPSHOT_BATCHES = 4
+"""Minibatches in a large batch of no given size."""
 
 
 @dataclass
@@ -48,8 +50,11 @@ class VarianceReduced(ZerothOrder):
     Args:
         estimate: Of the large batch; minibatch steps take its differences along one direction.
         apply: How an estimate is applied.
-        snapshot_interval: q >= 1, steps from one snapshot to the next.
-        snapshot_size: Rows of the large batch; "batch": of a minibatch; "all": the whole set.
+        snapshot_interval: q >= 1, steps from one snapshot to the next. The way back to theta_bar is
+            one term for every step since, so that the time of a step and the state that a
+            trajectory keeps beside it grow with q: choose tens, not thousands.
+        snapshot_size: Rows of the large batch; "auto": of four minibatches, or the whole set where
+            that is smaller; "batch": of a minibatch; "all": the whole set.
         snapshot_lr: Rate of the snapshot steps; None: as of the others.
         coupling: Whether the two estimates of a minibatch step share their directions.
 
@@ -58,8 +63,8 @@ class VarianceReduced(ZerothOrder):
     """
 
     _: KW_ONLY
-    snapshot_interval: int = 1
-    snapshot_size: SnapshotSize = "batch"
+    snapshot_interval: int = 2
+    snapshot_size: SnapshotSize = "auto"
     snapshot_lr: float | None = None
     coupling: Coupling = "shared"
 
@@ -67,9 +72,9 @@ class VarianceReduced(ZerothOrder):
         interval = at_least_one("snapshot_interval", self.snapshot_interval)
         self._set(snapshot_interval=interval)
         if isinstance(self.snapshot_size, str):
-            if self.snapshot_size not in ("batch", "all"):
+            if self.snapshot_size not in ("auto", "batch", "all"):
                 raise OptionError(
-                    f"snapshot_size={self.snapshot_size!r}; choose rows, 'batch' or 'all'"
+                    f"snapshot_size={self.snapshot_size!r}; choose rows, 'auto', 'batch' or 'all'"
                 )
         else:
             self._set(snapshot_size=at_least_one("snapshot_size", self.snapshot_size))
@@ -78,7 +83,10 @@ class VarianceReduced(ZerothOrder):
             raise OptionError(f"coupling={self.coupling!r}; choose 'shared' or 'independent'")
         if self.estimate.shaping != "none" and self.snapshot_interval != 1:
             # g has no unit then, and a difference of two estimates along one direction has.
-            raise OptionError(f"shaping={self.estimate.shaping!r} needs snapshot_interval=1")
+            raise OptionError(
+                f"shaping={self.estimate.shaping!r} needs snapshot_interval=1, as minibatch steps "
+                f"have none; choose that, or MeZO(shaping={self.estimate.shaping!r})"
+            )
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view, without a snapshot."""
@@ -169,9 +177,10 @@ class VarianceReduced(ZerothOrder):
     def _batch(self, samples: Samples) -> Batch:
         if not self.at_snapshot:
             return samples.minibatch()
-        return samples.large(
-            samples.batch_size if self.snapshot_size == "batch" else self.snapshot_size
-        )
+        size, rows = self.snapshot_size, samples.batch_size
+        if size == "auto":
+            return samples.large(min(SNAPSHOT_BATCHES * rows, len(samples.source)))
+        return samples.large(rows if size == "batch" else size)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, the snapshot included."""

@@ -42,9 +42,9 @@ class ZOConfig(TrainingArguments):
         learning_rate: None: the step by distance, the optimizers' default. A number: the plain
             step at that rate.
         num_train_epochs: None: as many as ``max_queries`` is enough for; without it Trainer's 3.
-        optimizer: "mezo-svrg", "mezo" or "zo-svrg".
+        optimizer: "mezo", "mezo-svrg" or "zo-svrg".
         displacement: How far noise alone would move a weight over the run, for the step by
-            distance.
+            distance. None: measured by forward passes.
         perturbation_scale: mu.
         num_directions: K.
         shaping: "base", "others", "ranks" or "zscore": how directions are compared.
@@ -67,12 +67,12 @@ class ZOConfig(TrainingArguments):
     Example:
         >>> args = ZOConfig("runs", perturbation_scale=1e-2, max_queries=10_000, report_to="none")
         >>> args.optimizer
-        'mezo-svrg'
+        'mezo'
     """
 
     learning_rate: float | None = _option(None, "None: the step by distance.")  # type: ignore[assignment]
     num_train_epochs: float | None = _option(None, "None: 3, or as many as max_queries is for.")  # type: ignore[assignment]
-    optimizer: str = _option("mezo-svrg", "mezo-svrg, mezo or zo-svrg.")
+    optimizer: str = _option("mezo", "mezo, mezo-svrg or zo-svrg.")
     displacement: float | None = _option(None, "How far noise alone would move a weight.")
     perturbation_scale: float | None = _option(None, "mu.")
     num_directions: int | None = _option(None, "Directions of an estimate.")

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from zo_adapt.data.batches import Batch
-from zo_adapt.data.forms import Collate
+from zo_adapt.data.forms import Collate, Columns, is_column, is_table, rows_given
 from zo_adapt.data.labels import class_labels
 from zo_adapt.data.samples import Samples, stratified
 from zo_adapt.data.sources import Examples
@@ -17,6 +18,25 @@ from zo_adapt.evaluation.objective import Objective
 
 EXAMPLES = "examples"
 """Where a batch that is not collated yet has its examples."""
+
+
+def readable(data: Any) -> Any:
+    """A training set as Trainer's loader can read it: tables and columns as one example a row.
+
+    Raises:
+        DataError: Several sets, or a loader.
+    """
+    if isinstance(data, DataLoader):
+        raise DataError(
+            "train_dataset is a DataLoader; give train_dataset=loader.dataset and, where it has "
+            "one of its own, data_collator=loader.collate_fn"
+        )
+    if not (is_table(data) or isinstance(data, Mapping | tuple)):
+        return data
+    rows, _ = rows_given(data, None)
+    if isinstance(rows, tuple) and all(map(is_column, rows)):
+        return list(zip(*rows, strict=True))
+    return Columns(rows) if isinstance(rows, Mapping) else rows
 
 
 class Batching:

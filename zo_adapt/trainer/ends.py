@@ -5,8 +5,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
 
 from zo_adapt.loops.result import StopReason
+from zo_adapt.loops.run import Run
+from zo_adapt.loops.verdict import verdict
+from zo_adapt.step import Step
+
+logger = logging.get_logger(__name__)
 
 
 class AtRunEnds(TrainerCallback):
@@ -25,10 +31,12 @@ class AtRunEnds(TrainerCallback):
         self.reason: StopReason | None = None
         self._taken = True
         """Whether the step that ended the run was made."""
+        self.steps: list[Step] = []
+        """Those that this process made."""
 
     def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
         """Begin the run."""
-        self.reason, self._taken = None, True
+        self.reason, self._taken, self.steps = None, True, []
         self._trainer.begin_run(train_dataloader)
 
     def stop(self, reason: StopReason, *, taken: bool) -> None:
@@ -45,9 +53,16 @@ class AtRunEnds(TrainerCallback):
         if not taken:
             state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
 
+    def advise(self, run: Run) -> None:
+        """Log what the values of the steps say about their length."""
+        steps, self.steps = self.steps, []
+        if advice := verdict(steps, run.evaluator.sign, run.optimizer):
+            logger.warning(advice)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask for what a normal end brings."""
         if self.reason is StopReason.MAX_QUERIES:
+            state.max_steps = state.global_step  # planned without measurements, it was a bound
             due = args.eval_delay <= state.global_step
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS and due
             control.should_save |= args.save_strategy == SaveStrategy.STEPS

@@ -7,13 +7,13 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.trainer.data import TrainingRows
+from zo_adapt.trainer.state import INITIAL
 from zo_adapt.view.lora_start import start_on
-
-INITIAL = "initial_adapter"
+from zo_adapt.view.parameters import ParameterView
 
 
 def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> None:
-    """Set the adapters' A on training examples, and save them as the trajectory begins.
+    """Set the adapters' A on training examples.
 
     Raises:
         OptionError: The training set is a stream.
@@ -30,4 +30,9 @@ def start_adapters(trainer: Any, objective: Objective, source: TrainingRows) -> 
     batch = Samples(source, count, args.seed, classes).minibatch()
     start_on(model, objective, batch.micro_batches(args.train_batch_size))
     source.forget()
-    model.save_pretrained(Path(args.output_dir or ".") / INITIAL)
+
+
+def save_start(view: ParameterView, folder: Path) -> None:
+    """Save the adapters as the trajectory begins."""
+    model: Any = view.model
+    model.save_pretrained(folder / INITIAL)

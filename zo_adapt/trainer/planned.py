@@ -89,7 +89,7 @@ def steps_within(
 
     Example:
         >>> from zo_adapt import MeZO
-        >>> steps_within(100, MeZO(), 10, [4, 4, 2], 1)  # 8 + 8 + 4 an epoch
+        >>> steps_within(400, MeZO(), 10, [4, 4, 2], 1)  # 32 + 32 + 16 an epoch
         15
     """
     interval = int(getattr(optimizer, "snapshot_interval", 1))
@@ -123,6 +123,6 @@ def _costs(
             if isinstance(asked, ZerothOrder):
                 asked.state.steps = step
                 samples = Samples(_Rows(rows), size, 0, None, min_rows)
-                known[key] = sum(len(probe.batch) for probe in asked.ask(samples))
+                known[key] = sum(len(probe.batch) for probe in asked.propose(samples))
         yield known[key]
         step += 1

@@ -25,6 +25,8 @@ from zo_adapt.view.parameters import ParameterView
 STATE = "zo_state.json"
 MOMENTS = "zo_moments.safetensors"
 TRAJECTORY = "trajectory.zot"
+INITIAL = "initial_adapter"
+"""The adapter as the trajectory begins, where it was set on training examples."""
 
 
 class Checkpoint(NamedTuple):
@@ -150,7 +152,11 @@ def begin_log(
         return
     if path.exists():
         OwnedFile(path).close()  # it is nobody's
-    set_aside(path)
+    if (kept := set_aside(path)) is not None and (folder / INITIAL).exists():
+        # A trajectory and the adapter that it begins at keep the same number.
+        number = kept.stem.removeprefix(path.stem)
+        set_aside(folder / f"{INITIAL}{number}")
+        (folder / INITIAL).rename(folder / f"{INITIAL}{number}")
     run.log_to(path, settings)
 
 

@@ -32,9 +32,9 @@ from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import former_keywords
 from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
-from zo_adapt.trainer.data import Batching, TrainerSamples
+from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
-from zo_adapt.trainer.lora import start_adapters
+from zo_adapt.trainer.lora import save_start, start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.planned import PlannedSteps
@@ -114,12 +114,14 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
         self._batching = Batching(self, wanted, collator)
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
+        self.train_dataset = readable(self.train_dataset)
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, wanted, zo_optimizer)
         self._metrics = as_metrics(metrics)
         self._monitor: Monitor | None = None
         self._run: Run | None = None
+        self._is_begun = False
         self._end = AtRunEnds(self)
         self.add_callback(self._end)
 
@@ -177,8 +179,14 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             raise OptionError("training_step needs a run; call train()")
         loss = 0.0
         try:
-            self._samples.receive(self._batching.received(inputs))
-            loss = self._run.step().value
+            rows = self._batching.received(inputs)
+            self._samples.receive(rows)
+            if not self._is_begun:
+                look_first(self._run.evaluator.objective, rows, self.view)
+                self._begin_log(self._run)
+            step = self._run.step()
+            loss = step.value
+            self._end.steps.append(step.brief())
         except BudgetExhausted:
             self._end.stop(StopReason.MAX_QUERIES, taken=False)
         except FAULTS as error:
@@ -204,8 +212,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
 
     def _measured(self) -> dict[str, float]:
         """The metrics at the weights as they are."""
-        found = None if self._monitor is None else self._monitor.at(self.state.global_step)
-        return found or {}
+        return {} if self._monitor is None else self._monitor.at(self.state.global_step) or {}
 
     def begin_run(self, loader: Any) -> None:
         """Forget the last run and start one on what ``train_dataset`` gives; Trainer calls this.
@@ -249,9 +256,17 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             evaluation=options,
             batch_size=self.args.eval_batch_size,
         )
+        self._is_begun = False
+        # Of a stream the first examples come with the first step; a checkpoint knows what they say.
+        if source.has_length or self._checkpoint is not None:
+            self._begin_log(self._run)
+
+    def _begin_log(self, run: Run) -> None:
         folder = Path(self.args.output_dir or ".")
-        begin_log(self._run, folder, self._settings(), self._checkpoint)
-        self._checkpoint = None
+        begin_log(run, folder, self._settings(), self._checkpoint)
+        if self.args.lora_start_rows and self._checkpoint is None:
+            save_start(self.view, folder)
+        self._checkpoint, self._is_begun = None, True
 
     def _settings(self) -> dict[str, Any]:
         """What a run depends on, beside its view, its budget and the model."""
@@ -272,6 +287,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
 
     def _end_run(self) -> None:
         if self._run is not None:
+            self._end.advise(self._run)
             self._run.close()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

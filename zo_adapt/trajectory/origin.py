@@ -22,7 +22,9 @@ from zo_adapt.evaluation.objective import Objective
 from zo_adapt.view.parameters import ParameterView
 
 SAMPLED = 1024
-"""Elements of a tensor that are looked at, evenly spaced."""
+"""Elements of a large tensor that are looked at, evenly spaced."""
+WHOLE_BYTES = 1 << 26
+"""Frozen weights of up to so many bytes are looked at whole: a tenth of a second."""
 ROWS = 32
 """Rows of the data that are looked at, evenly spaced."""
 _PLAIN = (str, bytes, int, float, bool, type(None), np.generic)
@@ -34,19 +36,21 @@ LONGEST = 256
 def base_hash(view: ParameterView) -> str | None:
     """sha256 over the frozen weights of a view's model; None where there are none.
 
-    Names, shapes, dtypes, and of every parameter and saved buffer outside the view up to
-    ``SAMPLED`` evenly spaced elements.
+    Names, shapes, dtypes and the elements of every parameter and saved buffer outside the view:
+    all elements where these are ``WHOLE_BYTES`` at most; of a larger model ``SAMPLED`` evenly
+    spaced ones of every tensor, which tell one checkpoint from another and may miss a change of
+    single numbers.
     """
     if view.model is None:
         return None
-    digest, found = hashlib.sha256(), False
-    tuned = {id(tensor) for tensor in view.tensors.values()}
-    for name, tensor in _saved_tensors(view.model):
-        if id(tensor) not in tuned:
-            found = True
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_sampled(tensor))
-    return digest.hexdigest() if found else None
+    is_tuned = view.inspection.holding()
+    frozen = [(name, tensor) for name, tensor in _saved_tensors(view.model) if not is_tuned(tensor)]
+    is_small = sum(t.numel() * t.element_size() for _, t in frozen) <= WHOLE_BYTES
+    digest = hashlib.sha256()
+    for name, tensor in frozen:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bits(tensor, None if is_small else SAMPLED))
+    return digest.hexdigest() if frozen else None
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -57,25 +61,25 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, buffer
 
 
-def _sampled(tensor: Tensor) -> bytes:
-    """The bits of some of a tensor's elements; nothing of one that is not there or not dense."""
+def _bits(tensor: Tensor, most: int | None = SAMPLED) -> bytes:
+    """The bits of a tensor's elements, of so many of them if it has more.
+
+    Nothing of one that is not there or not dense.
+    """
     if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__module__ not in _DENSE:
         return b""
     if not tensor.numel():
         return b""
-    count = min(tensor.numel(), SAMPLED)
-    places = np.linspace(0, tensor.numel() - 1, count).astype(np.int64)
-    where = [torch.from_numpy(axis).to(tensor.device) for axis in _unraveled(places, tensor.shape)]
-    picked = tensor.detach()[tuple(where)] if where else tensor.detach()
+    picked = tensor.detach()
+    if most is not None and tensor.numel() > most:
+        places = np.linspace(0, tensor.numel() - 1, most).astype(np.int64)
+        axes = np.unravel_index(places, tuple(tensor.shape))
+        picked = picked[tuple(torch.from_numpy(axis).to(tensor.device) for axis in axes)]
     return picked.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 _DENSE = ("torch", "torch.nn.parameter")
 """Modules of the classes whose elements are what they seem; not those of quantised subclasses."""
-
-
-def _unraveled(places: np.ndarray, shape: torch.Size) -> tuple[np.ndarray, ...]:
-    return np.unravel_index(places, tuple(shape)) if shape else ()
 
 
 def rows_hash(source: Source) -> str | None:
@@ -121,7 +125,7 @@ def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
     """A value's content; of what is neither plain nor made of plain things, the kind alone."""
     update(type(value).__name__.encode() + b"\0")
     if isinstance(value, Tensor):
-        update(str((list(value.shape), value.dtype)).encode() + _sampled(value))
+        update(str((list(value.shape), value.dtype)).encode() + _bits(value))
     elif isinstance(value, np.ndarray) and value.dtype != object:
         update(str((value.shape, value.dtype)).encode() + value.tobytes()[: 8 * SAMPLED])
     elif isinstance(value, _PLAIN):

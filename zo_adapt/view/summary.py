@@ -38,7 +38,10 @@ def summary_of(
             is_rest = index == len(groups) - 1
             lines.append(_row(members, group, _label(group, is_rest, len(groups))))
     way = "layer by layer, in the scratch of the largest" if by_layer else "by way of a copy"
-    more = [f"shifted {way}; noise {noise}", f"default displacement {displacement:.3g}"]
+    more = [
+        f"shifted {way}; noise {noise}",
+        f"the search for a displacement begins at {displacement:.3g}",
+    ]
     return "\n".join([in_one_line(tensors, groups, noise), *lines, *more])
 
 

@@ -72,7 +72,8 @@ class Candidates:
         head = _output_embedding(self.view.model)
         if head in self._modules:
             return "the output embedding is tuned"  # whose logits objectives compute in fp32
-        if sorted(found) != sorted(self.view.tensors):
+        # Tied as one parameter or as two views of one storage: the other would not be shifted.
+        if sorted(found) != sorted(self.view.tensors) or self.view.inspection.shared:
             return "a tensor belongs to several modules, or to none"
         return None
 

@@ -1,0 +1,70 @@
+"""How far a run may go from the weights that are there: the optimizers' own search, explained."""
+
+import math
+from typing import NamedTuple
+
+from zo_adapt.data.samples import Samples
+from zo_adapt.errors import NonFiniteObjectiveError
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.noise import philox
+from zo_adapt.optimizers.budget import NO_LIMIT
+from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
+
+SEARCH_STREAM = 6
+
+
+class Found(NamedTuple):
+    """What the search gave.
+
+    Args:
+        displacement: How far noise alone may move a weight over a run.
+        reason: A sentence.
+        queries: Forwards of one sample made.
+    """
+
+    displacement: float
+    reason: str
+    queries: int
+
+
+def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) -> Found:
+    """Search as an optimizer does before its first step, with no budget to keep.
+
+    Args:
+        evaluator: Answers the probes.
+        samples: Where rows come from; minibatches drawn later are as without the search.
+        seed: Of the directions.
+    """
+    view, before = evaluator.view, evaluator.queries
+    search = Calibration(view.displacement, evaluator.objective.step_like)
+    looks: list[tuple[float, Response]] = []
+
+    def new_seeds(count: int) -> list[int]:
+        words = philox.words_numpy(seed, len(looks), SEARCH_STREAM, 0, -(-count // 4))
+        return [int(word) for word in words[:count]]
+
+    while probes := search.probes(samples, view.groups, new_seeds, NO_LIMIT):
+        at = search.displacement
+        try:
+            looks.append((at, search.take(evaluator.evaluate(probes))))
+        except NonFiniteObjectiveError:
+            looks.append((at, search.take_failure()))
+    reason = _reason(search.displacement, view.displacement, looks)
+    return Found(search.displacement, reason, evaluator.queries - before)
+
+
+def _reason(found: float, usual: float, looks: list[tuple[float, Response]]) -> str:
+    if all(seen.odd == 0.0 for _, seen in looks):
+        farthest = max(at for at, _ in looks)
+        return (
+            f"{found:.3g}, what the view assumes: no value changed as far as {farthest:.3g} away, "
+            "so the objective does not see the view, or counts what the weights hardly move"
+        )
+    at, seen = min(looks, key=lambda look: abs(math.log(look[0] / found)))
+    if not math.isfinite(seen.ratio):
+        return f"{found:.3g} or less: at {at:.3g} the objective is not finite"
+    return (
+        f"{found:.3g} (the view assumes {usual:.3g}): noise of {at:.3g} in every weight adds "
+        f"{seen.even:.3g} to the value, {seen.ratio:.0%} of the {seen.odd:.3g} that single values "
+        f"gain or lose along a direction; {RATIO:.0%} is right, more is damage, less is time lost"
+    )
