@@ -24,8 +24,7 @@ from zo_adapt.errors import DataError, OptionError
 from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.options import at_least_one
 
-Processor = Callable[[Tensor, Tensor], Tensor]
-"""Of the scores of the next token: the texts so far and the scores in, scores out."""
+Processor = Callable[[Tensor, Tensor], Tensor]  # the texts so far and scores in, scores out
 _TRIED = 3
 """Tokens whose scores are compared."""
 
@@ -151,12 +150,11 @@ class Generator:
         more: Mapping[str, Tensor] | None = None,
     ) -> list[list[int]]:
         given: dict[str, Any] = dict(more or {})
-        if self._stops:  # it is the tokenizer that knows which tokens spell a stop string
+        if self._stops:  # whose tokens the tokenizer knows
             given["tokenizer"] = self._tokenizer
         finite = Finite()
-        config = self._config(self.longest)
         processors: list[Processor] = [finite] if draws is None else [finite, draws]
-        output = self._generate(ids, mask, config, processors, shared, **given)
+        output = self._generate(ids, mask, self._config(self.longest), processors, shared, **given)
         output = output if isinstance(output, Tensor) else output.sequences
         finite.check()
         _check_count(output, ids)
