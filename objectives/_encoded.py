@@ -1,9 +1,10 @@
-"""Prompts as a language model is to continue them: encoded once, padded on the left."""
+"""Prompts as a language model is to continue them: encoded once, padded to one length."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from objectives._rewards import GIVEN
 from zo_adapt.errors import DataError, OptionError
 
+Side = Literal["left", "right"]
 _NOT_COLUMNS = ("completion", "completion_ids")
 """Fields that TRL's data sets may have and that rewards do not see."""
 
@@ -22,18 +24,52 @@ class PromptBatch:
 
     Args:
         prompts: As the examples give them.
-        input_ids: (b, t), padded on the left.
-        attention_mask: (b, t).
+        tokens: Of every prompt, without padding.
         columns: The other fields, each a list of b values.
+        pad_token_id: What is put before shorter prompts.
+        device: Of the tensors.
+        side: Of the padding: left of a text that is continued, right of one that an encoder reads,
+            whose positions count from its left edge.
     """
 
     prompts: list[Any]
-    input_ids: Tensor
-    attention_mask: Tensor
+    tokens: list[list[int]]
     columns: dict[str, list[Any]]
+    pad_token_id: int
+    device: torch.device
+    side: Side = "left"
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens))
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(b, t)."""
+        return self._padded[0]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(b, t)."""
+        return self._padded[1]
+
+    @cached_property
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        ids, mask = padded(self.tokens, self.pad_token_id, self.side)
+        return ids.to(self.device), mask.to(self.device)
+
+    def select_rows(self, rows: Sequence[int]) -> Self:
+        """The same of some rows, no wider than the longest of them."""
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            tokens=[self.tokens[row] for row in rows],
+            columns={name: [of[row] for row in rows] for name, of in self.columns.items()},
+        )
 
 
 class PromptEncoder:
@@ -123,12 +159,14 @@ def is_chat(prompt: Any) -> bool:
     )
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, (b, t): the last token of every row is at the end."""
+def padded(
+    rows: Sequence[Sequence[int]], pad_token_id: int, side: Side = "left"
+) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (b, t); "left": the last token of every row is at the end."""
     tensors = [torch.tensor(row) for row in rows]
-    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side=side)
     ones = [torch.ones_like(row) for row in tensors]
-    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
+    return ids, pad_sequence(ones, batch_first=True, padding_side=side)
 
 
 def columns_of(examples: Sequence[Any], prompt_field: str) -> dict[str, list[Any]]:

@@ -1,21 +1,32 @@
 """What a model writes after prompts: one configuration, randomness of its own."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from objectives._drawing import SHAPING, Draws
 from objectives._fit import positions
-from zo_adapt.errors import DataError, NonFiniteObjectiveError, OptionError
-from zo_adapt.options import at_least_one, positive
+from objectives._generation_options import GREEDY, checked_options, sampling_options, special_tokens
+from objectives._scores import Finite, Given
+from objectives._shared_text import SharedText
+from objectives._stages import HalfEnded, can_go_on, rows_of_cache
+from zo_adapt.errors import DataError, OptionError
+from zo_adapt.evaluation.joint.blocks import blocks
+from zo_adapt.options import at_least_one
 
-_GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-"""What counts as not set: a model's own settings would be reported as unused."""
-_OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
+Processor = Callable[[Tensor, Tensor], Tensor]  # the texts so far and scores in, scores out
+_TRIED = 3
+"""Tokens whose scores are compared."""
 
 
 class Generated(NamedTuple):
@@ -34,7 +45,9 @@ class Generator:
     """Writes completions of encoded prompts; the arguments are those of ``GenerationReward``.
 
     Attributes:
-        draws: Whether it samples.
+        independent: Whether what is drawn for a row depends on that row alone.
+        beams: Texts that are followed for each prompt.
+        longest: Most tokens of a completion.
         pad: A token to pad prompts with.
 
     Raises:
@@ -53,58 +66,169 @@ class Generator:
         top_k: int,
         options: Mapping[str, Any],
     ) -> None:
-        self._model = model
+        self._model, self._limit = model, positions(model)
         self._check_completions(max_new_tokens)
         if not hasattr(model, "generate"):
             raise OptionError(
                 f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
             )
         self._tokenizer = tokenizer
-        self._longest = at_least_one("max_new_tokens", max_new_tokens)
-        self._ends, self.pad = _special_tokens(model, tokenizer)
-        sampling = _sampling(temperature, top_p, top_k) if do_sample else _GREEDY
-        more = _checked_options(options)
-        self._config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            pad_token_id=self.pad,
-            eos_token_id=self._ends or None,
-            **sampling | more,
-        )
-        self.draws = bool(self._config.do_sample)
-        stops = self._config.stop_strings or []
+        self.longest = at_least_one("max_new_tokens", max_new_tokens)
+        self._ends, self.pad = special_tokens(model, tokenizer)
+        more = checked_options(options)
+        self.beams = int(more.get("num_beams") or 1)
+        # Beams are drawn by transformers, for all rows from one stream.
+        self.independent = not do_sample or self.beams == 1
+        sampling = sampling_options(temperature, top_p, top_k) if do_sample else GREEDY
+        self._shaping: dict[str, Any] | None = None
+        if do_sample and self.independent:
+            self._shaping = sampling | {name: more.pop(name) for name in SHAPING if name in more}
+            do_sample, sampling = False, GREEDY
+        self._settings = sampling | more
+        self._do_sample = do_sample
+        stops = more.get("stop_strings") or []
         self._stops = [stops] if isinstance(stops, str) else list(stops)
+        self._in_stages = can_go_on(model, more)
 
     def __call__(
-        self, ids: Tensor, mask: Tensor, seed: int, more: Mapping[str, Tensor] | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        seeds: Sequence[int],
+        shared: SharedText | None = None,
+        more: Mapping[str, Tensor] | None = None,
     ) -> Generated:
-        """Completions of left-padded prompts (b, t); what is drawn is a function of the seed.
+        """Completions of padded prompts (b, t).
 
         Args:
-            ids: The prompts.
-            mask: 1 where they have a token.
-            seed: Of what is drawn.
+            ids: Of the prompts.
+            mask: Where they are not padding.
+            seeds: What a row draws is a function of its seed.
+            shared: Of these rows.
             more: What else the model takes, a value for every row.
         """
-        # It is the tokenizer that knows which tokens spell a stop string.
-        spelling = {"tokenizer": self._tokenizer} if self._stops else {}
-        with _own_randomness(seed, self._model):
-            output: Any = self._model.generate(  # type: ignore[operator]
+        draws = None
+        if self._shaping is not None:
+            draws = Draws(self._inherited() | self._shaping, seeds)
+        with _own_randomness(sum(seeds) % 2**63, ids.device):
+            if self._in_stages and self._ends and len(ids) > 1 and not more:
+                written = self._by_stages(ids, mask, draws, shared)
+            else:
+                written = self._at_once(ids, mask, draws, shared, more)
+        written = [self._until_end(row) for row in written]
+        return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
+
+    def scores(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        shared: SharedText | None = None,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Of the first tokens of completions whose text is given, some scores, (b, m), fp32.
+
+        They change smoothly with the weights, and come of the forwards that completions come of:
+        one of the prompts, the others with what is cached of them.
+        """
+        given = Given(min(set(range(len(self._ends) + 2)) - {*self._ends, self.pad}))
+        config = GenerationConfig(
+            max_new_tokens=min(_TRIED, self.longest),
+            do_sample=False,
+            pad_token_id=self.pad,
+            eos_token_id=self._ends or None,
+            num_beams=1,
+        )
+        self._generate(ids, mask, config, [given], shared, **(more or {}))
+        return torch.cat(given.seen, dim=1)
+
+    def _at_once(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        draws: Draws | None,
+        shared: SharedText | None,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> list[list[int]]:
+        given: dict[str, Any] = dict(more or {})
+        if self._stops:  # whose tokens the tokenizer knows
+            given["tokenizer"] = self._tokenizer
+        finite = Finite()
+        processors: list[Processor] = [finite] if draws is None else [finite, draws]
+        output = self._generate(ids, mask, self._config(self.longest), processors, shared, **given)
+        output = output if isinstance(output, Tensor) else output.sequences
+        finite.check()
+        _check_count(output, ids)
+        return self._without_prompt(output, ids).tolist()
+
+    def _by_stages(
+        self, ids: Tensor, mask: Tensor, draws: Draws | None, shared: SharedText | None
+    ) -> list[list[int]]:
+        """The same, without the texts that have ended as soon as they are half of all."""
+        width, written = ids.shape[1], [list[int]()] * len(ids)
+        rows, now, cache = torch.arange(len(ids), device=ids.device), (ids, mask), None
+        half = HalfEnded(self._ends, width)
+        while True:
+            finite = Finite()
+            config = self._config(width + self.longest - now[0].shape[1])
+            config.return_dict_in_generate = True
+            processors: list[Processor] = [finite] if draws is None else [finite, draws]
+            more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            with blocks().of_rows(rows, len(ids)):
+                output = self._generate(*now, config, processors, shared, half, **more)
+            finite.check()
+            found = output.sequences
+            _check_count(found, rows)
+            for row, text in zip(rows.tolist(), found[:, width:].tolist(), strict=True):
+                written[row] = text
+            kept = half.kept(found)
+            if len(kept) == 0 or found.shape[1] == width + self.longest:
+                return written
+            cache = rows_of_cache(output.past_key_values, kept, found.shape[1])
+            if cache is None:
+                self._in_stages = False
+                if shared is not None:
+                    shared.begin()
+                return self._at_once(ids, mask, draws, shared)
+            rows, longer = rows[kept], found.shape[1] - now[1].shape[1]
+            now = found[kept], nn.functional.pad(now[1][kept], (0, longer), value=1)
+            if draws is not None:
+                draws.seeds = [draws.seeds[row] for row in kept.tolist()]
+            if shared is not None:
+                shared.select(kept)
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        config: GenerationConfig,
+        processors: Sequence[Processor],
+        *criteria: StoppingCriteria | SharedText | None,
+        **more: Any,
+    ) -> Any:
+        shared = next((each for each in criteria if isinstance(each, SharedText)), None)
+        with nullcontext() if shared is None else shared.entered():
+            return self._model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=self._config,
-                logits_processor=LogitsProcessorList([_refuse_nan]),
-                **spelling,
-                **(more or {}),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList(filter(None, criteria)),
+                **more,
             )
-        output = output if isinstance(output, Tensor) else output.sequences
-        if len(output) != len(ids):
-            raise OptionError(
-                f"generate returned {len(output)} texts for {len(ids)} prompts; leave "
-                "num_return_sequences=1"
-            )
-        written = [self._until_end(row) for row in self._without_prompt(output, ids).tolist()]
-        return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
+
+    def _config(self, longest: int) -> GenerationConfig:
+        """A new one: transformers fills in what is not set, of the model's own."""
+        return GenerationConfig(
+            max_new_tokens=longest,
+            do_sample=self._do_sample,
+            pad_token_id=self.pad,
+            eos_token_id=self._ends or None,
+            **self._settings,
+        )
+
+    def _inherited(self) -> dict[str, Any]:
+        own = getattr(self._model, "generation_config", None)
+        return {name: getattr(own, name, None) for name in SHAPING}
 
     def check_length(self, width: int) -> None:
         """Refuse prompts of a width that leaves no room for completions.
@@ -112,18 +236,18 @@ class Generator:
         Raises:
             DataError: Gives the model's limit.
         """
-        limit = positions(self._model)
-        used = width if self._configured("is_encoder_decoder") else width + self._longest - 1
+        limit = self._limit
+        used = width if self._configured("is_encoder_decoder") else width + self.longest - 1
         if limit is not None and used > limit:
             raise DataError(
-                f"a prompt has {width} tokens, and with max_new_tokens={self._longest} that "
+                f"a prompt has {width} tokens, and with max_new_tokens={self.longest} that "
                 f"takes {used} positions of the model's {limit}; shorten the prompts or the "
                 "completions"
             )
 
     def _check_completions(self, longest: int) -> None:
         """Refuse completions that the decoder of an encoder-decoder has no positions for."""
-        limit = positions(self._model)
+        limit = self._limit
         if self._configured("is_encoder_decoder") and limit is not None and longest > limit:
             raise OptionError(
                 f"max_new_tokens={longest}, and the model's decoder has {limit} positions; choose "
@@ -156,21 +280,10 @@ class Generator:
         return ids[: bisect_left(range(len(ids)), True, key=stopped)]
 
 
-def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
-    """Passes on scores that have a largest one: of NaN every choice is as good as another."""
-    bad = ~scores.amax(-1).isfinite()
-    if bool(bad.any()):
-        raise NonFiniteObjectiveError(
-            f"the model's logits for {int(bad.sum())} of {len(bad)} texts are NaN or infinite; a "
-            "smaller lr or perturbation_scale keeps them finite"
-        )
-    return scores
-
-
 @contextmanager
-def _own_randomness(seed: int, model: nn.Module) -> Iterator[None]:
-    """The global generators of the CPU and of the model's GPUs seeded; put back afterwards."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators of the CPU and of the texts' GPU seeded; put back afterwards."""
+    devices = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: it seeds every GPU, also those that are not put back.
         torch.default_generator.manual_seed(seed)
@@ -179,45 +292,9 @@ def _own_randomness(seed: int, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that end a text, and one to pad with: any will do, since the mask is read."""
-    config = getattr(model, "generation_config", None)
-    end = getattr(config, "eos_token_id", None)
-    end = tokenizer.eos_token_id if end is None else end
-    ends = [] if end is None else [end] if isinstance(end, int) else [int(token) for token in end]
-    for pad in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), *ends):
-        if pad is not None:
-            return ends, int(pad)
-    return ends, 0
-
-
-def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    positive("temperature", temperature)
-    if not 0 < top_p <= 1:
-        raise OptionError(f"top_p={top_p}; choose 0 < top_p <= 1")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise OptionError(f"top_k={top_k}; choose an integer >= 0, 0 for no limit")
-    return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-
-def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """More options of the generation.
-
-    Raises:
-        OptionError: One that this class sets itself, or that ``GenerationConfig`` does not have.
-    """
-    known = vars(GenerationConfig())
-    for name in given:
-        if name in _OWN:
-            raise OptionError(
-                f"generation_kwargs has {name!r}, which GenerationReward sets itself: by its "
-                "arguments, and by the tokens of the tokenizer and the model"
-            )
-        if name not in known:
-            raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
-    if given.get("num_return_sequences") not in (None, 1):
+def _check_count(written: Tensor, prompts: Tensor) -> None:
+    if len(written) != len(prompts):
         raise OptionError(
-            f"num_return_sequences={given['num_return_sequences']}; leave it 1: a reward is of one "
-            "text for each prompt"
+            f"generate returned {len(written)} texts for {len(prompts)} prompts; leave "
+            "num_return_sequences=1"
         )
-    return dict(given)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from objectives._encoded import PromptBatch, PromptEncoder, columns_of, is_chat, left_padded
+from objectives._encoded import PromptBatch, PromptEncoder, Side, columns_of, is_chat
 from objectives._fit import reads, virtual_tokens
 from objectives._generator import Generated, Generator
+from objectives._memory import bytes_of_text
 from objectives._model import TASK_IDS, accepted_arguments
 from objectives._rewards import Rewarded, RewardFunction, Rewards
+from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
+from zo_adapt.evaluation.joint.blocks import blocks
+from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
 
@@ -38,13 +43,21 @@ class GenerationReward(Mixable, SetObjective):
     skipped. Whether a function gives None should depend on the example, not on the completion, lest
     the two points of a difference be means over different examples.
 
-    **Sampling** (``do_sample=True``) draws from a seed that is a function of ``seed`` and of the
-    batch's prompts and columns, in their order. All points of an estimate have the same batch,
-    hence common random numbers: the same noise at every position. The next step has other examples,
-    or the same in another order, hence fresh numbers. A batch that recurs recurs with its numbers,
-    so equal examples draw the same at every step: where one prompt is repeated, a column that
-    differs (``"id": 0, 1, ...``) gives each step its own. The global random generators are never
-    touched.
+    **Sampling** (``do_sample=True``) draws for each example from a stream of its own, a function of
+    ``seed``, of its prompt and columns, and of how often they came before in the batch. So it is
+    answered the same whatever is beside it, and all points have common random numbers: the same
+    noise at every position, also at later steps, which makes R one function of the weights. Where a
+    prompt should be answered anew, a column that differs (``"id": 0, 1, ...``) gives it other
+    numbers. The global random generators are never touched.
+
+    **All candidates of a step** are written together where the view allows it (LoRA, layer norms,
+    embeddings; ``Result.evaluation`` says why not): one ``generate`` of all prompts, each block of
+    rows at its own point, as many as the memory holds beside the model. In fp32 on a CPU the texts
+    are to the token those of one point at a time; elsewhere a tie may be rounded another way, as by
+    any other size of batch. Once half of the texts have ended they are left out of the rest
+    (decoders with transformers' usual cache, no stop strings or beams, no option that counts from
+    the start). On a CPU, layers before the first tuned one read a prompt once for all candidates.
+    The completions of a call come to the rewards in one list; each depends on its own alone.
 
     Args:
         model: A causal or encoder-decoder language model with ``generate``, or a peft one.
@@ -119,6 +132,7 @@ class GenerationReward(Mixable, SetObjective):
         # An encoder reads the end token of its text; to a text that goes on there is none yet.
         continued = not reads(model).is_encoder_decoder
         self._encode = PromptEncoder(tokenizer, chat_template_kwargs, is_continued=continued)
+        self._side: Side = "left" if continued else "right"
         self._generator = Generator(
             model,
             tokenizer,
@@ -129,8 +143,8 @@ class GenerationReward(Mixable, SetObjective):
             top_k=top_k,
             options=generation_kwargs or {},
         )
-        # What is drawn for a prompt depends on the prompts beside it.
-        self.independent_rows = not self._generator.draws
+        self.independent_rows = self._generator.independent
+        self.row_bytes, self.stand_in = self._row_bytes, self._stand_in
 
     def __call__(self, batch: Any) -> np.ndarray:
         """Rewards of shape (b,), float64, of a collated batch or a list of examples."""
@@ -160,43 +174,46 @@ class GenerationReward(Mixable, SetObjective):
         columns = columns_of(examples, self.prompt_field)
         prompts = columns.pop(self.prompt_field)
         self.reward_funcs.check_columns(columns)
-        ids, mask = left_padded([self._encode(prompt) for prompt in prompts], self._generator.pad)
-        self._generator.check_length(ids.shape[1])
+        tokens = [self._encode(prompt) for prompt in prompts]
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return PromptBatch(prompts, ids.to(device), mask.to(device), columns)
+        batch = PromptBatch(prompts, tokens, columns, self._generator.pad, device, self._side)
+        self._generator.check_length(batch.width)
+        return batch
 
     @torch.no_grad()
     def generate(self, batch: Any) -> Generated:
         """What the model writes after each prompt, where its weights are now."""
         prepared = self._prepared(batch)
-        ids, mask = prepared.input_ids, prepared.attention_mask
-        seed = self._sampling_seed(prepared)
+        seeds = self._seeds(prepared)
         with self.evaluating():
-            if virtual_tokens(self.model) and not bool(mask.all()):
-                return self._by_length(ids, mask, seed, self._tasks(prepared))
-            return self._generator(ids, mask, seed, self._tasks(prepared))
+            if virtual_tokens(self.model) and len(set(map(len, prepared.tokens))) > 1:
+                return self._by_length(prepared, seeds)
+            shared = self._shared(prepared)
+            ids, mask = prepared.input_ids, prepared.attention_mask
+            return self._generator(ids, mask, seeds, shared, self._tasks(prepared))
 
     def _tasks(self, batch: PromptBatch) -> dict[str, Tensor]:
         """The task of every row, where the model has a tuner of several tasks and asks for it."""
         if TASK_IDS not in batch.columns or TASK_IDS not in (accepted_arguments(self.model) or ()):
             return {}
-        return {TASK_IDS: torch.tensor(batch.columns[TASK_IDS], device=batch.input_ids.device)}
+        return {TASK_IDS: torch.tensor(batch.columns[TASK_IDS], device=batch.device)}
 
-    def _by_length(
-        self, ids: Tensor, mask: Tensor, seed: int, tasks: Mapping[str, Tensor]
-    ) -> Generated:
+    def _by_length(self, batch: PromptBatch, seeds: Sequence[int]) -> Generated:
         """Prompts of one length at a time: peft's virtual tokens stand before the padding.
 
         With padding between, what a prompt is answered would depend on the longest beside it.
         """
-        texts: list[str] = [""] * len(ids)
-        written: list[list[int]] = [[]] * len(ids)
-        lengths = mask.sum(1)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().flatten()
-            own_tasks = {name: values[rows] for name, values in tasks.items()}
-            found = self._generator(ids[rows, -length:], mask[rows, -length:], seed, own_tasks)
-            for row, text, own in zip(rows.tolist(), found.texts, found.ids, strict=True):
+        if blocks().count > 1:
+            raise NotJoint("prompts with virtual tokens are written one length at a time")
+        texts: list[str] = [""] * len(batch)
+        written: list[list[int]] = [[]] * len(batch)
+        for length in sorted(set(map(len, batch.tokens))):
+            rows = [row for row, tokens in enumerate(batch.tokens) if len(tokens) == length]
+            part = batch.select_rows(rows)
+            of_part = [seeds[row] for row in rows]
+            ids, mask = part.input_ids, part.attention_mask
+            found = self._generator(ids, mask, of_part, None, self._tasks(part))
+            for row, text, own in zip(rows, found.texts, found.ids, strict=True):
                 texts[row], written[row] = text, own
         return Generated(texts, written)
 
@@ -214,11 +231,40 @@ class GenerationReward(Mixable, SetObjective):
     def _prepared(self, batch: Any) -> PromptBatch:
         return batch if isinstance(batch, PromptBatch) else self.collate(batch)
 
-    def _sampling_seed(self, batch: PromptBatch) -> int:
-        """Of the batch's content alone: the same at all points, in any process and micro-batch."""
-        ids, mask = batch.input_ids.tolist(), batch.attention_mask.tolist()
-        text = json.dumps([self.seed, ids, mask, batch.columns], default=_told, skipkeys=True)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    def _seeds(self, batch: PromptBatch) -> list[int]:
+        """Of every row, a function of its content alone, in any process; of equal ones, others."""
+        found: list[int] = []
+        block = len(batch) // blocks().count
+        for row, tokens in enumerate(batch.tokens):
+            own = {name: column[row] for name, column in batch.columns.items()}
+            text = json.dumps([self.seed, tokens, own], default=_told, skipkeys=True)
+            if row % block == 0:  # each point's rows are a batch
+                before: Counter[str] = Counter()
+            digest = hashlib.blake2b(f"{before[text]} {text}".encode(), digest_size=8).digest()
+            found.append(int.from_bytes(digest, "big") >> 1)
+            before[text] += 1
+        return found
+
+    def _stand_in(self, batch: Any) -> Tensor:
+        """Smooth numbers of the rows, by which forwards of several points are checked."""
+        if self._generator.beams > 1:
+            raise NotJoint("several beams are followed for every prompt")
+        prepared = self._prepared(batch)
+        with torch.no_grad(), self.evaluating():
+            ids, mask = prepared.input_ids, prepared.attention_mask
+            return self._generator.scores(ids, mask, self._shared(prepared), self._tasks(prepared))
+
+    def _shared(self, batch: PromptBatch) -> SharedText | None:
+        """What frozen layers need not compute for every point; on a GPU they wait for no row."""
+        # An encoder-decoder's first layers read the prompt alone.
+        one_text = self._side == "left" and self._generator.beams == 1
+        if not (one_text and blocks().frozen and batch.device.type == "cpu"):
+            return None
+        return SharedText(blocks().frozen, batch.tokens)
+
+    def _row_bytes(self, batch: Any) -> int:
+        """Memory of one row while it is written."""
+        return bytes_of_text(self.model, self._prepared(batch).width, self._generator.longest)
 
 
 def _told(value: Any) -> Any:

@@ -4,6 +4,7 @@ A count stands still as long as no example flips, and at a small ``perturbation_
 does. Softened, every example says how far it is from flipping.
 """
 
+from copy import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,8 @@ from zo_adapt.options import positive_or_none
 
 ROWS_OF_A_COUNT = 32
 """Fewest rows on which a hard count is asked for: on four, hardly any difference is not zero."""
+_WIDE = 10.0
+"""Softness at which an example far from right still says how far."""
 MinRows = int | Literal["auto", "all"]
 
 
@@ -139,6 +142,7 @@ class ExactMatch(SetMetric):
         super().__init__(_classifier(model), min_rows=_rows(min_rows, softness))
         self.softness = positive_or_none("softness", softness)
         self.step_like = softness is None
+        self.stand_in = self._margins_of_rows
 
     def predict(self, batch: Any) -> np.ndarray:
         """One value for every example: 1.0 if it is right throughout, else 0.0, or between them."""
@@ -153,6 +157,12 @@ class ExactMatch(SetMetric):
             return self._of_tokens(logits[counted], labels[counted], counted)
         check_shape(*found)
         return _of_examples(_rightness(logits, labels, self.softness))
+
+    def _margins_of_rows(self, batch: Any) -> np.ndarray:
+        """A soft match, so wide that none is flat: the match itself may be 0 wherever one looks."""
+        soft = copy(self)
+        soft.softness = _WIDE
+        return soft.predict(batch)
 
     def score(self, predictions: list[Any]) -> np.ndarray:
         """One value per example."""

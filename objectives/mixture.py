@@ -107,6 +107,8 @@ class Mixture(Mixable, Objective):
             self.check_labels = self._check_labels
         if any(part.evaluating is not None for part in each):
             self.evaluating = self._evaluating
+        if any(part.stand_in is not None for part in each):
+            self.stand_in = self._stand_in
 
     def __call__(self, batch: Any) -> Tensor:
         """The sum, float64 on the CPU, of shape (b,) or ()."""
@@ -134,6 +136,15 @@ class Mixture(Mixable, Objective):
             made = (make or default)(examples)
             batches.append(next((one for one in batches if _equal(one, made)), made))
         return MixedBatch(batches)
+
+    def _stand_in(self, batch: Any) -> list[Any]:
+        """Of every part what it is checked by."""
+        with shared_forwards():
+            pairs = zip(self.parts, self._batches(batch), strict=True)
+            return [
+                (part.stand_in or (part.predict if isinstance(part, SetObjective) else part))(one)
+                for (_, part), one in pairs
+            ]
 
     def _check_labels(self, labels: Tensor) -> None:
         for _, part in self.parts:

@@ -462,3 +462,20 @@ def test_what_changes_in_jumps_is_perturbed_further(make: Any) -> None:
     mixed = 0.5 * ClassificationLoss(Table()) - 0.5 * Accuracy(Table())
     assert perturbation_for(mixed, make()) == smooth
     assert perturbation_for(Accuracy(Table()), make(perturbation_scale=0.02)) == 0.02
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_exact_matches_that_are_all_zero_are_evaluated_together_all_the_same(family: str) -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(family, "causal"), lora).eval()
+    metric = ExactMatch(model)
+    rows = [{"input_ids": row, "labels": [-100] * 2 + row[2:]} for row in token_rows(4)]
+    batch = Batch(as_source(rows, metric.collate), range(4))
+    probes = [Probe(Shift((Term(k, 0.01),)), batch) for k in range(4)]
+    values = []
+    for joint_rows, together in (("auto", 4), ("off", 1)):
+        options = EvaluationOptions(joint_rows=joint_rows)  # type: ignore[arg-type]
+        evaluator = LocalEvaluator(metric, ParameterView.trainable(model), options)
+        values.append([found.value for found in evaluator.evaluate(probes)])
+        assert evaluator.plan.candidates == together, evaluator.plan.why_not
+    assert values[0] == values[1] == [0.0] * 4

@@ -1,7 +1,7 @@
 """Rows of whatever a collate function or an objective returns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,23 @@ FLOATS_OF_A_TOKEN = 768
 
 class NoRowsError(Exception):
     """A signal to the caller: something has not one entry for every row."""
+
+
+@runtime_checkable
+class OwnRows(Protocol):
+    """A batch of a class of its own that knows its rows."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row."""
+
+    def select_rows(self, rows: Sequence[int]) -> Self:
+        """A batch of some of the rows, some of them perhaps several times."""
+
+
+_WITH_WIDTH = (Tensor, np.ndarray, OwnRows)
 
 
 class RowIndex:
@@ -43,7 +60,8 @@ def select_rows(tree: Any, index: Sequence[int] | slice, rows: int) -> Any:
     """The same structure with some of its rows only.
 
     Args:
-        tree: Tensors, arrays and lists with one entry a row; tuples, lists, mappings of them.
+        tree: Tensors, arrays and lists with one entry a row; ``OwnRows``; tuples, lists, mappings
+            of them.
         index: Which rows.
         rows: How many there are.
 
@@ -75,6 +93,12 @@ class _Selector:
             if tree.ndim == 0 or len(tree) != self.rows:
                 raise NoRowsError(f"shape {tuple(tree.shape)} for {self.rows} rows")
             return tree[self.index] if self._each is None else self._each.of(tree)
+        if isinstance(tree, OwnRows):
+            if len(tree) != self.rows:
+                raise NoRowsError(f"{type(tree).__name__} of {len(tree)} for {self.rows} rows")
+            index = self.index
+            whole = range(self.rows)
+            return tree.select_rows(whole[index] if isinstance(index, slice) else index)
         if isinstance(tree, Mapping):
             named = {name: self(value) for name, value in tree.items()}
             return named if type(tree) is dict else _rebuilt(lambda: type(tree)(named))  # type: ignore[call-arg]
@@ -124,11 +148,13 @@ def width(tree: Any) -> int:
         >>> width(torch.zeros(8, 3, 224, 224))
         196
     """
-    sizes = [_tokens(leaf) for leaf in leaves(tree) if isinstance(leaf, Tensor | np.ndarray)]
+    sizes = [_tokens(leaf) for leaf in leaves(tree) if isinstance(leaf, _WITH_WIDTH)]
     return max(sizes, default=0)
 
 
-def _tokens(leaf: Tensor | np.ndarray) -> int:
+def _tokens(leaf: Tensor | np.ndarray | OwnRows) -> int:
+    if isinstance(leaf, OwnRows):
+        return leaf.width
     entries = int(np.prod(leaf.shape[1:]))
     whole = leaf.dtype.is_floating_point if isinstance(leaf, Tensor) else leaf.dtype.kind == "f"
     return max(1, entries // FLOATS_OF_A_TOKEN if whole else entries)
@@ -163,8 +189,9 @@ def concatenate_rows(trees: Sequence[Any], rows: Sequence[int]) -> Any:
 
 def second_sizes(tree: Any) -> list[int]:
     """Sizes of the second dimension of the tensors that have one."""
-    found = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor | np.ndarray)]
-    return [leaf.shape[1] for leaf in found if leaf.ndim > 1]
+    found = [leaf for leaf in leaves(tree) if isinstance(leaf, _WITH_WIDTH)]
+    own = [leaf.width for leaf in found if isinstance(leaf, OwnRows)]
+    return own + [f.shape[1] for f in found if not isinstance(f, OwnRows) and f.ndim > 1]
 
 
 def as_matrix(tree: Any, rows: int) -> np.ndarray:

@@ -44,6 +44,12 @@ class Objective(ABC):
             the start, where the data hold one integer an example. None: any will do.
         capturable: A call on a GPU does the same kernels for every batch of one shape and never
             waits for their results, so that a CUDA graph can replay them.
+        row_bytes: Called with a batch, the memory that one of its rows takes while it is evaluated;
+            as many rows then go together as the device has room for. None: a number of tokens is
+            the limit.
+        stand_in: Called with a batch, numbers of its rows that change smoothly with the weights and
+            come of the same forwards as the value; joint forwards are checked by them. None: by
+            what the objective returns, which will not do where that jumps.
 
     Example:
         >>> import torch
@@ -66,6 +72,8 @@ class Objective(ABC):
     min_rows: int | Literal["all"] = 1
     check_labels: Callable[[Tensor], None] | None = None
     capturable: bool = False
+    row_bytes: Callable[[Any], int] | None = None
+    stand_in: Callable[[Any], Any] | None = None
 
     @abstractmethod
     def __call__(self, batch: Any, /) -> Any:
@@ -130,6 +138,8 @@ ATTRIBUTES = (
     "min_rows",
     "check_labels",
     "capturable",
+    "row_bytes",
+    "stand_in",
 )
 """All that an objective says of itself."""
 

@@ -10,7 +10,7 @@ reading the frozen weights. The live tensors are never written.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 
 import torch
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.joint.blocks import Blocks, calling_in, fits
+from zo_adapt.evaluation.trunk.cut import RefusedError, cut
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
@@ -45,6 +47,10 @@ class Candidates:
         self.view = view
         self._modules: dict[nn.Module, dict[str, str]] = {}
         self.why_not = self._why_not()
+        self._frozen: Sequence[nn.Module] = ()
+        if self.why_not is None:
+            with suppress(RefusedError):
+                self._frozen = cut(view).frozen
 
     def _why_not(self) -> str | None:
         if self.view.model is None:
@@ -79,7 +85,7 @@ class Candidates:
             leads: Sizes of a module's first dimension that are rows in blocks; any other is
                 refused.
         """
-        return ManyPoints(self.view, self._modules, points, leads)
+        return ManyPoints(self.view, self._modules, points, leads, self._frozen)
 
 
 class ManyPoints:
@@ -91,6 +97,7 @@ class ManyPoints:
         view: Whose tensors move.
         modules: That hold them, with their names by attribute.
         points, leads: As for ``Candidates.at``.
+        frozen: The layers that compute the same at every point.
 
     Attributes:
         used: Names of the tensors that were used; filled as the model runs.
@@ -102,7 +109,9 @@ class ManyPoints:
         modules: Mapping[nn.Module, Mapping[str, str]],
         points: Sequence[Shift],
         leads: Collection[int],
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
+        self._blocks = Blocks(len(points), frozen)
         self._usage, self._modules, self._stacks = view.usage, modules, view.stack(points)
         self._count, self._leads = len(points), frozenset(leads)
         self.used: set[str] = set()
@@ -122,7 +131,8 @@ class ManyPoints:
             ViewInUseError: Another thread uses the view.
         """
         forwards = {} if replaying else self._forwards()
-        with self._usage.shifting(), replaced_forwards(forwards):
+        shifting = self._usage.shifting()
+        with shifting, replaced_forwards(forwards), calling_in(self._blocks):
             yield
 
     def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
@@ -130,8 +140,27 @@ class ManyPoints:
         for module, names in self._modules.items():
             own = {a: self._stacks[name] for a, name in names.items() if name in self._stacks}
             if own:
-                found[module] = _forward(module, own, self._count, self._leads, self.used, names)
+                found[module] = self._forward(module, own, names)
         return found
+
+    def _forward(
+        self, module: nn.Module, stacks: Stacks, names: Mapping[str, str]
+    ) -> Callable[[Tensor], Tensor]:
+        compute, count, here = _FORWARDS[type(module)], self._count, self._blocks
+
+        def forward(input: Tensor) -> Tensor:
+            if input.dim() < 2 or not fits(input.shape[0], here, self._leads):
+                raise NotJoint(
+                    f"a {type(module).__name__} was called with the shape {tuple(input.shape)}, "
+                    f"whose first size is none of {sorted(self._leads)}"
+                )
+            self.used.update(names.values())
+            if here.narrowed is None:
+                return compute(module, input, stacks, count)
+            padded, own = here.narrowed
+            return compute(module, input[padded], stacks, count)[own]
+
+        return forward
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -148,28 +177,6 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _output_embedding(model: nn.Module) -> object:
     return getattr(model, "get_output_embeddings", lambda: None)()
-
-
-def _forward(
-    module: nn.Module,
-    stacks: Stacks,
-    count: int,
-    leads: Collection[int],
-    used: set[str],
-    names: Mapping[str, str],
-) -> Callable[[Tensor], Tensor]:
-    compute = _FORWARDS[type(module)]
-
-    def forward(input: Tensor) -> Tensor:
-        if input.dim() < 2 or input.shape[0] not in leads:
-            raise NotJoint(
-                f"a {type(module).__name__} was called with the shape {tuple(input.shape)}, whose "
-                f"first size is none of {sorted(leads)}"
-            )
-        used.update(names.values())
-        return compute(module, input, stacks, count)
-
-    return forward
 
 
 def _linear(module: nn.Module, x: Tensor, stacks: Stacks, count: int) -> Tensor:

@@ -7,11 +7,12 @@ probes and batches alone, never on a measured time: same seed, same run, also af
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from zo_adapt.data.batches import Batch
+from zo_adapt.evaluation.joint.memory import bytes_for_rows
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.view.parameters import ParameterView
 
@@ -29,6 +30,7 @@ class Groups:
         joint_rows: As in ``EvaluationOptions``, "off" excepted.
         micro_batch_size: Never more rows in one call; None is no limit.
         batch_size: Probes on more rows are left alone, being cut anyway; None is no limit.
+        row_bytes: As an objective says it: memory is the limit then, and not a number of tokens.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class Groups:
         joint_rows: int | Literal["auto"],
         micro_batch_size: int | None,
         batch_size: int | None,
+        row_bytes: Callable[[Any], int] | None = None,
     ) -> None:
-        self._view, self._rows = view, joint_rows
+        self._view, self._rows, self._row_bytes = view, joint_rows, row_bytes
+        self._memory = STACK_BYTES if row_bytes is None else bytes_for_rows(view)
         self._most = math.inf if micro_batch_size is None else micro_batch_size
         self._usual = math.inf if batch_size is None else batch_size
 
@@ -67,6 +71,8 @@ class Groups:
 
     def _room(self, batch: Batch) -> "_Room":
         tokens = 1
+        if self._row_bytes is not None:
+            return _Room(batch.source, len(batch), len(batch), 1, self._row_bytes(batch.content))
         if self._rows == "auto":
             small = 2 * len(batch) <= min(self._most, self._tokens)
             tokens = batch.width if small else 0
@@ -74,10 +80,15 @@ class Groups:
 
     def _fits(self, room: "_Room") -> int:
         """How many candidates one forward holds."""
-        rows = self._tokens // max(1, room.tokens) if self._rows == "auto" else int(self._rows)
         if room.tokens == 0:
             return 1
-        return int(min(min(rows, self._most) // room.most, STACK_BYTES // self._view.nbytes))
+        rows = self._most
+        if self._rows != "auto":
+            rows = min(rows, self._rows)
+        elif self._row_bytes is None:
+            rows = min(rows, self._tokens // max(1, room.tokens))
+        of_candidate = self._view.nbytes + room.most * room.nbytes
+        return int(min(rows / room.most, self._memory / of_candidate))
 
     @property
     def _tokens(self) -> int:
@@ -86,12 +97,13 @@ class Groups:
 
 
 class _Room(NamedTuple):
-    """What the batches of a group need: fewest and most rows, and tokens of a row."""
+    """What the batches of a group need: fewest and most rows, tokens and bytes of a row."""
 
     source: Any
     fewest: int
     most: int
     tokens: int
+    nbytes: int = 0
 
     def with_(self, other: "_Room") -> "_Room | None":
         """Of both together; None where too much would be repeated."""
@@ -99,4 +111,5 @@ class _Room(NamedTuple):
         unlike = self.source is not other.source or most - fewest > max(1, most // 4)
         if unlike or 0 in (self.tokens, other.tokens):
             return None
-        return _Room(self.source, fewest, most, max(self.tokens, other.tokens))
+        tokens, nbytes = max(self.tokens, other.tokens), max(self.nbytes, other.nbytes)
+        return _Room(self.source, fewest, most, tokens, nbytes)

@@ -11,6 +11,7 @@ from zo_adapt.evaluation.objective import Objective, SetObjective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Route
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.routes import Direct
 from zo_adapt.evaluation.trust import JointCheck
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
@@ -43,12 +44,15 @@ class Joint:
     ) -> None:
         self._view, self._is_sound = view, False
         self._score = objective.score if isinstance(objective, SetObjective) else None
+        self._stand_in = objective.stand_in
         self._candidates: Candidates | None = None
         self.most, self.why_not = 1, None if objective.independent_rows else ROWS_DEPEND
         if options.joint_rows == "off":
             self.why_not = "it is switched off"
             return
-        self._groups = Groups(view, options.joint_rows, options.micro_batch_size, batch_size)
+        self._groups = Groups(
+            view, options.joint_rows, options.micro_batch_size, batch_size, objective.row_bytes
+        )
 
     def groups(self, probes: Sequence[Probe]) -> list[list[int]]:
         """Indices of the probes that go together, at least two each; none where none may."""
@@ -62,7 +66,10 @@ class Joint:
     def is_sound(self, first: Batch, last: Batch, route: Route) -> bool:
         """Whether joint values are those of single ones; found out once, on two batches."""
         if self._candidates is not None and not self._is_sound and self.why_not is None:
-            check = JointCheck(self._candidates, route, self._score)
+            if self._stand_in is None:
+                check = JointCheck(self._candidates, route, self._score)
+            else:
+                check = JointCheck(self._candidates, Direct(self._stand_in), None)
             self.why_not = check.why_not(first, last)
             self._is_sound = self.why_not is None
             if self.why_not is not None:

@@ -1,0 +1,63 @@
+"""What a user may say of generation, and the tokens that end a text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from zo_adapt.errors import OptionError
+from zo_adapt.options import positive
+
+GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""What counts as not set: a model's own settings would be reported as unused."""
+_OWN = ("max_new_tokens", "do_sample", "pad_token_id", "eos_token_id")
+
+
+def special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens that end a text, and one to pad with: any will do, since the mask is read."""
+    config = getattr(model, "generation_config", None)
+    end = getattr(config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    ends = [] if end is None else [end] if isinstance(end, int) else [int(token) for token in end]
+    for pad in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), *ends):
+        if pad is not None:
+            return ends, int(pad)
+    return ends, 0
+
+
+def sampling_options(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
+    """What shapes the distribution that is drawn from.
+
+    Raises:
+        OptionError: A number outside its range.
+    """
+    positive("temperature", temperature)
+    if not 0 < top_p <= 1:
+        raise OptionError(f"top_p={top_p}; choose 0 < top_p <= 1")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise OptionError(f"top_k={top_k}; choose an integer >= 0, 0 for no limit")
+    return {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """More options of the generation.
+
+    Raises:
+        OptionError: One that this class sets itself, or that ``GenerationConfig`` does not have.
+    """
+    known = vars(GenerationConfig())
+    for name in given:
+        if name in _OWN:
+            raise OptionError(
+                f"generation_kwargs has {name!r}, which GenerationReward sets itself: by its "
+                "arguments, and by the tokens of the tokenizer and the model"
+            )
+        if name not in known:
+            raise OptionError(f"generation_kwargs has {name!r}, which GenerationConfig has not")
+    if given.get("num_return_sequences") not in (None, 1):
+        raise OptionError(
+            f"num_return_sequences={given['num_return_sequences']}; leave it 1: a reward is of one "
+            "text for each prompt"
+        )
+    return dict(given)
