@@ -12,7 +12,8 @@ objectives, where it never is, nothing happens.
 Only where a run draws more directions N than the view has numbers d, and no further than
 sqrt(N / d) times the first displacement. With fewer, the larger part is one that a parabola along
 the last updates does not show: the noise of all directions, which stays. Looks there cost LoRA of
-an encoder 0.03 to 0.2 of accuracy on 40,000 and 100,000 queries (benchmarks/defaults.py).
+an encoder 0.04 to 0.28 of accuracy on 40,000 and 100,000 queries, and gave LayerNorm 0.03
+(benchmarks/defaults.py, two seeds).
 
 So a run with more queries than it needs (least squares, a function of a few variables) takes the
 steps of the steepest descent that noise allows, whatever its first displacement was.
