@@ -244,6 +244,19 @@ def test_a_parabola_is_found_with_its_error() -> None:
     assert parabola(five, (five**2 + five)[:, None])[:2] == pytest.approx((1.0, 2.0))
 
 
+@pytest.mark.parametrize(("numbers", "looks"), [(4, True), (2_000, False)])
+def test_runs_look_ahead_where_directions_outnumber_the_view(numbers: int, looks: bool) -> None:
+    x, optimizer = torch.zeros(numbers, dtype=torch.float64), MeZO()
+    minimize(
+        lambda _: float((x - 3.0).square().sum()), ParameterView({"x": x}), None, optimizer,
+        max_queries=1_000, **QUIET,
+    )  # fmt: skip
+    finder = optimizer.state.finder
+    assert finder is not None
+    assert (finder.look_ahead.taken > 0) is looks
+    assert finder.look_ahead.growth <= (1_000 / numbers) ** 0.5 or not looks
+
+
 def test_looks_act_on_what_is_certain() -> None:
     assert Evidence().verdict() == (0.0, 1.0)
     unsure, sure, long = Evidence(), Evidence(), Evidence()

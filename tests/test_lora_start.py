@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from objectives import ClassificationLoss
 from zo_adapt import MeZO, ParameterView, Step, initialise_lora, minimize, replay
 from zo_adapt.errors import AdapterError, TrajectoryError
 from zo_adapt.view import moments
@@ -99,6 +100,16 @@ def test_the_same_seed_gives_the_same_start_and_touches_no_generator() -> None:
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     assert one.base_model.model.wide.lora_A["default"].weight.requires_grad
+
+
+def test_examples_become_batches_as_the_objective_makes_them() -> None:
+    one, other = adapted(), adapted()
+    examples = [{"input_ids": ids.tolist(), "labels": 0} for ids in rows()]
+    start = initialise_lora(one, ClassificationLoss(one), examples)
+    initialise_lora(other, loss(other), rows())
+    assert start.queries == 96
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_padding_does_not_count() -> None:

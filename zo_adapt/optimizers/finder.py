@@ -18,9 +18,11 @@ class Finder:
     Args:
         displacement: Where the search begins.
         shrinks_only: See ``Calibration``.
+        numel: Of the view.
     """
 
-    def __init__(self, displacement: float, shrinks_only: bool) -> None:
+    def __init__(self, displacement: float, shrinks_only: bool, numel: int) -> None:
+        self.numel = numel
         self.displacement = displacement
         """That of the steps from now on."""
         self.calibration = Calibration(displacement, shrinks_only)
@@ -86,7 +88,8 @@ class Finder:
     ) -> None:
         """Remember an update; the first step says how many measurements there will be."""
         if not self.look_ahead.rows:
-            self.look_ahead.plan(samples, budget, step_queries)
+            directions = len({term.seed for term in update.terms})
+            self.look_ahead.plan(samples, budget, step_queries, directions / self.numel)
         self.look_ahead.observe(update)
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class ZerothOrder(Settings, ABC):
                 mu,
                 Descent(self.apply, displacement),
                 usual_scale if self.estimate.perturbation_scale is None else None,
-                Finder(displacement, shrinks_only=step_like) if finds else None,
+                Finder(displacement, step_like, view.numel) if finds else None,
             )
         )
 

@@ -84,7 +84,7 @@ def initialise_lora(
         (('base_model.model.0',), 64)
     """
     objective, examples = as_objective(objective), as_data(data)
-    source = examples.source(objective)
+    source = examples.source(objective.collate)
     count = min(at_least_one("rows", rows), len(source))
     batch = Samples(source, count, seed, examples.classes()).minibatch()
     return start_on(model, objective, batch.micro_batches(at_least_one("batch_size", batch_size)))
