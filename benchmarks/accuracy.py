@@ -45,6 +45,7 @@ class Task(NamedTuple):
     max_queries: int
     view: str = "lora"
     objective: str = "loss"
+    noise: str = "gaussian"
 
 
 TASKS = {
@@ -54,6 +55,9 @@ TASKS = {
     "bbc-48": Task("bbc", 48, 40_000),
     "bbc-48 last 2 layers": Task("bbc", 48, 40_000, "partial"),
     "bbc-48 all weights": Task("bbc", 48, 40_000, "full"),
+    "bbc-48 last 2 layers, lowrank": Task("bbc", 48, 40_000, "partial", noise="lowrank"),
+    "bbc-48 all weights, lowrank": Task("bbc", 48, 40_000, "full", noise="lowrank"),
+    "bbc-48 all weights, lowrank-4": Task("bbc", 48, 40_000, "full", noise="lowrank-4"),
     "bbc-48 count": Task("bbc", 48, 50_000, objective="count"),
     "bbc-48 soft count": Task("bbc", 48, 50_000, objective="soft count"),
     "bbc-48 macro-F1": Task("bbc", 48, 50_000, objective="macro-F1"),
@@ -153,13 +157,14 @@ def build(folder: str, classes: int, seed: int, view: str = "lora") -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def view_of(model: Any, view: str, method: str) -> ParameterView:
+def view_of(model: Any, view: str, method: str, noise: str) -> ParameterView:
     """What the task tunes."""
     if "LoRA's A moves" in method:
         return ParameterView.trainable(model, groups=())
     if view == "partial":
-        return ParameterView.last_layers(model, 2)
-    return ParameterView.full(model) if view == "full" else ParameterView.trainable(model)
+        return ParameterView.last_layers(model, 2, noise=noise)
+    make = ParameterView.full if view == "full" else ParameterView.trainable
+    return make(model, noise=noise)
 
 
 @torch.inference_mode()
@@ -184,7 +189,7 @@ def run(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     result = minimize(
         OBJECTIVES[task.objective](model),
-        view_of(model, task.view, job.method),
+        view_of(model, task.view, job.method, task.noise),
         Data(train, stratify=job.stratify),
         make(),
         batch_size=job.batch_size or (batch_size if task.objective == "loss" else COUNTED),

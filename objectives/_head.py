@@ -60,11 +60,15 @@ def _narrowed(head: nn.Module, select: Select, rows: Tensor | None) -> Iterator[
     # (accelerate puts a forward of its own on the instance.)
     plain = type(head) is nn.Linear and "forward" not in head.__dict__
     calls: list[None] = []
+    # Of a head at several points at once, which must know whose rows are left.
+    at_selected = getattr(original, "at_selected", None)
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls.append(None)
         if rows is not None and plain:
             return _linear(select(hidden), head, rows)
+        if at_selected is not None:
+            return _columns(at_selected(hidden, select), rows)
         return _columns(original(select(hidden), *args, **kwargs), rows)
 
     with replaced_forwards({head: forward}):

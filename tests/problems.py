@@ -35,13 +35,13 @@ def flat(view: ParameterView) -> Tensor:
 def dense(view: ParameterView, seed: int) -> Tensor:
     """z(seed) over the whole view as one float64 vector."""
     cpu = torch.device("cpu")
-    parts = [draw(view.noise, seed, name, t.numel(), cpu) for name, t in view.tensors.items()]
-    return torch.cat(parts).double()
+    parts = [draw(view.noise, seed, name, t.shape, cpu) for name, t in view.tensors.items()]
+    return torch.cat([part.flatten() for part in parts]).double()
 
 
 def shaped(noise: Noise, seed: int, name: str, like: Tensor) -> Tensor:
     """z(seed, name) in the shape of a tensor, fp32."""
-    return draw(noise, seed, name, like.numel(), torch.device("cpu")).view(like.shape)
+    return draw(noise, seed, name, like.shape, torch.device("cpu"))
 
 
 def reference(

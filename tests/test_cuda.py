@@ -7,10 +7,17 @@ import pytest
 import torch
 from families import FAMILIES, tokens
 from problems import bits, flat, labelled, logistic
+from tiny_models import tiny_model, token_rows
 from torch import Tensor
 
+from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Shift, Term, minimize
+from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import as_source
 from zo_adapt.errors import ViewError
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw
 from zo_adapt.trajectory.playback import apply_all
 
@@ -23,6 +30,7 @@ pytestmark = [
     ),
 ]
 NOISES = pytest.mark.parametrize("noise", [GAUSSIAN, RADEMACHER], ids=lambda noise: noise.name)
+NAMES = pytest.mark.parametrize("noise", ["gaussian", "rademacher", "lowrank", "lowrank-3"])
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
 )
@@ -45,6 +53,7 @@ def values(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"vector": (4097,), "matrix": (300, 70), "large": (1500, 1000), "zero_dim": ()}
     shapes |= {"transposed": (40, 70), "sliced": (80, 70)}
+    shapes |= {"experts": (4, 96, 64), "kernels": (6, 3, 3, 3), "blocks": (33, 272)}
     made = {n: torch.randn(s, generator=generator).to(device, dtype) for n, s in shapes.items()}
     made["transposed"], made["sliced"] = made["transposed"].T, made["sliced"][::2, ::3]
     return made
@@ -57,7 +66,7 @@ def pair(dtype: torch.dtype, noise: str) -> tuple[ParameterView, ParameterView]:
 
 
 @DTYPES
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@NAMES
 def test_shifted_and_apply_are_bit_identical(dtype: torch.dtype, noise: str) -> None:
     on_cpu, on_gpu = pair(dtype, noise)
     start = on_gpu.hash()
@@ -143,7 +152,7 @@ def test_global_generators_are_not_touched() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@NAMES
 def test_a_replay_is_bit_identical_on_both(tmp_path: Path, dtype: torch.dtype, noise: str) -> None:
     """Written on the GPU, rebuilt on either."""
     path = tmp_path / "run.zot"
@@ -174,7 +183,7 @@ def test_a_fused_replay_has_the_bits_of_single_steps() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@NAMES
 @pytest.mark.parametrize("width", [24, 256, 300])
 @torch.no_grad()
 def test_rows_of_an_embedding_are_those_of_the_cpu(
@@ -215,3 +224,26 @@ def test_a_model_converted_after_its_view_was_made_is_refused() -> None:
     with pytest.raises(ViewError, match="make its view"), view.shifted((Term(1, 0.1),)):
         pass
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("joint", ["auto", "off"])
+def test_points_along_factors(family: str, joint: Any) -> None:
+    """Captured or not, they have the values of shifted weights, step after step."""
+    head = "classification" if family == "bert" else "causal"
+    model = tiny_model(family, head).cuda()
+    view = ParameterView.full(model, noise="lowrank")
+    loss = ClassificationLoss(model) if family == "bert" else CausalLMLoss(model)
+    rows = [{"input_ids": ids} | ({"label": i % 2} if family == "bert" else {}) for i, ids in
+            enumerate(token_rows(8, 9))]  # fmt: skip
+    source = as_source(rows, loss.collate)
+    batch, before = Batch(source, range(8)), view.hash()
+    evaluator = LocalEvaluator(loss, view, EvaluationOptions(joint_rows=joint))
+    for step in range(6):
+        probes = [Probe(Shift((Term(10 * step + k, 0.02 + 0.01 * k),)), batch) for k in range(3)]
+        for answer, probe in zip(evaluator.evaluate(probes), probes, strict=True):
+            with torch.no_grad(), view.shifted(probe.at.terms):
+                expected = loss(batch.content).double().cpu().numpy()
+            assert abs(expected - answer.per_example).max() < 1e-4
+    assert "factors" not in evaluator.plan.why_not
+    assert view.hash() == before

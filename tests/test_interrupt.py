@@ -14,7 +14,7 @@ from trajectories import STEPS, copies, equal, run, tensors
 from zo_adapt import MeZOSVRG, ParameterView, Replay, Shift, Term, replay
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.noise import philox
-from zo_adapt.noise.distributions import DIRECTION_STREAM
+from zo_adapt.noise.entries import DIRECTION_STREAM
 from zo_adapt.trajectory.writer import Writer
 
 

@@ -15,6 +15,7 @@ import torch
 
 from zo_adapt.data.rows import NoRowsError
 from zo_adapt.evaluation.graphs import Graphs
+from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
@@ -27,7 +28,7 @@ from zo_adapt.evaluation.objective import (
     ready,
 )
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.places import OnePoint, Place
+from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
 from zo_adapt.evaluation.routes import route_of, trunk_for
@@ -84,7 +85,8 @@ class LocalEvaluator:
         self.trunk = found[0] if isinstance(found[0], FrozenTrunk) else None
         self._graphs = found[1] if isinstance(found[1], Graphs) else None
         self._route = route_of(self._function, self.trunk, self._graphs)
-        self._joint = Joint(self.objective, view, options, self.micro_batch_size)
+        self._along = AlongFactors(self.objective, view)
+        self._joint = Joint(self.objective, view, options, self.micro_batch_size, self._along)
         names = dict(zip(("trunk", "graphs"), found, strict=True))
         self._why_not = {name: why for name, why in names.items() if isinstance(why, str)}
 
@@ -124,9 +126,23 @@ class LocalEvaluator:
         return ready(self.objective, self.view.model)
 
     @property
+    def memory(self) -> int | None:
+        """Bytes that candidates may take together: with the probes, what decides which do."""
+        return self._joint.memory
+
+    @memory.setter
+    def memory(self, nbytes: int | None) -> None:
+        self._joint.memory = nbytes
+
+    @property
     def plan(self) -> Plan:
         """How probes are evaluated, as far as the evaluations made so far have shown."""
-        ways = {"joint": self._joint, "trunk": self.trunk, "graphs": self._graphs}
+        ways = {
+            "joint": self._joint,
+            "factors": self._along,
+            "trunk": self.trunk,
+            "graphs": self._graphs,
+        }
         found = {name: way.why_not for name, way in ways.items() if way is not None}
         why_not = self._why_not | {name: why for name, why in found.items() if why is not None}
         trunk = None if "trunk" in why_not else self.trunk
@@ -146,7 +162,7 @@ class LocalEvaluator:
     def _alone(self, probe: Probe) -> Returned:
         parts = probe.batch.micro_batches(self.micro_batch_size)
         contents = [part.content for part in parts]
-        place = OnePoint(self.view, probe.at)
+        place = self._along.place(probe.at, parts[0], self._route)
         with self._entered(place, contents):
             returned = [self._route(content, place.key) for content in contents]
             return self._scored(returned, [len(part) for part in parts])

@@ -21,10 +21,11 @@ class EvaluationOptions:
             that a snapshot needs no more memory than a minibatch.
         joint_rows: Most rows in a call that evaluates several points together, each on its own
             rows; it needs the memory of inference on so many. "auto": 8192 tokens on a GPU, 2048 on
-            a CPU, beyond which joining gains little; of texts that are written as many as the
-            memory holds. "off": one point at a time. Views of linear layers, norms and embeddings
-            (LoRA, new heads) and objectives with a value per example can be joined, the others
-            never are. Never more than ``micro_batch_size``, where given.
+            a CPU, beyond which joining gains little, and what the device has room for beside the
+            model, by its size; of texts that are written as many as the memory holds. "off": one
+            point at a time. Views of linear layers, norms and embeddings (LoRA, new heads), any
+            view with low-rank noise, and objectives with a value per example can be joined, the
+            others never are. Never more than ``micro_batch_size``, where given.
         reuse_trunk: Run the layers below the first that the view holds weights of once for each
             example, and keep what they put out: "auto" where it is possible, is checked to give the
             same values, and a quarter of the layers or more are frozen (up to 1 GiB, on the model's

@@ -39,8 +39,11 @@ class OnePoint:
     def __init__(self, view: ParameterView, at: Shift = HERE) -> None:
         self._view, self._at = view, at
         shifted = bool(at.terms) or at.decay != 1.0
-        # Layers that are shifted just in time run other kernels than those that are not shifted.
-        self.key: Hashable = "layer" if view.by_layer and shifted else None
+        # Layers that are shifted just in time run other kernels than those that are not shifted;
+        # a graph draws the factors of as many directions as there were when it was captured.
+        self.key: Hashable = None
+        if view.by_layer and shifted:
+            self.key = ("layer", len(at.terms)) if view.has_factors else "layer"
 
     def entered(self, replaying: bool = False) -> AbstractContextManager[None]:
         """Inside, the model computes at the point."""

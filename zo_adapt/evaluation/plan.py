@@ -13,8 +13,9 @@ class Plan:
         nbytes: Bytes that their kept activations take.
         captured: Whether evaluations are replayed from CUDA graphs, once a shape has recurred.
         graphs: CUDA graphs that were captured so far.
-        why_not: Why a faster way is not gone, by its name: "joint", "trunk", "graphs"; one that is
-            gone, or may still be, is missing.
+        why_not: Why a faster way is not gone, by its name: "joint", "factors" (no weight is written
+            along directions of low rank), "trunk", "graphs"; one that is gone, may still be or is
+            not meant is missing.
 
     Example:
         >>> print(Plan(8, 4, 2**20, why_not={"graphs": "the view is not on a GPU"}))
@@ -34,6 +35,8 @@ class Plan:
             parts.append(f"{self.candidates} candidates a forward")
         elif "joint" in self.why_not:
             parts.append(f"one candidate a forward: {self.why_not['joint']}")
+        if "factors" in self.why_not:
+            parts.append(f"weights made for each point: {self.why_not['factors']}")
         if self.layers:
             parts.append(f"trunk of {self.layers} layers reused, {self.nbytes / 2**20:.0f} MB")
         elif "trunk" in self.why_not:

@@ -17,8 +17,10 @@ from zo_adapt.data.rows import NoRowsError, as_matrix, select_rows
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
+from zo_adapt.evaluation.joint.low_rank import LowRankCandidates
 from zo_adapt.evaluation.places import OnePoint, Route
 from zo_adapt.evaluation.trunk.call import Call
+from zo_adapt.evaluation.values import as_float64
 from zo_adapt.interrupt import is_from_handler
 from zo_adapt.term import HERE, Shift, Term, Terms
 from zo_adapt.view.parameters import ParameterView
@@ -34,10 +36,11 @@ TF32 = 1e-3
 
 
 class JointCheck:
-    """Compares a joint forward with single ones, on two batches.
+    """Compares a joint forward with single ones on two batches, or a single one along factors.
 
     Rows must not know of each other, and every module must see them in blocks of one candidate
-    each. Neither can be read off a model or an objective.
+    each; and no other code may read the weights that are not written. None of it can be read off a
+    model or an objective.
 
     Args:
         candidates: What is checked.
@@ -45,7 +48,9 @@ class JointCheck:
         score: Makes a value of predictions; None for an objective without them.
     """
 
-    def __init__(self, candidates: Candidates, route: Route, score: Score | None) -> None:
+    def __init__(
+        self, candidates: Candidates | LowRankCandidates, route: Route, score: Score | None
+    ) -> None:
         self._candidates, self._view = candidates, candidates.view
         self._route, self._score = route, score
 
@@ -55,8 +60,15 @@ class JointCheck:
         What is wrong with the objective or the data themselves is a reason too: evaluated one at a
         time they raise the error for the user to see.
         """
+        return self._or_error(lambda: self._difference(first, last))
+
+    def why_not_alone(self, batch: Batch) -> str | None:
+        """Why a single point must be shifted to; None if its forward needs no weight written."""
+        return self._or_error(lambda: self._difference_alone(batch))
+
+    def _or_error(self, difference: Callable[[], str | None]) -> str | None:
         try:
-            return self._difference(first, last)
+            return difference()
         except (NoRowsError, NotJoint) as error:
             return str(error)
         except Exception as error:
@@ -82,12 +94,31 @@ class JointCheck:
         error = _rms(np.concatenate(joint) - np.concatenate(alone)) / effect
         if not error <= (0.1 if coarse else 0.01):
             return f"together they differ from single ones by {error:.1%} of the effect of a shift"
+        return self._read_elsewhere(place, batch.part(1), terms, other, effect)
+
+    def _difference_alone(self, part: Batch) -> str | None:
+        base = self._one(part, (), by_row=False)
+        terms, shifted = self._far(part, base, by_row=False)
+        effect = _rms(shifted - base)
+        if not effect > 0:
+            return "the objective does not change with the weights"
+        place = self._candidates.at([Shift(terms)], ())
+        with place.entered():
+            along = _numbers(self._route(part.content, place.key), len(part), by_row=False)
+        error = _rms(along - shifted) / effect
+        if not error <= (0.1 if _coarsest(self._view) > 1e-4 else 0.01):
+            return f"along factors it differs by {error:.1%} of the effect of a shift"
+        return self._read_elsewhere(place, part, terms, base, effect)
+
+    def _read_elsewhere(
+        self, place: Any, part: Batch, terms: Terms, base: np.ndarray, effect: float
+    ) -> str | None:
         unused = {name: t for name, t in self._view.tensors.items() if name not in place.used}
-        if unused and self._moved_by(unused, batch.part(1), terms, other) > 1e-4 * effect:
+        if unused and self._moved_by(unused, part, terms, base) > 1e-4 * effect:
             return f"{next(iter(unused))!r} is read by another module than its own"
         return None
 
-    def _far(self, part: Batch, base: np.ndarray) -> tuple[Terms, np.ndarray]:
+    def _far(self, part: Batch, base: np.ndarray, by_row: bool = True) -> tuple[Terms, np.ndarray]:
         """A shift whose effect is far beyond rounding, and the values there.
 
         No farther than that: where weights are huge, rounding itself changes the values.
@@ -97,7 +128,7 @@ class JointCheck:
         for power in range(TRIES):
             terms = (Term(CHECK_SEED, self._view.displacement * FARTHER**power),)
             try:
-                values = self._one(part, terms)
+                values = self._one(part, terms, by_row)
             except ObjectiveError:
                 break
             if not np.isfinite(values).all():
@@ -108,7 +139,7 @@ class JointCheck:
                 break
         return best
 
-    def _one(self, part: Batch, terms: Terms) -> np.ndarray:
+    def _one(self, part: Batch, terms: Terms, by_row: bool = True) -> np.ndarray:
         """The values at one point.
 
         Raises:
@@ -120,7 +151,7 @@ class JointCheck:
             inside = self._scored(returned)
         if inside != self._scored(returned):
             raise NoRowsError("the score is not of the predictions alone")
-        return as_matrix(select_rows(returned, slice(None), len(part)), len(part))
+        return _numbers(returned, len(part), by_row)
 
     def _scored(self, returned: Any) -> str:
         """The score of predictions or the error that they give."""
@@ -140,7 +171,22 @@ class JointCheck:
         view = ParameterView(tensors, noise=self._view.noise.name, groups=())
         place = OnePoint(view, Shift(terms))
         with place.entered():
-            return _rms(as_matrix(self._route(part.content, place.key), len(part)) - base)
+            returned = self._route(part.content, place.key)
+        return _rms(_numbers(returned, len(part), by_row=len(base) == len(part)) - base)
+
+
+def _numbers(returned: Any, rows: int, by_row: bool) -> np.ndarray:
+    """What an objective returned, (rows, n), or where it need not be by row (1, 1).
+
+    Raises:
+        NoRowsError: There is not one entry for each row, where there must be.
+    """
+    try:
+        return as_matrix(select_rows(returned, slice(None), rows), rows)
+    except NoRowsError:
+        if by_row:
+            raise
+        return as_float64(returned, "the objective returned", "return numbers").reshape(1, -1)
 
 
 def _rms(values: np.ndarray) -> float:

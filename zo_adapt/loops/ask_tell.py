@@ -42,7 +42,7 @@ class AskTell:
         max_queries: Budget in candidates; never exceeded.
         seed: Of the directions, 0 <= seed < 2**64.
         maximize: Larger values are better.
-        noise: "gaussian" or "rademacher".
+        noise: As for ``ParameterView``.
         groups: Variables with their own step, by name (a single array's name is "x").
 
     Attributes:

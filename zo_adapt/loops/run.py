@@ -260,7 +260,7 @@ class Run:
                 "another name"
             )
         self._check_record()
-        settings = {**settings, **self.budget._asdict()}
+        settings = {**settings, **self.budget._asdict(), "memory": self.evaluator.memory}
         header = header_of(self.evaluator.view, self.seed, settings=settings)
         self._writer = Writer(
             file.place, header, file=owned, replace=owned is not None, fsync=file.fsync
@@ -274,6 +274,7 @@ class Run:
         view.leave_at_rest(reader.header.get("at_rest", ()))
         begun = reader.header["settings"]
         check_settings(path, begun, settings)
+        self.evaluator.memory = begun.get("memory")  # whatever there is here: the same bits
         state = read_state(self._file.state)  # type: ignore[union-attr]
         budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})
         check_budget(path, budget, self.budget)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from zo_adapt.noise import philox
-from zo_adapt.noise.distributions import DIRECTION_STREAM, ROUNDING_STREAM, Noise
+from zo_adapt.noise.distributions import Noise
+from zo_adapt.noise.entries import ROUNDING_STREAM
+from zo_adapt.noise.low_rank import Matrices, numpy_values
 from zo_adapt.noise.sums import Sums
 
 CHUNK = 1 << 16
@@ -52,6 +54,7 @@ class Row(NamedTuple):
     out: Tensor
     source: Tensor
     key: int
+    matrices: Matrices | None
     terms: Sequence[tuple[int, float]]
     decay: float
 
@@ -83,13 +86,18 @@ class Accumulation:
     """
 
     def __init__(self, noise: Noise, places: Iterable[Place]) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
         places = list(places)
-        for index, place in enumerate(places):
-            kinds.setdefault((place.out.device, place.out.dtype), []).append(index)
+        for index, (out, source, *_) in enumerate(places):
+            has_factors = noise.matrices(source.shape) is not None
+            kinds.setdefault((out.device, out.dtype, has_factors), []).append(index)
         self._runners: list[tuple[Runner, list[int], list[Tensor]]] = [
-            (_runner(device)(noise, [places[i] for i in same]), same, [places[i].out for i in same])
-            for (device, _), same in kinds.items()
+            (
+                _runner(device, has_factors)(noise, [places[i] for i in same]),
+                same,
+                [places[i].out for i in same],
+            )
+            for (device, _, has_factors), same in kinds.items()
         ]
 
     def __call__(self, sums: Sums, outs: Sequence[Tensor] | None = None) -> None:
@@ -116,13 +124,14 @@ class Accumulation:
 
 
 @cache
-def _runner(device: torch.device) -> type:
+def _runner(device: torch.device, has_factors: bool) -> type:
     if device.type == "cpu":
         return OnCPU
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from zo_adapt.noise.triton_accumulate import OnCUDA
+        from zo_adapt.noise.triton_low_rank import FactorsOnCUDA
 
-        return OnCUDA
+        return FactorsOnCUDA if has_factors else OnCUDA
     from zo_adapt.noise.torch_accumulate import OnAnyDevice
 
     return OnAnyDevice
@@ -149,11 +158,11 @@ def finish(out: Tensor, result: Tensor) -> None:
 
 
 def rows_of(
-    places: Sequence[Place], flats: Sequence[tuple[Tensor, Tensor]], sums: Sums
+    noise: Noise, places: Sequence[Place], flats: Sequence[tuple[Tensor, Tensor]], sums: Sums
 ) -> list[Row]:
     """Places on their flat tensors, with their sums."""
     return [
-        Row(*tensors, place.key, *sums.sums[place.sum])
+        Row(*tensors, place.key, noise.matrices(place.source.shape), *sums.sums[place.sum])
         for tensors, place in zip(flats, places, strict=True)
     ]
 
@@ -167,7 +176,7 @@ class OnCPU:
     def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
         flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
-        _run(self._noise, rows_of(self._places, flats, sums), sums.rounding)
+        _run(self._noise, rows_of(self._noise, self._places, flats, sums), sums.rounding)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
 
@@ -243,10 +252,8 @@ def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None
     scalar = total.dtype.type
     if row.decay != 1.0:
         total *= scalar(row.decay)
-    block, blocks = first // noise.per_block, -(-total.size // noise.per_block)
     for seed, coefficient in row.terms:
-        words = philox.words_numpy(seed, row.key, DIRECTION_STREAM, block, blocks)
-        z = noise.from_numpy_words(words)[: total.size]
+        z = numpy_values(noise.entries, seed, row.key, row.matrices, first, total.size)
         total += z * scalar(coefficient)
     if in_place:
         return

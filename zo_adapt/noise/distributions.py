@@ -1,6 +1,6 @@
 """Noise: z(seed, tensor name, element), a pure function of the three.
 
-Both kinds map the words of a counter-based generator by additions and multiplications of fp32
+Every kind maps the words of a counter-based generator by additions and multiplications of fp32
 constants, in one order, so that the numbers are bit-identical on every device; nothing reads or
 moves the global generators.
 
@@ -8,7 +8,10 @@ Memory: no state. On the CPU the Gaussian's 65,536 values lie in a table (256 Ki
 """
 
 import functools
-import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,16 +19,12 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import OptionError
-from zo_adapt.noise import philox
-
-LARGEST_VALUE = 4.5
-"""No |z| is larger, whatever the noise."""
-DIRECTION_STREAM, ROUNDING_STREAM = 0, 5
-"""Counter words of directions and of stochastic rounding; every other use takes another."""
+from zo_adapt.noise.entries import Entries, tensor_key, torch_entries
+from zo_adapt.noise.low_rank import Matrices, as_matrices, torch_factors, torch_values
 
 
 class Noise(Protocol):
-    """A distribution with zero mean and unit variance, addressed by block.
+    """Directions with zero mean and the identity as covariance.
 
     ``name`` is versioned: a log written with it can be replayed only by the same mapping.
     """
@@ -35,19 +34,15 @@ class Noise(Protocol):
         """Versioned."""
 
     @property
-    def per_block(self) -> int:
-        """Elements that one block of the generator gives."""
+    def largest(self) -> float:
+        """No |z| is larger."""
 
-    def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
-        """The fp32 values of some blocks."""
+    @property
+    def entries(self) -> Entries:
+        """What is drawn: the elements of a tensor, or of the factors of its matrices."""
 
-    def from_torch_words(self, words: Tensor) -> Tensor:
-        """The fp32 values of some blocks."""
-
-
-def tensor_key(name: str) -> int:
-    """The 64-bit key of a tensor: equal shapes with different names get different noise."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    def matrices(self, shape: Sequence[int]) -> Matrices | None:
+        """How a tensor is made of factors; None: every element is drawn for itself."""
 
 
 QUANTILE = (
@@ -100,7 +95,16 @@ def _sign_array() -> np.ndarray:
     return _sign_table(torch.device("cpu")).numpy()
 
 
-class Gaussian:
+class _ByElement:
+    """Every element is drawn for itself."""
+
+    largest = 4.5
+
+    def matrices(self, shape: Sequence[int]) -> None:
+        """None."""
+
+
+class Gaussian(_ByElement):
     """N(0, 1) on 65,536 equally likely quantiles (|z| < 4.33): 16 bits an element.
 
     Example:
@@ -110,6 +114,11 @@ class Gaussian:
 
     name = "gaussian-philox-v1"
     per_block = 16
+
+    @property
+    def entries(self) -> "Gaussian":
+        """Its own."""
+        return self
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
         """The fp32 values of some blocks."""
@@ -123,7 +132,7 @@ class Gaussian:
         return values
 
 
-class Rademacher:
+class Rademacher(_ByElement):
     """+1 or -1 with equal probability: one bit an element.
 
     Example:
@@ -133,6 +142,11 @@ class Rademacher:
 
     name = "rademacher-philox-v1"
     per_block = 256
+
+    @property
+    def entries(self) -> "Rademacher":
+        """Its own."""
+        return self
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
         """The fp32 values of some blocks."""
@@ -147,7 +161,53 @@ class Rademacher:
 
 GAUSSIAN = Gaussian()
 RADEMACHER = Rademacher()
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Gaussian factors a and b; one Gaussian for every element of what is no matrix.
+
+    Args:
+        rank: r >= 1.
+
+    Raises:
+        OptionError: A rank below 1.
+
+    Example:
+        >>> LowRank().name, LowRank().matrices((6, 4))
+        ('lowrank1-gaussian-philox-v1', Matrices(number=1, height=6, width=4, rank=1))
+        >>> LowRank(4).matrices((8, 16, 32)), LowRank(4).matrices((6, 4)), LowRank().matrices((6,))
+        (Matrices(number=8, height=16, width=32, rank=4), None, None)
+    """
+
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise OptionError(f"a direction of rank {self.rank!r}; choose an integer >= 1")
+
+    @property
+    def name(self) -> str:
+        """Versioned."""
+        return f"lowrank{self.rank}-{GAUSSIAN.name}"
+
+    @property
+    def largest(self) -> float:
+        """|sum_p a_p b_p| / sqrt(r) <= sqrt(r) max |a| max |b|."""
+        return math.sqrt(self.rank) * GAUSSIAN.largest**2
+
+    @property
+    def entries(self) -> Gaussian:
+        """Of the factors, and of what is no matrix."""
+        return GAUSSIAN
+
+    def matrices(self, shape: Sequence[int]) -> Matrices | None:
+        """How a tensor is made of factors."""
+        return as_matrices(shape, self.rank)
+
+
 _KINDS: dict[str, Noise] = {"gaussian": GAUSSIAN, "rademacher": RADEMACHER}
+_LOW_RANK = re.compile(r"lowrank(?:-?([1-9]\d{0,3}))?(-gaussian-philox-v1)?")
 
 
 def noise_named(name: str) -> Noise:
@@ -155,29 +215,42 @@ def noise_named(name: str) -> Noise:
 
     Raises:
         OptionError: No such noise.
+
+    Example:
+        >>> noise_named("lowrank").name, noise_named("lowrank-4").name
+        ('lowrank1-gaussian-philox-v1', 'lowrank4-gaussian-philox-v1')
     """
     for short, noise in _KINDS.items():
         if name in (short, noise.name):
             return noise
-    raise OptionError(f"noise {name!r} is unknown; choose one of {sorted(_KINDS)}")
+    found = _LOW_RANK.fullmatch(name) if isinstance(name, str) else None
+    if found is not None:
+        return LowRank(int(found[1] or 1))
+    raise OptionError(
+        f"noise {name!r} is unknown; choose one of {sorted(_KINDS)}, 'lowrank', or a rank as in "
+        "'lowrank-4'"
+    )
 
 
-def draw(noise: Noise, seed: int, name: str, numel: int, device: torch.device) -> Tensor:
-    """z(seed, name) for elements 0 .. numel, as fp32 of shape (numel,): the reference.
+def draw(
+    noise: Noise, seed: int, name: str, shape: int | Sequence[int], device: torch.device
+) -> Tensor:
+    """z(seed, name) of a tensor, as fp32: the reference.
 
     Args:
         noise: Which distribution.
         seed: The direction, 0 <= seed < 2**64.
         name: The tensor's name in the view.
-        numel: How many elements, in row-major order.
+        shape: Its shape, or the number of elements of a vector.
         device: Where the numbers are made; they are the same everywhere.
 
     Example:
         >>> draw(RADEMACHER, 7, "weight", 4, torch.device("cpu"))
         tensor([-1.,  1., -1., -1.])
     """
-    blocks = -(-numel // noise.per_block)
-    key = philox.signed(tensor_key(name))
-    numbers = torch.arange(blocks, device=device)
-    words = philox.words_torch(seed, torch.full_like(numbers, key), DIRECTION_STREAM, numbers)
-    return noise.from_torch_words(words)[:numel]
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    key, numel, of = tensor_key(name), math.prod(shape), noise.matrices(shape)
+    if of is None:
+        return torch_entries(noise.entries, seed, key, numel, device).view(shape)
+    a, b = torch_factors(noise.entries, seed, key, of, device)
+    return torch_values(a, b, of, 0, numel).view(shape)

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import arithmetic
-from zo_adapt.noise.distributions import DIRECTION_STREAM, Noise
+from zo_adapt.noise.distributions import Noise
+from zo_adapt.noise.entries import DIRECTION_STREAM
+from zo_adapt.noise.factors import Factors, Wanted, coefficients, split
+from zo_adapt.noise.low_rank import Matrices, torch_products
 from zo_adapt.noise.sums import Sums
 
 
@@ -40,7 +43,11 @@ class Gathered:
         self.weight = weight
         self._noise, self._key, self._sum = noise, key, sum
         self._kernel: Callable[[Tensor, Sums], Tensor] | None = None
-        if weight.is_cuda and importlib.util.find_spec("triton") is not None:
+        self._matrices = noise.matrices(weight.shape)
+        if self._matrices is not None:
+            wanted = Wanted(key, self._matrices, sum)
+            self._factors = Factors(noise, [wanted], weight.device)
+        elif weight.is_cuda and importlib.util.find_spec("triton") is not None:
             from zo_adapt.noise.triton_gathered import GatheredOnCUDA
 
             self._kernel = GatheredOnCUDA(noise, weight, key, sum)
@@ -57,8 +64,10 @@ class Gathered:
 
     def _shifted(self, ids: Tensor, sums: Sums) -> Tensor:
         """Rows of these numbers, (n, width)."""
+        if self._matrices is not None:
+            return self._with_factors(ids.long(), sums, self._matrices)
         terms, decay = sums.sums[self._sum]
-        width, per_block = self.weight.shape[1], self._noise.per_block
+        width, per_block = self.weight.shape[1], self._noise.entries.per_block
         total = self.weight[ids].to(arithmetic(self.weight.dtype))
         if decay != 1.0:
             total *= decay
@@ -70,6 +79,17 @@ class Gathered:
         columns = first % per_block + torch.arange(width, device=ids.device)
         for seed, coefficient in terms:
             words = philox.words_torch(seed, keys, DIRECTION_STREAM, numbers.flatten())
-            values = self._noise.from_torch_words(words).view(len(ids), blocks * per_block)
+            values = self._noise.entries.from_torch_words(words).view(len(ids), blocks * per_block)
             total += values.gather(1, columns).to(total.dtype) * coefficient
+        return total.to(self.weight.dtype)
+
+    def _with_factors(self, ids: Tensor, sums: Sums, of: Matrices) -> Tensor:
+        decay, factors = coefficients(sums, self._sum, self.weight.device)
+        total = self.weight[ids].to(arithmetic(self.weight.dtype)) * decay
+        total = total.to(arithmetic(self.weight.dtype))
+        every_a, every_b = split(self._factors(sums), of)
+        columns = torch.arange(of.width, device=ids.device)
+        for a, b, coefficient in zip(every_a, every_b, factors, strict=True):
+            z = torch_products(a, b, of, ids[:, None], columns)
+            total += z.to(total.dtype) * coefficient.to(total.dtype)
         return total.to(self.weight.dtype)

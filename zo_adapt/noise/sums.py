@@ -64,6 +64,11 @@ class Sums:
             self._packed[device] = there[:first_term], there[first_term:]
         return self._packed[device]
 
+    @property
+    def generation(self) -> int:
+        """How often the memory they lie in has moved: a captured graph reads them there."""
+        return 0 if self._memory is None else self._memory.generation
+
     def _numbers(self) -> bytes:
         described: list[int | float] = []
         terms: list[int | float] = []

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import PER_BLOCK, Place, Row, arithmetic, finish, flat, rows_of
-from zo_adapt.noise.distributions import DIRECTION_STREAM, ROUNDING_STREAM, Noise
+from zo_adapt.noise.distributions import Noise
+from zo_adapt.noise.entries import DIRECTION_STREAM, ROUNDING_STREAM
+from zo_adapt.noise.low_rank import torch_factors, torch_values
 from zo_adapt.noise.sums import Sums
 
 BUCKET = 1 << 22
@@ -27,7 +29,9 @@ class OnAnyDevice:
     def __call__(self, sums: Sums, outs: Sequence[Tensor]) -> None:
         """Add and round."""
         flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
-        for bucket in _buckets(rows_of(self._places, flats, sums)):
+        rows = rows_of(self._noise, self._places, flats, sums)
+        alone = [[row] for row in rows if row.matrices is not None]
+        for bucket in (*alone, *_buckets([row for row in rows if row.matrices is None])):
             longest = max(row.out.numel() for row in bucket)
             for start in range(0, longest, BUCKET):
                 stop = min(start + BUCKET, longest)
@@ -61,10 +65,7 @@ def _run_slices(
     if any(row.decay != 1.0 for row in bucket):
         torch._foreach_mul_(totals, [row.decay for row in bucket])
     for seed, members in _in_order(bucket):
-        keys = [bucket[i].key for i, _ in members]
-        words, sizes = _words(seed, keys, DIRECTION_STREAM, totals, members, start, noise.per_block)
-        values = noise.from_torch_words(words)
-        z = _parts(values, sizes, noise.per_block)
+        z = _directions(noise, bucket, seed, members, totals, start)
         parts = [part.to(totals[i].dtype) for part, (i, _) in zip(z, members, strict=True)]
         torch._foreach_mul_(parts, [coefficient for _, coefficient in members])
         torch._foreach_add_([totals[i] for i, _ in members], parts)
@@ -76,6 +77,24 @@ def _run_slices(
         for total, fraction in zip(totals, _parts(fields, sizes, PER_BLOCK), strict=True):
             _round(total, dtype, fraction)
     torch._foreach_copy_(outs, totals)
+
+
+def _directions(
+    noise: Noise,
+    bucket: Sequence[Row],
+    seed: int,
+    members: Sequence[tuple[int, float]],
+    totals: Sequence[Tensor],
+    start: int,
+) -> Sequence[Tensor]:
+    """z(seed) of the members, from element ``start`` on."""
+    entries, first = noise.entries, bucket[0]
+    if first.matrices is not None:
+        a, b = torch_factors(entries, seed, first.key, first.matrices, totals[0].device)
+        return [torch_values(a, b, first.matrices, start, start + len(totals[0]))]
+    keys = [bucket[i].key for i, _ in members]
+    words, sizes = _words(seed, keys, DIRECTION_STREAM, totals, members, start, entries.per_block)
+    return _parts(entries.from_torch_words(words), sizes, entries.per_block)
 
 
 def _in_order(bucket: Sequence[Row]) -> Iterator[tuple[int, list[tuple[int, float]]]]:

@@ -21,8 +21,9 @@ from triton.language.random import philox_impl
 
 from zo_adapt.errors import ViewError
 from zo_adapt.noise import philox
-from zo_adapt.noise.accumulate import Place, arithmetic, finish, flat
-from zo_adapt.noise.distributions import QUANTILE, ROUNDING_STREAM, Noise
+from zo_adapt.noise.accumulate import Place, arithmetic, finish
+from zo_adapt.noise.distributions import QUANTILE, Noise
+from zo_adapt.noise.entries import ROUNDING_STREAM
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 
 BLOCK = 4096
@@ -45,11 +46,18 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fields(start, seed, key, STREAM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def fields(start, seed, key, STREAM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Fields of the generator's words for elements start .. start + BLOCK, in order."""
     per_block: tl.constexpr = 256 // BITS
-    counters: tl.constexpr = BLOCK // per_block
-    counter = (start // per_block + 1 + tl.arange(0, counters)).to(tl.uint64)
+    counter = start // per_block + 1 + tl.arange(0, BLOCK // per_block)
+    return fields_of(counter, seed, key, STREAM, BITS, BLOCK)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def fields_of(counter, seed, key, STREAM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Fields of the words that these values of the counter give."""
+    counters: tl.constexpr = BLOCK * BITS // 256
+    counter = counter.to(tl.uint64)
     zero = tl.zeros_like(counter)
     w0, w1, w2, w3 = philox_impl(counter, zero, zero, zero + STREAM, seed, key)
     # Joined so that word 2i + j lies at [i, j]: row-major order is the words' order.
@@ -79,7 +87,7 @@ def _row(t, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _gaussian(field, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def gaussian(field, quantile):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """The value of a 16-bit field: as ``distributions`` makes its table, in the same fp32 steps."""
     # 2k + 1 of the field 2k + sign: twice the k + 1/2 that the table is made from.
     t = (field | 1).to(tl.uint16).to(tl.float32)
@@ -110,12 +118,26 @@ def summed(  # type: ignore[no-untyped-def]  # noqa: ANN201
     for term in range(first, first + tl.load(this + 1)):
         seed = tl.load(terms + 2 * term).to(tl.uint64, bitcast=True)
         c = tl.load(terms + 2 * term + 1).to(tl.float64, bitcast=True).to(ARITHMETIC)
-        field = _fields(start, seed, key, 0, FIELD_BITS, BLOCK)
+        field = fields(start, seed, key, 0, FIELD_BITS, BLOCK)
         if FIELD_BITS == 1:
             total += tl.where(field == 1, c, -c)
         else:
-            total += _gaussian(field, quantile).to(ARITHMETIC) * c
+            total += gaussian(field, quantile).to(ARITHMETIC) * c
     return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rounded(total, fraction, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Up with the probability that keeps the mean; ``fraction`` has 16 bits."""
+    if tl.bfloat16 == DTYPE:
+        # The upper half of fp32 is bf16: taken as it is, with no conversion.
+        bits = total.to(tl.int32, bitcast=True) + fraction
+        result = (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        scaled = total * 1.9259299443872359e-34  # 2**-112
+        bits = (scaled.to(tl.int32, bitcast=True) + (fraction >> 3)) & -0x2000
+        result = (bits.to(tl.float32, bitcast=True) * 5.192296858534828e33).to(DTYPE)  # 2**112
+    return result
 
 
 # Slices of one table: their alignment differs from call to call.
@@ -155,15 +177,8 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     total = summed(before, this, terms, start, key, quantile, FIELD_BITS, ARITHMETIC, BLOCK)
     if ROUNDING:
         seed = tl.load(sums).to(tl.uint64, bitcast=True)
-        fraction = _fields(start, seed, key, STREAM, 16, BLOCK)
-        if tl.bfloat16 == DTYPE:
-            # The upper half of fp32 is bf16: taken as it is, with no conversion.
-            bits = total.to(tl.int32, bitcast=True) + fraction
-            result = (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        else:
-            scaled = total * 1.9259299443872359e-34  # 2**-112
-            bits = (scaled.to(tl.int32, bitcast=True) + (fraction >> 3)) & -0x2000
-            result = (bits.to(tl.float32, bitcast=True) * 5.192296858534828e33).to(DTYPE)  # 2**112
+        fraction = fields(start, seed, key, STREAM, 16, BLOCK)
+        result = rounded(total, fraction, DTYPE)
     else:
         result = total.to(DTYPE)
     if left >= BLOCK:
@@ -209,13 +224,14 @@ class OnCUDA:
 
     def _run(self, sums: Sums) -> None:
         outs = self._outs
-        if len(self._records):
-            self._launch(self._records, self._aligned, sums)
+        if len(self._strided) < len(outs):
+            self._launch(sums)
         for index in self._strided:
-            result, source = flat(outs[index], self._sources[index])
+            source, out = self._sources[index].contiguous(), outs[index]
+            result = out if out.is_contiguous() else torch.empty_like(source)
             place = self._places[index]._replace(out=result, source=source)
-            OnCUDA(self._noise, [place])(sums, [result])
-            finish(outs[index], result)
+            type(self)(self._noise, [place])(sums, [result])
+            finish(out, result)
 
     def _locate(self, addresses: list[int], outs: Sequence[Tensor]) -> None:
         """Write down where the tensors lie now.
@@ -241,14 +257,18 @@ class OnCUDA:
         places = [place for place, apart in zip(self._places, strided, strict=True) if not apart]
         kept = [pair for pair, apart in zip(pairs, strided, strict=True) if not apart]
         self._aligned = all(a % ALIGNMENT == 0 for pair in kept for a in pair)
-        records = _records(places, kept) if places else np.empty((0, 6), np.int64)
         # What is copied from here must not become part of a captured graph.
         capturing = GRAPH_TABLES.get() is not None
         with torch.cuda.stream(torch.cuda.Stream(self._device) if capturing else None):
-            self._records = torch.from_numpy(records).to(self._device)
+            self._describe(places, kept)
 
-    def _launch(self, records: Tensor, aligned: bool, sums: Sums) -> None:
-        dtype = self._dtype
+    def _describe(self, places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> None:
+        """Put into device memory what a launch reads of its places."""
+        records = _records(places, addresses) if places else np.empty((0, 6), np.int64)
+        self._records = torch.from_numpy(records).to(self._device)
+
+    def _launch(self, sums: Sums) -> None:
+        dtype, records, aligned = self._dtype, self._records, self._aligned
         tables = GRAPH_TABLES.get()
         if tables is not None:
             # Also where they were there before: the next call may move them elsewhere.
@@ -281,7 +301,7 @@ class OnCUDA:
         """The kernel's arguments from ``quantile`` on."""
         return (
             quantile_table(self._device),
-            256 // self._noise.per_block,
+            256 // self._noise.entries.per_block,
             TRITON_DTYPES[self._dtype],
             TRITON_DTYPES[arithmetic(self._dtype)],
             rounding,

@@ -53,7 +53,11 @@ class GatheredOnCUDA:
 
     def __call__(self, ids: Tensor, sums: Sums) -> Tensor:
         """The rows of these numbers, (*ids.shape, width)."""
-        weight, width, per_block = self._weight, self._weight.shape[1], self._noise.per_block
+        weight, width, per_block = (
+            self._weight,
+            self._weight.shape[1],
+            self._noise.entries.per_block,
+        )
         tables = GRAPH_TABLES.get()
         if tables is not None:
             tables.append(self._which)

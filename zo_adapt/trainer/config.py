@@ -53,7 +53,7 @@ class ZOConfig(TrainingArguments):
         lora_start_rows: Training examples from which LoRA adapters get their A before training; see
             ``initialise_lora``. The adapter is then saved as it starts in OUTPUT/initial_adapter,
             from where the trajectory replays. 0: the adapters start as they are.
-        noise: "gaussian" or "rademacher"; None: the view's, or "gaussian".
+        noise: As for ``ParameterView``; None: the view's, or "gaussian".
         max_queries: Stop before more forward passes of one sample than this; None: no limit.
         stratify: Spread the classes evenly over large batches and over the parts of a batch.
         micro_batch_size: Most rows in one forward pass; None: the training batch size.
@@ -80,7 +80,7 @@ class ZOConfig(TrainingArguments):
     snapshot_interval: int | None = _option(None, "Steps between large batches.")
     snapshot_size: CountOrWord | None = _option(None, "Rows of a large batch, all or batch.")
     lora_start_rows: int = _option(0, "Examples from which LoRA adapters get their A.")
-    noise: str | None = _option(None, "gaussian or rademacher.")
+    noise: str | None = _option(None, "gaussian, rademacher, lowrank or lowrank-RANK.")
     max_queries: int | None = _option(None, "Budget in forward passes of one sample.")
     stratify: bool = _option(True, "Spread the classes evenly.")
     micro_batch_size: int | None = _option(None, "Most rows in one forward pass.")

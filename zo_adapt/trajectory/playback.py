@@ -27,8 +27,8 @@ from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.origin import base_hash
 from zo_adapt.view.parameters import ParameterView
 
-WIDTH = 4096
-"""Terms that are brought onto the weights in one pass."""
+WIDTH, WIDTH_OF_FACTORS = 4096, 256
+"""Terms that are brought onto the weights in one pass; fewer where each has factors in memory."""
 LIBRARIES = ("zo_adapt", "torch", "numpy", "transformers", "peft")
 
 
@@ -280,6 +280,7 @@ def apply_checked(view: ParameterView, updates: Sequence[Shift], path: Path) -> 
 def apply_all(view: ParameterView, updates: Sequence[Shift]) -> None:
     """Apply updates one after the other, many in one pass where that gives the same bits."""
     wide = all(t.dtype in (torch.float32, torch.float64) for t in view.tensors.values())
+    width = WIDTH_OF_FACTORS if view.has_factors else WIDTH
     run: list[Term] = []
     decay = 1.0
     for update in updates:
@@ -287,9 +288,9 @@ def apply_all(view: ParameterView, updates: Sequence[Shift]) -> None:
             view.apply_in_order(run, decay)
             run, decay = [], update.decay
         run += update.terms
-        while wide and len(run) > WIDTH:
-            view.apply_in_order(run[:WIDTH], decay)
-            run, decay = run[WIDTH:], 1.0
+        while wide and len(run) > width:
+            view.apply_in_order(run[:width], decay)
+            run, decay = run[width:], 1.0
     view.apply_in_order(run, decay)
 
 

@@ -37,7 +37,10 @@ class ParameterView(TunedTensors):
             are changed in place as well. A tensor that appears under several names counts once.
             Several devices are fine.
         model: The model that owns them; None for plain tensors.
-        noise: "gaussian" (the paper's) or "rademacher".
+        noise: "gaussian" (the paper's), "rademacher", or "lowrank": of every matrix z = a b^T, or
+            "lowrank-4" a sum of four such products. A model's forward at a point then writes no
+            weight, and full views are evaluated at several points together; see
+            ``noise/low_rank.py``.
         groups: Parts with their own step; the first that a tensor belongs to wins. "auto": LoRA's A
             factors rest and a new head goes further than pretrained weights (see ``defaults``); ()
             treats all alike.
@@ -74,7 +77,7 @@ class ParameterView(TunedTensors):
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
-        self.room = Room(self.tensors.values())
+        self.room = Room(self.tensors.values(), self.noise.largest)
         """What the dtypes can still hold."""
         self.at_rest: frozenset[str] = frozenset()
         """Names of the tensors that stay as they are."""
@@ -96,14 +99,15 @@ class ParameterView(TunedTensors):
             self._plan_moves()
 
     def _plan_moves(self) -> None:
-        moving = {name: t for name, t in self.tensors.items() if name not in self.at_rest}
+        places = self.places()
+        moving = {name: place.source for name, place in places.items()}
         self._way: Copied | Layerwise = (
             Layerwise(self.model, moving, self._plan, self._rows, self.inspection.shared)
             if self.model is not None and self.by_layer
             else Copied(moving, self._plan)
         )
         self.updates = Updates(self._plan(moving, moving))
-        self._stacks = Stacks(self.noise, self._places(moving, moving))
+        self._stacks = Stacks(self.noise, places)
 
     @contextmanager
     def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
@@ -156,12 +160,24 @@ class ParameterView(TunedTensors):
         Raises:
             TermError: A seed, coefficient or group outside its range.
         """
-        sums = [
+        return self._stacks(self.sums_of_points(points), len(points))
+
+    def sums_of_points(self, points: Sequence[Shift]) -> list[Sum]:
+        """What each group adds, point by point.
+
+        Raises:
+            TermError: A seed, coefficient or group outside its range.
+        """
+        return [
             each
             for terms, decay in points
             for each in self._sums(coalesced(check_terms(terms, len(self.groups))), decay)
         ]
-        return self._stacks(sums, len(points))
+
+    def places(self) -> dict[str, Place]:
+        """Every tensor that moves, with its noise key and its group."""
+        moving = {name: t for name, t in self.tensors.items() if name not in self.at_rest}
+        return self._places(moving, moving)
 
     def apply(self, update: Shift) -> None:
         """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import StepTooLargeError
-from zo_adapt.noise.distributions import LARGEST_VALUE
 from zo_adapt.term import Shift, Term
 
 
@@ -21,10 +20,11 @@ class Room:
 
     Args:
         tensors: The live weights.
+        largest: max |z|.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list(tensors)
+    def __init__(self, tensors: Iterable[Tensor], largest: float) -> None:
+        self._tensors, self._largest = list(tensors), largest
         self._most: dict[torch.dtype, float] = {}
         """Bounds of the weights; empty where nothing is known."""
         self._version = 0
@@ -35,7 +35,7 @@ class Room:
         Raises:
             StepTooLargeError: It might, or a coefficient is not finite.
         """
-        farthest = _farthest(terms)
+        farthest = self._farthest(terms)
         # Weights at the edge are rounded up at random: not even a small step is safe unseen.
         if self._version != self._versions() or not self._holds(farthest):
             self._look()
@@ -49,7 +49,7 @@ class Room:
 
     def moved(self, terms: Sequence[Term]) -> None:
         """Take note of a step that was made."""
-        farthest = _farthest(terms)
+        farthest = self._farthest(terms)
         self._most = {dtype: most + farthest for dtype, most in self._most.items()}
         self._version = self._versions()
 
@@ -59,7 +59,7 @@ class Room:
 
     def fits(self, terms: Sequence[Term]) -> bool:
         """Whether a step, from anywhere, is within the range of every dtype."""
-        farthest = _farthest(terms)
+        farthest = self._farthest(terms)
         return all(farthest <= torch.finfo(tensor.dtype).max for tensor in self._tensors)
 
     def holds(self, updates: Sequence[Shift]) -> bool:
@@ -68,7 +68,7 @@ class Room:
         for dtype, most in self._most.items():
             limit, bound = torch.finfo(dtype).max, most
             for terms, decay in updates:
-                bound = bound * max(decay, 1.0) + _farthest(terms)
+                bound = bound * max(decay, 1.0) + self._farthest(terms)
                 if not bound <= limit:
                     return False
         return True
@@ -89,7 +89,6 @@ class Room:
         """Grows with every write by torch: a model may be loaded anew between two steps."""
         return sum(tensor._version for tensor in self._tensors)
 
-
-def _farthest(terms: Sequence[Term]) -> float:
-    # Not fsum, which raises where the sum overflows; and NaN is not within any room.
-    return LARGEST_VALUE * sum(abs(term.coefficient) for term in terms)
+    def _farthest(self, terms: Sequence[Term]) -> float:
+        # Not fsum, which raises where the sum overflows; and NaN is not within any room.
+        return self._largest * sum(abs(term.coefficient) for term in terms)

@@ -18,8 +18,9 @@ from zo_adapt.view.inspection import Inspection
 from zo_adapt.view.summary import in_one_line, summary_of
 from zo_adapt.view.tensors import finite_norm, tunable
 
-ADAPTER_BYTES = 64 * 2**20
-"""Up to here a view is shifted by way of a copy; above it, module by module."""
+SMALL_BYTES, SMALL_SHARE = 64 * 2**20, 0.125
+"""Up to one of these, the share of its model, a view is shifted by way of a copy; above both, layer
+by layer, so that a step needs little more memory than a forward."""
 Scratch = Literal["auto", "copy", "layer"]
 
 
@@ -47,6 +48,8 @@ class TunedTensors:
         self.inspection = Inspection(self.tensors, model)
         """What is known of the view's memory, for all that must know."""
         self.noise = noise_named(noise)
+        self.has_factors = any(self.noise.matrices(t.shape) for t in self.tensors.values())
+        """Whether some of its directions are products of low rank."""
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.groups, self._group_of = assign_groups(
@@ -56,9 +59,8 @@ class TunedTensors:
             raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
         if scratch == "layer" and model is None:
             raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
-        large = model is not None and self.nbytes > ADAPTER_BYTES
-        by_layer = scratch == "layer" or (scratch == "auto" and large)
-        self.by_layer = model is not None and by_layer
+        by_layer = scratch == "layer" or (scratch == "auto" and _is_large(self.nbytes, model))
+        self.by_layer = by_layer
         """Whether it is shifted layer by layer, for want of room for a copy."""
 
     @classmethod
@@ -211,3 +213,9 @@ class TunedTensors:
             by_layer=self.by_layer,
             displacement=self.displacement,
         )
+
+
+def _is_large(nbytes: int, model: nn.Module | None) -> bool:
+    if model is None or nbytes <= SMALL_BYTES:
+        return False
+    return nbytes > SMALL_SHARE * sum(parameter.nbytes for parameter in model.parameters())

@@ -47,17 +47,14 @@ class Candidates:
         self.view = view
         self._modules: dict[nn.Module, dict[str, str]] = {}
         self.why_not = self._why_not()
-        self._frozen: Sequence[nn.Module] = ()
-        if self.why_not is None:
-            with suppress(RefusedError):
-                self._frozen = cut(view).frozen
+        self._frozen = frozen_layers(view) if self.why_not is None else ()
 
     def _why_not(self) -> str | None:
         if self.view.model is None:
             return "the view has no model"
         if self.view.by_layer:
             return "the view is shifted layer by layer"
-        if any(_is_compiled(module) for module in self.view.model.modules()):
+        if any(is_compiled(module) for module in self.view.model.modules()):
             return "the model is compiled"  # and would be again, for every forward put on a module
         name_of = {id(tensor): name for name, tensor in self.view.tensors.items()}
         found: list[str] = []
@@ -76,6 +73,11 @@ class Candidates:
         if sorted(found) != sorted(self.view.tensors) or self.view.inspection.shared:
             return "a tensor belongs to several modules, or to none"
         return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a point takes: a copy of the view."""
+        return self.view.nbytes
 
     def at(self, points: Sequence[Shift], leads: Collection[int]) -> "ManyPoints":
         """The place where block i of a batch's rows is computed at ``points[i]``.
@@ -171,7 +173,15 @@ def _is_plain(module: nn.Module) -> bool:
     return not isinstance(module, nn.Embedding) or module.max_norm is None
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def frozen_layers(view: ParameterView) -> Sequence[nn.Module]:
+    """The model's layers before the first that holds weights of the view; none where unknown."""
+    with suppress(RefusedError):
+        return cut(view).frozen
+    return ()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module would be compiled again for every forward put on it."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 

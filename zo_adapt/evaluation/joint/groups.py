@@ -18,8 +18,8 @@ from zo_adapt.view.parameters import ParameterView
 
 TOKENS = {"cuda": 8192, "cpu": 2048}
 """Tokens up to which "auto" joins: beyond, one more candidate costs its own forward."""
-STACK_BYTES = 256 * 2**20
-"""Largest stack of perturbed tensors."""
+STACKS = 0.25
+"""Of the memory for rows, what stacks of perturbed tensors may take where tokens are the limit."""
 
 
 class Groups:
@@ -42,7 +42,10 @@ class Groups:
         row_bytes: Callable[[Any], int] | None = None,
     ) -> None:
         self._view, self._rows, self._row_bytes = view, joint_rows, row_bytes
-        self._memory = STACK_BYTES if row_bytes is None else bytes_for_rows(view)
+        self.memory = bytes_for_rows(view)
+        """Bytes that candidates may take: kept with a run, which goes on with the same."""
+        self.point_bytes = view.nbytes
+        """What a candidate takes beside its rows."""
         self._most = math.inf if micro_batch_size is None else micro_batch_size
         self._usual = math.inf if batch_size is None else batch_size
 
@@ -87,8 +90,9 @@ class Groups:
             rows = min(rows, self._rows)
         elif self._row_bytes is None:
             rows = min(rows, self._tokens // max(1, room.tokens))
-        of_candidate = self._view.nbytes + room.most * room.nbytes
-        return int(min(rows / room.most, self._memory / of_candidate))
+        of_candidate = self.point_bytes + room.most * room.nbytes
+        memory = self.memory if self._row_bytes is not None else STACKS * self.memory
+        return int(min(rows / room.most, memory / of_candidate))
 
     @property
     def _tokens(self) -> int:
