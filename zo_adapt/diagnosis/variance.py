@@ -165,8 +165,8 @@ def _along(terms: Terms, view: ParameterView, name: str, tensor: Tensor) -> Tens
     found = torch.zeros(tensor.numel(), dtype=torch.float64, device=tensor.device)
     for term in terms:
         if term.group is None or term.group == group:
-            z = draw(view.noise, term.seed, name, tensor.numel(), tensor.device)
-            found += term.coefficient * z
+            z = draw(view.noise, term.seed, name, tensor.shape, tensor.device)
+            found += term.coefficient * z.flatten()
     return found
 
 

@@ -137,7 +137,7 @@ class LocalEvaluator:
     @property
     def plan(self) -> Plan:
         """How probes are evaluated, as far as the evaluations made so far have shown."""
-        ways = {
+        ways: dict[str, Any] = {
             "joint": self._joint,
             "factors": self._along,
             "trunk": self.trunk,

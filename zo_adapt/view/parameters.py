@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.noise.accumulate import Accumulation, Place
-from zo_adapt.noise.distributions import tensor_key
+from zo_adapt.noise.entries import tensor_key
 from zo_adapt.noise.gathered import Gathered
 from zo_adapt.noise.sums import Memory, Sum, Sums
 from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
