@@ -33,7 +33,7 @@ from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.evaluation.values import Returned, on_host
+from zo_adapt.evaluation.values import on_host
 from zo_adapt.term import HERE, Shift
 
 TARGETS = {
@@ -321,8 +321,8 @@ def test_what_is_returned_for_several_points_is_not_read_point_by_point() -> Non
     values = torch.arange(6.0)
     pieces = batch.rows_of(values)
     assert all(piece.values is values for piece in pieces)
-    read = on_host([Returned([piece], [size]) for piece, size in zip(pieces, (2, 3), strict=True)])
-    assert [one.values[0].tolist() for one in read] == [[0, 1], [3, 4, 5]]
+    read = on_host(pieces)
+    assert [one.tolist() for one in read] == [[0, 1], [3, 4, 5]]
     with pytest.raises(NoRowsError, match="5"):
         batch.rows_of(torch.arange(5.0))
 

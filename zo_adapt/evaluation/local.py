@@ -6,14 +6,14 @@ answers every step's probes: those that may go together at several points in one
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 
 from zo_adapt.data.rows import NoRowsError
+from zo_adapt.evaluation.blocks import Answer, Block, evaluations
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
@@ -34,7 +34,7 @@ from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
 from zo_adapt.evaluation.routes import route_of, trunk_for
 from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
-from zo_adapt.evaluation.values import Returned, checked_values, on_host
+from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.parameters import ParameterView
 
@@ -98,18 +98,30 @@ class LocalEvaluator:
             ObjectiveError: The objective returned something that is not a loss.
         """
         self.reserve(sum(len(probe.batch) for probe in probes))
+        return evaluations([answer.checked() for answer in self.answers(probes)], self.sign)
+
+    def answers(
+        self,
+        probes: Sequence[Probe],
+        choose: Callable[[list[Block]], Iterable[Block]] = lambda blocks: blocks,
+    ) -> list[Answer]:
+        """What the objective returned for the blocks that the probes are cut into.
+
+        Args:
+            probes: Of a step.
+            choose: Those of the blocks that are to be computed here.
+        """
         if self._graphs is not None:
             self._graphs.begin()
         with gradients_off(), self.ready():
-            together = self._together(probes)
-            returned = [
-                self._scored([together[index]], [len(probe.batch)])
-                if index in together
-                else self._alone(probe)
-                for index, probe in enumerate(probes)
+            found = [
+                answer
+                for block in choose(self._blocks(probes))
+                for answer in self._answers(block, probes)
             ]
         self.view.updates.read_addresses()  # while the GPU is still at it
-        return [self._evaluation(*one) for one in on_host(returned)]
+        returned = on_host([answer.returned for answer in found])
+        return [answer._replace(returned=one) for answer, one in zip(found, returned, strict=True)]
 
     def reserve(self, queries: int) -> None:
         """Count queries that are about to be made.
@@ -159,52 +171,69 @@ class LocalEvaluator:
         """Inside, the model computes at a place; it is left alone where only graphs will run."""
         return place.entered(all(self._route.replays(one, place.key) for one in contents))
 
-    def _alone(self, probe: Probe) -> Returned:
-        parts = probe.batch.micro_batches(self.micro_batch_size)
-        contents = [part.content for part in parts]
-        place = self._along.place(probe.at, parts[0], self._route)
+    def _blocks(self, probes: Sequence[Probe]) -> list[Block]:
+        """The probes that go together, at several points in one forward, then the others."""
+        groups = self._joint.groups(probes)
+        if groups:
+            first, last = (probes[index].batch for index in (groups[0][0], groups[0][-1]))
+            groups = groups if self._joint.is_sound(first, last, self._route) else []
+        joint = {index for group in groups for index in group}
+        alone = [index for index in range(len(probes)) if index not in joint]
+        return [Block(tuple(group)) for group in groups] + [
+            Block((index,), self._parts(probes[index])) for index in alone
+        ]
+
+    def _parts(self, probe: Probe) -> tuple[int, ...]:
+        """Numbers of a probe's micro-batches; none where all are needed for one value."""
+        cut = self._score is None
+        return tuple(range(len(probe.batch.micro_batches(self.micro_batch_size)))) if cut else ()
+
+    def _answers(self, block: Block, probes: Sequence[Probe]) -> list[Answer]:
+        if len(block.probes) == 1:
+            (number,) = block.probes
+            return self._alone(number, probes[number], block.parts)
+        together = self._together(block.probes, probes)
+        if together is not None:
+            return together
+        return [
+            answer
+            for number in block.probes
+            for answer in self._alone(number, probes[number], self._parts(probes[number]))
+        ]
+
+    def _alone(self, number: int, probe: Probe, parts: tuple[int, ...]) -> list[Answer]:
+        batches = probe.batch.micro_batches(self.micro_batch_size)
+        chosen = [batches[part] for part in parts] if parts else batches
+        contents = [batch.content for batch in chosen]
+        place = self._along.place(probe.at, batches[0], self._route)
         with self._entered(place, contents):
             returned = [self._route(content, place.key) for content in contents]
-            return self._scored(returned, [len(part) for part in parts])
+            if self._score is not None:
+                return [Answer(number, 0, len(probe.batch), self._score(returned))]
+        return [
+            Answer(number, part, len(batch), one)
+            for part, batch, one in zip(parts, chosen, returned, strict=True)
+        ]
 
-    def _together(self, probes: Sequence[Probe]) -> dict[int, Any]:
-        """What the objective returned for the probes that go together, by their index."""
-        found: dict[int, Any] = {}
-        for group in self._joint.groups(probes):
-            if not self._joint.is_sound(
-                probes[group[0]].batch, probes[group[-1]].batch, self._route
-            ):
-                break
-            batch = JointBatch([probes[index].batch for index in group])
-            try:
-                place = self._joint.at([probes[index].at for index in group], batch)
-                with self._entered(place, [batch.content]):
-                    returned = self._route(batch.content, place.key)
-                # A score is of predictions themselves, so they are read at once.
-                pieces = batch.read(returned) if self._score else batch.rows_of(returned)
-            except torch.OutOfMemoryError as error:
-                error.add_note(f"{len(batch)} rows were evaluated together; lower joint_rows")
-                raise
-            except (NotJoint, NoRowsError) as reason:
-                logger.debug("evaluated one at a time: %s", reason)
-                continue
-            found.update(zip(group, pieces, strict=True))
-        return found
-
-    def _scored(self, returned: list[Any], sizes: list[int]) -> Returned:
+    def _together(self, numbers: Sequence[int], probes: Sequence[Probe]) -> list[Answer] | None:
+        """What the objective returned for probes in one forward; None where they cannot go so."""
+        batch = JointBatch([probes[number].batch for number in numbers])
+        try:
+            place = self._joint.at([probes[number].at for number in numbers], batch)
+            with self._entered(place, [batch.content]):
+                returned = self._route(batch.content, place.key)
+            # A score is of predictions themselves, so they are read at once.
+            pieces = batch.read(returned) if self._score else batch.rows_of(returned)
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"{len(batch)} rows were evaluated together; lower joint_rows")
+            raise
+        except (NotJoint, NoRowsError) as reason:
+            logger.debug("evaluated one at a time: %s", reason)
+            return None
         if self._score is not None:
-            return Returned([self._score(returned)], [sum(sizes)])
-        return Returned(returned, sizes)
-
-    def _evaluation(self, returned: list[Any], sizes: list[int]) -> Evaluation:
-        values = [checked_values(*one) for one in zip(returned, sizes, strict=True)]
-        if all(value.ndim == 1 for value in values):
-            per_example = self.sign * (values[0] if len(values) == 1 else np.concatenate(values))
-            return Evaluation(float(per_example.sum()) / len(per_example), per_example)
-        means = [float(value.mean()) for value in values]
-        if len(means) == 1:
-            return Evaluation(self.sign * means[0])
-        return Evaluation(self.sign * float(np.average(means, weights=sizes)))
+            pieces = [self._score([piece]) for piece in pieces]
+        rows = map(len, (probes[number].batch for number in numbers))
+        return [Answer(n, 0, size, one) for n, size, one in zip(numbers, rows, pieces, strict=True)]
 
 
 def _graphs(objective: Objective, view: ParameterView, options: EvaluationOptions) -> Graphs | str:

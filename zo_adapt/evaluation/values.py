@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -14,13 +14,6 @@ from torch import Tensor
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 
 
-class Returned(NamedTuple):
-    """What the objective returned for the parts of one probe, and their numbers of rows."""
-
-    values: list[Any]
-    sizes: list[int]
-
-
 class RowsOf(NamedTuple):
     """Some rows of what the objective returned for several probes at once."""
 
@@ -28,20 +21,17 @@ class RowsOf(NamedTuple):
     rows: slice
 
 
-def on_host(answers: list[Returned]) -> list[Returned]:
+def on_host(returned: Sequence[Any]) -> list[Any]:
     """The same, tensors of a GPU brought over in one transfer: each one waits for the GPU."""
-    found = {id(tensor): tensor for answer in answers for tensor in _tensors(answer.values)}
+    found = {id(tensor): tensor for tensor in _tensors(returned)}
     here: dict[int, np.ndarray] = {}
     for device in {tensor.device for tensor in found.values() if tensor.is_cuda}:
         there = [t for t in found.values() if t.device == device and not t.requires_grad]
         here |= _brought(there) if there else {}
-    return [
-        Returned([_read(value, here) for value in answer.values], answer.sizes)
-        for answer in answers
-    ]
+    return [_read(value, here) for value in returned]
 
 
-def _tensors(values: list[Any]) -> Iterator[Tensor]:
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
         tensor = value.values if isinstance(value, RowsOf) else value
         if isinstance(tensor, Tensor):
