@@ -105,6 +105,7 @@ class GenerationReward(Mixable, SetObjective):
     step_like = True
     min_rows = 1
     """A mean over examples: a batch may be cut over directions."""
+    uneven = True
 
     def __init__(
         self,

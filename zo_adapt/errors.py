@@ -89,6 +89,18 @@ class UndefinedMetricError(ObjectiveError):
     """A metric has no value on these rows: one class only, no relevant document, NaN."""
 
 
+class RankError(ZOError, RuntimeError):
+    """Something went wrong in another of the processes that share a run."""
+
+
+class LostRankError(RankError):
+    """A process has ended or hangs; the weights of the others are those of the last good step."""
+
+
+class ReplicaError(RankError):
+    """The processes of a run differ in what must be the same: weights, settings, data, values."""
+
+
 class FlatObjectiveWarning(UserWarning):
     """Both points of the estimate gave the same loss many times in a row: nothing is learned."""
 

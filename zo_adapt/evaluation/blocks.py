@@ -31,6 +31,10 @@ class Block(NamedTuple):
             return [self]
         return [Block(self.probes, (part,)) for part in self.parts]
 
+    def holds(self, answer: "Answer") -> bool:
+        """Whether an answer is one to this block."""
+        return answer.probe in self.probes and (not self.parts or answer.part in self.parts)
+
 
 def joined(blocks: Sequence[Block]) -> Iterator[Block]:
     """Neighbouring micro-batches of one probe as one block: the view is then shifted once."""

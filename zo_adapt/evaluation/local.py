@@ -183,6 +183,14 @@ class LocalEvaluator:
             Block((index,), self._parts(probes[index])) for index in alone
         ]
 
+    def rows_of(self, block: Block, probes: Sequence[Probe]) -> int:
+        """How many rows a block has."""
+        batches = [probes[number].batch for number in block.probes]
+        if block.parts:
+            parts = batches[0].micro_batches(self.micro_batch_size)
+            batches = [parts[part] for part in block.parts]
+        return sum(map(len, batches))
+
     def _parts(self, probe: Probe) -> tuple[int, ...]:
         """Numbers of a probe's micro-batches; none where all are needed for one value."""
         cut = self._score is None

@@ -50,6 +50,8 @@ class Objective(ABC):
         stand_in: Called with a batch, numbers of its rows that change smoothly with the weights and
             come of the same forwards as the value; joint forwards are checked by them. None: by
             what the objective returns, which will not do where that jumps.
+        uneven: Calls take times that cannot be told from their rows, as texts do that end where
+            they will: several processes then take them from a queue, one by one.
 
     Example:
         >>> import torch
@@ -74,6 +76,7 @@ class Objective(ABC):
     capturable: bool = False
     row_bytes: Callable[[Any], int] | None = None
     stand_in: Callable[[Any], Any] | None = None
+    uneven: bool = False
 
     @abstractmethod
     def __call__(self, batch: Any, /) -> Any:
@@ -140,6 +143,7 @@ ATTRIBUTES = (
     "capturable",
     "row_bytes",
     "stand_in",
+    "uneven",
 )
 """All that an objective says of itself."""
 

@@ -16,6 +16,7 @@ class Plan:
         why_not: Why a faster way is not gone, by its name: "joint", "factors" (no weight is written
             along directions of low rank), "trunk", "graphs"; one that is gone, may still be or is
             not meant is missing.
+        ranks: Processes that share the evaluations.
 
     Example:
         >>> print(Plan(8, 4, 2**20, why_not={"graphs": "the view is not on a GPU"}))
@@ -28,6 +29,7 @@ class Plan:
     captured: bool = False
     graphs: int = 0
     why_not: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
 
     def __str__(self) -> str:
         parts = []
@@ -45,4 +47,6 @@ class Plan:
             parts.append("evaluations replayed from CUDA graphs")
         elif "graphs" in self.why_not:
             parts.append(f"graphs: {self.why_not['graphs']}")
+        if self.ranks > 1:
+            parts.append(f"shared by {self.ranks} processes")
         return "; ".join(parts)

@@ -53,6 +53,8 @@ class Evaluator(Protocol):
         view: What the probes are places of.
         sign: -1.0 where the objective is maximised: values come out as losses.
         queries: Made so far.
+        memory: Bytes that candidates may take together; None where none do.
+        micro_batch_size: Most rows in one call of the objective; None is no limit.
         plan: How probes are evaluated, and why not faster.
     """
 
@@ -60,6 +62,8 @@ class Evaluator(Protocol):
     view: ParameterView
     sign: float
     queries: int
+    micro_batch_size: int | None
+    memory: int | None
 
     @property
     def plan(self) -> Plan:

@@ -32,6 +32,10 @@ from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import check_run, former_keywords, integer
+from zo_adapt.ranks.carried import Stopped
+from zo_adapt.ranks.evaluator import shared
+from zo_adapt.ranks.group import closing_ranks, find_ranks
+from zo_adapt.ranks.workers import Workers, as_workers
 from zo_adapt.step import Step
 from zo_adapt.trajectory.file import TrajectoryFile
 from zo_adapt.view.parameters import ParameterView
@@ -56,6 +60,7 @@ def minimize(
     metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
     trajectory: str | Path | TrajectoryFile | None = None,
     resume: bool = False,
+    workers: int | Workers | None = None,
 ) -> Result:
     """Minimise an objective over a view by forward passes (or maximise it, if it says so).
 
@@ -83,13 +88,19 @@ def minimize(
             than it was: the steps so far stay those of the smaller budget, and the rest are what a
             run of the larger one makes at the same share of it (schedules and the step by distance
             follow that share). It is neither the long run from the start nor the short one and
-            another after it, and is the same whenever it is stopped and resumed.
+            another after it, and is the same whenever it is stopped and resumed. Processes that
+            torchrun has started anew go on by themselves.
+        workers: Processes on this machine that share the evaluations, or ``Workers``; the objective
+            and the data are pickled for them. None: those that a launcher has started, or this one
+            alone. The result is bit for bit the same. Files and the bar are those of rank 0; the
+            callback is called on every rank that a launcher has started.
 
     Returns:
         Value, steps, queries, stop reason and history; ``print`` it.
 
     Raises:
         ZOError: Named errors for bad input, before any evaluation.
+        RankError: Of several processes one has ended, hangs, or holds other weights.
 
     Example:
         >>> import torch
@@ -110,18 +121,22 @@ def minimize(
     max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
     batch_size = None if batch_size is None else integer("batch_size", batch_size)
     examples, watched = as_data(data), as_metrics(metrics)
+    ranks = find_ranks(as_workers(workers))
     check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective.collate)
     look_first(objective, source, view)
     objective = resolve_mean_over_rows(objective, source, view.model)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
-    evaluator = LocalEvaluator(
+    local = LocalEvaluator(
         objective, view, evaluation, batch_size=batch_size, max_queries=max_queries
     )
-    monitor = Monitor(watched, view, examples, evaluation=evaluation, batch_size=batch_size)
+    evaluator = shared(local, ranks)
+    monitor = Monitor(
+        watched, view, examples, evaluation=evaluation, batch_size=batch_size, ranks=ranks
+    )
     budget = Budget(max_steps, max_queries)
-    run = Run(optimizer, evaluator, samples, budget, seed, trajectory, resume)
+    run = Run(optimizer, evaluator, samples, budget, seed, trajectory, resume, ranks)
     monitor.follow(run)
     loop = _Loop(run, monitor)
     with (
@@ -130,7 +145,7 @@ def minimize(
             total=max_queries or max_steps,
             initial=evaluator.queries if max_queries else loop.run.steps,
             unit="query" if max_queries else "step",
-            disable=not progress,
+            disable=not (progress and run.is_first_rank),
             dynamic_ncols=True,
         ) as bar,
     ):
@@ -160,22 +175,26 @@ class _Loop:
         self, callback: Callable[[Step], None] | None, bar: "tqdm[Any]"
     ) -> tuple[StopReason, str]:
         """Step until a budget is used up, the callback stops or a fault does."""
+        try:
+            with closing_ranks(self.run.ranks):
+                self._step_on(callback, bar)
+        except BudgetExhausted:
+            return StopReason.MAX_QUERIES, ""
+        except (StopIteration, Stopped):
+            return StopReason.CALLBACK, ""
+        except FAULTS as error:
+            return reason_of(error), f" ({error})"
+        return StopReason.MAX_STEPS, ""
+
+    def _step_on(self, callback: Callable[[Step], None] | None, bar: "tqdm[Any]") -> None:
+        """Step until the steps are used up or something is raised."""
         limit = self.run.budget.max_steps
         while limit is None or self.run.steps < limit:
-            try:
-                step = self.step()
-            except BudgetExhausted:
-                return StopReason.MAX_QUERIES, ""
-            except FAULTS as error:
-                return reason_of(error), f" ({error})"
+            step = self.step()
             bar.update(step.queries - bar.n if self.run.budget.max_queries else 1)
             bar.set_postfix(value=f"{step.value:.4f}", refresh=False)
-            try:
-                if callback is not None:
-                    callback(step)
-            except StopIteration:
-                return StopReason.CALLBACK, ""
-        return StopReason.MAX_STEPS, ""
+            if callback is not None:
+                callback(step)
 
     def step(self) -> Step:
         """One step, in the history."""

@@ -15,10 +15,12 @@ from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, Undefine
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.evaluation.protocol import Evaluator, Probe
 from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.loops.run import Run
 from zo_adapt.options import at_least_one
+from zo_adapt.ranks.evaluator import shared
+from zo_adapt.ranks.group import Ranks
 from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
@@ -97,6 +99,7 @@ class Monitor:
         data: For metrics without data of their own; several by name are measured each.
         evaluation: How.
         batch_size: Most rows in one call where ``evaluation`` sets no limit.
+        ranks: Who shares the work; None: this process is alone.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Monitor:
         *,
         evaluation: EvaluationOptions,
         batch_size: int | None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.every = metrics.every
         self._step, self._last, self._done = -1, dict[str, float](), set[str]()
@@ -117,7 +121,9 @@ class Monitor:
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
         most = evaluation.micro_batch_size or batch_size
         self._ready = {
-            name + suffix: _prepared(as_objective(metric), view, as_data(rows), options, most)
+            name + suffix: _prepared(
+                as_objective(metric), view, as_data(rows), options, most, ranks
+            )
             for suffix, rows in _sets(data if metrics.data is None else metrics.data)
             for name, metric in metrics.objectives.items()
             if not isinstance(metric, TrackVariance)
@@ -178,15 +184,16 @@ def _prepared(
     examples: Data,
     options: EvaluationOptions,
     most: int | None,
-) -> tuple[LocalEvaluator, Source]:
+    ranks: Ranks | None,
+) -> tuple[Evaluator, Source]:
     """A metric's evaluator and rows; one that is cut has to be a mean over rows."""
     source = examples.source(metric.collate)
     if most is not None and len(source) > most:
         metric = resolve_mean_over_rows(metric, source, view.model)
-    return LocalEvaluator(metric, view, options, batch_size=most), source
+    return shared(LocalEvaluator(metric, view, options, batch_size=most), ranks), source
 
 
-def _measured(evaluator: LocalEvaluator, source: Source) -> float:
+def _measured(evaluator: Evaluator, source: Source) -> float:
     """NaN where a metric is undefined (one class only): no reason to stop a run."""
     # A batch of its own: what is read of it is not kept from one measurement to the next.
     whole = Batch(source, range(len(source)))

@@ -1,0 +1,268 @@
+"""Evaluations shared by several processes: each computes some blocks of a step, all get the values.
+
+A step's probes are cut into the same blocks as in one process, and a value depends on its block
+alone, so that it does not matter which rank computes it: the values, and with them the run, are bit
+for bit those of one process on the same kind of device. What goes from rank to rank are the values,
+in one exchange a step.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zo_adapt.errors import ReplicaError
+from zo_adapt.evaluation.blocks import Answer, Block, evaluations, joined
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.plan import Plan
+from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.ranks.carried import carried
+from zo_adapt.ranks.group import EVALUATED, FAILED, FINE, Message, Ranks
+from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
+
+
+class RankEvaluator:
+    """An ``Evaluator`` of several processes, all of which ask it the same.
+
+    Blocks are dealt out in order, about as many rows to each rank, so that a rank reads the data of
+    its own rows alone (and of those that have to be measured before they are put together). Those
+    of an objective whose calls are ``uneven`` are taken from a queue, by whoever is free.
+
+    Args:
+        local: Evaluates in this process.
+        ranks: The processes.
+    """
+
+    def __init__(self, local: LocalEvaluator, ranks: Ranks) -> None:
+        self._local, self._ranks, self._number = local, ranks, 0
+        self.objective, self.view, self.sign = local.objective, local.view, local.sign
+        self.micro_batch_size = local.micro_batch_size
+
+    @property
+    def queries(self) -> int:
+        """Made so far by all ranks together, each counted once."""
+        return self._local.queries
+
+    @queries.setter
+    def queries(self, queries: int) -> None:
+        self._local.queries = queries
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that candidates may take together."""
+        return self._local.memory
+
+    @memory.setter
+    def memory(self, nbytes: int | None) -> None:
+        self._local.memory = nbytes
+
+    @property
+    def plan(self) -> Plan:
+        """How probes are evaluated here."""
+        return replace(self._local.plan, ranks=self._ranks.size)
+
+    def reserve(self, queries: int) -> None:
+        """See ``Evaluator``."""
+        self._local.reserve(queries)
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """See ``Evaluator``."""
+        return self._local.ready()
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """Answer every probe, in order; the weights are bit-identical afterwards.
+
+        Raises:
+            BudgetExhausted: The probes need more queries than are left; none was made.
+            ObjectiveError: On any of the ranks; the same on all of them.
+            LostRankError: A rank has ended or does not answer.
+            ReplicaError: The ranks ask different probes, hold different weights, or compute
+                different values.
+        """
+        self._local.reserve(sum(len(probe.batch) for probe in probes))
+        number, self._number = self._number, self._number + 1
+        compares = number % self._ranks.check_every == 0
+        share = _Share(self._local, self._ranks, number, compares)
+        failed: Exception | None = None
+        try:
+            own = share.computed(probes)
+            if compares:
+                own = own._replace(weights=short_hash(checksums(self.view).tobytes()))
+            payload = own.packed()
+        except Exception as error:
+            failed, payload = error, carried(error)
+        key = _asked(probes) if failed is None else share.at
+        messages = self._ranks.exchange(
+            EVALUATED, payload, status=FINE if failed is None else FAILED, key=key
+        )
+        self._ranks.raise_first(messages, failed)
+        self._check_probes(messages)
+        found = [_Values.unpacked(message.payload) for message in messages]
+        if compares:
+            self._check_alike(found)
+        return evaluations([answer for own in found for answer in own.answers], self.sign)
+
+    def _check_probes(self, messages: Sequence[Message]) -> None:
+        for rank, message in enumerate(messages):
+            if message.key != messages[0].key:
+                raise ReplicaError(
+                    f"rank {rank} evaluates other points or rows than rank 0: its seed, optimizer, "
+                    "budget or data differ, or its weights have led it to another step; start all "
+                    "ranks with the same arguments"
+                )
+
+    def _check_alike(self, found: "Sequence[_Values]") -> None:
+        if any(own.weights != found[0].weights for own in found):
+            check_weights(self._ranks, self.view)
+        for rank, own in enumerate(found):
+            if not np.array_equal(own.compared, found[0].compared):
+                raise ReplicaError(_unlike(rank, own.compared, found[0].compared))
+
+
+def shared(local: LocalEvaluator, ranks: Ranks | None) -> LocalEvaluator | RankEvaluator:
+    """The evaluator of several processes; that of this one where it is alone."""
+    return local if ranks is None else RankEvaluator(local, ranks)
+
+
+class _Share:
+    """What this rank computes of one step.
+
+    Args:
+        local: Evaluates.
+        ranks: Who shares.
+        number: Of the evaluation.
+        compares: Compute the last block as well, whoever else does, to compare its values. It comes
+            after the others, when what draws at random has drawn for other rows on every rank.
+
+    Attributes:
+        at: Where it is, as a number that grows in the order in which one process would go: so that
+            of several errors the first is known.
+    """
+
+    def __init__(self, local: LocalEvaluator, ranks: Ranks, number: int, compares: bool) -> None:
+        self._local, self._ranks, self._number = local, ranks, number
+        self._compares = compares
+        self._all: list[Block] = []
+        self._owns_last = False
+        self.at = 0
+
+    def computed(self, probes: Sequence[Probe]) -> "_Values":
+        """The answers to this rank's blocks."""
+        answers = []
+        for answer in self._local.answers(probes, lambda blocks: self._chosen(blocks, probes)):
+            self.at = len(self._all) + answer.probe
+            answers.append(answer.checked())
+        if not self._compares or not self._all:
+            return _Values(np.empty(0), answers)
+        last = [answer for answer in answers if self._all[-1].holds(answer)]
+        if not self._owns_last:
+            answers = [answer for answer in answers if not self._all[-1].holds(answer)]
+        return _Values(np.concatenate([np.ravel(answer.returned) for answer in last]), answers)
+
+    def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
+        self._all = [part for block in blocks for part in block.split()]
+        places = {block: place for place, block in enumerate(self._all)}
+        for block in self._dealt(probes):
+            parts = block.split()
+            self.at = places[parts[0]]
+            self._owns_last |= parts[-1] == self._all[-1]
+            yield block
+        if self._compares and self._all and not self._owns_last:
+            self.at = len(self._all) - 1
+            yield self._all[-1]
+
+    def _dealt(self, probes: Sequence[Probe]) -> Iterator[Block]:
+        """This rank's blocks: from the queue, or its part of the row."""
+        if self._local.objective.uneven:
+            numbers = self._ranks.queue(self._number)
+            while (number := next(numbers)) < len(self._all):
+                yield self._all[number]
+            return
+        rows = [self._local.rows_of(block, probes) for block in self._all]
+        owners = dealt(rows, self._ranks.size)
+        yield from joined(
+            [b for b, rank in zip(self._all, owners, strict=True) if rank == self._ranks.rank]
+        )
+
+
+class _Values(NamedTuple):
+    """What a rank says of a step.
+
+    Args:
+        compared: Values that every rank has computed.
+        answers: To its own blocks.
+        weights: A hash of its weights, where they are compared.
+    """
+
+    compared: np.ndarray
+    answers: list[Answer]
+    weights: int = 0
+
+    def packed(self) -> np.ndarray:
+        """All of it as int64; of float64 the bits."""
+        parts = [np.array([self.weights, len(self.compared)], np.int64), _bits(self.compared)]
+        for probe, part, rows, values in self.answers:
+            parts += [np.array([probe, part, rows, values.ndim], np.int64), _bits(values)]
+        return np.concatenate(parts)
+
+    @classmethod
+    def unpacked(cls, payload: np.ndarray) -> "_Values":
+        """The inverse of ``packed``."""
+        numbers, end = payload.view(np.float64), 2 + int(payload[1])
+        compared, answers = numbers[2:end], []
+        while end < len(payload):
+            probe, part, rows, is_vector = map(int, payload[end : end + 4])
+            start, end = end + 4, end + 4 + (rows if is_vector else 1)
+            values = numbers[start:end].copy()
+            answers.append(Answer(probe, part, rows, values if is_vector else values.reshape(())))
+        return cls(compared, answers, int(payload[0]))
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, np.float64).reshape(-1).view(np.int64)
+
+
+def _asked(probes: Sequence[Probe]) -> int:
+    """A checksum of points and rows."""
+    total = 0
+    for probe in probes:
+        rows = np.array(probe.batch.rows, np.int64).tobytes()
+        total = zlib.crc32(repr(probe.at).encode(), zlib.crc32(rows, total))
+    return total
+
+
+def _unlike(rank: int, theirs: np.ndarray, first: np.ndarray) -> str:
+    shown = f"{len(theirs)} values, not {len(first)}"
+    if len(theirs) == len(first):
+        place = int(np.flatnonzero(theirs != first)[0])
+        shown = f"{theirs[place]!r} for value {place}, not {first[place]!r}"
+    return (
+        f"the same probe has other values on rank {rank} than on rank 0 ({shown}): the objective "
+        "or its collate function draws at random (draw from a generator that the examples seed), "
+        "reads other data or other weights, or the ranks compute on devices of different kinds"
+    )
+
+
+def dealt(rows: Sequence[int], ranks: int) -> list[int]:
+    """The rank that computes each block: neighbours stay together, and rows are about even.
+
+    Args:
+        rows: Of each block.
+        ranks: How many there are.
+
+    Example:
+        >>> dealt([8, 8, 8, 8, 8, 8], 3)
+        [0, 0, 1, 1, 2, 2]
+        >>> dealt([8, 8], 3)
+        [0, 1]
+    """
+    if len(rows) <= ranks:
+        return list(range(len(rows)))
+    total, before, owners = sum(rows), 0, []
+    for count in rows:
+        owners.append((2 * before + count) * ranks // (2 * total))
+        before += count
+    return owners
