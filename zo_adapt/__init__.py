@@ -32,6 +32,7 @@ from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.step_size import ByDistance as ByDistance
 from zo_adapt.optimizers.step_size import Rate as Rate
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
+from zo_adapt.ranks.workers import Workers as Workers
 from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Term as Term
@@ -75,6 +76,7 @@ __all__ = [
     "TrackVariance",
     "TrajectoryFile",
     "TwoSided",
+    "Workers",
     "ZOConfig",
     "ZOError",
     "ZOTrainer",

@@ -34,6 +34,10 @@ from zo_adapt.optimizers.perturbation import (
     usual_perturbation,
 )
 from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
+from zo_adapt.ranks.evaluator import options_of, shared
+from zo_adapt.ranks.launched import find_ranks
+from zo_adapt.ranks.replicas import check_views
+from zo_adapt.ranks.workers import Workers
 from zo_adapt.view.parameters import ParameterView
 
 USUAL_ROWS = 16
@@ -121,7 +125,11 @@ def diagnose(
     usual, scales = _scales(view, objective.step_like, perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
-    evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
+    ranks = find_ranks(Workers())
+    if ranks is not None:
+        check_views(ranks, view)
+    options = options_of(evaluation, ranks)
+    evaluator = shared(LocalEvaluator(objective, view, options, batch_size=rows), ranks)
     survey = Survey(evaluator, [samples.minibatch() for _ in range(num_directions)], seed)
     found = [survey.at(mu) for mu in scales]
     table = _table(scales, found)

@@ -67,16 +67,17 @@ def warn_of_ignored(args: Any, has_objective: bool, options: Mapping[str, Any]) 
 
 
 def check_arguments(args: Any, wanted: type[Any]) -> None:
-    """Refuse arguments of another class, and machines that would need code of their own."""
+    """Refuse arguments of another class, and what would need code of its own."""
     if not isinstance(args, wanted):
         raise OptionError(
             f"args is {type(args).__name__}; give a {wanted.__name__}, which takes the same "
             "arguments"
         )
-    if args.world_size > 1 or args.deepspeed or args.fsdp:
+    if args.deepspeed or args.fsdp:
         raise OptionError(
-            f"world_size={args.world_size}, deepspeed={args.deepspeed}, fsdp={args.fsdp}; "
-            "ZOTrainer runs in one process; start it without a launcher"
+            f"deepspeed={args.deepspeed}, fsdp={args.fsdp}; ZOTrainer has no optimizer states and "
+            "no gradients to shard: leave them out, and start it with torchrun, every process with "
+            "the whole model"
         )
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.options import CudaGraphs, EvaluationOptions
@@ -116,6 +117,20 @@ class ZOConfig(TrainingArguments):
         # What is wrong with the options is said here, before any work.
         self._switches()
         self.build_optimizer()
+
+    shares_steps: ClassVar[bool] = False
+    """Whether Trainer is to take the processes for one: they share its steps."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that train on batches of their own."""
+        return 1 if self.shares_steps else int(super().world_size)
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """As Trainer's, but in a run whose steps several processes share."""
+        mode: ParallelMode = super().parallel_mode
+        return ParallelMode.NOT_PARALLEL if self.shares_steps else mode
 
     @property
     def has_epochs(self) -> bool:

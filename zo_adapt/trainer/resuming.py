@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from zo_adapt.ranks.group import is_restarted
 from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
 from zo_adapt.view.selection import owners
 
@@ -27,8 +28,10 @@ class WholeCheckpoints:
         Raises:
             TrajectoryError: The checkpoint was not written by ZOTrainer, or by another run.
         """
-        if resume_from_checkpoint is True:
-            folder = Path(self.args.output_dir or ".")
+        folder = Path(self.args.output_dir or ".")
+        if resume_from_checkpoint is None and is_restarted():
+            resume_from_checkpoint = last_whole_checkpoint(folder)
+        elif resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(folder)
             if resume_from_checkpoint is None:
                 warnings.warn(
@@ -38,7 +41,8 @@ class WholeCheckpoints:
         is_folder = resume_from_checkpoint not in (None, False)
         self._checkpoint = Checkpoint.read(str(resume_from_checkpoint)) if is_folder else None
         try:
-            output = super().train(resume_from_checkpoint, *positional, **options)  # type: ignore[misc]
+            with self.sharing():  # type: ignore[attr-defined]
+                output = super().train(resume_from_checkpoint, *positional, **options)  # type: ignore[misc]
         finally:
             self._end_run()
         output.metrics["queries"] = self.queries  # type: ignore[attr-defined]

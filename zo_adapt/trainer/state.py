@@ -5,6 +5,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +147,19 @@ def begin_log(
     at = None if checkpoint is None else _restore(run, checkpoint, settings)
     if not isinstance(run.optimizer, ZerothOrder):
         return
+    run.is_logged = True
+    with nullcontext() if run.ranks is None else run.ranks.agreeing():
+        if run.is_first_rank:
+            _log(run, folder, settings, checkpoint, at)
+
+
+def _log(
+    run: Run,
+    folder: Path,
+    settings: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    at: Position | None,
+) -> None:
     path = folder / TRAJECTORY
     if at is not None and checkpoint is not None and _found(path, checkpoint.folder):
         run.log_to(path, _lasting(settings), at)

@@ -30,6 +30,8 @@ from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import former_keywords
+from zo_adapt.ranks.carried import Stopped
+from zo_adapt.ranks.evaluator import shared
 from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
@@ -39,6 +41,7 @@ from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
+from zo_adapt.trainer.sharing import SharedSteps
 from zo_adapt.trainer.state import begin_log, save_state
 from zo_adapt.trainer.undecayed import without_decay
 from zo_adapt.trajectory.origin import described
@@ -48,7 +51,7 @@ from zo_adapt.view.parameters import ParameterView
 logger = logging.get_logger(__name__)
 
 
-class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
+class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
     """transformers.Trainer whose training step sees losses only, never a gradient.
 
     theta <- optimizer step on f(theta) = mean loss of the training batch
@@ -164,8 +167,8 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
         return view
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Trainer's; of examples as they are where the objective makes its own batches of them."""
-        with self._batching.loading():
+        """Trainer's, whole on every rank; of examples as they are where the objective collates."""
+        with self._batching.loading(), self.loading_whole():
             return super().get_train_dataloader()
 
     def training_step(
@@ -189,6 +192,8 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             self._end.steps.append(step.brief())
         except BudgetExhausted:
             self._end.stop(StopReason.MAX_QUERIES, taken=False)
+        except Stopped:
+            self._end.stop(StopReason.CALLBACK, taken=False)
         except FAULTS as error:
             reason = reason_of(error)
             logger.error(f"Training stops: {reason} ({error})")
@@ -227,6 +232,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             )
         self.view.check_adapters()
         _, objective, optimizer = self._given
+        ranks = self.find_ranks()
         options = self.args.evaluation_options(self.view)
         self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
         source = self._batching.training(loader)
@@ -237,7 +243,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             objective = resolve_mean_over_rows(objective, source, self.view.model)
         if self.args.lora_start_rows and self._checkpoint is None:
             start_adapters(self, as_objective(objective), source)
-        evaluator = LocalEvaluator(
+        local = LocalEvaluator(
             objective,
             self.view,
             options,
@@ -245,16 +251,24 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
             max_queries=self.args.max_queries,
         )
         self._samples = TrainerSamples(
-            source, self.args.seed, rows_needed(evaluator.objective), self.args.stratify
+            source, self.args.seed, rows_needed(local.objective), self.args.stratify
         )
         budget = Budget(self._limit, self.args.max_queries)
-        self._run = Run(self.zo_optimizer, evaluator, self._samples, budget, self.args.seed)
+        self._run = Run(
+            self.zo_optimizer,
+            shared(local, ranks),
+            self._samples,
+            budget,
+            self.args.seed,
+            ranks=ranks,
+        )
         self._monitor = Monitor(
             self._metrics,
             self.view,
             self.train_dataset if self.eval_dataset is None else self.eval_dataset,
             evaluation=options,
             batch_size=self.args.eval_batch_size,
+            ranks=ranks,
         )
         self._monitor.follow(self._run)
         self._is_begun = False
@@ -293,7 +307,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._run is not None:
+        if self._run is not None and self.is_first_rank:
             save_state(self._run, Path(output_dir), self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -1,0 +1,145 @@
+"""What can go wrong between processes, and what each of them then says."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rank_cases import _Least
+from torch import Tensor
+
+from zo_adapt import Workers
+from zo_adapt.errors import ZOError
+
+QUICK = Workers(timeout=1.5, check_every=4)
+
+
+class Fault(NamedTuple):
+    """A fault.
+
+    Args:
+        size: How many processes it needs.
+        run: What each of them does.
+    """
+
+    size: int
+    run: Callable[[Path, int], dict[str, Any]]
+
+
+def ended(problem: _Least, began: float, error: BaseException) -> dict[str, Any]:
+    return {
+        "kind": type(error).__name__,
+        "text": str(error),
+        "weights": problem.view.hash(),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _run(problem: _Least, **options: Any) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        problem.run(**{"workers": QUICK, "max_steps": 40} | options)
+    except (ZOError, ValueError) as error:
+        return ended(problem, began, error)
+    return {}
+
+
+def _in_step(problem: _Least, step: int, act: Callable[[], None] | None) -> dict[str, Any]:
+    """What a run needs to act in the middle of a step."""
+    seen: list[Any] = []
+
+    def loss(batch: Tensor) -> Tensor:
+        if len(seen) == step and act is not None:
+            act()
+        return problem(batch)
+
+    loss.mean_over_rows = True  # type: ignore[attr-defined]
+    return {"objective": loss, "callback": seen.append}
+
+
+def killed(folder: Path, rank: int) -> dict[str, Any]:
+    problem = _Least()
+    acting = _in_step(problem, 5, None if rank != 1 else lambda: os.kill(os.getpid(), 9))
+    return _run(problem, trajectory=folder / "run.zot", **acting)
+
+
+def hangs(folder: Path, rank: int) -> dict[str, Any]:
+    problem = _Least()
+    acting = _in_step(problem, 5, None if rank != 1 else lambda: time.sleep(4))
+    return _run(problem, trajectory=folder / "run.zot", **acting)
+
+
+def drifts(folder: Path, rank: int) -> dict[str, Any]:
+    """Somebody writes to the weights of one rank."""
+    problem = _Least()
+
+    def write(step: Any) -> None:
+        if rank == 1 and step.step == 5:
+            problem.w[2] += 1e-9
+
+    return _run(problem, callback=write)
+
+
+def starts_apart(folder: Path, rank: int) -> dict[str, Any]:
+    problem = _Least()
+    problem.w[0] = float(rank)
+    return _run(problem)
+
+
+def other_seed(folder: Path, rank: int) -> dict[str, Any]:
+    return _run(_Least(), seed=rank)
+
+
+def draws(folder: Path, rank: int) -> dict[str, Any]:
+    """A collate function whose noise nobody has seeded."""
+    problem = _Least()
+    torch.manual_seed(rank)
+
+    def loss(batch: Tensor) -> Tensor:
+        return problem(batch + torch.randn_like(batch))
+
+    loss.mean_over_rows = True  # type: ignore[attr-defined]
+    return _run(problem, objective=loss)
+
+
+def one_raises_in_its_callback(folder: Path, rank: int) -> dict[str, Any]:
+    problem = _Least()
+
+    def callback(step: Any) -> None:
+        if rank == 1 and step.step == 5:
+            raise ValueError("no more")
+
+    return _run(problem, callback=callback)
+
+
+def one_stops(folder: Path, rank: int) -> dict[str, Any]:
+    problem = _Least()
+
+    def callback(step: Any) -> None:
+        if rank == 1 and step.step == 5:
+            raise StopIteration
+
+    result = problem.run(callback=callback, workers=QUICK)
+    return {"steps": result.steps, "weights": problem.view.hash(), "reason": result.stop_reason}
+
+
+def cannot_write(folder: Path, rank: int) -> dict[str, Any]:
+    problem, file = _Least(), folder / "run.zot"
+
+    def move(step: Any) -> None:
+        if rank == 0 and step.step == 5:
+            file.rename(folder / "elsewhere.zot")
+
+    result = problem.run(callback=move, trajectory=file, workers=QUICK)
+    return {"steps": result.steps, "weights": problem.view.hash(), "reason": result.stop_reason}
+
+
+FAULTS = {
+    work.__name__: Fault(size, work)
+    for work, size in (
+        (killed, 3), (hangs, 2), (drifts, 2), (starts_apart, 2), (other_seed, 2), (draws, 2),
+        (one_raises_in_its_callback, 2), (one_stops, 2), (cannot_write, 2),
+    )
+}  # fmt: skip
