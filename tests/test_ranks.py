@@ -39,7 +39,7 @@ def found(folder: Path, size: int, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("size, name", SHARED, ids=lambda value: str(value))
+@pytest.mark.parametrize("size, name", SHARED, ids=str)
 def test_several_processes_make_the_run_of_one(done: Path, size: int, name: str) -> None:
     expected = found(done, 1, 0)[name]
     assert expected
@@ -47,3 +47,131 @@ def test_several_processes_make_the_run_of_one(done: Path, size: int, name: str)
         own = found(done, size, rank)[name]
         assert own == {key: value for key, value in expected.items() if key in own}
         assert rank or own.keys() == expected.keys()
+
+
+def said(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    """What a rank has written of a fault; empty where it died before."""
+    assert (folder / name).exists(), (folder / "output").read_text()[-4000:]
+    paths = list((folder / name).glob(f"?-{rank}.json"))
+    return json.loads(paths[0].read_text()) if paths else {}
+
+
+def replayed(file: Path, steps: int) -> str:
+    problem = _Least()
+    assert replay(problem.view, file, steps) == steps
+    return problem.view.hash()
+
+
+@pytest.mark.parametrize("name, others", [("killed", (0, 2)), ("hangs", (0,))])
+def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_run_of_all(
+    done: Path, name: str, others: tuple[int, ...]
+) -> None:
+    file = done / name / "run.zot"
+    assert sum(1 for _ in Reader(file).steps()) == 5
+    for rank in others:
+        own = said(done, name, rank)
+        assert own["kind"] == "LostRankError" and "of rank 1 " in own["text"]
+        assert own["weights"] == replayed(file, 5)
+        assert own["seconds"] < 8
+    assert said(done, name, 1).get("kind") == ("LostRankError" if name == "hangs" else None)
+
+
+def test_a_run_that_a_rank_has_ended_goes_on_in_one_process(done: Path, tmp_path: Path) -> None:
+    file = done / "killed" / "run.zot"
+    lost, whole = _Least(), _Least()
+    lost.run(trajectory=file, resume=True, max_steps=40)
+    whole.run(max_steps=40, trajectory=tmp_path / "whole.zot")
+    assert lost.view.hash() == whole.view.hash()
+    assert file.read_bytes() == (tmp_path / "whole.zot").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, kind, text",
+    [
+        ("drifts", "ReplicaError", "'w' is the first of 1 tensors"),
+        ("starts_apart", "ReplicaError", "torch.manual_seed"),
+        ("other_seed", "ReplicaError", "rank 1 has seed=1, rank 0 has 0"),
+        ("draws", "ReplicaError", "draws at random"),
+        ("one_raises_in_its_callback", "ValueError", "no more"),
+    ],
+)
+def test_what_differs_between_ranks_is_named_on_all(
+    done: Path, name: str, kind: str, text: str
+) -> None:
+    for rank in (0, 1):
+        own = said(done, name, rank)
+        assert (own["kind"], text in own["text"]) == (kind, True), own
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("one_stops", StopReason.CALLBACK), ("cannot_write", StopReason.CANNOT_WRITE)]
+)
+def test_what_ends_one_rank_ends_all_with_the_same_weights(
+    done: Path, name: str, reason: StopReason
+) -> None:
+    expected = _Least()
+    expected.run(max_steps=5)
+    for rank in (0, 1):
+        own = said(done, name, rank)
+        assert own == {"steps": 5, "weights": expected.view.hash(), "reason": reason}
+
+
+def test_blocks_are_dealt_in_order_and_evenly() -> None:
+    for blocks, ranks in ((7, 3), (2, 3), (64, 5)):
+        owners = dealt([4] * blocks, ranks)
+        assert owners == sorted(owners)
+        counts = [owners.count(rank) for rank in range(ranks)]
+        assert max(counts) - min(counts) <= 1
+    assert dealt([1, 1, 10], 2) == [0, 0, 1]
+
+
+def test_parts_that_were_split_are_joined_again() -> None:
+    blocks = [Block((0, 1)), Block((2,), (0, 1, 2)), Block((3,), (0, 1)), Block((4,)), Block((5,))]
+    assert list(joined([part for block in blocks for part in block.split()])) == blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_checksum_sees_any_bit_and_place(dtype: torch.dtype, seed: int) -> None:
+    values = torch.randn(7, 11, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    other = values.clone()
+    assert int(checksum(values)) == int(checksum(other))
+    other[3, 4] = torch.nextafter(other[3, 4].float(), torch.tensor(9e9)).to(dtype) * 2
+    assert int(checksum(values)) != int(checksum(other))
+    assert int(checksum(values)) != int(checksum(values.flip(0)))
+    assert int(checksum(values.mT.contiguous().mT)) == int(checksum(values))
+
+
+@pytest.mark.parametrize(
+    "workers, error",
+    [
+        ("two", ArgumentTypeError),
+        (1.5, ArgumentTypeError),
+        (0, OptionError),
+        (True, ArgumentTypeError),
+    ],
+)
+def test_bad_workers_are_named(workers: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="workers"):
+        _Least().run(workers=workers)
+
+
+def test_what_cannot_be_pickled_is_named_before_any_work() -> None:
+    problem = _Least()
+    with pytest.raises(OptionError, match="top level"):
+        problem.run(lambda batch: problem(batch), workers=2)
+
+
+def test_processes_that_a_run_starts_itself_make_the_same_run(tmp_path: Path) -> None:
+    alone, together = _Least(), _Least()
+    first = alone.run(trajectory=tmp_path / "alone.zot")
+    steps: list[int] = []
+    second = together.run(
+        trajectory=tmp_path / "together.zot",
+        workers=Workers(2, timeout=60),
+        callback=lambda step: steps.append(step.step),
+    )
+    assert together.view.hash() == alone.view.hash()
+    assert second.history == first.history and second.evaluation.ranks == 2
+    assert steps == list(range(1, 13))
+    files = [(tmp_path / f"{name}.zot").read_bytes() for name in ("alone", "together")]
+    assert files[0] == files[1]

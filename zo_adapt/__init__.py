@@ -37,6 +37,7 @@ from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Term as Term
 from zo_adapt.trajectory.file import TrajectoryFile as TrajectoryFile
+from zo_adapt.trajectory.following import follow as follow
 from zo_adapt.trajectory.playback import Replay as Replay
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
@@ -81,6 +82,7 @@ __all__ = [
     "ZOError",
     "ZOTrainer",
     "diagnose",
+    "follow",
     "initialise_lora",
     "minimize",
     "replay",

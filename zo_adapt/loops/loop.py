@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from zo_adapt.options import check_run, former_keywords, integer
 from zo_adapt.ranks.carried import Stopped
 from zo_adapt.ranks.evaluator import shared
 from zo_adapt.ranks.group import closing_ranks, find_ranks
+from zo_adapt.ranks.started import started, starts_workers
 from zo_adapt.ranks.workers import Workers, as_workers
 from zo_adapt.step import Step
 from zo_adapt.trajectory.file import TrajectoryFile
@@ -112,6 +114,14 @@ def minimize(
         >>> result.steps, result.queries, result.stop_reason.name
         (3, 24, 'MAX_STEPS')
     """
+    workers = as_workers(workers)
+    if starts_workers(workers):
+        given = {"objective": objective, "view": view, "data": data, "optimizer": optimizer}
+        given |= {"batch_size": batch_size, "max_steps": max_steps, "max_queries": max_queries}
+        given |= {"seed": seed, "evaluation": evaluation, "metrics": metrics, "resume": resume}
+        given |= {"trajectory": trajectory, "workers": replace(workers, count=None)}
+        with started(workers, minimize, given | {"progress": False}):
+            return minimize(**given, progress=progress, callback=callback)  # type: ignore[arg-type]
     optimizer = MeZO() if optimizer is None else optimizer
     objective = checked_objective(objective)
     check_view(view)
@@ -121,7 +131,7 @@ def minimize(
     max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
     batch_size = None if batch_size is None else integer("batch_size", batch_size)
     examples, watched = as_data(data), as_metrics(metrics)
-    ranks = find_ranks(as_workers(workers))
+    ranks = find_ranks(workers)
     check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective.collate)

@@ -304,3 +304,6 @@ def _padded(payload: np.ndarray, size: int) -> np.ndarray:
     out = np.zeros(size, np.int64)
     out[: len(payload)] = payload[:size]
     return out
+
+
+use_own_gpu()  # before a script that imports this package puts its model on "cuda"

@@ -141,18 +141,25 @@ class Reader:
         check_header_form(header, self.path)
         return header, Position(file.tell(), checksum)
 
-    def steps(self) -> Iterator[tuple[Step, Position]]:
+    def steps(
+        self, start: Position | None = None, number: int = 0, *, is_growing: bool = False
+    ) -> Iterator[tuple[Step, Position]]:
         """Every record, and the place after it.
+
+        Args:
+            start: A place to begin at; None: the first record.
+            number: Of the step before that place.
+            is_growing: A record that is cut off at the end is still being written: no warning.
 
         Raises:
             CorruptTrajectoryError: A record is damaged, missing or out of order, or says what no
                 run writes: NaN, an unknown group.
         """
-        number, position, rate = 0, self.start, decay_rate(self.header)
+        position, rate = start or self.start, decay_rate(self.header)
         groups = len(self.header["groups"])
         with open(self.path, "rb") as file:
             file.seek(position.offset)
-            while (record := self._read_record(file, position)) is not None:
+            while (record := self._read_record(file, position, is_growing)) is not None:
                 payload, position = record
                 number += 1
                 yield self._decoded(number, payload, rate, groups), position
@@ -169,7 +176,9 @@ class Reader:
             ) from error
         return step
 
-    def _read_record(self, file: BinaryIO, at: Position) -> tuple[bytes, Position] | None:
+    def _read_record(
+        self, file: BinaryIO, at: Position, is_growing: bool
+    ) -> tuple[bytes, Position] | None:
         head = file.read(HEAD.size)
         if not head:
             return None
@@ -180,6 +189,8 @@ class Reader:
                 raise CorruptTrajectoryError(f"{self.path}: damaged at byte {at.offset} (length)")
         rest = file.read(length + U32.size)
         if len(head) < HEAD.size or len(rest) < length + U32.size:
+            if is_growing:
+                return None
             warnings.warn(
                 f"{self.path} ends in the middle of a record; its last {len(head) + len(rest)} "
                 "bytes are dropped, every step before them is whole",

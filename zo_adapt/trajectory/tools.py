@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zo_adapt.errors import TrajectoryError, ZOError
 from zo_adapt.trajectory.file import Reader
+from zo_adapt.trajectory.following import follow
 from zo_adapt.trajectory.playback import export, replay
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
@@ -48,12 +49,27 @@ def verify(path: Path) -> str:
 
 
 def rebuild(path: Path, start: Path, until: int | None) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a step, from the trajectory and the weights that it starts from.
+    """The tensors of a step (None is the last), and its number; see ``starting``."""
+    view = starting(path, start)
+    steps = replay(view, path, until)
+    return export(view), steps
+
+
+def followed(args: argparse.Namespace) -> str:
+    """Go along with a run that is still writing, a line for every step."""
+    view, number = starting(args.file, args.start), 0
+    for step in follow(view, args.file, until=args.until, patience=args.patience):
+        number = step.step
+        print(f"step {number}: value {step.value:.6g}, {step.queries:,} queries", flush=True)
+    return json.dumps({"steps": number, "sha256": view.hash()})
+
+
+def starting(path: Path, start: Path) -> ParameterView:
+    """A view of the weights that a trajectory starts from.
 
     Args:
         path: The trajectory.
         start: A safetensors file, or the folder of the peft adapter as it was before tuning.
-        until: The step; None is the last.
 
     Raises:
         TrajectoryError: A tensor of the view is not in ``start``, or the two do not fit.
@@ -75,9 +91,7 @@ def rebuild(path: Path, start: Path, until: int | None) -> tuple[dict[str, Tenso
             )
         tensors[name] = saved[key]
     groups = [Group(*group) for group in header["groups"][:-1]]
-    view = ParameterView(tensors, noise=header["noise"], groups=groups)
-    steps = replay(view, path, until)
-    return export(view), steps
+    return ParameterView(tensors, noise=header["noise"], groups=groups)
 
 
 def adapter_key(name: str) -> str:
@@ -123,6 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
                 help="safetensors file or adapter folder that the run started from",
             )
             command.add_argument("--until", type=int, help="step; the last by default")
+        if name == "replay":
+            command.add_argument(
+                "--follow", action="store_true", help="go along with a run that is still writing"
+            )
+            command.add_argument(
+                "--patience", type=float, help="seconds without a new step that end it"
+            )
         if name == "export":
             command.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -139,6 +160,8 @@ def _run(args: argparse.Namespace) -> str:
         return verify(args.file)
     if args.command == "export":
         return write(args.file, args.start, args.output, args.until)
+    if args.follow:
+        return followed(args)
     tensors, steps = rebuild(args.file, args.start, args.until)
     digest = ParameterView(tensors).hash()
     return json.dumps({"steps": steps, "sha256": digest})
