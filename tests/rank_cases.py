@@ -150,7 +150,7 @@ def a_function(folder: Path) -> dict[str, Any]:
     return outcome(result, view)
 
 
-class _Least:
+class Least:
     """Least squares, whose weights a case can look at while they are evaluated."""
 
     def __init__(self) -> None:
@@ -170,12 +170,12 @@ class _Least:
 
 
 def a_budget_that_ends_within_a_step(folder: Path) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
     return outcome(problem.run(max_steps=None, max_queries=50), problem.view)
 
 
 def a_callback_stops(folder: Path) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
 
     def stop(step: Any) -> None:
         if step.step == 5:
@@ -185,7 +185,7 @@ def a_callback_stops(folder: Path) -> dict[str, Any]:
 
 
 def a_value_that_is_not_finite(folder: Path) -> dict[str, Any]:
-    problem, file = _Least(), folder / "run.zot"
+    problem, file = Least(), folder / "run.zot"
 
     def loss(batch: Tensor) -> Tensor:
         bad = (batch == problem.rows[3]).all(1) & (problem.w.abs().sum() > 0.02)
@@ -195,7 +195,7 @@ def a_value_that_is_not_finite(folder: Path) -> dict[str, Any]:
 
 
 def an_error_of_the_objective(folder: Path) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
 
     def loss(batch: Tensor) -> Tensor:
         if (batch == problem.rows[3]).all(1).any() and problem.w.abs().sum() > 0.02:
@@ -212,9 +212,9 @@ def an_error_of_the_objective(folder: Path) -> dict[str, Any]:
 
 def resumed(folder: Path) -> dict[str, Any]:
     file = folder / "run.zot"
-    first = _Least()
+    first = Least()
     first.run(max_steps=5, trajectory=file)
-    problem = _Least()
+    problem = Least()
     return outcome(problem.run(trajectory=file, resume=True), problem.view, file)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rank_cases import _Least
+from rank_cases import Least
 from torch import Tensor
 
 from zo_adapt import Workers
@@ -28,7 +28,7 @@ class Fault(NamedTuple):
     run: Callable[[Path, int], dict[str, Any]]
 
 
-def ended(problem: _Least, began: float, error: BaseException) -> dict[str, Any]:
+def ended(problem: Least, began: float, error: BaseException) -> dict[str, Any]:
     return {
         "kind": type(error).__name__,
         "text": str(error),
@@ -37,7 +37,7 @@ def ended(problem: _Least, began: float, error: BaseException) -> dict[str, Any]
     }
 
 
-def _run(problem: _Least, **options: Any) -> dict[str, Any]:
+def _run(problem: Least, **options: Any) -> dict[str, Any]:
     began = time.monotonic()
     try:
         problem.run(**{"workers": QUICK, "max_steps": 40} | options)
@@ -46,7 +46,7 @@ def _run(problem: _Least, **options: Any) -> dict[str, Any]:
     return {}
 
 
-def _in_step(problem: _Least, step: int, act: Callable[[], None] | None) -> dict[str, Any]:
+def _in_step(problem: Least, step: int, act: Callable[[], None] | None) -> dict[str, Any]:
     """What a run needs to act in the middle of a step."""
     seen: list[Any] = []
 
@@ -60,20 +60,20 @@ def _in_step(problem: _Least, step: int, act: Callable[[], None] | None) -> dict
 
 
 def killed(folder: Path, rank: int) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
     acting = _in_step(problem, 5, None if rank != 1 else lambda: os.kill(os.getpid(), 9))
     return _run(problem, trajectory=folder / "run.zot", **acting)
 
 
 def hangs(folder: Path, rank: int) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
     acting = _in_step(problem, 5, None if rank != 1 else lambda: time.sleep(4))
     return _run(problem, trajectory=folder / "run.zot", **acting)
 
 
 def drifts(folder: Path, rank: int) -> dict[str, Any]:
     """Somebody writes to the weights of one rank."""
-    problem = _Least()
+    problem = Least()
 
     def write(step: Any) -> None:
         if rank == 1 and step.step == 5:
@@ -83,18 +83,18 @@ def drifts(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def starts_apart(folder: Path, rank: int) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
     problem.w[0] = float(rank)
     return _run(problem)
 
 
 def other_seed(folder: Path, rank: int) -> dict[str, Any]:
-    return _run(_Least(), seed=rank)
+    return _run(Least(), seed=rank)
 
 
 def draws(folder: Path, rank: int) -> dict[str, Any]:
     """A collate function whose noise nobody has seeded."""
-    problem = _Least()
+    problem = Least()
     torch.manual_seed(rank)
 
     def loss(batch: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def draws(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def one_raises_in_its_callback(folder: Path, rank: int) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
 
     def callback(step: Any) -> None:
         if rank == 1 and step.step == 5:
@@ -115,7 +115,7 @@ def one_raises_in_its_callback(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def one_stops(folder: Path, rank: int) -> dict[str, Any]:
-    problem = _Least()
+    problem = Least()
 
     def callback(step: Any) -> None:
         if rank == 1 and step.step == 5:
@@ -126,7 +126,7 @@ def one_stops(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def cannot_write(folder: Path, rank: int) -> dict[str, Any]:
-    problem, file = _Least(), folder / "run.zot"
+    problem, file = Least(), folder / "run.zot"
 
     def move(step: Any) -> None:
         if rank == 0 and step.step == 5:

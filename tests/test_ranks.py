@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_cases import CASES, FEW
+import torch
+from rank_cases import CASES, FEW, Least
+
+from zo_adapt import StopReason, Workers, replay
+from zo_adapt.errors import ArgumentTypeError, OptionError
+from zo_adapt.evaluation.blocks import Block, joined
+from zo_adapt.ranks.evaluator import dealt
+from zo_adapt.ranks.replicas import checksum
+from zo_adapt.trajectory.file import Reader
 
 TESTS = Path(__file__).parent
 SHARED = [(size, name) for size, cases in ((2, FEW), (3, CASES)) for name in cases]
@@ -57,7 +65,7 @@ def said(folder: Path, name: str, rank: int) -> dict[str, Any]:
 
 
 def replayed(file: Path, steps: int) -> str:
-    problem = _Least()
+    problem = Least()
     assert replay(problem.view, file, steps) == steps
     return problem.view.hash()
 
@@ -78,7 +86,7 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_run_of_all(
 
 def test_a_run_that_a_rank_has_ended_goes_on_in_one_process(done: Path, tmp_path: Path) -> None:
     file = done / "killed" / "run.zot"
-    lost, whole = _Least(), _Least()
+    lost, whole = Least(), Least()
     lost.run(trajectory=file, resume=True, max_steps=40)
     whole.run(max_steps=40, trajectory=tmp_path / "whole.zot")
     assert lost.view.hash() == whole.view.hash()
@@ -109,7 +117,7 @@ def test_what_differs_between_ranks_is_named_on_all(
 def test_what_ends_one_rank_ends_all_with_the_same_weights(
     done: Path, name: str, reason: StopReason
 ) -> None:
-    expected = _Least()
+    expected = Least()
     expected.run(max_steps=5)
     for rank in (0, 1):
         own = said(done, name, rank)
@@ -152,17 +160,17 @@ def test_a_checksum_sees_any_bit_and_place(dtype: torch.dtype, seed: int) -> Non
 )
 def test_bad_workers_are_named(workers: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="workers"):
-        _Least().run(workers=workers)
+        Least().run(workers=workers)
 
 
 def test_what_cannot_be_pickled_is_named_before_any_work() -> None:
-    problem = _Least()
+    problem = Least()
     with pytest.raises(OptionError, match="top level"):
-        problem.run(lambda batch: problem(batch), workers=2)
+        problem.run(lambda batch: problem(batch), workers=2)  # noqa: PLW0108
 
 
 def test_processes_that_a_run_starts_itself_make_the_same_run(tmp_path: Path) -> None:
-    alone, together = _Least(), _Least()
+    alone, together = Least(), Least()
     first = alone.run(trajectory=tmp_path / "alone.zot")
     steps: list[int] = []
     second = together.run(

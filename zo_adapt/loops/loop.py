@@ -34,7 +34,7 @@ from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import check_run, former_keywords, integer
 from zo_adapt.ranks.carried import Stopped
-from zo_adapt.ranks.evaluator import shared
+from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.group import closing_ranks, find_ranks
 from zo_adapt.ranks.started import started, starts_workers
 from zo_adapt.ranks.workers import Workers, as_workers
@@ -132,6 +132,7 @@ def minimize(
     batch_size = None if batch_size is None else integer("batch_size", batch_size)
     examples, watched = as_data(data), as_metrics(metrics)
     ranks = find_ranks(workers)
+    evaluation = options_of(evaluation, ranks)
     check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective.collate)

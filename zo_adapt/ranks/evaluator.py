@@ -17,6 +17,7 @@ import numpy as np
 from zo_adapt.errors import ReplicaError
 from zo_adapt.evaluation.blocks import Answer, Block, evaluations, joined
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.ranks.carried import carried
@@ -120,6 +121,17 @@ class RankEvaluator:
         for rank, own in enumerate(found):
             if not np.array_equal(own.compared, found[0].compared):
                 raise ReplicaError(_unlike(rank, own.compared, found[0].compared))
+
+
+def options_of(options: EvaluationOptions, ranks: Ranks | None) -> EvaluationOptions:
+    """How several processes evaluate: without CUDA graphs, unless they are asked for.
+
+    A shape is captured after some calls, which ranks see at different times, and a model may run
+    other kernels while it is captured: values that are subtracted must come from the same ones.
+    """
+    if ranks is None or options.cuda_graphs != "auto":
+        return options
+    return replace(options, cuda_graphs="off")
 
 
 def shared(local: LocalEvaluator, ranks: Ranks | None) -> LocalEvaluator | RankEvaluator:

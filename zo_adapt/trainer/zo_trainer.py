@@ -31,7 +31,7 @@ from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import former_keywords
 from zo_adapt.ranks.carried import Stopped
-from zo_adapt.ranks.evaluator import shared
+from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
@@ -233,7 +233,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         self.view.check_adapters()
         _, objective, optimizer = self._given
         ranks = self.find_ranks()
-        options = self.args.evaluation_options(self.view)
+        options = options_of(self.args.evaluation_options(self.view), ranks)
         self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
         source = self._batching.training(loader)
         objective = objective or TrainerLoss(self, self.model_wrapped)

@@ -91,11 +91,21 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if nn.parameter.is_lazy(tensor):
         raise ViewError(f"{name!r} has no shape yet; call the model once on an example first")
     if tensor.is_meta:
-        raise ViewError(f"{name!r} is on the meta device: it has no values; load the weights first")
+        raise ViewError(
+            f"{name!r} is on the meta device: it has no values (not loaded, or offloaded to the "
+            "CPU or a disk, from where they come for a forward alone); load the weights, or tune a "
+            "LoRA or a head on modules that are not offloaded: ParameterView.trainable(model)"
+        )
     if tensor.dtype not in DTYPES or tensor.is_quantized or tensor.layout != torch.strided:
         raise ViewError(
             f"{name!r} has dtype {tensor.dtype} ({tensor.layout}); a view tunes dense float32, "
             f"float16, bfloat16 or float64. {ADVICE}"
+        )
+    if type(tensor).__name__ == "DTensor":
+        raise ViewError(
+            f"{name!r} is a DTensor, of which this process holds a part (tensor parallel, FSDP): a "
+            "view tunes whole tensors; tune a LoRA or a head that every process holds whole, or "
+            "load the model whole"
         )
     if type(tensor) not in (Tensor, nn.Parameter):
         # It may say that it is float32 and hold int8 and scales: what is written to it is lost.
