@@ -71,8 +71,11 @@ class Ranks:
         self.is_over = False
         self.nbytes = 0
         self._room = LEAST_ROOM
-        self._name = f"zo_adapt/{next(_runs)}"
         self._failures = count()
+        self._name = "zo_adapt"
+        # Processes that a run has started count from the beginning: the name is that of rank 0.
+        number = self.exchange(COMPARED, np.array([next(_runs)], np.int64))[0].payload[0]
+        self._name = f"zo_adapt/{number}"
 
     @property
     def is_first(self) -> bool:
@@ -246,7 +249,8 @@ def closing_ranks(ranks: Ranks | None) -> Iterator[None]:
 
 
 _runs = count()
-_groups: dict[tuple[int, float], Any] = {}
+_groups: dict[float, tuple[Any, Any]] = {}
+"""By timeout the process group that was found, and the one of this package over the same ranks."""
 
 
 def find_ranks(workers: Workers) -> Ranks | None:
@@ -264,11 +268,11 @@ def find_ranks(workers: Workers) -> Ranks | None:
         atexit.register(end_group)
     if dist.get_world_size() < 2:
         return None
-    timeout = workers.timeout
-    key = id(dist.group.WORLD), timeout
-    if key not in _groups:
-        _groups[key] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    return Ranks(_groups[key], workers)
+    world, own = _groups.get(workers.timeout, (None, None))
+    if world is not dist.group.WORLD:
+        own = dist.new_group(backend="gloo", timeout=timedelta(seconds=workers.timeout))
+        _groups[workers.timeout] = dist.group.WORLD, own
+    return Ranks(own, workers)
 
 
 def is_launched() -> bool:
