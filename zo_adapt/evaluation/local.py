@@ -31,6 +31,7 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
+from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
 from zo_adapt.evaluation.routes import route_of, trunk_for
 from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
@@ -88,6 +89,7 @@ class LocalEvaluator:
         self._along = AlongFactors(self.objective, view)
         self._joint = Joint(self.objective, view, options, self.micro_batch_size, self._along)
         names = dict(zip(("trunk", "graphs"), found, strict=True))
+        self._asks_again = is_quantised(view.model)
         self._why_not = {name: why for name, why in names.items() if isinstance(why, str)}
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
@@ -113,12 +115,13 @@ class LocalEvaluator:
         """
         if self._graphs is not None:
             self._graphs.begin()
+        found: list[Answer] = []
         with gradients_off(), self.ready():
-            found = [
-                answer
-                for block in choose(self._blocks(probes))
-                for answer in self._answers(block, probes)
-            ]
+            for block in choose(self._blocks(probes)):
+                answers = self._answers(block, probes)
+                if self._asks_again:
+                    self._ask_again(block, probes, answers)
+                found += answers
         self.view.updates.read_addresses()  # while the GPU is still at it
         returned = on_host([answer.returned for answer in found])
         return [answer._replace(returned=one) for answer, one in zip(found, returned, strict=True)]
@@ -195,6 +198,13 @@ class LocalEvaluator:
         """Numbers of a probe's micro-batches; none where all are needed for one value."""
         cut = self._score is None
         return tuple(range(len(probe.batch.micro_batches(self.micro_batch_size)))) if cut else ()
+
+    def _ask_again(self, block: Block, probes: Sequence[Probe], answers: list[Answer]) -> None:
+        """Once, where weights are quantised: find out whether their kernels repeat themselves."""
+        self._asks_again = False
+        reason = why_not_the_same(answers, lambda: self._answers(block, probes))
+        if reason is not None:
+            self._why_not["repeats"] = reason
 
     def _answers(self, block: Block, probes: Sequence[Probe]) -> list[Answer]:
         if len(block.probes) == 1:

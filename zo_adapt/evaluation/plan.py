@@ -15,7 +15,8 @@ class Plan:
         graphs: CUDA graphs that were captured so far.
         why_not: Why a faster way is not gone, by its name: "joint", "factors" (no weight is written
             along directions of low rank), "trunk", "graphs"; one that is gone, may still be or is
-            not meant is missing.
+            not meant is missing. "repeats": how the values of quantised weights differ when the
+            same probe is asked again; missing where they do not.
         ranks: Processes that share the evaluations.
 
     Example:
@@ -47,6 +48,8 @@ class Plan:
             parts.append("evaluations replayed from CUDA graphs")
         elif "graphs" in self.why_not:
             parts.append(f"graphs: {self.why_not['graphs']}")
+        if "repeats" in self.why_not:
+            parts.append(self.why_not["repeats"])
         if self.ranks > 1:
             parts.append(f"shared by {self.ranks} processes")
         return "; ".join(parts)
