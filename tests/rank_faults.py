@@ -46,7 +46,7 @@ def _run(problem: Least, **options: Any) -> dict[str, Any]:
     return {}
 
 
-def _in_step(problem: Least, step: int, act: Callable[[], None] | None) -> dict[str, Any]:
+def in_step(problem: Least, step: int, act: Callable[[], None] | None) -> dict[str, Any]:
     """What a run needs to act in the middle of a step."""
     seen: list[Any] = []
 
@@ -61,13 +61,13 @@ def _in_step(problem: Least, step: int, act: Callable[[], None] | None) -> dict[
 
 def killed(folder: Path, rank: int) -> dict[str, Any]:
     problem = Least()
-    acting = _in_step(problem, 5, None if rank != 1 else lambda: os.kill(os.getpid(), 9))
+    acting = in_step(problem, 5, None if rank != 1 else lambda: os.kill(os.getpid(), 9))
     return _run(problem, trajectory=folder / "run.zot", **acting)
 
 
 def hangs(folder: Path, rank: int) -> dict[str, Any]:
     problem = Least()
-    acting = _in_step(problem, 5, None if rank != 1 else lambda: time.sleep(4))
+    acting = in_step(problem, 5, None if rank != 1 else lambda: time.sleep(4))
     return _run(problem, trajectory=folder / "run.zot", **acting)
 
 

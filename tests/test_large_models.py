@@ -103,3 +103,27 @@ def test_a_group_of_one_process_changes_nothing(tmp_path: Path) -> None:
         found.append(tuned(model, ParameterView.trainable(model), CausalLMLoss, MeZO(lr=1e-2)))
     dist.destroy_process_group()
     assert found[0] == found[1]
+
+
+class Quantised(nn.Module):
+    """An int8 weight with a small one beside it that is tuned."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        codes = torch.randint(-9, 9, (4, 4), generator=torch.Generator().manual_seed(0))
+        self.codes = nn.Parameter(codes.to(torch.int8), requires_grad=False)
+        self.beside, self.noise = nn.Parameter(torch.zeros(4)), noise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        random = self.noise * torch.rand(())
+        return (x @ (0.1 * self.codes.float()) @ self.beside - 1).square() + random
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_it_is_said_whether_quantised_kernels_repeat_themselves(noise: float) -> None:
+    model, rows = Quantised(noise), torch.ones(8, 4)
+    view = ParameterView.trainable(model)
+    result = minimize(model, view, rows, MeZO(lr=1e-2), batch_size=4, max_steps=2, progress=False)
+    assert ("repeats" in result.evaluation.why_not) == (noise > 0)
+    assert ("asked again" in str(result)) == (noise > 0)
+    assert result.queries == 16

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rank_cases import CASES, FEW, Least
+from rank_faults import in_step
 
 from zo_adapt import StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
@@ -85,12 +86,15 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_run_of_all(
 
 
 def test_a_run_that_a_rank_has_ended_goes_on_in_one_process(done: Path, tmp_path: Path) -> None:
-    file = done / "killed" / "run.zot"
-    lost, whole = Least(), Least()
-    lost.run(trajectory=file, resume=True, max_steps=40)
-    whole.run(max_steps=40, trajectory=tmp_path / "whole.zot")
-    assert lost.view.hash() == whole.view.hash()
-    assert file.read_bytes() == (tmp_path / "whole.zot").read_bytes()
+    files = done / "killed" / "run.zot", tmp_path / "whole.zot"
+    hashes = []
+    for file in files:
+        problem = Least()
+        acting = in_step(problem, 0, None)
+        problem.run(trajectory=file, resume=True, max_steps=40, **acting)
+        hashes.append(problem.view.hash())
+    assert hashes[0] == hashes[1]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
