@@ -63,7 +63,8 @@ def work(kind: str, rows: int, length: int, device: str) -> None:
     """One process's part; rank 0 prints seconds a step."""
     from objectives import CausalLMLoss, GenerationReward
     from zo_adapt import EvaluationOptions, MeZO, ParameterView, minimize
-    from zo_adapt.ranks.group import EVALUATED, find_ranks
+    from zo_adapt.ranks.group import EVALUATED
+    from zo_adapt.ranks.launched import find_ranks
     from zo_adapt.ranks.workers import Workers
 
     model = adapted(LLAMA_8B if device == "cuda" else SMALL, device)

@@ -13,7 +13,8 @@ from zo_adapt.loops.resume import LIMITS, check_budget, check_settings, run_sett
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
-from zo_adapt.ranks.group import Ranks, is_restarted
+from zo_adapt.ranks.group import Ranks
+from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.ranks.replicas import check_settings_agree
 from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile

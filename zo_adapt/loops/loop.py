@@ -35,7 +35,8 @@ from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import check_run, former_keywords, integer
 from zo_adapt.ranks.carried import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
-from zo_adapt.ranks.group import closing_ranks, find_ranks
+from zo_adapt.ranks.group import closing_ranks
+from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.started import started, starts_workers
 from zo_adapt.ranks.workers import Workers, as_workers
 from zo_adapt.step import Step

@@ -5,12 +5,9 @@ gives an error, not the end of the process, when another rank has died. A proces
 user's own, or of Accelerate's, is used as it is; a second one over the same ranks has the timeout.
 """
 
-import atexit
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -249,54 +246,6 @@ def closing_ranks(ranks: Ranks | None) -> Iterator[None]:
 
 
 _runs = count()
-_groups: dict[float, tuple[Any, Any]] = {}
-"""By timeout the process group that was found, and the one of this package over the same ranks."""
-
-
-def find_ranks(workers: Workers) -> Ranks | None:
-    """The ranks that a launcher or the user has started; None where this process is alone.
-
-    Args:
-        workers: How long a rank waits for the others, and how often they are compared.
-    """
-    if not dist.is_available():
-        return None
-    if not dist.is_initialized():
-        if not is_launched():
-            return None
-        dist.init_process_group()  # gloo, and NCCL beside it where there are GPUs
-        atexit.register(end_group)
-    if dist.get_world_size() < 2:
-        return None
-    world, own = _groups.get(workers.timeout, (None, None))
-    if world is not dist.group.WORLD:
-        own = dist.new_group(backend="gloo", timeout=timedelta(seconds=workers.timeout))
-        _groups[workers.timeout] = dist.group.WORLD, own
-    return Ranks(own, workers)
-
-
-def is_launched() -> bool:
-    """Whether a launcher has started several processes, of which this is one."""
-    several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
-    return several and "RANK" in os.environ and "MASTER_ADDR" in os.environ
-
-
-def is_restarted() -> bool:
-    """Whether torchrun has started the processes anew after one of them failed."""
-    return is_launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
-
-
-def end_group() -> None:
-    """End the process group that this package has begun."""
-    _groups.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def use_own_gpu() -> None:
-    """Under a launcher let "cuda" mean this rank's own GPU, in a script that names none."""
-    if is_launched() and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def _store() -> Any:
@@ -308,6 +257,3 @@ def _padded(payload: np.ndarray, size: int) -> np.ndarray:
     out = np.zeros(size, np.int64)
     out[: len(payload)] = payload[:size]
     return out
-
-
-use_own_gpu()  # before a script that imports this package puts its model on "cuda"

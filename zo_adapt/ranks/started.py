@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zo_adapt.errors import LostRankError, OptionError
-from zo_adapt.ranks.group import end_group, is_launched
+from zo_adapt.ranks.launched import end_group, is_launched
 from zo_adapt.ranks.workers import Workers
 
 FUNCTIONS_OF_MAIN = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from zo_adapt.ranks.group import is_restarted
+from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
 from zo_adapt.view.selection import owners
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from zo_adapt.ranks.group import Ranks, find_ranks
+from zo_adapt.ranks.group import Ranks
+from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.workers import Workers
 
 

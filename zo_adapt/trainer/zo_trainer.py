@@ -243,25 +243,14 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
             objective = resolve_mean_over_rows(objective, source, self.view.model)
         if self.args.lora_start_rows and self._checkpoint is None:
             start_adapters(self, as_objective(objective), source)
-        local = LocalEvaluator(
-            objective,
-            self.view,
-            options,
-            batch_size=self.state.train_batch_size,
-            max_queries=self.args.max_queries,
-        )
+        rows, most = self.state.train_batch_size, self.args.max_queries
+        local = LocalEvaluator(objective, self.view, options, batch_size=rows, max_queries=most)
         self._samples = TrainerSamples(
             source, self.args.seed, rows_needed(local.objective), self.args.stratify
         )
         budget = Budget(self._limit, self.args.max_queries)
-        self._run = Run(
-            self.zo_optimizer,
-            shared(local, ranks),
-            self._samples,
-            budget,
-            self.args.seed,
-            ranks=ranks,
-        )
+        evaluator, seed = shared(local, ranks), self.args.seed
+        self._run = Run(self.zo_optimizer, evaluator, self._samples, budget, seed, ranks=ranks)
         self._monitor = Monitor(
             self._metrics,
             self.view,
