@@ -250,7 +250,7 @@ def _unlike(rank: int, theirs: np.ndarray, first: np.ndarray) -> str:
     shown = f"{len(theirs)} values, not {len(first)}"
     if len(theirs) == len(first):
         place = int(np.flatnonzero(theirs != first)[0])
-        shown = f"{theirs[place]!r} for value {place}, not {first[place]!r}"
+        shown = f"{float(theirs[place])!r} for value {place}, not {float(first[place])!r}"
     return (
         f"the same probe has other values on rank {rank} than on rank 0 ({shown}): the objective "
         "or its collate function draws at random (draw from a generator that the examples seed), "

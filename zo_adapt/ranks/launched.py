@@ -11,6 +11,7 @@ import torch.distributed as dist
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.workers import Workers
 
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _groups: dict[float, tuple[Any, Any]] = {}
 """By timeout the process group that was found, and the one of this package over the same ranks."""
 
@@ -26,8 +27,7 @@ def find_ranks(workers: Workers) -> Ranks | None:
     if not dist.is_initialized():
         if not is_launched():
             return None
-        dist.init_process_group()  # gloo, and NCCL beside it where there are GPUs
-        atexit.register(end_group)
+        _begin_group()
     if dist.get_world_size() < 2:
         return None
     world, own = _groups.get(workers.timeout, (None, None))
@@ -35,6 +35,15 @@ def find_ranks(workers: Workers) -> Ranks | None:
         own = dist.new_group(backend="gloo", timeout=timedelta(seconds=workers.timeout))
         _groups[workers.timeout] = dist.group.WORLD, own
     return Ranks(own, workers)
+
+
+def _begin_group() -> None:
+    """Begin the group that the launcher describes: gloo, and NCCL beside it where there are GPUs."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    # A launcher may keep its store when it starts the processes anew: the addresses in it are old.
+    again = dist.PrefixStore(f"restart_{os.environ.get(RESTARTS, '0')}", store)
+    dist.init_process_group(store=again, rank=rank, world_size=size)
+    atexit.register(end_group)
 
 
 def is_launched() -> bool:
@@ -45,7 +54,7 @@ def is_launched() -> bool:
 
 def is_restarted() -> bool:
     """Whether torchrun has started the processes anew after one of them failed."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    return os.environ.get(RESTARTS, "0") not in ("", "0")
 
 
 def end_group() -> None:
