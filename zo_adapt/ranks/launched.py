@@ -38,7 +38,7 @@ def find_ranks(workers: Workers) -> Ranks | None:
 
 
 def _begin_group() -> None:
-    """Begin the group that the launcher describes: gloo, and NCCL beside it where there are GPUs."""
+    """Begin the group that the launcher describes: gloo, and NCCL beside it for GPUs."""
     store, rank, size = next(dist.rendezvous("env://"))
     # A launcher may keep its store when it starts the processes anew: the addresses in it are old.
     again = dist.PrefixStore(f"restart_{os.environ.get(RESTARTS, '0')}", store)
