@@ -21,7 +21,7 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.ranks.carried import carried
-from zo_adapt.ranks.group import EVALUATED, FAILED, FINE, Message, Ranks
+from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
 
 
@@ -136,7 +136,13 @@ def options_of(options: EvaluationOptions, ranks: Ranks | None) -> EvaluationOpt
 
 def shared(local: LocalEvaluator, ranks: Ranks | None) -> LocalEvaluator | RankEvaluator:
     """The evaluator of several processes; that of this one where it is alone."""
-    return local if ranks is None else RankEvaluator(local, ranks)
+    if ranks is None:
+        return local
+    # Which candidates go together depends on the memory that there is: on the least of all ranks.
+    own = np.array([-1 if local.memory is None else local.memory], np.int64)
+    found = [int(message.payload[0]) for message in ranks.exchange(COMPARED, own)]
+    local.memory = None if min(found) < 0 else min(found)
+    return RankEvaluator(local, ranks)
 
 
 class _Share:

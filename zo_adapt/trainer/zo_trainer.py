@@ -268,7 +268,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
     def _begin_log(self, run: Run) -> None:
         folder = Path(self.args.output_dir or ".")
         begin_log(run, folder, self._settings(), self._checkpoint)
-        if self.args.lora_start_rows and self._checkpoint is None:
+        if self.args.lora_start_rows and self._checkpoint is None and self.is_first_rank:
             save_start(self.view, folder)
         self._checkpoint, self._is_begun = None, True
 
