@@ -120,8 +120,8 @@ def diagnose(
     if rows < 2 and not isinstance(source, NoData):
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
     view.check_adapters()
-    evaluator = LocalEvaluator(objective, view, evaluation, batch_size=rows)
-    far = find_displacement(evaluator, samples, seed)
+    searching = LocalEvaluator(objective, view, evaluation, batch_size=rows)
+    far = find_displacement(searching, samples, seed)
     usual, scales = _scales(view, objective.step_like, perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)

@@ -122,7 +122,7 @@ def minimize(
         given |= {"seed": seed, "evaluation": evaluation, "metrics": metrics, "resume": resume}
         given |= {"trajectory": trajectory, "workers": replace(workers, count=None)}
         with started(workers, minimize, given | {"progress": False}):
-            return minimize(**given, progress=progress, callback=callback)  # type: ignore[arg-type]
+            return minimize(**given, progress=progress, callback=callback)
     optimizer = MeZO() if optimizer is None else optimizer
     objective = checked_objective(objective)
     check_view(view)

@@ -3,6 +3,7 @@
 import logging
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluator
@@ -58,7 +59,7 @@ class Run(KeptRun):
         optimizer.start(evaluator.view, seed, step_like=evaluator.objective.step_like)
         if ranks is not None:
             check_views(ranks, evaluator.view)
-            settings = getattr(optimizer, "settings", dict)()
+            settings: dict[str, Any] = getattr(optimizer, "settings", dict)()
             check_settings_agree(ranks, {**settings, "seed": seed, **budget._asdict()})
         if trajectory is not None:
             is_file = isinstance(trajectory, TrajectoryFile)

@@ -97,7 +97,7 @@ class Ranks:
         # All ranks have seen the same sizes, so all of them make the second round, or none does.
         payloads = self._gathered(_padded(payload, most)) if most > self._room else found[:, HEAD:]
         messages = [
-            Message(*map(int, row[: HEAD - 1]), payload=own[:size])
+            Message(int(row[0]), int(row[1]), int(row[2]), own[:size])
             for row, own, size in zip(found, payloads, sizes.tolist(), strict=True)
         ]
         if kind in (EVALUATED, WRITTEN):

@@ -39,9 +39,10 @@ def find_ranks(workers: Workers) -> Ranks | None:
 
 def _begin_group() -> None:
     """Begin the group that the launcher describes: gloo, and NCCL beside it for GPUs."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # A launcher may keep its store when it starts the processes anew: the addresses in it are old.
-    again = dist.PrefixStore(f"restart_{os.environ.get(RESTARTS, '0')}", store)
+    prefix = f"restart_{os.environ.get(RESTARTS, '0')}"
+    again = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     dist.init_process_group(store=again, rank=rank, world_size=size)
     atexit.register(end_group)
 

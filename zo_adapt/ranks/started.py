@@ -48,7 +48,9 @@ def started(
     """
     data, count = _pickled(arguments), workers.count or 1
     limit = timedelta(seconds=workers.timeout)
-    store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, count, is_master=True, wait_for_workers=False
+    )
     context = multiprocessing.get_context("spawn")
     settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
     processes = [
@@ -116,7 +118,9 @@ def _work(
     threads, precision = settings
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
-    store = dist.TCPStore("127.0.0.1", port, count, is_master=False, timeout=limit)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, count, is_master=False, timeout=limit
+    )
     try:
         arguments = torch.load(io.BytesIO(data), map_location=_own_gpu(rank), weights_only=False)
     except Exception as error:
