@@ -192,7 +192,7 @@ class _Loop:
                 self._step_on(callback, bar)
         except BudgetExhausted:
             return StopReason.MAX_QUERIES, ""
-        except (StopIteration, Stopped):
+        except Stopped:
             return StopReason.CALLBACK, ""
         except FAULTS as error:
             return reason_of(error), f" ({error})"
@@ -205,8 +205,11 @@ class _Loop:
             step = self.step()
             bar.update(step.queries - bar.n if self.run.budget.max_queries else 1)
             bar.set_postfix(value=f"{step.value:.4f}", refresh=False)
-            if callback is not None:
-                callback(step)
+            try:
+                if callback is not None:
+                    callback(step)
+            except StopIteration as error:  # of an objective it would be a fault
+                raise Stopped from error
 
     def step(self) -> Step:
         """One step, in the history."""

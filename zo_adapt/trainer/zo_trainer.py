@@ -86,12 +86,12 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
         ...                     num_attention_heads=2, intermediate_size=16)
         >>> data = [{"input_ids": [2, i], "labels": i % 2} for i in range(8)]
-        >>> args = ZOConfig("runs", max_steps=2, optimizer="mezo", report_to="none", use_cpu=True,
+        >>> args = ZOConfig("runs", max_steps=2, displacement=0.1, report_to="none", use_cpu=True,
         ...                 disable_tqdm=True, logging_strategy="no", save_strategy="no")
         >>> trainer = ZOTrainer(BertForSequenceClassification(config), args, train_dataset=data)
         >>> trainer.train().metrics["queries"]  # doctest: +ELLIPSIS
         {...}
-        32
+        128
     """
 
     args: ZOConfig
