@@ -32,6 +32,12 @@ from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.step_size import ByDistance as ByDistance
 from zo_adapt.optimizers.step_size import Rate as Rate
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
+from zo_adapt.serving.evaluator import ServedEvaluator as ServedEvaluator
+from zo_adapt.serving.peft_server import PeftServer as PeftServer
+from zo_adapt.serving.pool import ServerPool as ServerPool
+from zo_adapt.serving.skeleton import served_lora as served_lora
+from zo_adapt.serving.skeleton import served_prompt as served_prompt
+from zo_adapt.serving.vllm_server import VLLMServer as VLLMServer
 from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Term as Term
@@ -64,9 +70,12 @@ __all__ = [
     "Objective",
     "OneSided",
     "ParameterView",
+    "PeftServer",
     "Rate",
     "Replay",
     "Result",
+    "ServedEvaluator",
+    "ServerPool",
     "SetObjective",
     "Shift",
     "Step",
@@ -75,6 +84,7 @@ __all__ = [
     "TrackVariance",
     "TrajectoryFile",
     "TwoSided",
+    "VLLMServer",
     "ZOConfig",
     "ZOError",
     "ZOTrainer",
@@ -83,6 +93,8 @@ __all__ = [
     "minimize",
     "replay",
     "scipy_method",
+    "served_lora",
+    "served_prompt",
 ]
 
 if TYPE_CHECKING:

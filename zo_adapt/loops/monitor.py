@@ -12,11 +12,10 @@ from zo_adapt.data.forms import named_sets
 from zo_adapt.data.sources import Source
 from zo_adapt.diagnosis.variance import TrackVariance, VarianceMonitor
 from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
+from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
 from zo_adapt.loops.run import Run
 from zo_adapt.options import at_least_one
 from zo_adapt.term import HERE
@@ -97,6 +96,7 @@ class Monitor:
         data: For metrics without data of their own; several by name are measured each.
         evaluation: How.
         batch_size: Most rows in one call where ``evaluation`` sets no limit.
+        way: Where values come from.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Monitor:
         *,
         evaluation: EvaluationOptions,
         batch_size: int | None,
+        way: EvaluatedBy = Locally(),
     ) -> None:
         self.every = metrics.every
         self._step, self._last, self._done = -1, dict[str, float](), set[str]()
@@ -117,7 +118,7 @@ class Monitor:
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
         most = evaluation.micro_batch_size or batch_size
         self._ready = {
-            name + suffix: _prepared(as_objective(metric), view, as_data(rows), options, most)
+            name + suffix: _prepared(as_objective(metric), view, as_data(rows), options, most, way)
             for suffix, rows in _sets(data if metrics.data is None else metrics.data)
             for name, metric in metrics.objectives.items()
             if not isinstance(metric, TrackVariance)
@@ -178,15 +179,16 @@ def _prepared(
     examples: Data,
     options: EvaluationOptions,
     most: int | None,
-) -> tuple[LocalEvaluator, Source]:
+    way: EvaluatedBy,
+) -> tuple[Evaluator, Source]:
     """A metric's evaluator and rows; one that is cut has to be a mean over rows."""
     source = examples.source(metric.collate)
     if most is not None and len(source) > most:
-        metric = resolve_mean_over_rows(metric, source, view.model)
-    return LocalEvaluator(metric, view, options, batch_size=most), source
+        metric = way.resolved(metric, source, view)
+    return way.bound_to(metric, view, options, batch_size=most), source
 
 
-def _measured(evaluator: LocalEvaluator, source: Source) -> float:
+def _measured(evaluator: Evaluator, source: Source) -> float:
     """NaN where a metric is undefined (one class only): no reason to stop a run."""
     # A batch of its own: what is read of it is not kept from one measurement to the next.
     whole = Batch(source, range(len(source)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.optimizers.budget import Budget
 from zo_adapt.step import Step
 from zo_adapt.trajectory.file import Position, Reader
@@ -27,7 +27,7 @@ def data_settings(samples: Samples) -> dict[str, Any]:
     }
 
 
-def run_settings(evaluator: LocalEvaluator, samples: Samples) -> dict[str, Any]:
+def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
     """All of a run's settings that are neither the optimizer's nor its budget."""
     return {
         "batch_size": samples.batch_size,

@@ -7,7 +7,7 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.resume import LIMITS, check_budget, check_settings, run_settings, steps_until
 from zo_adapt.optimizers.budget import Budget
@@ -49,7 +49,7 @@ class Run:
     def __init__(
         self,
         optimizer: Optimizer,
-        evaluator: LocalEvaluator,
+        evaluator: Evaluator,
         samples: Samples,
         budget: Budget,
         seed: int,
