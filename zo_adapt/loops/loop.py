@@ -18,12 +18,11 @@ from zo_adapt.arguments import (
 )
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.evaluation.first_look import look_first
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
+from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
+from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
@@ -60,6 +59,7 @@ def minimize(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
     evaluation: EvaluationOptions = EvaluationOptions(),
+    evaluator: EvaluatedBy | None = None,
     metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
     trajectory: str | Path | TrajectoryFile | None = None,
     resume: bool = False,
@@ -81,6 +81,8 @@ def minimize(
         callback: Called with a ``Step`` after every step; StopIteration stops the run.
         progress: Show a progress bar.
         evaluation: Memory against time: rows in one call, candidates together, reuse, graphs.
+        evaluator: Where values come from: None, this process; ``ServedEvaluator(server)``, a model
+            behind a server.
         metrics: Objectives by name, watched beside the one that is minimised; ``Metrics`` of them
             says on which data and how often (the run's, every 100 steps and at the end).
         trajectory: File that every step is appended to; see ``replay``, and ``TrajectoryFile`` for
@@ -137,25 +139,25 @@ def minimize(
     check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective.collate)
-    look_first(objective, source, view)
-    objective = resolve_mean_over_rows(objective, source, view.model)
+    way = Locally() if evaluator is None else evaluator
+    objective = way.prepared(objective, source, view)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
-    local = LocalEvaluator(
-        objective, view, evaluation, batch_size=batch_size, max_queries=max_queries
+    asked = shared(
+        way.bound_to(objective, view, evaluation, batch_size=batch_size, max_queries=max_queries),
+        ranks,
     )
-    evaluator = shared(local, ranks)
     monitor = Monitor(
-        watched, view, examples, evaluation=evaluation, batch_size=batch_size, ranks=ranks
+        watched, view, examples, evaluation=evaluation, batch_size=batch_size, way=way, ranks=ranks
     )
     budget = Budget(max_steps, max_queries)
-    run = Run(optimizer, evaluator, samples, budget, seed, trajectory, resume, ranks)
+    run = Run(optimizer, asked, samples, budget, seed, trajectory, resume, ranks)
     monitor.follow(run)
     loop = _Loop(run, monitor)
     with (
         closing(run),
         tqdm(
             total=max_queries or max_steps,
-            initial=evaluator.queries if max_queries else loop.run.steps,
+            initial=asked.queries if max_queries else loop.run.steps,
             unit="query" if max_queries else "step",
             disable=not (progress and run.is_first_rank),
             dynamic_ncols=True,
@@ -165,14 +167,14 @@ def minimize(
     return Result(
         value=loop.history[-1].value if loop.history else math.nan,
         steps=loop.run.steps,
-        queries=evaluator.queries,
+        queries=asked.queries,
         stop_reason=reason,
         message=f"{reason}{detail}",
         history=loop.history,
         metrics=monitor.at(loop.run.steps),
         metric_queries=monitor.queries,
-        evaluation=evaluator.plan,
-        advice=verdict(loop.history, evaluator.sign, optimizer),
+        evaluation=asked.plan,
+        advice=verdict(loop.history, asked.sign, optimizer),
     )
 
 
