@@ -396,11 +396,16 @@ def test_a_collator_may_hand_on_text_beside_tensors(tmp_path: Path) -> None:
         return batch["first"].float()
 
     objective.mean_over_rows = True  # type: ignore[attr-defined]  # else it is called to find out
-    pair = {"displacement": 0.25, "num_directions": 1}
-    args = arguments(tmp_path, max_steps=1, micro_batch_size=3, remove_unused_columns=False, **pair)
+    pair = MeZO(displacement=0.25, num_directions=1, one_sided=False)
+    args = arguments(tmp_path, max_steps=1, micro_batch_size=3, remove_unused_columns=False)
     model.eval()
     ZOTrainer(
-        model, args, train_dataset=prompts(), objective=objective, data_collator=collate
+        model,
+        args,
+        train_dataset=prompts(),
+        objective=objective,
+        data_collator=collate,
+        zo_optimizer=pair,
     ).train()
     looks, step = seen[:-6], seen[-6:]
     assert set(looks) == {(2, 2)}, "before the first step, on two rows"
