@@ -20,10 +20,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from transformers import AutoModel
 
-import real_data
+from support import real_data
 from objectives import F1
-from registry import FetchError
-from text_classifier import Example, load_tokenizer, tokenize
+from support.registry import FetchError
+from support.text_classifier import Example, load_tokenizer, tokenize
 from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.errors import ZOError
 

@@ -17,10 +17,10 @@ import torch
 from sklearn.datasets import load_svmlight_file
 from torch import nn
 
-import real_data
+from support import real_data
 from objectives import NDCG
-from registry import FetchError
-from zo_adapt import MeZO, ParameterView, minimize
+from support.registry import FetchError
+from zo_adapt import MeZOSVRG, ParameterView, minimize
 from zo_adapt.errors import ZOError
 
 BM25 = 109  # the column of its score for the whole document

@@ -17,10 +17,10 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-import real_data
+from support import real_data
 from objectives import ClassificationLoss
-from text_classifier import accuracy, build_model, predict, tokenize
-from zo_adapt import MeZO, ParameterView, minimize, replay
+from support.text_classifier import accuracy, build_model, predict, tokenize
+from zo_adapt import MeZOSVRG, ParameterView, minimize, replay
 
 SEED, LENGTH = 0, 48
 
