@@ -2,10 +2,10 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support.reviews import review_instructions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from objectives import CausalLMLoss, ExactMatch
+from support.reviews import review_instructions
 from zo_adapt import ParameterView, initialise_lora, minimize
 
 # Your own: lists of {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}.

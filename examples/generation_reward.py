@@ -20,8 +20,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support import real_data
 from objectives import GenerationReward
+from support import real_data
 from support.registry import FetchError
 from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.errors import ZOError

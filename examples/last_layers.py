@@ -1,10 +1,10 @@
 """The last two layers and the head learn; the frozen layers below run once for each text."""
 
 import torch
-from support.topics import bbc_topics
 from transformers import AutoModelForSequenceClassification
 
 from objectives import Accuracy, ClassificationLoss
+from support.topics import bbc_topics
 from zo_adapt import ParameterView, minimize
 
 folder, tokenizer, names, train, test = bbc_topics()

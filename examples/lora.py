@@ -2,10 +2,10 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support.topics import bbc_topics
 from transformers import AutoModelForSequenceClassification
 
 from objectives import Accuracy, ClassificationLoss
+from support.topics import bbc_topics
 from zo_adapt import Metrics, ParameterView, initialise_lora, minimize
 
 # Your own: a model, and lists of {"input_ids": [...], "labels": 3}.

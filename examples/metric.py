@@ -2,10 +2,10 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support.topics import bbc_topics
 from transformers import AutoModel
 
 from objectives import F1
+from support.topics import bbc_topics
 from zo_adapt import ParameterView, minimize
 
 folder, tokenizer, names, train, test = bbc_topics(train=1024, test=512)

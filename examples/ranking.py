@@ -1,10 +1,10 @@
 """A bi-encoder tuned on NDCG@10 itself: headlines have to find the news that they were cut from."""
 
 from peft import LoraConfig, get_peft_model
-from support.headlines import headline_queries
 from transformers import AutoModel, AutoTokenizer
 
 from objectives import NDCG, BiEncoder
+from support.headlines import headline_queries
 from zo_adapt import ParameterView, minimize
 
 # Your own: lists of {"query": text, "documents": [texts], "relevance": [0, 2, ...]}.

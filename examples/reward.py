@@ -2,13 +2,14 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support import real_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from objectives import GenerationReward
+from support import real_data
 from zo_adapt import ParameterView, minimize
 
-NOUNS = "rain bread trees cats ships stars bees rivers music chess salt snow bridges clocks".split()
+NOUNS = ["rain", "bread", "trees", "cats", "ships", "stars", "bees", "rivers", "music", "chess"]
+NOUNS += ["salt", "snow", "bridges", "clocks"]  # held out
 examples = [{"prompt": [{"role": "user", "content": f"Tell me about {noun}."}]} for noun in NOUNS]
 train, test = examples[:10], examples[10:]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.topics import bbc_topics
 from transformers import AutoModelForSequenceClassification
 
 from objectives import Accuracy, ClassificationLoss
+from support.topics import bbc_topics
 from zo_adapt import ParameterView, minimize, replay
 
 folder, tokenizer, names, train, test = bbc_topics()

@@ -4,10 +4,10 @@ from importlib.util import find_spec
 
 import numpy as np
 from peft import LoraConfig, get_peft_model
-from support.topics import bbc_topics
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, set_seed
 
 from objectives import ClassificationLoss
+from support.topics import bbc_topics
 from zo_adapt import ZOConfig, ZOTrainer
 
 folder, tokenizer, names, train, test = bbc_topics()

@@ -21,8 +21,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from support import real_data
 from objectives import ClassificationLoss
+from support import real_data
 from support.registry import FetchError
 from support.report import Curve, draw, table
 from support.text_classifier import (

@@ -1,4 +1,4 @@
-"""BBC news of five topics as tokens, and the encoder that reads them: what most examples start from."""
+"""BBC news of five topics as tokens, and the encoder that reads them."""
 
 from typing import Any, NamedTuple
 
