@@ -22,9 +22,8 @@ from transformers import AutoModelForSequenceClassification
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
-from support.topics import Topics, bbc_topics
-
 from objectives import Accuracy, ClassificationLoss
+from support.topics import Topics, bbc_topics
 from zo_adapt import Adam, Metrics, ParameterView, initialise_lora, minimize
 from zo_adapt.loops.result import smoothed
 

@@ -1,0 +1,47 @@
+"""The model card of a tuned adapter: peft's own README, with budget, data and figures."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def write_card(
+    folder: Path, given: Any, trainer: Any, figures: Mapping[str, float], rows: tuple[int, int]
+) -> Path:
+    """Add a section to the README that ``save_pretrained`` has left, or begin one.
+
+    Args:
+        folder: Of the adapter or the model.
+        given: The arguments of ``zo-adapt tune``.
+        trainer: After training.
+        figures: Held-out figures, by name with " before" and " after".
+        rows: Examples tuned on and held out.
+    """
+    path = folder / "README.md"
+    before = path.read_text(encoding="utf-8") if path.exists() else f"# {folder.name}\n"
+    names = [name.removesuffix(" before") for name in figures if name.endswith(" before")]
+    table = "\n".join(
+        f"| {name} | {figures[f'{name} before']:.3f} | {figures[f'{name} after']:.3f} |"
+        for name in names
+    )
+    section = f"""
+## Tuned by forward passes alone
+
+| | |
+|---|---|
+| base model | {given.model} |
+| objective | {given.objective} |
+| view | {given.view}: {trainer.view} |
+| optimizer | {trainer.zo_optimizer} |
+| budget | {trainer.queries:,} queries (forwards of one sample), {trainer.state.global_step} steps |
+| data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
+| seed | {trainer.args.seed} |
+| made with | zo_adapt {version("zo_adapt")} |
+
+| held out | before | after |
+|---|---|---|
+{table}
+"""
+    path.write_text(before.rstrip() + "\n" + section, encoding="utf-8")
+    return path
