@@ -1,8 +1,8 @@
 """The README's figure: loss and held-out accuracy against queries, with backpropagation beside.
 
 A LoRA adapter (r=8) and a new head on all-MiniLM-L6-v2, BBC topics, 512 texts of 48 tokens: the
-job of examples/lora.py, by the recommended optimizer and by Adam. A query is one forward pass of
-one text; Adam's backward passes are not counted, each of which costs about two forward passes.
+job of examples/lora.py, by the recommended optimizer and by `Adam` (torch.optim.AdamW). A query is
+one forward pass of one text; AdamW's backward passes are not counted.
 
     python benchmarks/beside_adam.py --seeds 0 1 2 --output beside_adam.json
     python benchmarks/beside_adam.py --draw beside_adam.json docs/figures/beside_adam.png
@@ -27,7 +27,7 @@ from support.topics import Topics, bbc_topics
 from zo_adapt import Adam, Metrics, ParameterView, initialise_lora, minimize
 from zo_adapt.loops.result import smoothed
 
-FORWARD, BACKWARD = "forward passes alone, minimize(...)", "backpropagation, Adam(1e-3)"
+FORWARD, BACKWARD = "forward passes alone, minimize(...)", "backpropagation, AdamW at 1e-3"
 BUDGETS = {FORWARD: 40_000, BACKWARD: 7_680}
 Curve = dict[str, list[float]]
 

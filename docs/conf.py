@@ -52,14 +52,17 @@ def as_restructured_text(lines: list[str]) -> list[str]:
     Blocks are separated by empty lines; the sections (Args, Raises, ...) are napoleon's.
     """
     found: list[str] = []
-    section = False
+    section = ""
     for block in blocks(lines):
-        section = section or bool(block and SECTION.fullmatch(block[0].strip()))
-        first = block[0] if block else ""
+        if named := SECTION.fullmatch(block[0].strip()):
+            section = named[1]
+        first = block[0]
         indented = first.startswith("    ") or any(line.startswith("    ") for line in block[1:])
         listed = first.lstrip().startswith(("- ", "* ", "1. "))
-        if section or not block or first.lstrip().startswith(">>>"):
+        if section.startswith("Example") or first.lstrip().startswith(">>>"):
             found += block
+        elif section:
+            found += [escaped(line) for line in block]
         elif not listed and (indented or FORMULA.search(first)):
             found += ["", ".. code-block:: text", "", *("    " + line for line in block), ""]
         else:

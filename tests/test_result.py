@@ -90,7 +90,7 @@ def test_a_package_that_is_missing_is_named(
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=rf"{package}.*pip install 'zo_adapt\[report\]'"):
+    with pytest.raises(MissingPackageError, match=rf"{package}.*pip install 'zo_adapt\[plot\]'"):
         getattr(result, method)()
 
 

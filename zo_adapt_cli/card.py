@@ -1,7 +1,7 @@
 """The model card of a tuned adapter: peft's own README, with budget, data and figures."""
 
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def write_card(
 | budget | {trainer.queries:,} queries (forwards of one sample), {trainer.state.global_step} steps |
 | data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
 | seed | {trainer.args.seed} |
-| made with | zo_adapt {version("zo_adapt")} |
+| made with | zo_adapt {_version()} |
 
 | held out | before | after |
 |---|---|---|
@@ -45,3 +45,10 @@ def write_card(
 """
     path.write_text(before.rstrip() + "\n" + section, encoding="utf-8")
     return path
+
+
+def _version() -> str:
+    try:
+        return version("zo_adapt")
+    except PackageNotFoundError:  # run from a checkout
+        return "(from a checkout)"

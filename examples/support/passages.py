@@ -13,7 +13,7 @@ Query = dict[str, Any]
 
 
 def passage_queries(
-    train: int = 192, test: int = 128, documents: int = 30, seed: int = 0
+    train: int = 192, test: int = 128, documents: int = 8, seed: int = 0
 ) -> tuple[str, list[Query], list[Query]]:
     """Folder of the encoder all-MiniLM-L6-v2, and queries to train and to test with.
 

@@ -24,7 +24,14 @@ SMOOTHED_SHARE = 1 / 20
 
 
 class StopReason(StrEnum):
-    """Why a run ended; the values are the sentences that users read."""
+    """Why a run ended; the values are the sentences that users read.
+
+    Example:
+        >>> print(StopReason.MAX_STEPS)
+        the maximum number of steps was reached
+        >>> StopReason.MAX_STEPS.is_fault
+        False
+    """
 
     MAX_STEPS = "the maximum number of steps was reached"
     MAX_QUERIES = "the next step would exceed the maximum number of queries"
@@ -183,5 +190,5 @@ def smoothed(values: list[float], width: float) -> list[float]:
 
 def _missing(package: str) -> MissingPackageError:
     return MissingPackageError(
-        f"{package} is not installed; pip install 'zo_adapt[report]' brings it"
+        f"{package} is not installed; pip install 'zo_adapt[plot]' brings it"
     )
