@@ -51,9 +51,9 @@ def tune(tmp_path: Path, objective: str, *more: str, view: str = "lora") -> Path
     head = TASKS[objective]
     model, data = saved(tmp_path / "base", head), lines(tmp_path / "d.jsonl", head)
     command = (
-        f"tune --model {model} --data {data} --objective {objective} --view {view} {' '.join(more)} "
+        f"tune --model {model} --data {data} --objective {objective} --view {view} "
         f"--output_dir {tmp_path / 'out'} --max_queries 400 --use_cpu --disable_tqdm true "
-        "--save_strategy no"
+        f"--save_strategy no {' '.join(more)}"
     )
     main(command.split())
     return tmp_path / "out" / ("adapter" if view == "lora" else "model")
