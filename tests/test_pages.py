@@ -15,7 +15,8 @@ import zo_adapt
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-FENCE = re.compile(r"^```(python|console|text)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"(?<!-->\n)^```(python|console|text)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+"""Code, but for what stands under a comment such as <!-- not run: it needs a server -->."""
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 COMMANDS = {"zo_adapt": "zo_adapt_cli", "zo_adapt.trajectory": "zo_adapt.trajectory.tools"}
 # Trainer asks for pinned memory on a CPU too; blocks end where there is something to see.
