@@ -26,10 +26,6 @@ pytestmark = [
 ]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return [code for kind, code in FENCE.findall(page.read_text()) if kind == language]
-
-
 def run_command(line: str) -> None:
     """A command of this package, in this process; others (pip, make) are not run."""
     words = shlex.split(line, comments=True)
