@@ -33,7 +33,7 @@ def test_the_line_before_a_run_says_what_a_step_costs(
 
     result = run(OPTIMIZERS[name], max_steps=1, callback=first)
     assert f"a step makes {result.queries} queries" in said[0]
-    assert f"{type(OPTIMIZERS[name]).__name__} on 10 scalars in 1 tensors" in said[0]
+    assert f"{type(OPTIMIZERS[name]).__name__} on 10 scalars in 3 tensors" in said[0]
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS.values(), None], ids=[*OPTIMIZERS, "default"])
