@@ -33,3 +33,14 @@ NO_ARGUMENTS = {"StopReason", "ZOError", "Objective", "SetObjective"}
 def test_the_reference_names_nothing_else() -> None:
     others = {entry for entry in ENTRIES if entry not in NAMES}
     assert others == {"zo_adapt.errors", "zo_adapt_cli.tune.TuneArguments"}
+
+
+def test_the_table_of_names_is_whole() -> None:
+    table = (PAGES / "index.rst").read_text()
+    for module in (zo_adapt, objectives):
+        part = re.search(
+            rf"^\.\. currentmodule:: {module.__name__}$(.*?)(?=^\.\. curr|\Z)", table, re.M | re.S
+        )
+        assert part is not None
+        listed = re.findall(r"^   (\w+)$", part[1], re.M)
+        assert sorted(listed) == sorted(module.__all__)
