@@ -63,6 +63,7 @@ class Diagnosis(NamedTuple):
         snapshot_helps: Whether variance reduction can pay at these weights.
         reasons: A sentence for each of the five.
         queries: Forwards of one sample made.
+        search_queries: Those of them that the displacement took.
 
     Example:
         >>> import torch
