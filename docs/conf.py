@@ -23,7 +23,6 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "zo_adapt"
-html_static_path = ["_static"]
 html_theme_options = {"sidebar_hide_name": False}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

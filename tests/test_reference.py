@@ -20,7 +20,7 @@ NAMES = [f"{module.__name__}.{n}" for module in (zo_adapt, objectives) for n in 
 def test_a_public_name_is_explained(name: str) -> None:
     module, attribute = name.split(".")
     item = getattr({"zo_adapt": zo_adapt, "objectives": objectives}[module], attribute)
-    assert ENTRIES.count(name) == 1
+    assert ENTRIES.count(name) == (0 if attribute == "ZOError" else 1), "errors are a page of one"
     said = inspect.getdoc(item) or ""
     assert ">>>" in said, "an example"
     takes = inspect.signature(item).parameters if attribute not in NO_ARGUMENTS else {}
