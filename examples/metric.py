@@ -18,23 +18,15 @@ topics = tokenizer(names, padding=True, return_tensors="pt")
 class Matcher(torch.nn.Module):
     """Logits of a text: the cosines of its embedding and those of the topics' names."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = encoder
-
     def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The mean over the tokens, of length 1."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return torch.nn.functional.normalize((hidden * attention_mask[..., None]).sum(1), dim=-1)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Cosines (b, topics)."""
-        return self.embed(input_ids, attention_mask) @ self.embed(*topics_of(topics)).T
-
-
-def topics_of(tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The names of the topics as the encoder takes them."""
-    return tokens["input_ids"], tokens["attention_mask"]
+        names = self.embed(topics["input_ids"], topics["attention_mask"])
+        return self.embed(input_ids, attention_mask) @ names.T
 
 
 f1 = F1(Matcher().eval(), average="macro")

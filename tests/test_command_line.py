@@ -85,7 +85,8 @@ def test_what_is_saved_is_what_was_tuned(view: str, tmp_path: Path) -> None:
         after = AutoModelForSequenceClassification.from_pretrained(folder)
         pairs = zip(after.parameters(), before.parameters(), strict=True)
         assert any(not torch.equal(one, other) for one, other in pairs)
-    assert after.config.id2label == {0: "no", 1: "yes"}
+        assert after.config.id2label == {0: "no", 1: "yes"}
+    assert "| labels | 0: no, 1: yes |" in (folder / "README.md").read_text()
 
 
 def test_faults_are_one_line(tmp_path: Path) -> None:

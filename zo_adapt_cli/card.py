@@ -36,6 +36,7 @@ def write_card(
 | optimizer | {trainer.zo_optimizer} |
 | budget | {trainer.queries:,} queries (forwards of one sample), {trainer.state.global_step} steps |
 | data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
+| labels | {_labels(trainer.model)} |
 | seed | {trainer.args.seed} |
 | made with | zo_adapt {_version()} |
 
@@ -52,3 +53,14 @@ def _version() -> str:
         return version("zo_adapt")
     except PackageNotFoundError:  # run from a checkout
         return "(from a checkout)"
+
+
+def _labels(model: Any) -> str:
+    """Names of the classes, which an adapter alone does not keep."""
+    if "Classification" not in type(_base(model)).__name__:
+        return "tokens of the text"
+    return ", ".join(f"{index}: {name}" for index, name in model.config.id2label.items())
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

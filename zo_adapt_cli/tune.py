@@ -64,7 +64,7 @@ class TuneArguments:
 
 def main(words: Sequence[str]) -> None:
     """Tune, say what came of it, save adapter and card."""
-    parser = HfArgumentParser((TuneArguments, ZOConfig), prog="zo-adapt tune")
+    parser = HfArgumentParser((TuneArguments, ZOConfig), prog="zo-adapt tune")  # type: ignore[arg-type]
     parser.set_defaults(output_dir="runs/tune", report_to="none", per_device_train_batch_size=16)
     given, args = parser.parse_args_into_dataclasses(args=list(words))
     for name in ("model", "data"):
