@@ -14,8 +14,8 @@ folder, train, test = review_instructions()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 torch.manual_seed(0)  # draws LoRA's A
-model = AutoModelForCausalLM.from_pretrained(folder)
-model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).to(device)
+base = AutoModelForCausalLM.from_pretrained(folder)
+model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).to(device)
 loss = CausalLMLoss(model, tokenizer=tokenizer, max_length=128)
 exact = ExactMatch(loss)
 

@@ -24,8 +24,8 @@ folder = str(real_data.smollm2_folder())
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 torch.manual_seed(0)  # draws LoRA's A
-model = AutoModelForCausalLM.from_pretrained(folder)
-model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).to(device)
+base = AutoModelForCausalLM.from_pretrained(folder)
+model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).to(device)
 reward = GenerationReward(model, tokenizer, short_words, max_new_tokens=16)
 
 print(f"held-out reward before: {reward(test).mean():.3f}")
