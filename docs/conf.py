@@ -1,6 +1,8 @@
 """How the pages are built: `make docs`."""
 
+import itertools
 import re
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -65,10 +67,21 @@ def as_restructured_text(lines: list[str]) -> list[str]:
         elif section:
             found += [escaped(line) for line in block]
         elif not listed and (indented or FORMULA.search(first)):
-            found += ["", ".. code-block:: text", "", *("    " + line for line in block), ""]
+            found += shown(block)
         else:
-            found += [escaped(line) for line in block]
+            for is_formula, part in itertools.groupby(block, line_is_formula):
+                found += shown(part) if is_formula else [escaped(line) for line in part]
     return found
+
+
+def line_is_formula(line: str) -> bool:
+    """Whether a line among prose is a formula and nothing else."""
+    return bool(re.match(r"\w+ (<-|=) ", line)) and not re.search(r"\. [A-Z]", line)
+
+
+def shown(lines: Iterable[str]) -> list[str]:
+    """Lines as a block that is shown as it is."""
+    return ["", ".. code-block:: text", "", *("    " + line for line in lines), ""]
 
 
 def blocks(lines: list[str]) -> list[list[str]]:
