@@ -69,7 +69,8 @@ def as_restructured_text(lines: list[str]) -> list[str]:
         elif not listed and (indented or FORMULA.search(first)):
             found += shown(block)
         else:
-            for is_formula, part in itertools.groupby(block, line_is_formula):
+            for is_formula, run in itertools.groupby(block, line_is_formula):
+                part = list(run)
                 found += shown(part) if is_formula else [escaped(line) for line in part]
     return found
 
