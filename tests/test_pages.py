@@ -98,7 +98,7 @@ def test_every_link_to_a_file_leads_to_one() -> None:
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-LONGER = {"tune_lora", "generation_reward"}  # the demo, and one that fetches a language model
+LONGER = {"tune_lora", "generation_reward", "distributed"}  # the demo, and two with their options
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
