@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from text_classifier import build_model, load_tokenizer, tokenize
 
 from objectives import Accuracy, ClassificationLoss
 from support import real_data
 from support.registry import FetchError
+from support.text_classifier import build_model, load_tokenizer, tokenize
 from zo_adapt import Metrics, MeZOSVRG, ParameterView, minimize
 from zo_adapt.errors import ZOError
 
