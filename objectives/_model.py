@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from objectives import _collate, _fit, _shared
 from objectives.mixture import Mixable
-from zo_adapt.errors import DataError, ObjectiveError
+from zo_adapt.errors import DataError, NotServableError, ObjectiveError
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
+from zo_adapt.serving.asking import elsewhere
 
 Batch = dict[str, Tensor]
 TASK_IDS = "task_ids"
@@ -79,7 +80,7 @@ class ModelRunner:
         """Where the model's inputs belong."""
         if self._device is not None:  # while layers are shifted, reading makes one
             return self._device
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     @property
     def pad_token_id(self) -> int | None:
@@ -112,7 +113,14 @@ class ModelRunner:
 
         Raises:
             DataError: No field of the batch is an argument of the model.
+            NotServableError: The model is served, and this objective needs more than it answers.
         """
+        if elsewhere() is not None:
+            raise NotServableError(
+                f"{type(self).__name__} runs the model itself, and a served one gives the "
+                "log-probabilities of tokens and texts alone; on a server run CausalLMLoss, "
+                "VerbalizerLoss, ExactMatch of these, or GenerationReward"
+            )
         accepted = self._accepted
         inputs: dict[str, Any] = {
             name: value
@@ -199,6 +207,12 @@ class ModelObjective(Mixable, ModelRunner, Objective):  # type: ignore[misc]
     """
 
     mean_over_rows = True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs belong: the CPU where its base is served, and here is none."""
+    there = (p.device for p in model.parameters() if not p.is_meta)
+    return next(there, torch.device("cpu"))
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str] | None:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,11 +22,31 @@ class LabelTokens(NamedTuple):
         logits: Where each of them is predicted, (n, V).
         ids: Which they are, (n,).
         places: True at each, (b, t).
+        losses: -log p of each, (n,), where the logits do not say it.
     """
 
     logits: Tensor
     ids: Tensor
     places: Tensor
+    losses: Tensor | None = None
+
+    @classmethod
+    def of_two(cls, log_probs: Tensor, others: Tensor, places: Tensor) -> "LabelTokens":
+        """Of a model that gives no logits: those of two tokens, the label first, are enough.
+
+        Args:
+            log_probs: Of the labels, (n,).
+            others: Of the likeliest other token, (n,).
+            places: True at each label, (b, t).
+        """
+        logits, ids = torch.stack([log_probs, others], 1), torch.zeros(len(log_probs)).long()
+        return cls(logits, ids, places, -log_probs)
+
+    def nll(self) -> Tensor:
+        """-log p of each token, (n,), in at least fp32."""
+        if self.losses is not None:
+            return self.losses
+        return F.cross_entropy(at_least_float32(self.logits), self.ids, reduction="none")
 
 
 class TokenLoss(ModelObjective):
@@ -55,8 +76,7 @@ class TokenLoss(ModelObjective):
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
         tokens = self.label_tokens(batch)
-        nll = F.cross_entropy(at_least_float32(tokens.logits), tokens.ids, reduction="none")
-        sums = in_rows(nll, tokens.places, 0.0).sum(1)
+        sums = in_rows(tokens.nll(), tokens.places, 0.0).sum(1)
         if self.reduction == "sum":
             return sums
         if self.reduction == "token":

@@ -10,9 +10,11 @@ from objectives._fit import check_causal
 from objectives._head import narrow_logits
 from objectives._model import Batch
 from objectives._padding import right_padded, token_mask
+from objectives._served import scored
 from objectives._texts import TextEncoder
 from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
 from zo_adapt.errors import DataError
+from zo_adapt.serving.asking import elsewhere
 
 
 class CausalLMLoss(TokenLoss):
@@ -96,6 +98,10 @@ class CausalLMLoss(TokenLoss):
         prepared = right_padded(self.prepare(batch))
         targets = self._targets(prepared)
         places = targets != IGNORED
+        there = elsewhere()
+        if there is not None:
+            own, others = scored(there, prepared, places)
+            return LabelTokens.of_two(own, others, places)
         return LabelTokens(self._logits(prepared, places), targets[places], places)
 
     def _targets(self, batch: Batch) -> Tensor:

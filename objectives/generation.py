@@ -15,7 +15,7 @@ from objectives._encoded import PromptBatch, PromptEncoder, Side, columns_of, is
 from objectives._fit import reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
-from objectives._model import TASK_IDS, accepted_arguments
+from objectives._model import TASK_IDS, accepted_arguments, device_of
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
@@ -176,7 +176,7 @@ class GenerationReward(Mixable, SetObjective):
         prompts = columns.pop(self.prompt_field)
         self.reward_funcs.check_columns(columns)
         tokens = [self._encode(prompt) for prompt in prompts]
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         batch = PromptBatch(prompts, tokens, columns, self._generator.pad, device, self._side)
         self._generator.check_length(batch.width)
         return batch

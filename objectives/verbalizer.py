@@ -12,8 +12,10 @@ from objectives._head import narrow_logits
 from objectives._model import Batch, ModelObjective, at_least_float32, check_range
 from objectives._padding import last_positions, right_padded, token_mask
 from objectives._prompt import Prompt, label_word_ids
+from objectives._served import rows_of
 from objectives.seq2seq import first_token
 from zo_adapt.errors import DataError, OptionError
+from zo_adapt.serving.asking import Elsewhere, elsewhere
 
 
 class VerbalizerLoss(ModelObjective):
@@ -106,6 +108,9 @@ class VerbalizerLoss(ModelObjective):
             raise DataError(f"the batch has no input_ids, only {sorted(batch)}; give a template")
         batch = right_padded(batch)
         positions, length = self._positions(batch), batch["input_ids"].shape[1]
+        there = elsewhere()
+        if there is not None:
+            return self._chosen(there, batch)
         if self._is_written:
             batch, positions, length = self._begun(batch)
         rows = torch.arange(len(positions), device=positions.device)
@@ -118,6 +123,17 @@ class VerbalizerLoss(ModelObjective):
         only = ids if self._narrows else None
         logits = narrow_logits(self.model, lambda: self.forward(batch), select, only)[:, 0]
         return at_least_float32(logits if self._narrows else logits[:, ids.to(logits.device)])
+
+    def _chosen(self, there: Elsewhere, batch: Batch) -> Tensor:
+        """Log-probabilities of the label words after each prompt, which differ from the logits by
+        a constant.
+        """
+        if self.mask_token_id is not None or self._is_written:
+            raise OptionError(
+                f"{type(self.model).__name__} does not go on with its prompt; on a server run a "
+                "causal language model, and a template without {mask}"
+            )
+        return torch.from_numpy(there.choose(rows_of(batch), self.label_ids)).float()
 
     def _begun(self, batch: Batch) -> tuple[Batch, Tensor, int]:
         """The batch with what the decoder has read before the answer: where it ends, how long."""

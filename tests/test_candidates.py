@@ -43,6 +43,7 @@ TARGETS = {
     "gpt2": ["c_attn"],
     "opt": ["q_proj", "v_proj", "fc1"],  # fc1 is called with rows and positions flattened
     "llama": ["q_proj", "v_proj"],
+    "qwen2": ["q_proj", "v_proj"],
 }
 QUIET: dict[str, Any] = {"progress": False}
 

@@ -280,7 +280,8 @@ def run(model: nn.Module, view: ParameterView, loss: Any = None, **more: Any) ->
         return model(input_ids=batch).logits.square().sum(1)
 
     options = QUIET | {"batch_size": 4, "max_steps": 4} | more
-    return minimize(loss or usual, view, tokens(8), MeZO(lr=1e-2), **options)
+    pair = MeZO(lr=1e-2, num_directions=1, one_sided=False)
+    return minimize(loss or usual, view, tokens(8), pair, **options)
 
 
 def test_an_inactive_adapter_is_refused_when_the_view_is_made_and_when_a_run_starts() -> None:

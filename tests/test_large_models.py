@@ -129,7 +129,15 @@ class Quantised(nn.Module):
 def test_it_is_said_whether_quantised_kernels_repeat_themselves(noise: float) -> None:
     model, rows = Quantised(noise), torch.ones(8, 4)
     view = ParameterView.trainable(model)
-    result = minimize(model, view, rows, MeZO(lr=1e-2), batch_size=4, max_steps=2, progress=False)
+    result = minimize(
+        model,
+        view,
+        rows,
+        MeZO(lr=1e-2, num_directions=1),
+        batch_size=4,
+        max_steps=2,
+        progress=False,
+    )
     assert ("repeats" in result.evaluation.why_not) == (noise > 0)
     assert ("asked again" in str(result)) == (noise > 0)
     assert result.queries == 16

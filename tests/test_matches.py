@@ -380,7 +380,7 @@ def test_logits_that_are_not_numbers_are_named() -> None:
 def test_a_completion_without_tokens_is_named() -> None:
     model = tiny_model("gpt2", "causal")
     rows = [supervised([5, 6], [7]), supervised([5, 6, 7], [])]
-    with pytest.raises(DataError, match=r"examples \[1\] of the batch have no label token"):
+    with pytest.raises(DataError, match=r"examples \[1\] have no label token"):
         ExactMatch(model)(rows)
 
 
@@ -432,7 +432,7 @@ def test_the_default_optimizer_asks_a_hard_count_on_enough_rows(
         evaluation=EvaluationOptions(joint_rows="off"),
         **QUIET,
     )
-    assert set(sizes[1:]) == {rows}  # the first call is the look at the view, on two rows
+    assert set(sizes[2:]) == {rows}  # the first calls are looks before the first step, at two rows
 
 
 # --- the perturbation of a count ----------------------------------------------------------------

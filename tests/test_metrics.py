@@ -369,14 +369,18 @@ class Recorded(F1):
 @pytest.mark.parametrize(
     ("optimizer", "min_rows", "expected"),
     [
-        (MeZO(), "all", [48] * 8),
-        (MeZO(num_directions=2), 16, [16] * 6),
-        (MeZO(one_sided=False), "all", [48] * 16),
-        (MeZO(one_sided=False, num_directions=2), 16, [24] * 4),
-        (MeZO(one_sided=False, num_directions=4), "all", [48] * 8),
-        (MeZO(num_directions=3, one_sided=True), "all", [48] * 3),
-        (MeZO(num_directions=3, one_sided=True, shaping="base"), "all", [48] * 4),
-        (MeZO(one_sided=False, num_directions=4), 8, [12] * 8),
+        (MeZO(displacement=0.25), "all", [48] * 8),
+        (MeZO(displacement=0.25, num_directions=2), 16, [16] * 6),
+        (MeZO(displacement=0.25, one_sided=False), "all", [48] * 16),
+        (MeZO(displacement=0.25, one_sided=False, num_directions=2), 16, [24] * 4),
+        (MeZO(displacement=0.25, one_sided=False, num_directions=4), "all", [48] * 8),
+        (MeZO(displacement=0.25, num_directions=3, one_sided=True), "all", [48] * 3),
+        (
+            MeZO(displacement=0.25, num_directions=3, one_sided=True, shaping="base"),
+            "all",
+            [48] * 4,
+        ),
+        (MeZO(displacement=0.25, one_sided=False, num_directions=4), 8, [12] * 8),
     ],
 )
 def test_a_batch_is_not_cut_below_what_the_metric_needs(
@@ -406,7 +410,7 @@ def test_the_batch_of_a_trainer_is_not_cut_either(tmp_path: Any) -> None:
     objective.rows, objective.independent_rows = [], False  # one call a point
     args = ZOConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=8, report_to="none", use_cpu=True,
-        disable_tqdm=True,
+        disable_tqdm=True, displacement=0.25,
     )  # fmt: skip
     data = [{"input_ids": [5, 6 + i], "labels": i % 2} for i in range(16)]
     ZOTrainer(model, args, train_dataset=data, objective=objective).train()

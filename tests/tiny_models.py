@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
+    Qwen2Config,
     RobertaConfig,
 )
 
@@ -54,6 +55,7 @@ _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         },
     ),
     "llama": (LlamaConfig, _BERT | {"num_key_value_heads": 1}),
+    "qwen2": (Qwen2Config, _BERT | {"num_key_value_heads": 1}),
 }
 ENCODERS = ("bert", "roberta", "distilbert")
 DECODERS = ("gpt2", "opt", "llama")

@@ -33,6 +33,12 @@ from zo_adapt.optimizers.step_size import ByDistance as ByDistance
 from zo_adapt.optimizers.step_size import Rate as Rate
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
 from zo_adapt.ranks.workers import Workers as Workers
+from zo_adapt.serving.evaluator import ServedEvaluator as ServedEvaluator
+from zo_adapt.serving.peft_server import PeftServer as PeftServer
+from zo_adapt.serving.pool import ServerPool as ServerPool
+from zo_adapt.serving.skeleton import served_lora as served_lora
+from zo_adapt.serving.skeleton import served_prompt as served_prompt
+from zo_adapt.serving.vllm_server import VLLMServer as VLLMServer
 from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Term as Term
@@ -66,9 +72,12 @@ __all__ = [
     "Objective",
     "OneSided",
     "ParameterView",
+    "PeftServer",
     "Rate",
     "Replay",
     "Result",
+    "ServedEvaluator",
+    "ServerPool",
     "SetObjective",
     "Shift",
     "Step",
@@ -77,6 +86,7 @@ __all__ = [
     "TrackVariance",
     "TrajectoryFile",
     "TwoSided",
+    "VLLMServer",
     "Workers",
     "ZOConfig",
     "ZOError",
@@ -87,6 +97,8 @@ __all__ = [
     "minimize",
     "replay",
     "scipy_method",
+    "served_lora",
+    "served_prompt",
 ]
 
 if TYPE_CHECKING:

@@ -94,6 +94,26 @@ class TruncatedTrajectoryWarning(UserWarning):
     """The end of a trajectory file was cut off in the middle of a record, which was dropped."""
 
 
+class ServedModelError(ZOError, RuntimeError):
+    """A served model cannot do what is asked of it; the weights are those of the last good step."""
+
+
+class ServerLostError(ServedModelError, ConnectionError):
+    """A server did not answer, however often it was asked; its last words are in the message."""
+
+
+class ServerReplyError(ServedModelError):
+    """A server refused a request, or answered something else than it was asked."""
+
+
+class NotServableError(ServedModelError, OptionError):
+    """An adapter, or an objective, that this server cannot run."""
+
+
+class SelfTestError(ServedModelError):
+    """A served model failed the self-test before the first step; the message says which part."""
+
+
 class UndefinedMetricError(ObjectiveError):
     """A metric has no value on these rows: one class only, no relevant document, NaN."""
 
@@ -116,6 +136,10 @@ class FlatObjectiveWarning(UserWarning):
 
 class NoisyObjectiveWarning(UserWarning):
     """The objective gives other values for the same examples at the same weights."""
+
+
+class RoundingWarning(UserWarning):
+    """The differences of a half-precision or quantised model's values are mostly rounding."""
 
 
 class UnreadTensorWarning(UserWarning):

@@ -23,7 +23,7 @@ from zo_adapt.diagnosis.displacement import find_displacement
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.local import LocalEvaluator, look_for_signal
 from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
@@ -113,6 +113,7 @@ def diagnose(
     check_all_labels(objective, examples.examples)
     look_first(objective, source, view)
     objective = resolve_mean_over_rows(objective, source, view.model)
+    signal = look_for_signal(objective, source, view)
     least = max(USUAL_ROWS, rows_needed(objective))
     size = min(least, len(source)) if batch_size == "auto" else batch_size
     samples = Samples(source, size, seed, examples.classes(), rows_needed(objective))
@@ -138,6 +139,14 @@ def diagnose(
     noise = anova(measured, rows, len(source))
     batch, directions, reasons = choose_batch(noise, chosen.equal, rows, len(source))
     helps, verdict = judge_snapshot(noise, len(source))
+    reasons = {
+        "displacement": far.reason,
+        "perturbation_scale": why,
+        **reasons,
+        "snapshot": verdict,
+    }
+    if signal is not None:
+        reasons["rounding"] = str(signal)
     return Diagnosis(
         scales=table,
         noise=noise,
@@ -146,12 +155,7 @@ def diagnose(
         batch_size=batch,
         num_directions=directions,
         snapshot_helps=helps,
-        reasons={
-            "displacement": far.reason,
-            "perturbation_scale": why,
-            **reasons,
-            "snapshot": verdict,
-        },
+        reasons=reasons,
         queries=far.queries + evaluator.queries,
         search_queries=far.queries,
     )
@@ -170,7 +174,8 @@ def _scales(
 ) -> tuple[float, list[float]]:
     """What suits the view's own displacement, and the scales to try, in ascending order."""
     finest = finest_perturbation(view)
-    usual = usual_perturbation(view.displacement, finest, step_like)
+    least = max(finest, view.least_perturbation / 4)
+    usual = usual_perturbation(view.displacement, least, step_like)
     if isinstance(given, str):
         return usual, [usual * factor for factor in FACTORS if usual * factor >= finest]
     scales = sorted({positive("perturbation_scales", mu) for mu in given})

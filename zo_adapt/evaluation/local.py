@@ -13,36 +13,36 @@ from typing import Any
 import torch
 
 from zo_adapt.data.rows import NoRowsError
+from zo_adapt.data.sources import Source
 from zo_adapt.evaluation.blocks import Answer, Block, evaluations
+from zo_adapt.evaluation.counting import CountingEvaluator
+from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
-from zo_adapt.evaluation.objective import (
-    Objective,
-    ObjectiveLike,
-    SetObjective,
-    as_objective,
-    keeps_batch_whole,
-    ready,
-)
+from zo_adapt.evaluation.objective import Objective, ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Probe
+from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
 from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
 from zo_adapt.evaluation.routes import route_of, trunk_for
-from zo_adapt.evaluation.start_checks import check_micro_batch_size
+from zo_adapt.evaluation.signal import Signal, is_coarse, measured_first
+from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
+from zo_adapt.optimizers.perturbation import finest_perturbation, usual_perturbation
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.getLogger(__name__)
+PLAIN = EvaluationOptions(joint_rows="off", reuse_trunk="off", cuda_graphs="off")
+"""Nothing that has to be trusted first."""
 
 
-class LocalEvaluator:
+class LocalEvaluator(CountingEvaluator):
     """Evaluates probes and counts queries. One query = one forward of one sample.
 
     Args:
@@ -69,19 +69,14 @@ class LocalEvaluator:
         maximize: bool | None = None,
     ) -> None:
         options = options or EvaluationOptions()
-        self.objective, self.view = as_objective(objective), view
-        maximize = self.objective.maximize if maximize is None else maximize
-        self.sign = -1.0 if maximize else 1.0
-        check_micro_batch_size(self.objective, options.micro_batch_size, batch_size)
-        whole = keeps_batch_whole(self.objective)
-        self.micro_batch_size = None if whole else options.micro_batch_size or batch_size
-        self.max_queries, self.queries = max_queries, 0
-
-        self._function: Callable[[Any], Any] = self.objective
-        self._score: Callable[[list[Any]], Any] | None = None
-        if isinstance(self.objective, SetObjective):
-            self._function, self._score = self.objective.predict, self.objective.score
-
+        super().__init__(
+            objective,
+            view,
+            options,
+            batch_size=batch_size,
+            max_queries=max_queries,
+            maximize=maximize,
+        )
         found = trunk_for(view, options.reuse_trunk), _graphs(self.objective, view, options)
         self.trunk = found[0] if isinstance(found[0], FrozenTrunk) else None
         self._graphs = found[1] if isinstance(found[1], Graphs) else None
@@ -125,20 +120,6 @@ class LocalEvaluator:
         self.view.updates.read_addresses()  # while the GPU is still at it
         returned = on_host([answer.returned for answer in found])
         return [answer._replace(returned=one) for answer, one in zip(found, returned, strict=True)]
-
-    def reserve(self, queries: int) -> None:
-        """Count queries that are about to be made.
-
-        Raises:
-            BudgetExhausted: More than are left.
-        """
-        if self.max_queries is not None and self.queries + queries > self.max_queries:
-            raise BudgetExhausted
-        self.queries += queries
-
-    def ready(self) -> AbstractContextManager[Any]:
-        """The objective's own evaluation mode, or a check that the model is in it."""
-        return ready(self.objective, self.view.model)
 
     @property
     def memory(self) -> int | None:
@@ -252,6 +233,53 @@ class LocalEvaluator:
             pieces = [self._score([piece]) for piece in pieces]
         rows = map(len, (probes[number].batch for number in numbers))
         return [Answer(n, 0, size, one) for n, size, one in zip(numbers, rows, pieces, strict=True)]
+
+
+class Locally:
+    """The way of evaluating where none is given: in this process. See ``EvaluatedBy``."""
+
+    def prepared(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
+        """The objective, after a look at what an evaluation of it reads and changes."""
+        look_first(objective, source, view)
+        objective = self.resolved(objective, source, view)
+        look_for_signal(objective, source, view)
+        return objective
+
+    def resolved(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
+        """The objective, saying whether its value is a mean over rows."""
+        return resolve_mean_over_rows(objective, source, view.model)
+
+    def bound_to(
+        self,
+        objective: Objective,
+        view: ParameterView,
+        options: EvaluationOptions,
+        *,
+        batch_size: int | None = None,
+        max_queries: int | None = None,
+    ) -> Evaluator:
+        """An evaluator of this process."""
+        return LocalEvaluator(
+            objective, view, options, batch_size=batch_size, max_queries=max_queries
+        )
+
+
+def look_for_signal(objective: Objective, source: Source, view: ParameterView) -> Signal | None:
+    """Measure whether a coarse model's differences are signal, where they can be.
+
+    Args:
+        objective: What is asked.
+        source: Of the rows.
+        view: Its usual mu is made large enough.
+
+    Returns:
+        What was found; None for models in fp32 and for objectives that jump.
+    """
+    view.least_perturbation = 0.0
+    if not is_coarse(view.model) or objective.step_like:
+        return None
+    usual = usual_perturbation(view.displacement, finest_perturbation(view), False)
+    return measured_first(LocalEvaluator(objective, view, PLAIN), source, usual)
 
 
 def _graphs(objective: Objective, view: ParameterView, options: EvaluationOptions) -> Graphs | str:

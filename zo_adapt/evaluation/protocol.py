@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Source
+from zo_adapt.evaluation.objective import Objective
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
@@ -86,3 +89,41 @@ class Evaluator(Protocol):
 
     def ready(self) -> AbstractContextManager[Any]:
         """A context in which the objective's model is ready to be evaluated."""
+
+
+class EvaluatedBy(Protocol):
+    """A way of evaluating, before it is known what: what loops take as ``evaluator``."""
+
+    def resolved(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
+        """The objective, saying whether its value is a mean over rows."""
+
+    def prepared(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
+        """The same, after all that can be found out before the first step.
+
+        Args:
+            objective: What will be asked.
+            source: Of the rows.
+            view: What is tuned.
+
+        Raises:
+            ZOError: It cannot be evaluated in this way, or no run would survive it.
+        """
+
+    def bound_to(
+        self,
+        objective: Objective,
+        view: ParameterView,
+        options: EvaluationOptions,
+        *,
+        batch_size: int | None = None,
+        max_queries: int | None = None,
+    ) -> Evaluator:
+        """The evaluator of one objective; metrics have evaluators of their own.
+
+        Args:
+            objective: What is asked.
+            view: Where the probes shift.
+            options: Memory and speed.
+            batch_size: Rows of a step's minibatch.
+            max_queries: Budget.
+        """

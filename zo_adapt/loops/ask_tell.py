@@ -1,8 +1,9 @@
 """Ask and tell: the optimizers where the caller does the evaluating."""
 
 import copy
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,7 @@ from zo_adapt.errors import (
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import as_float64
 from zo_adapt.loops.arrays import Form
+from zo_adapt.loops.box import Box, Units
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.budget import Budget, Progress
 from zo_adapt.optimizers.optimizer import ZerothOrder
@@ -26,6 +28,25 @@ from zo_adapt.options import check_run
 from zo_adapt.step import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
+
+OnNonFinite = Literal["stop", "worst", "skip"]
+MOST_SKIPPED = 100
+"""Steps in a row: more are no accident."""
+AVERAGED = 0.75
+"""From this share of the budget on, the variables are averaged."""
+SKIPPED = "skipped"
+
+
+class Best(NamedTuple):
+    """The best candidate so far, by the value it was given.
+
+    Args:
+        x: In the form of ``x0``.
+        value: As it was told. Of a noisy function that is a lucky value more than a good point.
+    """
+
+    x: Any
+    value: float
 
 
 class AskTell:
@@ -44,6 +65,14 @@ class AskTell:
         maximize: Larger values are better.
         noise: As for ``ParameterView``.
         groups: Variables with their own step, by name (a single array's name is "x").
+        bounds: (low, high) of all variables, of each, or by name; None or infinity is no bound.
+            What would go beyond comes back by reflection, so that every candidate is within.
+        units: Numbers > 0, one for each variable: steps are alike when measured in these. "auto":
+            the width of the bounds, or |x0| where there are not two. None: 1.
+        on_nonfinite: What ``tell`` makes of NaN and infinity: "stop" raises; "worst" takes them for
+            the worst other value of the step, or of the last step that had one (the worst ever
+            would be divided by a small perturbation); "skip" gives the step up, and the next one
+            has other candidates.
 
     Attributes:
         queries: Values received so far.
@@ -53,6 +82,7 @@ class AskTell:
             steps may go, and a few times later; ``tell`` then gives a record of the kind
             "measurement", which is no step.
         stop_reason: Why ``ask`` has nothing more to ask, or None.
+        best: The best candidate so far and its value; None before any.
 
     Raises:
         OptionError: No budget, or an optimizer that needs gradients.
@@ -79,7 +109,12 @@ class AskTell:
         maximize: bool = False,
         noise: str = "gaussian",
         groups: Sequence[Group] = (),
+        bounds: Any = None,
+        units: Units = None,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
+        if on_nonfinite not in ("stop", "worst", "skip"):
+            raise OptionError(f"on_nonfinite={on_nonfinite!r}; choose 'stop', 'worst' or 'skip'")
         check_optimizer(optimizer)
         if not isinstance(optimizer, ZerothOrder):
             raise OptionError(
@@ -87,20 +122,38 @@ class AskTell:
             )
         max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
         self._form, tensors = Form.of(x0)
-        self._view = ParameterView(tensors, noise=noise, groups=groups)
+        self._box = Box(tensors, bounds, units)
+        self._view = ParameterView(self._box.inner(tensors), noise=noise, groups=groups)
         self._optimizer = copy.deepcopy(optimizer)
         self._optimizer.start(self._view, seed)
         self._samples = Samples(NoData(), None, seed)
         self._budget = Budget(max_steps, max_queries)
         self._sign = -1.0 if maximize else 1.0
         self._asked: list[Probe] = []
+        self._on_nonfinite = on_nonfinite
+        self._worst = -math.inf
+        self._skipped = 0
+        self._sum: tuple[int, dict[str, Tensor]] = (0, {})
+        self.best: Best | None = None
         self.queries = self.steps = 0
         self.stop_reason: StopReason | None = None
 
     @property
     def x(self) -> Any:
         """The variables now (a copy), in the form of ``x0``."""
-        return self._form.filled(self._view.tensors)
+        return self._form.filled(self._box.outer(self._view.tensors))
+
+    @property
+    def averaged(self) -> Any:
+        """The mean of the variables over the last quarter of the budget, in the form of ``x0``.
+
+        Of a noisy function it is nearer to the answer than the last point; ``x`` before then.
+        """
+        count, sums = self._sum
+        if not count:
+            return self.x
+        means = {name: total / count for name, total in sums.items()}
+        return self._form.filled({n: m.to(self._view.tensors[n].dtype) for n, m in means.items()})
 
     def ask(self) -> list[Any]:
         """The candidates of the next step, the same ones until ``tell``; empty at the end."""
@@ -113,12 +166,19 @@ class AskTell:
 
         Raises:
             ObjectiveError: Not one number for every candidate, or nothing was asked.
-            NonFiniteObjectiveError: NaN or infinity. As with the others, nothing has changed and
-                `tell` can be called again for the same candidates.
+            NonFiniteObjectiveError: NaN or infinity, unless ``on_nonfinite`` says otherwise (and
+                even then where no value was finite so far, or 100 steps in a row were skipped).
+                As with the others, nothing has changed and `tell` can be called again for the same
+                candidates.
             StepTooLargeError: The step would leave the range of the dtype. It is not made, and
                 the run ends with the variables as they were.
         """
         evaluations = self._checked(values)
+        if self._on_nonfinite == "skip" and not self._optimizer.is_measuring:
+            bad = [e.value for e in evaluations if not math.isfinite(e.value)]
+            if bad:
+                return self._skip(len(evaluations), bad[0])
+        self._note(evaluations)
         done = self._budget.used(self.steps, self.queries)
         self.queries += len(evaluations)
         share = self._budget.used(self.steps + 1, self.queries) - done
@@ -131,6 +191,9 @@ class AskTell:
             self.stop_reason = StopReason.STEP_TOO_LARGE
             raise
         self.steps += step.kind != MEASUREMENT
+        self._skipped = 0
+        if step.kind != MEASUREMENT and self._budget.used(self.steps, self.queries) > AVERAGED:
+            self._average()
         step = step._replace(step=self.steps, queries=self.queries, value=self._sign * step.value)
         return step.brief()
 
@@ -150,7 +213,36 @@ class AskTell:
 
     def _candidate(self, probe: Probe) -> Any:
         with self._view.shifted(probe.at.terms, probe.at.decay):
-            return self._form.filled(self._view.tensors)
+            return self._form.filled(self._box.outer(self._view.tensors))
+
+    def _skip(self, candidates: int, bad: float) -> Step:
+        """Give a step up; its candidates count, and others are asked about next."""
+        if self._skipped == MOST_SKIPPED:
+            raise NonFiniteObjectiveError(
+                f"{MOST_SKIPPED} steps in a row had a value such as {bad}; start nearer to where "
+                "the function has values, or give bounds"
+            )
+        self._skipped += 1
+        self.queries += candidates
+        self._asked = []
+        return Step(self.steps, self.queries, math.nan, 0.0, math.nan, kind=SKIPPED)
+
+    def _note(self, evaluations: Sequence[Evaluation]) -> None:
+        """Keep the worst value and the best candidate."""
+        values = [e.value for e in evaluations]
+        finite = [value for value in values if math.isfinite(value)]
+        if not finite:
+            return
+        self._worst = max(finite)
+        least = min(finite)
+        if self.best is None or least < self._sign * self.best.value:
+            found = self._candidate(self._asked[values.index(least)])
+            self.best = Best(found, self._sign * least)
+
+    def _average(self) -> None:
+        count, sums = self._sum
+        now = {n: t.double() for n, t in self._box.outer(self._view.tensors).items()}
+        self._sum = count + 1, {n: t + sums.get(n, 0.0) for n, t in now.items()}
 
     def _checked(self, values: Any) -> list[Evaluation]:
         if not self._asked:
@@ -166,8 +258,15 @@ class AskTell:
             raise ObjectiveError(
                 f"{len(numbers)} values for {len(self._asked)} candidates; give one for each"
             )
-        if not np.isfinite(numbers).all() and not self._optimizer.is_measuring:
-            first = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        is_bad = ~np.isfinite(numbers)
+        own = self._sign * numbers[~is_bad]
+        worst = float(own.max()) if own.size else self._worst
+        # A measurement is not given up for one bad value: how far steps may go would be cut by it.
+        fills = self._on_nonfinite == "worst" or self._optimizer.is_measuring
+        if self._on_nonfinite != "stop" and fills and math.isfinite(worst):
+            numbers[is_bad] = self._sign * worst
+        elif is_bad.any() and self._on_nonfinite != "skip" and not self._optimizer.is_measuring:
+            first = int(np.flatnonzero(is_bad)[0])
             raise NonFiniteObjectiveError(
                 f"value {first} is {numbers[first]}; tell finite values for the same candidates"
             )

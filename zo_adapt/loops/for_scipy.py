@@ -5,15 +5,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
-from zo_adapt.loops.ask_tell import AskTell, number
-from zo_adapt.loops.result import StopReason
+from zo_adapt.errors import OptionError
+from zo_adapt.loops.ask_tell import AskTell
+from zo_adapt.loops.restarts import Counted, Runs, mapping_over
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.options import at_least_one
-from zo_adapt.step import MEASUREMENT
 
 LOOP: dict[str, Any] = {
     "maxiter": None,
@@ -21,15 +18,10 @@ LOOP: dict[str, Any] = {
     "seed": 0,
     "disp": False,
     "noise": "gaussian",
-}
-NO_STEP = 1
-"""As scipy numbers a run that its maximum of calls has ended."""
-STATUS = {
-    StopReason.MAX_STEPS: 0,
-    StopReason.MAX_QUERIES: 0,
-    StopReason.NON_FINITE: 2,
-    StopReason.STEP_TOO_LARGE: 3,
-    StopReason.CALLBACK: 99,  # scipy's own number for it
+    "units": None,
+    "on_nonfinite": "stop",
+    "restarts": 0,
+    "workers": 1,
 }
 
 
@@ -39,19 +31,26 @@ def scipy_method(optimizer: str | ZerothOrder = "mezo", **options: Any) -> Calla
     Args:
         optimizer: "mezo", "mezo-svrg", "zo-svrg", or an optimizer of this package.
         options: ``maxiter`` (steps), ``maxfev`` (calls of ``fun``; 1000 for each variable if
-            neither is given), ``seed``, ``disp``, ``noise``, and, for an optimizer by name, its own
+            neither is given), ``seed``, ``disp``, ``noise``; ``units`` and ``on_nonfinite`` of
+            ``AskTell``; ``restarts`` (so many more runs from the best point of those before, the
+            calls divided among all), ``workers`` (processes that ``fun`` is called in, -1 for all
+            cores, or a function like ``map``); and, for an optimizer by name, its own
             (``displacement``: about how far the answer may be from ``x0``; ``shaping="ranks"``
             for counts and outliers; ``lr``, ``perturbation_scale``, ...). The ``options`` of
             ``scipy.optimize.minimize`` add to these and win.
 
     Returns:
-        The method. It honours ``callback`` in both signatures, StopIteration and ``args``; ``jac``
-        and ``hess`` are left unused with scipy's warning. Of the OptimizeResult, ``nfev`` counts
-        every call of ``fun``, the last one, for ``fun`` at ``x``, included. The ``fun`` that a
-        callback sees is the step's own estimate and costs nothing.
+        The method. It honours ``bounds`` (by reflection), ``callback`` in both signatures,
+        StopIteration and ``args``; ``jac`` and ``hess`` are left unused with scipy's warning. Of
+        the OptimizeResult, ``nfev`` counts every call of ``fun``, the last one, for ``fun`` at
+        ``x``, included. The ``fun`` that a callback sees is the step's own estimate and costs
+        nothing. Beside ``x``, the last point,
+        there are ``x_best`` and ``fun_best``, the best of all that were called for (of a noisy
+        function a lucky value), and ``x_mean``, the mean over the last quarter. ``success`` is
+        False also where nothing moved.
 
     Raises:
-        OptionError: Unknown options (``tol`` is one: there is none to test); bounds, constraints.
+        OptionError: Unknown options (``tol`` is one: there is none to test); constraints.
 
     Example:
         >>> from scipy.optimize import minimize
@@ -87,20 +86,24 @@ class _Method:
         from scipy.optimize import OptimizeResult
 
         loop, optimizer = self._settings(options)
-        _refuse(bounds=bounds, constraints=constraints)
+        _refuse(constraints=constraints)
         _warn_unused(jac=jac, hess=hess, hessp=hessp)
-        counted = _Counted(fun, args)
-        asker = _asker(optimizer, x0, loop)
-        reason = _run(asker, counted, _notifier(callback, counted))
-        status, message = _outcome(asker, reason, loop["maxfev"])
+        counted = Counted(fun, args)
+        with mapping_over(loop["workers"]) as mapping:
+            runs = Runs(optimizer, loop, bounds, counted, mapping)
+            runs.all(x0, _notifier(callback, counted))
+        best, found = runs.best, runs.best_candidate
         result = OptimizeResult(
-            x=asker.x,
-            fun=counted(asker.x),
+            x=best.x,
+            fun=best.fun,
+            x_best=best.x if found is None else found.x,
+            fun_best=best.fun if found is None else found.value,
+            x_mean=best.asker.averaged,
             nfev=counted.calls,
-            nit=asker.steps,
-            status=status,
-            success=status == 0,
-            message=message,
+            nit=runs.steps,
+            status=best.status,
+            success=best.status == 0,
+            message=best.message,
         )
         if loop["disp"]:
             print(_report(result))
@@ -112,6 +115,8 @@ class _Method:
         for name in ("maxiter", "maxfev"):
             if loop[name] is not None:
                 at_least_one(name, loop[name])
+        if not isinstance(loop["restarts"], int) or loop["restarts"] < 0:
+            raise OptionError(f"restarts={loop['restarts']!r}; choose an integer >= 0")
         if isinstance(self.optimizer, str):
             return loop, optimizer_named(self.optimizer, given)
         if given:
@@ -119,64 +124,8 @@ class _Method:
         return loop, self.optimizer
 
 
-def _asker(optimizer: ZerothOrder, x0: Any, loop: dict[str, Any]) -> AskTell:
-    start = np.asarray(x0, dtype=np.float64)
-    steps, calls = loop["maxiter"], loop["maxfev"]
-    if steps is None and calls is None:
-        calls = 1000 * start.size
-    return AskTell(
-        optimizer,
-        start,
-        max_steps=steps,
-        max_queries=None if calls is None else calls - 1,  # one is left for fun at the final x
-        seed=loop["seed"],
-        noise=loop["noise"],
-    )
-
-
-def _run(asker: AskTell, fun: "_Counted", notify: Callable[[AskTell, float], None]) -> StopReason:
-    """Until the budget is used up, or the reason why not."""
-    while candidates := asker.ask():
-        values = [fun(candidate) for candidate in candidates]
-        try:
-            record = asker.tell(values)
-        except NonFiniteObjectiveError:
-            return StopReason.NON_FINITE
-        except StepTooLargeError:
-            return StopReason.STEP_TOO_LARGE
-        if record.kind == MEASUREMENT:
-            continue
-        try:
-            notify(asker, record.value)
-        except StopIteration:
-            return StopReason.CALLBACK
-    if asker.stop_reason is None:
-        raise RuntimeError("ask() ended without a reason")
-    return asker.stop_reason
-
-
-def _outcome(asker: AskTell, reason: StopReason, maxfev: int | None) -> tuple[int, str]:
-    """Status and message; a run that could not make one step is no success."""
-    if reason is StopReason.MAX_QUERIES and asker.steps == 0:
-        return NO_STEP, f"maxfev={maxfev} is less than the calls of one step and of the answer"
-    # scipy's own words where it has some
-    stopped = reason is StopReason.CALLBACK
-    return STATUS[reason], "`callback` raised `StopIteration`." if stopped else str(reason)
-
-
-class _Counted:
-    """``fun`` with its ``args``, counted."""
-
-    def __init__(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.fun, self.args, self.calls = fun, args, 0
-
-    def __call__(self, x: np.ndarray) -> float:
-        self.calls += 1
-        return number(self.fun(x, *self.args))
-
-
 def _notifier(
-    callback: Callable[..., Any] | None, fun: _Counted
+    callback: Callable[..., Any] | None, fun: Counted
 ) -> Callable[[AskTell, float], None]:
     """The two signatures: ``callback(xk)`` and ``callback(intermediate_result=...)``."""
     from scipy.optimize import OptimizeResult

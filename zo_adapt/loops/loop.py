@@ -16,12 +16,11 @@ from zo_adapt.arguments import (
 )
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.evaluation.first_look import look_first
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
+from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
+from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.progress import Bar, announce
@@ -59,6 +58,7 @@ def minimize(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
     evaluation: EvaluationOptions = EvaluationOptions(),
+    evaluator: EvaluatedBy | None = None,
     metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
     trajectory: str | Path | TrajectoryFile | None = None,
     resume: bool = False,
@@ -80,6 +80,8 @@ def minimize(
         callback: Called with a ``Step`` after every step; StopIteration stops the run.
         progress: Show a progress bar.
         evaluation: Memory against time: rows in one call, candidates together, reuse, graphs.
+        evaluator: Where values come from: None, this process; ``ServedEvaluator(server)``, a model
+            behind a server.
         metrics: Objectives by name, watched beside the one that is minimised; ``Metrics`` of them
             says on which data and how often (the run's, every 100 steps and at the end).
         trajectory: File that every step is appended to; see ``replay``, and ``TrajectoryFile`` for
@@ -136,36 +138,36 @@ def minimize(
     check_all_labels(objective, examples.examples)
     view.check_adapters()
     source = examples.source(objective.collate)
-    look_first(objective, source, view)
-    objective = resolve_mean_over_rows(objective, source, view.model)
+    way = Locally() if evaluator is None else evaluator
+    objective = way.prepared(objective, source, view)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
-    local = LocalEvaluator(
-        objective, view, evaluation, batch_size=batch_size, max_queries=max_queries
+    asked = shared(
+        way.bound_to(objective, view, evaluation, batch_size=batch_size, max_queries=max_queries),
+        ranks,
     )
-    evaluator = shared(local, ranks)
     monitor = Monitor(
-        watched, view, examples, evaluation=evaluation, batch_size=batch_size, ranks=ranks
+        watched, view, examples, evaluation=evaluation, batch_size=batch_size, way=way, ranks=ranks
     )
     budget = Budget(max_steps, max_queries)
-    run = Run(optimizer, evaluator, samples, budget, seed, trajectory, resume, ranks)
+    run = Run(optimizer, asked, samples, budget, seed, trajectory, resume, ranks)
     monitor.follow(run)
     loop = _Loop(run, monitor)
     shown = progress and run.is_first_rank
     with closing(run):
         announce(run.outlook(), shown)
-        with closing(Bar(budget, run.steps, evaluator.queries, shown=shown)) as bar:
+        with closing(Bar(budget, run.steps, asked.queries, shown=shown)) as bar:
             reason, detail = loop.until_stopped(callback, bar)
     return Result(
         value=loop.history[-1].value if loop.history else math.nan,
         steps=loop.run.steps,
-        queries=evaluator.queries,
+        queries=asked.queries,
         stop_reason=reason,
         message=f"{reason}{detail}",
         history=loop.history,
         metrics=monitor.at(loop.run.steps),
         metric_queries=monitor.queries,
-        evaluation=evaluator.plan,
-        advice=verdict(loop.history, evaluator.sign, optimizer),
+        evaluation=asked.plan,
+        advice=verdict(loop.history, asked.sign, optimizer),
     )
 
 
@@ -185,7 +187,7 @@ class _Loop:
                 self._step_on(callback, bar)
         except BudgetExhausted:
             return StopReason.MAX_QUERIES, ""
-        except (StopIteration, Stopped):
+        except Stopped:
             return StopReason.CALLBACK, ""
         except FAULTS as error:
             return reason_of(error), f" ({error})"
@@ -197,8 +199,11 @@ class _Loop:
         while limit is None or self.run.steps < limit:
             step = self.step()
             bar.show(step)
-            if callback is not None:
-                callback(step)
+            try:
+                if callback is not None:
+                    callback(step)
+            except StopIteration as error:  # of an objective it would be a fault
+                raise Stopped from error
 
     def step(self) -> Step:
         """One step, in the history."""

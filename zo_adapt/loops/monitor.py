@@ -12,11 +12,10 @@ from zo_adapt.data.forms import named_sets
 from zo_adapt.data.sources import Source
 from zo_adapt.diagnosis.variance import TrackVariance, VarianceMonitor
 from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
-from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import Evaluator, Probe
-from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
+from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
 from zo_adapt.loops.run import Run
 from zo_adapt.options import at_least_one
 from zo_adapt.ranks.evaluator import shared
@@ -99,6 +98,7 @@ class Monitor:
         data: For metrics without data of their own; several by name are measured each.
         evaluation: How.
         batch_size: Most rows in one call where ``evaluation`` sets no limit.
+        way: Where values come from.
         ranks: Who shares the work; None: this process is alone.
     """
 
@@ -110,6 +110,7 @@ class Monitor:
         *,
         evaluation: EvaluationOptions,
         batch_size: int | None,
+        way: EvaluatedBy = Locally(),
         ranks: Ranks | None = None,
     ) -> None:
         self.every = metrics.every
@@ -122,7 +123,7 @@ class Monitor:
         most = evaluation.micro_batch_size or batch_size
         self._ready = {
             name + suffix: _prepared(
-                as_objective(metric), view, as_data(rows), options, most, ranks
+                as_objective(metric), view, as_data(rows), options, most, way, ranks
             )
             for suffix, rows in _sets(data if metrics.data is None else metrics.data)
             for name, metric in metrics.objectives.items()
@@ -184,13 +185,14 @@ def _prepared(
     examples: Data,
     options: EvaluationOptions,
     most: int | None,
+    way: EvaluatedBy,
     ranks: Ranks | None,
 ) -> tuple[Evaluator, Source]:
     """A metric's evaluator and rows; one that is cut has to be a mean over rows."""
     source = examples.source(metric.collate)
     if most is not None and len(source) > most:
-        metric = resolve_mean_over_rows(metric, source, view.model)
-    return shared(LocalEvaluator(metric, view, options, batch_size=most), ranks), source
+        metric = way.resolved(metric, source, view)
+    return shared(way.bound_to(metric, view, options, batch_size=most), ranks), source
 
 
 def _measured(evaluator: Evaluator, source: Source) -> float:

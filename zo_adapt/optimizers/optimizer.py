@@ -88,7 +88,9 @@ class ZerothOrder(Settings, ABC):
         """
         displacement = self.apply.displacement_on(view.displacement)
         finest = finest_perturbation(view)
-        usual_scale = partial(usual_perturbation, finest=finest, step_like=step_like)
+        usual_scale = partial(
+            usual_perturbation, finest=max(finest, view.least_perturbation / 4), step_like=step_like
+        )
         mu = self.estimate.perturbation_scale or usual_scale(displacement)
         check_resolution(view, mu, finest)
         finds = self.apply.finds_displacement

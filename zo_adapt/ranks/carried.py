@@ -11,7 +11,7 @@ MOST_BYTES = 4096
 
 
 class Stopped(Exception):
-    """A signal to the loop: on another rank the callback has stopped the run."""
+    """A signal to the loop: the callback has stopped the run, on this rank or on another."""
 
 
 def carried(error: BaseException) -> np.ndarray:
@@ -28,7 +28,7 @@ def rebuilt(payload: np.ndarray, rank: int) -> Exception:
     """
     text = payload[1:].tobytes()[: int(payload[0])].decode(errors="replace")
     name, _, message = text.partition("\n")
-    if name == "StopIteration":
+    if name == Stopped.__name__:
         return Stopped(message)
     kind = getattr(errors, name, None) or getattr(builtins, name, None)
     error: Exception = RankError(f"rank {rank} has raised {name}: {message}")

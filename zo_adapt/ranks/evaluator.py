@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zo_adapt.errors import ReplicaError
+from zo_adapt.errors import OptionError, ReplicaError
 from zo_adapt.evaluation.blocks import Answer, Block, evaluations, joined
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
 from zo_adapt.ranks.carried import carried
 from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
@@ -134,10 +134,19 @@ def options_of(options: EvaluationOptions, ranks: Ranks | None) -> EvaluationOpt
     return replace(options, cuda_graphs="off")
 
 
-def shared(local: LocalEvaluator, ranks: Ranks | None) -> LocalEvaluator | RankEvaluator:
-    """The evaluator of several processes; that of this one where it is alone."""
+def shared(local: Evaluator, ranks: Ranks | None) -> Evaluator:
+    """The evaluator of several processes; that of this one where it is alone.
+
+    Raises:
+        OptionError: One that asks elsewhere, which several processes cannot share.
+    """
     if ranks is None:
         return local
+    if not isinstance(local, LocalEvaluator):
+        raise OptionError(
+            f"{type(local).__name__} with several processes: a served model is asked by one; start "
+            "the script without a launcher, or give several servers as a ServerPool"
+        )
     # Which candidates go together depends on the memory that there is: on the least of all ranks.
     own = np.array([-1 if local.memory is None else local.memory], np.int64)
     found = [int(message.payload[0]) for message in ranks.exchange(COMPARED, own)]

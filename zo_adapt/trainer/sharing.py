@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from zo_adapt.ranks.carried import Stopped
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.workers import Workers
@@ -47,7 +48,7 @@ class SharedSteps:
         try:
             yield
             if self._ranks is not None:
-                self._ranks.close(StopIteration())
+                self._ranks.close(Stopped())
         except BaseException as error:
             if self._ranks is not None:
                 self._ranks.close(error)

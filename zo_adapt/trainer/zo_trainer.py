@@ -15,13 +15,14 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from zo_adapt.arguments import checked_objective
+from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
-from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.objective import ObjectiveLike, as_objective, rows_needed
+from zo_adapt.evaluation.local import Locally
+from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, rows_needed
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.evaluation.protocol import BudgetExhausted
-from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
+from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
+from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
@@ -70,6 +71,9 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
             with all their columns (prompts, documents); evaluation stays Trainer's.
         zo_optimizer: An optimizer of this package, with its own schedule, instead of the one that
             ``args`` describes.
+        evaluator: Where the objective's values come from: None, this process;
+            ``ServedEvaluator(server)``, a model behind a server (``served_lora`` makes one without
+            its base for here).
         metrics: Objectives by name, or ``Metrics`` of them, measured and logged beside the loss at
             every logging step; on ``eval_dataset`` if they have no data of their own, or else on
             ``train_dataset``.
@@ -86,12 +90,12 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
         ...                     num_attention_heads=2, intermediate_size=16)
         >>> data = [{"input_ids": [2, i], "labels": i % 2} for i in range(8)]
-        >>> args = ZOConfig("runs", max_steps=2, optimizer="mezo", report_to="none", use_cpu=True,
+        >>> args = ZOConfig("runs", max_steps=2, displacement=0.1, report_to="none", use_cpu=True,
         ...                 disable_tqdm=True, logging_strategy="no", save_strategy="no")
         >>> trainer = ZOTrainer(BertForSequenceClassification(config), args, train_dataset=data)
         >>> trainer.train().metrics["queries"]  # doctest: +ELLIPSIS
         {...}
-        32
+        128
     """
 
     args: ZOConfig
@@ -105,6 +109,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         view: ParameterView | None = None,
         objective: ObjectiveLike | None = None,
         zo_optimizer: Optimizer | None = None,
+        evaluator: EvaluatedBy | None = None,
         metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
         **options: Any,
     ) -> None:
@@ -114,10 +119,18 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         warn_of_ignored(args, objective is not None, options)
         collator = options.get("data_collator", positional[0] if positional else None)
         wanted = None if objective is None else checked_objective(objective)
+        if evaluator is not None and wanted is None:
+            raise OptionError(
+                "evaluator=... without an objective: Trainer's own loss runs the model in this "
+                "process; give objective=CausalLMLoss(model), for one"
+            )
+        self._way = Locally() if evaluator is None else evaluator
         self._batching = Batching(self, wanted, collator)
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
         self.train_dataset = readable(self.train_dataset)
+        if _has_no_values(self.model):
+            self.accelerator.device_placement = False  # of the base there is nothing to be moved
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, wanted, zo_optimizer)
@@ -127,6 +140,10 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         self._is_begun = False
         self._end = AtRunEnds(self)
         self.add_callback(self._end)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not _has_no_values(model):
+            super()._move_model_to_device(model, device)
 
     @property
     def stop_reason(self) -> StopReason | None:
@@ -185,7 +202,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
             rows = self._batching.received(inputs)
             self._samples.receive(rows)
             if not self._is_begun:
-                look_first(self._run.evaluator.objective, rows, self.view)
+                self._look(self._run.evaluator.objective, rows)
                 self._begin_log(self._run)
             step = self._run.step()
             loss = step.value
@@ -219,6 +236,13 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         """The metrics at the weights as they are."""
         return {} if self._monitor is None else self._monitor.at(self.state.global_step) or {}
 
+    def _look(self, objective: Objective, rows: Source) -> None:
+        """Look at the first rows of a stream, as is done before the run where there is a length."""
+        if isinstance(self._way, Locally):
+            look_first(objective, rows, self.view)
+        else:
+            self._way.prepared(objective, rows, self.view)
+
     def begin_run(self, loader: Any) -> None:
         """Forget the last run and start one on what ``train_dataset`` gives; Trainer calls this.
 
@@ -239,24 +263,33 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
             check_all_labels(objective, loader.dataset)
-            look_first(as_objective(objective), source, self.view)
-            objective = resolve_mean_over_rows(objective, source, self.view.model)
+            objective = self._way.prepared(as_objective(objective), source, self.view)
         if self.args.lora_start_rows and self._checkpoint is None:
             start_adapters(self, as_objective(objective), source)
-        rows, most = self.state.train_batch_size, self.args.max_queries
-        local = LocalEvaluator(objective, self.view, options, batch_size=rows, max_queries=most)
+        evaluator = shared(
+            self._way.bound_to(
+                as_objective(objective),
+                self.view,
+                options,
+                batch_size=self.state.train_batch_size,
+                max_queries=self.args.max_queries,
+            ),
+            ranks,
+        )
         self._samples = TrainerSamples(
-            source, self.args.seed, rows_needed(local.objective), self.args.stratify
+            source, self.args.seed, rows_needed(evaluator.objective), self.args.stratify
         )
         budget = Budget(self._limit, self.args.max_queries)
-        evaluator, seed = shared(local, ranks), self.args.seed
-        self._run = Run(self.zo_optimizer, evaluator, self._samples, budget, seed, ranks=ranks)
+        self._run = Run(
+            self.zo_optimizer, evaluator, self._samples, budget, self.args.seed, ranks=ranks
+        )
         self._monitor = Monitor(
             self._metrics,
             self.view,
             self.train_dataset if self.eval_dataset is None else self.eval_dataset,
             evaluation=options,
             batch_size=self.args.eval_batch_size,
+            way=self._way,
             ranks=ranks,
         )
         self._monitor.follow(self._run)
@@ -308,3 +341,8 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
         factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
         return factor(progress * self.state.max_steps)
+
+
+def _has_no_values(model: nn.Module) -> bool:
+    """Whether the base is served, and here are its shapes alone."""
+    return any(parameter.is_meta for parameter in model.parameters())

@@ -52,6 +52,8 @@ class TunedTensors:
         """Whether some of its directions are products of low rank."""
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
+        self.least_perturbation = 0.0
+        """The smallest usual mu that was found to be more than the model's own rounding."""
         self.groups, self._group_of = assign_groups(
             list(self.tensors), checked_groups(groups, usual)
         )

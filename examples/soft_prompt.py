@@ -1,0 +1,45 @@
+"""Tune a soft prompt of a language model that is served: 8 x width numbers before every text.
+
+They begin as the embeddings of an instruction. The base is served in this process by default
+(SmolLM2-135M, fetched once), or by a vLLM started with --enable-prompt-embeds (--url). What
+is learned is the sentiment of film reviews, read off the word that the model goes on with.
+
+    python examples/soft_prompt.py
+    python examples/soft_prompt.py --url http://127.0.0.1:8000
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from served_task import arguments, quiet, tune
+from support import real_data
+from zo_adapt import PeftServer, VLLMServer, served_prompt
+from zo_adapt.serving.protocol import ServedModel
+from zo_adapt.serving.soft_prompt import begun_with, embedding_table
+
+INSTRUCTION = "Say whether this film review is great or terrible:"
+
+
+def main() -> None:
+    """Fetch, serve, tune, save."""
+    parser = arguments("Tune a soft prompt of a served language model.", "runs/soft_prompt")
+    parser.add_argument("--tokens", type=int, default=8)
+    args = parser.parse_args()
+    quiet()
+    source = args.model or str(real_data.smollm2_folder())
+    table = embedding_table(source)
+    ids = AutoTokenizer.from_pretrained(source)(INSTRUCTION)["input_ids"]
+    model = served_prompt(source, args.tokens, start=begun_with(ids, table, args.tokens))
+    server: ServedModel = (
+        VLLMServer(args.url, embeddings=table)
+        if args.url
+        else PeftServer(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval())
+    )
+    try:
+        tune(model, server, source, args)
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Runs of an optimizer on a plain function: one, or several from the best point so far."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
+from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best, number
+from zo_adapt.loops.result import StopReason
+from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.step import MEASUREMENT
+
+Mapped = Callable[[Callable[[np.ndarray], Any], Sequence[np.ndarray]], Iterable[Any]]
+"""A function like ``map``."""
+NOT_MOVED = 4
+NO_STEP = 1
+"""As scipy numbers a run that its maximum of calls has ended."""
+STATUS = {
+    StopReason.MAX_STEPS: 0,
+    StopReason.MAX_QUERIES: 0,
+    StopReason.NON_FINITE: 2,
+    StopReason.STEP_TOO_LARGE: 3,
+    StopReason.CALLBACK: 99,  # scipy's own number for it
+}
+
+
+@dataclass
+class Ended:
+    """One run, and the function at its last point."""
+
+    asker: AskTell
+    x: np.ndarray
+    fun: float
+    status: int
+    message: str
+
+
+class Runs:
+    """A run, and those that begin anew from the best point of the ones before."""
+
+    def __init__(
+        self,
+        optimizer: ZerothOrder,
+        loop: Mapping[str, Any],
+        bounds: Any,
+        fun: "Counted",
+        mapping: Mapped,
+    ) -> None:
+        self._optimizer, self._loop, self._bounds = optimizer, loop, bounds
+        self._fun, self._mapping = fun, mapping
+        self._ended: list[Ended] = []
+
+    @property
+    def best(self) -> Ended:
+        """The run whose last point is the best."""
+        return min(self._ended, key=lambda run: run.fun if np.isfinite(run.fun) else np.inf)
+
+    @property
+    def best_candidate(self) -> Best | None:
+        """The best of all that were called for."""
+        found = [run.asker.best for run in self._ended if run.asker.best is not None]
+        ends = [Best(run.x, run.fun) for run in self._ended if np.isfinite(run.fun)]
+        return min([*found, *ends], key=lambda best: best.value, default=None)
+
+    @property
+    def steps(self) -> int:
+        """Of all runs."""
+        return sum(run.asker.steps for run in self._ended)
+
+    def all(self, x0: Any, notify: Callable[[AskTell, float], None]) -> None:
+        """Run until the calls are used up, or something else than that ends a run."""
+        start = np.asarray(x0, dtype=np.float64)
+        for count in range(self._loop["restarts"] + 1):
+            asker = self._asker(start, count)
+            reason = _run(asker, self._fun, self._mapping, notify)
+            status, message = _outcome(asker, reason, self._loop["maxfev"])
+            if status == 0 and np.array_equal(asker.x, start):
+                status = NOT_MOVED
+                message = "nothing moved: fun gave equal values, or none, wherever it was called"
+            self._ended.append(Ended(asker, asker.x, self._fun(asker.x), status, message))
+            if status != 0:
+                break
+            start = self.best.x
+
+    def _asker(self, start: np.ndarray, count: int) -> AskTell:
+        steps, calls = self._loop["maxiter"], self._loop["maxfev"]
+        runs = self._loop["restarts"] + 1
+        if steps is None and calls is None:
+            calls = 1000 * start.size
+        # One call of each run is left for fun at its last x.
+        return AskTell(
+            self._optimizer,
+            start,
+            max_steps=None if steps is None else max(1, steps // runs),
+            max_queries=None if calls is None else calls // runs - 1,
+            seed=self._loop["seed"] + count,
+            noise=self._loop["noise"],
+            bounds=self._bounds,
+            units=self._loop["units"],
+            on_nonfinite=self._loop["on_nonfinite"],
+        )
+
+
+def _run(
+    asker: AskTell,
+    fun: "Counted",
+    mapping: Mapped,
+    notify: Callable[[AskTell, float], None],
+) -> StopReason:
+    """Until the budget is used up, or the reason why not."""
+    while candidates := asker.ask():
+        values = fun.all(candidates, mapping)
+        try:
+            record = asker.tell(values)
+        except NonFiniteObjectiveError:
+            return StopReason.NON_FINITE
+        except StepTooLargeError:
+            return StopReason.STEP_TOO_LARGE
+        if record.kind in (MEASUREMENT, SKIPPED):
+            continue
+        try:
+            notify(asker, record.value)
+        except StopIteration:
+            return StopReason.CALLBACK
+    if asker.stop_reason is None:
+        raise RuntimeError("ask() ended without a reason")
+    return asker.stop_reason
+
+
+def _outcome(asker: AskTell, reason: StopReason, maxfev: int | None) -> tuple[int, str]:
+    """Status and message; a run that could not make one step is no success."""
+    if reason is StopReason.MAX_QUERIES and asker.steps == 0:
+        return NO_STEP, f"maxfev={maxfev} is less than the calls of one step and of the answer"
+    # scipy's own words where it has some
+    stopped = reason is StopReason.CALLBACK
+    return STATUS[reason], "`callback` raised `StopIteration`." if stopped else str(reason)
+
+
+@contextmanager
+def mapping_over(workers: Any) -> Iterator[Mapped]:
+    """A function like ``map``: as given, or over processes.
+
+    Raises:
+        OptionError: Neither a number of processes nor such a function.
+    """
+    if callable(workers):
+        yield workers
+        return
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers == 0 or workers < -1:
+        raise OptionError(f"workers={workers!r}; choose processes >= 1, -1, or a function like map")
+    if workers == 1:
+        yield map
+        return
+    # Not a fork of this process: it may have threads, torch's among them.
+    with ProcessPoolExecutor(
+        None if workers == -1 else workers, mp_context=get_context("spawn")
+    ) as pool:
+        yield pool.map
+
+
+class Counted:
+    """``fun`` with its ``args``, counted."""
+
+    def __init__(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.fun, self.args, self.calls = fun, args, 0
+
+    def __call__(self, x: np.ndarray) -> float:
+        """The value at one point."""
+        self.calls += 1
+        return number(self.fun(x, *self.args))
+
+    def all(self, points: Sequence[np.ndarray], mapping: Mapped) -> list[float]:
+        """The values at several points, wherever they are computed."""
+        if mapping is map:  # which would take a StopIteration of ``fun`` for its own end
+            return [self(x) for x in points]
+        self.calls += len(points)
+        return [number(value) for value in mapping(_Bound(self.fun, self.args), points)]
+
+
+@dataclass
+class _Bound:
+    """``fun`` of x alone; unlike a closure it can be sent to another process."""
+
+    fun: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __call__(self, x: np.ndarray) -> Any:
+        return self.fun(x, *self.args)

@@ -1,0 +1,1 @@
+"""Models that run elsewhere: adapters are tuned here, forwards are made there."""

@@ -1,0 +1,71 @@
+"""What vLLM is sent and what it answers, as this package has it."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt.errors import ServerReplyError
+from zo_adapt.serving.protocol import Scores
+
+
+def in_base64(tensor: Tensor) -> str:
+    """A tensor in the format that the server reads."""
+    buffer = io.BytesIO()
+    torch.save(tensor.clone(), buffer)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def scores_of(choice: Mapping[str, Any], text: Sequence[int], others: bool) -> Scores:
+    """What vLLM says of a prompt: for each token but the first, a few log-probabilities by id.
+
+    Raises:
+        ServerReplyError: It does not say it of these tokens.
+    """
+    entries = choice.get("prompt_logprobs")
+    if not isinstance(entries, list) or len(entries) != len(text):
+        raise ServerReplyError(
+            f"the server gave no prompt_logprobs for the {len(text)} tokens of a text: "
+            f"{entries!r:.120}; is it vLLM, and without prompt embeddings?"
+        )
+    own, other = np.full(len(text), np.nan), np.full(len(text), np.nan)
+    for place, (token, entry) in enumerate(zip(text, entries, strict=True)):
+        if place == 0:
+            continue
+        known = {int(key): _number(value) for key, value in (entry or {}).items()}
+        if token not in known:
+            raise ServerReplyError(
+                f"the server scored other tokens than it was asked about: {sorted(known)[:4]} at "
+                f"place {place}, not {token}"
+            )
+        own[place] = known.pop(token)
+        other[place] = max(known.values(), default=-math.inf)
+    return Scores(own, other if others else None)
+
+
+def next_of(choice: Mapping[str, Any], choices: Sequence[int]) -> list[float] | None:
+    """Log-probabilities of some tokens as the next one; None where they are not all given."""
+    tops = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+    known: Mapping[str, Any] = tops[0] or {}
+    keys = [f"token_id:{token}" for token in choices]
+    return [float(known[key]) for key in keys] if all(key in known for key in keys) else None
+
+
+def _number(value: Any) -> float:
+    return float(value["logprob"] if isinstance(value, dict) else value)
+
+
+def token_ids_of(choice: Mapping[str, Any]) -> list[int]:
+    """The tokens that were written."""
+    ids = choice.get("token_ids")
+    if not isinstance(ids, list):
+        raise ServerReplyError(
+            "the server returned text without token_ids; give it a version that knows "
+            "return_token_ids (vLLM 0.11 or newer)"
+        )
+    return [int(token) for token in ids]

@@ -1,0 +1,112 @@
+"""Objectives that ask a served model, called in rounds: all questions of a round at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from zo_adapt.data.batches import Batch
+from zo_adapt.errors import NotServableError, ServedModelError
+from zo_adapt.evaluation.objective import Objective
+from zo_adapt.interrupt import gradients_off
+from zo_adapt.serving.asking import Answers, Question, Unanswered, answering
+from zo_adapt.serving.protocol import ServedModel
+
+
+class Task(NamedTuple):
+    """A call of the objective for a part of a probe's batch, at the point of a candidate."""
+
+    probe: int
+    name: str
+    part: Batch
+    answers: Answers
+
+
+def answered(
+    function: Callable[[Any], Any], tasks: Sequence[Task], server: ServedModel
+) -> list[Any]:
+    """What the objective returned for every task: asked in rounds, all candidates in each."""
+    values: dict[int, Any] = {}
+    while len(values) < len(tasks):
+        open_: dict[int, Question] = {}
+        for index, task in enumerate(tasks):
+            if index in values:
+                continue
+            try:
+                task.answers.begin()
+                with answering(task.answers):
+                    values[index] = function(task.part.content)
+            except Unanswered as signal:
+                open_[index] = signal.question
+                continue
+            if not task.answers.asked:
+                raise _asks_nothing(function)
+        asked = [(tasks[index].name, question) for index, question in open_.items()]
+        for (index, question), answer in zip(open_.items(), ask(server, asked), strict=True):
+            tasks[index].answers.add(question, answer)
+    return [values[index] for index in range(len(tasks))]
+
+
+def ask(server: ServedModel, asked: Sequence[tuple[str, Question]]) -> list[Any]:
+    """The answers to several questions, those of one kind in one call of the server."""
+    answers: dict[int, Any] = {}
+    kinds: dict[Any, list[int]] = {}
+    for index, (_, question) in enumerate(asked):
+        kinds.setdefault((question.kind, question.option), []).append(index)
+    for (kind, option), indices in kinds.items():
+        names = [asked[i][0] for i in indices for _ in asked[i][1].texts]
+        texts = [text for i in indices for text in asked[i][1].texts]
+        numbers = [number for i in indices for number in asked[i][1].numbers]
+        found: Any
+        if kind == "score":
+            found = server.score(names, texts, starts=numbers, others=option)
+        elif kind == "choose":
+            found = server.choose(names, texts, option)
+        else:
+            found = server.generate(names, texts, option, numbers or None)
+        _check_count(len(found), len(texts))
+        first = 0
+        for index in indices:
+            size = len(asked[index][1].texts)
+            answers[index] = found[first : first + size]
+            first += size
+    return [answers[index] for index in range(len(asked))]
+
+
+def _check_count(found: int, asked: int) -> None:
+    if found != asked:
+        raise ServedModelError(f"the server gave {found} answers to {asked} texts; ask its makers")
+
+
+class AtOnce:
+    """Answers every question when it is asked, for calls of an objective outside a step."""
+
+    def __init__(self, server: ServedModel, name: str) -> None:
+        self._server, self._name = server, name
+
+    def to(self, question: Question) -> Any:
+        """The answer."""
+        return ask(self._server, [(self._name, question)])[0]
+
+
+def first_question(objective: Objective, content: Any) -> Question:
+    """What an objective asks about the first examples; nothing is answered."""
+    function: Any = getattr(objective, "predict", objective)
+    evaluating = objective.evaluating
+    try:
+        with gradients_off(), answering(Answers()):
+            if evaluating is None:
+                function(content)
+            else:
+                with evaluating():
+                    function(content)
+    except Unanswered as signal:
+        return signal.question
+    raise _asks_nothing(objective)
+
+
+def _asks_nothing(function: Any) -> NotServableError:
+    name = type(getattr(function, "__self__", function)).__name__
+    return NotServableError(
+        f"{name} asked the served model nothing: it computes in this process, where the model "
+        "does not move. On a server run CausalLMLoss, VerbalizerLoss, ExactMatch of these, "
+        "GenerationReward, and what is made of them"
+    )

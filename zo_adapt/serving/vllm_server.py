@@ -1,0 +1,288 @@
+"""A served model behind vLLM's server of the OpenAI interface, with adapters loaded at run time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
+from zo_adapt.serving.folders import Folders
+from zo_adapt.serving.http import Connection
+from zo_adapt.serving.protocol import Candidate, Limits, Scores, Texts, Writing
+from zo_adapt.serving.replies import (
+    in_base64,
+    next_of,
+    scores_of,
+    token_ids_of,
+)
+from zo_adapt.serving.soft_prompt import PROMPT
+
+REFUSED = frozenset(
+    {"use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters"}
+    | {"trainable_token_indices", "rank_pattern", "alpha_pattern", "head", "embeddings"}
+)
+"""What vLLM refuses, or leaves out without a word."""
+ROWS = 32
+"""Most texts of one request."""
+_LOAD, _UNLOAD, _WRITE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
+
+
+class VLLMServer:
+    """Serves a model by vLLM on this machine; ``python -m zo_adapt.serve`` prints how to start it.
+
+    Adapters go through private folders (0700, safetensors alone) that are removed as soon as the
+    server has read them. Requests are repeated with growing pauses; a server that is gone for good
+    raises with its last words. A data-parallel server loads an adapter on one replica alone: start
+    one replica for every url.
+
+    A token is read from the environment variable ZO_ADAPT_SERVER_TOKEN.
+
+    Args:
+        url: As "http://127.0.0.1:8000"; only of this machine, unless ``remote``.
+        adapters: Most adapters at once: what the server was started with (--max-loras).
+        rank, target_modules: As it was started with (--max-lora-rank, --lora-target-modules), so
+            that an adapter which does not fit is named before any work; None: not checked.
+        timeout: Seconds that one answer may take.
+        concurrency: Most requests at once.
+        remote: Whether the server may be on another machine. It must see the same ``place``.
+        embeddings: The base's input embeddings (``embedding_table(folder)``), for soft prompts on a
+            server that was started with --enable-prompt-embeds.
+        place: Folder for the adapters on their way; None: /dev/shm, or that for temporary files.
+
+    Raises:
+        ServerLostError: There is no server.
+        OptionError: The url.
+        MissingPackageError: httpx is not installed.
+
+    Example:
+        >>> server = VLLMServer("http://127.0.0.1:8000")  # doctest: +SKIP
+        >>> evaluator = ServedEvaluator(server)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        adapters: int = 8,
+        rank: int | None = None,
+        target_modules: Sequence[str] | None = None,
+        timeout: float = 120.0,
+        concurrency: int = 8,
+        remote: bool = False,
+        embeddings: Tensor | None = None,
+        place: str | Path | None = None,
+    ) -> None:
+        self._connection = Connection(url, timeout=timeout, concurrency=concurrency, remote=remote)
+        try:
+            cards = self._models()
+            base = [card for card in cards if not card.get("parent")]
+            if not base:
+                raise ServerReplyError(f"{url} serves no base model: {cards!r:.200}")
+            self.model: str = base[0]["id"]
+            self._folders = Folders(place)
+        except BaseException:
+            self._connection.close()
+            raise
+        modules = None if target_modules is None else frozenset(target_modules)
+        self._limits = Limits(
+            adapters,
+            rank,
+            modules,
+            base[0].get("max_model_len"),
+            prompts=embeddings is not None,
+            refuses=REFUSED,
+        )
+        self._loaded: list[str] = []
+        self._table, self._prompts = embeddings, dict[str, Tensor]()
+
+    @property
+    def limits(self) -> Limits:
+        """As given, and the longest text that the server says it reads."""
+        return self._limits
+
+    def loaded(self) -> list[str]:
+        """The adapters that the server says it has."""
+        return [card["id"] for card in self._models() if card.get("parent")]
+
+    def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
+        """Write an adapter where the server finds it, have it loaded, remove the files."""
+        if PROMPT in candidate.tensors:
+            self._prompts[candidate.name] = candidate.tensors[PROMPT]
+            return
+        folder = self._folders.write(candidate.name, candidate.tensors, lora_config)
+        body = {"lora_name": candidate.name, "lora_path": str(folder)}
+        self._loaded.append(candidate.name)
+        try:
+            reply = self._connection.send("POST", _LOAD, body)
+        finally:
+            self._folders.remove(candidate.name)
+        # Of a name that is ours alone, "loaded already" means that an answer was lost.
+        is_there = reply.status == 400 and reply.repeated and candidate.name in self.loaded()
+        if reply.status == 200 or is_there:
+            return
+        self._loaded.remove(candidate.name)
+        if reply.status == 404 and "lora_path" not in reply.words:
+            raise NotServableError(
+                f"{self._connection.url} loads no adapters at run time ({reply.words}); start it "
+                "with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+            )
+        raise ServerReplyError(f"the adapter was not loaded: {reply.status} {reply.words}")
+
+    def score(
+        self,
+        names: Sequence[str],
+        token_ids: Texts,
+        *,
+        starts: Sequence[int] | None = None,
+        others: bool = False,
+    ) -> list[Scores]:
+        """See ``ServedModel``; all tokens are scored, whatever ``starts`` says."""
+        asks = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 2 if others else 0}
+        choices = self._completed(names, token_ids, asks)
+        return [
+            scores_of(choice, text, others) for choice, text in zip(choices, token_ids, strict=True)
+        ]
+
+    def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
+        """See ``ServedModel``; a server that does not know ``logprob_token_ids`` is asked again."""
+        asks = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 1,
+            "logprob_token_ids": list(choices),
+            "return_tokens_as_token_ids": True,
+        }
+        found = [next_of(one, choices) for one in self._completed(names, token_ids, asks)]
+        if None not in found or self._prompts:
+            if None in found:
+                raise ServerReplyError(
+                    "the server did not give the log-probabilities of the tokens asked for after a "
+                    "soft prompt; it takes a vLLM that knows logprob_token_ids"
+                )
+            return np.array(found).reshape(len(token_ids), len(choices))
+        # Each choice is put after each text and scored there.
+        texts = [[*text, choice] for text in token_ids for choice in choices]
+        scored = self.score([name for name in names for _ in choices], texts)
+        values = [float(one.log_probs[-1]) for one in scored]
+        return np.array(values).reshape(len(token_ids), len(choices))
+
+    def generate(
+        self,
+        names: Sequence[str],
+        token_ids: Texts,
+        writing: Writing,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """See ``ServedModel``."""
+        asks = {
+            "max_tokens": writing.max_new_tokens,
+            "temperature": writing.temperature,
+            "top_p": writing.top_p,
+            "top_k": writing.top_k or -1,
+            "stop_token_ids": list(writing.ends),
+            "stop": list(writing.stops),
+            "include_stop_str_in_output": True,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            **writing.more,
+        }
+        draws = writing.temperature > 0
+        # A seed belongs to a request: a text that is drawn has one of its own.
+        own = [0] * len(names) if seeds is None else [seed % 2**62 for seed in seeds]
+        found = self._completed(
+            names, token_ids, asks, 1 if draws else ROWS, seeds=own if draws else None
+        )
+        return [token_ids_of(choice) for choice in found]
+
+    def unload(self, names: Sequence[str]) -> None:
+        """Forget adapters; one that is not there is no error."""
+        for name in names:
+            if self._prompts.pop(name, None) is not None:
+                continue
+            reply = self._connection.send("POST", _UNLOAD, {"lora_name": name})
+            if name in self._loaded:
+                self._loaded.remove(name)
+            if reply.status not in (200, 404):
+                raise ServerReplyError(f"{name!r} was not unloaded: {reply.status} {reply.words}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unload what is loaded, remove the folder, close the connections."""
+        try:
+            self.unload(list(self._loaded))
+        except ServedModelError:
+            pass  # it is gone, and its adapters with it
+        finally:
+            self._folders.close()
+            self._connection.close()
+
+    def _models(self) -> list[dict[str, Any]]:
+        reply = self._connection.send("GET", "/v1/models")
+        content = reply.content
+        if reply.status != 200 or not isinstance(content, dict) or "data" not in content:
+            raise ServerReplyError(
+                f"{self._connection.url}/v1/models answered {reply.status}: {reply.words}"
+            )
+        return list(content["data"])
+
+    def _completed(
+        self,
+        names: Sequence[str],
+        token_ids: Texts,
+        asks: Mapping[str, Any],
+        most: int = ROWS,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The server's choices for every text: requests of one adapter each, made at once."""
+        portions: list[list[int]] = []
+        for name in dict.fromkeys(names):
+            mine = [row for row, other in enumerate(names) if other == name]
+            portions += [mine[first : first + most] for first in range(0, len(mine), most)]
+        calls = []
+        for rows in portions:
+            name = names[rows[0]]
+            is_base = name in ("", *self._prompts)
+            body = {
+                "model": self.model if is_base else name,
+                **self._prompted(name, [token_ids[row] for row in rows]),
+                **{name: value for name, value in asks.items() if value is not None},
+            }
+            if seeds is not None:
+                body["seed"] = seeds[rows[0]]
+            calls.append(partial(self._choices, body))
+        found: dict[int, dict[str, Any]] = {}
+        for rows, choices in zip(portions, self._connection.together(calls), strict=True):
+            found.update(zip(rows, choices, strict=True))
+        return [found[row] for row in range(len(names))]
+
+    def _prompted(self, name: str, texts: Texts) -> dict[str, Any]:
+        """The texts as ids, or as embeddings after a soft prompt, in base64 of torch's format."""
+        prompt = self._prompts.get(name)
+        if prompt is None or self._table is None:
+            return {"prompt": [list(text) for text in texts]}
+        table = self._table
+        rows = [torch.cat([prompt.to(table.dtype), table[list(text)]]) for text in texts]
+        return {"prompt_embeds": [in_base64(row) for row in rows]}
+
+    def _choices(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The choices of one request, put into the order of its texts by their own numbers."""
+        content = self._connection.post(_WRITE, body)
+        choices, count = content.get("choices"), len(body.get("prompt") or body["prompt_embeds"])
+        is_whole = isinstance(choices, list) and all(isinstance(c, dict) for c in choices)
+        if not is_whole or sorted(c.get("index", -1) for c in choices) != list(range(count)):
+            raise ServerReplyError(
+                f"the server answered {count} texts by {json.dumps(content)[:200]}; it is not the "
+                "OpenAI interface of vLLM"
+            )
+        return sorted(choices, key=lambda choice: int(choice["index"]))
