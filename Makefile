@@ -18,11 +18,14 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 # Two workers of one thread: on 2 cores faster than one worker of two, or two of two.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help setup demo test soak attack serve-test lint types pytest wheel clean
+.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure oldest clean
 
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
 	@echo "make test   format, lint, types, tests, and the wheel installed outside the tree"
+	@echo "make docs   build the pages into docs/_build/html; a broken link is an error"
+	@echo "make figure run the main job beside Adam and draw the README's figure"
+	@echo "make oldest run the tests with the oldest versions that are supported, in .venv-oldest"
 	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 15 minutes)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
 	@echo "make serve-test  a vLLM server from start to end, in .serve-venv (3.5 GB, once)"
@@ -47,6 +50,7 @@ test: $(STAMP)
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory wheel
+	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory pytest
 
 soak: $(STAMP)
@@ -80,12 +84,29 @@ types: $(STAMP)
 pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Warnings are errors: a link to nothing, a page in no menu, a name that is not documented.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
+
+figure: $(STAMP)
+	$(BIN)/python benchmarks/beside_adam.py --output runs/beside_adam.json
+	$(BIN)/python benchmarks/beside_adam.py --draw runs/beside_adam.json docs/figures/beside_adam.png
+
+# The lower ends of the ranges of pyproject.toml; the interpreter has to be one that torch 2.6 has.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint oldest.txt \
+		--editable '.[metrics,plot]' 'pytest>=8.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' gguf datasets
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
 # Built, installed alone into an environment that only borrows the dependencies, and imported from
 # elsewhere: what users get, not what lies in this folder.
 wheel: $(STAMP)
 	@away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
 	$(BIN)/python -m build --no-isolation --outdir "$$away/dist" . >"$$away/log" 2>&1 \
 		|| { cat "$$away/log" >&2; exit 1; }; \
+	$(BIN)/python -m twine check --strict "$$away"/dist/*; \
 	$(BIN)/python -m venv --without-pip "$$away/venv"; \
 	$(BIN)/python -m pip --python "$$away/venv/bin/python" install --quiet --no-deps --no-index \
 		"$$away"/dist/*.whl; \
@@ -95,7 +116,7 @@ wheel: $(STAMP)
 
 define WHEEL_CHECK
 import importlib, pathlib, sys
-for name in ("zo_adapt", "objectives"):
+for name in ("zo_adapt", "objectives", "zo_adapt_cli"):
     folder = pathlib.Path(importlib.import_module(name).__file__).parent
     if not folder.is_relative_to(sys.prefix):
         sys.exit(f"{name} comes from {folder}, not from the wheel")
@@ -106,4 +127,4 @@ endef
 export WHEEL_CHECK
 
 clean:
-	rm -rf $(VENV) $(SERVE_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(SERVE_VENV) .venv-oldest docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

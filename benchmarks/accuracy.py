@@ -118,7 +118,7 @@ def examples_of(task: Task, seed: int, assets: str | None) -> tuple[list[Any], l
         with gzip.open(Path(assets) / name, "rt") as file:
             train, test = json.load(file)
         return train, test, str(Path(assets) / "model")
-    import real_data
+    from support import real_data
 
     folder = str(real_data.minilm_folder())
     corpus = real_data.bbc() if task.dataset == "bbc" else real_data.movie_reviews()

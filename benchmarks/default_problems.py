@@ -132,7 +132,7 @@ LANGUAGE_QUERIES, LANGUAGE_TOKENS, LANGUAGE_TEST = 7_680, 48, 64
 
 @cache
 def _smollm2() -> tuple[Any, Any]:
-    import real_data
+    from support import real_data
 
     folder = str(real_data.smollm2_folder())
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -143,7 +143,7 @@ def language_problem(view: str, name: str, seed: int, assets: str | None) -> Pro
     """A language model: label words after film reviews, or the first words of news."""
     from peft import get_peft_model
 
-    import real_data
+    from support import real_data
 
     base, tokenizer = _smollm2()
     torch.manual_seed(seed)

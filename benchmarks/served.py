@@ -21,8 +21,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-import real_data
 from objectives import CausalLMLoss
+from support import real_data
 from zo_adapt import Data, EvaluationOptions, ParameterView, PeftServer, VLLMServer, served_lora
 from zo_adapt.data.batches import Batch
 from zo_adapt.evaluation.local import LocalEvaluator

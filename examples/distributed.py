@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 
-import real_data
 from objectives import Accuracy, ClassificationLoss
-from registry import FetchError
-from text_classifier import build_model, load_tokenizer, tokenize
+from support import real_data
+from support.registry import FetchError
+from support.text_classifier import build_model, load_tokenizer, tokenize
 from zo_adapt import Metrics, MeZOSVRG, ParameterView, minimize
 from zo_adapt.errors import ZOError
 

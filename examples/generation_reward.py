@@ -20,9 +20,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import real_data
 from objectives import GenerationReward
-from registry import FetchError
+from support import real_data
+from support.registry import FetchError
 from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.errors import ZOError
 

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer
 
-import real_data
 from objectives import Accuracy, VerbalizerLoss
+from support import real_data
 from zo_adapt import Data, EvaluationOptions, MeZOSVRG, ParameterView, ServedEvaluator, minimize
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import Source

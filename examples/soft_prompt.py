@@ -11,8 +11,8 @@ is learned is the sentiment of film reviews, read off the word that the model go
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import real_data
 from served_task import arguments, quiet, tune
+from support import real_data
 from zo_adapt import PeftServer, VLLMServer, served_prompt
 from zo_adapt.serving.protocol import ServedModel
 from zo_adapt.serving.soft_prompt import begun_with, embedding_table

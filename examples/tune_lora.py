@@ -21,11 +21,11 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-import real_data
 from objectives import ClassificationLoss
-from registry import FetchError
-from report import Curve, draw, table
-from text_classifier import (
+from support import real_data
+from support.registry import FetchError
+from support.report import Curve, draw, table
+from support.text_classifier import (
     Example,
     Model,
     accuracy,

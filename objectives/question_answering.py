@@ -110,6 +110,7 @@ class SpanMetric(Mixable, SetObjective):
     Args:
         model: A model that marks answers, or ``QuestionAnsweringLoss``.
         max_answer_length: m, in tokens.
+        max_answer_length: Longest answer that is considered, in tokens.
         min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
@@ -176,7 +177,10 @@ class SpanMetric(Mixable, SetObjective):
 class SpanExactMatch(SpanMetric):
     """The share of examples whose answer is marked from its first to its last token.
 
-    The arguments are those of ``SpanMetric``.
+    Args:
+        model: A model with logits of start and end, such as ``AutoModelForQuestionAnswering``.
+        max_answer_length: Longest answer that is considered, in tokens.
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Example:
         >>> from transformers import BertConfig, BertForQuestionAnswering
@@ -201,7 +205,10 @@ class SpanF1(SpanMetric):
 
     F1_i = 2 |said & meant| / (|said| + |meant|)
 
-    The arguments are those of ``SpanMetric``.
+    Args:
+        model: A model with logits of start and end, such as ``AutoModelForQuestionAnswering``.
+        max_answer_length: Longest answer that is considered, in tokens.
+        min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Example:
         >>> from transformers import BertConfig, BertForQuestionAnswering

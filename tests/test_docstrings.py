@@ -9,10 +9,11 @@ import pytest
 
 import objectives
 import zo_adapt
+import zo_adapt_cli
 
 MODULES = [
     module.name
-    for package in (zo_adapt, objectives)
+    for package in (zo_adapt, objectives, zo_adapt_cli)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from problems import problem
 
-from zo_adapt import Metrics, MeZO, Result, StopReason, minimize
+from zo_adapt import Metrics, MeZO, Result, StopReason, TrackVariance, minimize
 from zo_adapt.errors import MissingPackageError, NonFiniteObjectiveError
 from zo_adapt.loops.result import reason_of
 
@@ -82,6 +82,18 @@ def test_the_history_as_a_figure() -> None:
     ), "the figure belongs to no window"
 
 
+def test_the_shares_of_noise_are_drawn_beside_other_metrics() -> None:
+    watched = {"twice": lambda batch: 2.0, "noise": TrackVariance(every=2, batch_size=4)}
+    result = run(metrics=Metrics(watched, every=3))
+    *_, metric, shares = result.plot().axes
+    assert [axes.get_ylabel() for axes in (metric, shares)] == [
+        "twice",
+        "noise: share of data noise",
+    ]
+    assert list(shares.lines[0].get_xdata())[:3] == [24, 48, 72]
+    assert all(0 <= share <= 1 for share in shares.lines[0].get_ydata())
+
+
 @pytest.mark.parametrize(("method", "package"), [("to_pandas", "pandas"), ("plot", "matplotlib")])
 def test_a_package_that_is_missing_is_named(
     method: str, package: str, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +102,7 @@ def test_a_package_that_is_missing_is_named(
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=rf"{package}.*pip install 'zo_adapt\[report\]'"):
+    with pytest.raises(MissingPackageError, match=rf"{package}.*pip install 'zo_adapt\[plot\]'"):
         getattr(result, method)()
 
 

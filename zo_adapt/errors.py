@@ -2,7 +2,16 @@
 
 
 class ZOError(Exception):
-    """Base of every error that zo_adapt raises on purpose."""
+    """Base of every error that zo_adapt raises on purpose.
+
+    Example:
+        >>> from zo_adapt import MeZO
+        >>> try:
+        ...     MeZO(displacement=-1.0)
+        ... except ZOError as error:
+        ...     print(type(error).__name__)
+        OptionError
+    """
 
 
 class ViewError(ZOError, ValueError):

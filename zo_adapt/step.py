@@ -23,6 +23,10 @@ class Step(NamedTuple):
         kind: "minibatch", or "snapshot" for a large-batch step. By ask and tell also "measurement",
             which moves nothing and is no step.
         metrics: The watched metrics after the step, where they were due.
+
+    Example:
+        >>> Step(step=1, queries=128, value=0.7, lr=0.1, projected_gradient=2.0).kind
+        'minibatch'
     """
 
     step: int

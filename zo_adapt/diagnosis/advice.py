@@ -64,6 +64,14 @@ class Diagnosis(NamedTuple):
         reasons: A sentence for each of the five.
         queries: Forwards of one sample made.
         search_queries: Those of them that the displacement took.
+
+    Example:
+        >>> import torch
+        >>> from zo_adapt import ParameterView, diagnose
+        >>> x = torch.zeros(4)
+        >>> found = diagnose(lambda batch: float((x - 1).square().sum()), ParameterView({"x": x}))
+        >>> found.batch_size, len(found.scales)
+        (1, 5)
     """
 
     scales: tuple[Scale, ...]

@@ -89,6 +89,10 @@ class SetObjective(Objective):
     ``predict`` is called on micro-batches; ``score`` on what it returned for all of them. Every
     direction sees the whole batch (``min_rows="all"``) unless the class says how many rows will do.
 
+    Attributes:
+        min_rows: As in ``Objective``; here "all".
+        mean_over_rows: Here: rows may be predicted in micro-batches.
+
     Example:
         >>> import torch
         >>> class Largest(SetObjective):

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from zo_adapt.arguments import (
     check_data,
     check_evaluation,
@@ -25,6 +23,7 @@ from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
+from zo_adapt.loops.progress import Bar, announce
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.loops.verdict import verdict
@@ -153,17 +152,11 @@ def minimize(
     run = Run(optimizer, asked, samples, budget, seed, trajectory, resume, ranks)
     monitor.follow(run)
     loop = _Loop(run, monitor)
-    with (
-        closing(run),
-        tqdm(
-            total=max_queries or max_steps,
-            initial=asked.queries if max_queries else loop.run.steps,
-            unit="query" if max_queries else "step",
-            disable=not (progress and run.is_first_rank),
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        reason, detail = loop.until_stopped(callback, bar)
+    shown = progress and run.is_first_rank
+    with closing(run):
+        announce(run.outlook(), shown)
+        with closing(Bar(budget, run.steps, asked.queries, shown=shown)) as bar:
+            reason, detail = loop.until_stopped(callback, bar)
     return Result(
         value=loop.history[-1].value if loop.history else math.nan,
         steps=loop.run.steps,
@@ -186,7 +179,7 @@ class _Loop:
         self.history = [step.brief() for step in run.logged]
 
     def until_stopped(
-        self, callback: Callable[[Step], None] | None, bar: "tqdm[Any]"
+        self, callback: Callable[[Step], None] | None, bar: Bar
     ) -> tuple[StopReason, str]:
         """Step until a budget is used up, the callback stops or a fault does."""
         try:
@@ -200,13 +193,12 @@ class _Loop:
             return reason_of(error), f" ({error})"
         return StopReason.MAX_STEPS, ""
 
-    def _step_on(self, callback: Callable[[Step], None] | None, bar: "tqdm[Any]") -> None:
+    def _step_on(self, callback: Callable[[Step], None] | None, bar: Bar) -> None:
         """Step until the steps are used up or something is raised."""
         limit = self.run.budget.max_steps
         while limit is None or self.run.steps < limit:
             step = self.step()
-            bar.update(step.queries - bar.n if self.run.budget.max_queries else 1)
-            bar.set_postfix(value=f"{step.value:.4f}", refresh=False)
+            bar.show(step)
             try:
                 if callback is not None:
                     callback(step)

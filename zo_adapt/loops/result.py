@@ -12,6 +12,7 @@ from zo_adapt.errors import (
     TrajectoryWriteError,
 )
 from zo_adapt.evaluation.plan import Plan
+from zo_adapt.loops.figure import draw
 from zo_adapt.options import renamed
 from zo_adapt.step import Step
 
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-SMOOTHED_SHARE = 1 / 20
-"""Of a run's steps: how many the value that ``plot`` draws is averaged over."""
-
 
 class StopReason(StrEnum):
-    """Why a run ended; the values are the sentences that users read."""
+    """Why a run ended; the values are the sentences that users read.
+
+    Example:
+        >>> print(StopReason.MAX_STEPS)
+        the maximum number of steps was reached
+        >>> StopReason.MAX_STEPS.is_fault
+        False
+    """
 
     MAX_STEPS = "the maximum number of steps was reached"
     MAX_QUERIES = "the next step would exceed the maximum number of queries"
@@ -133,6 +138,8 @@ class Result:
     def plot(self) -> "Figure":
         """The value, smoothed over a twentieth of the steps, and the metrics against queries.
 
+        What ``TrackVariance`` watched is drawn as the share that the data have in the noise.
+
         Returns:
             A figure that belongs to no window: show it in a notebook, or ``savefig`` it.
 
@@ -140,48 +147,15 @@ class Result:
             MissingPackageError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure
+            return draw(self.history)
         except ImportError as error:
             raise _missing("matplotlib") from error
-        names = self._metric_names()
-        figure = Figure(figsize=(7, 3 + 2 * len(names)), layout="constrained")
-        first, *others = figure.subplots(1 + len(names), sharex=True, squeeze=False)[:, 0]
-        queries = [step.queries for step in self.history]
-        values = [step.value for step in self.history]
-        first.plot(queries, values, alpha=0.25, linewidth=0.8)
-        first.plot(queries, smoothed(values, len(values) * SMOOTHED_SHARE), color="C0")
-        first.set_ylabel("value")
-        for axes, name in zip(others, names, strict=True):
-            measured = [(s.queries, s.metrics[name]) for s in self.history if s.metrics]
-            axes.plot(*zip(*measured, strict=True), marker=".")
-            axes.set_ylabel(name)
-        figure.axes[-1].set_xlabel("queries")
-        return figure
 
     def _metric_names(self) -> list[str]:
         return list(dict.fromkeys(name for step in self.history for name in step.metrics or ()))
 
 
-def smoothed(values: list[float], width: float) -> list[float]:
-    """Exponential moving average over about ``width`` values, of which the first is unbiased too.
-
-    Example:
-        >>> smoothed([1.0, 3.0], 1.0)
-        [1.0, 3.0]
-        >>> [round(value, 3) for value in smoothed([1.0, 3.0, 3.0], 2.0)]
-        [1.0, 2.333, 2.714]
-    """
-    keep = 1.0 - 1.0 / max(width, 1.0)
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1.0
-        averages.append(total / weight if weight else math.nan)
-    return averages
-
-
 def _missing(package: str) -> MissingPackageError:
     return MissingPackageError(
-        f"{package} is not installed; pip install 'zo_adapt[report]' brings it"
+        f"{package} is not installed; pip install 'zo_adapt[plot]' brings it"
     )

@@ -65,6 +65,22 @@ class Run(KeptRun):
             is_file = isinstance(trajectory, TrajectoryFile)
             self._open(trajectory if is_file else TrajectoryFile(trajectory), resume)  # type: ignore[arg-type]
 
+    def outlook(self) -> str:
+        """What is about to happen and what it will cost, in one line; nothing is evaluated."""
+        view, optimizer = self.evaluator.view, self.optimizer
+        line = (
+            f"{type(optimizer).__name__} on {view.numel:,} scalars in {len(view.tensors)} tensors"
+        )
+        if self.steps:
+            line += f", from step {self.steps:,} on"
+        if not isinstance(optimizer, ZerothOrder):
+            return line
+        before = self._progress()
+        queries = sum(len(probe.batch) for probe in optimizer.propose(self.samples))
+        self._go_back(before)
+        line += f"; a step makes {queries:,} queries (forwards of one sample)"
+        return "; ".join(filter(None, (line, self.budget.planned(queries))))
+
     def step(self) -> Step:
         """One step.
 

@@ -135,6 +135,11 @@ class FirstOrder(Settings):
 class SGD(FirstOrder):
     """Stochastic gradient descent (torch.optim.SGD), the first-order baseline.
 
+    Args:
+        lr: Learning rate.
+        schedule: "constant", "linear", "cosine" or a callable of the progress.
+        weight_decay: As torch.optim has it.
+
     Example:
         >>> SGD(lr=1e-2)
         SGD(lr=0.01)
@@ -146,6 +151,11 @@ class SGD(FirstOrder):
 @dataclass(frozen=True, repr=False)
 class Adam(FirstOrder):
     """Adam with decoupled decay (torch.optim.AdamW), the first-order baseline.
+
+    Args:
+        lr: Learning rate.
+        schedule: "constant", "linear", "cosine" or a callable of the progress.
+        weight_decay: As torch.optim has it.
 
     Example:
         >>> Adam(lr=1e-3)

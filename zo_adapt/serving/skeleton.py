@@ -86,6 +86,12 @@ def served_prompt(
 
     Raises:
         OptionError: The base is an encoder-decoder, or ``start`` has another shape.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        >>> sum(p.numel() for p in served_prompt(config, tokens=4).parameters() if p.requires_grad)
+        64
     """
     import peft
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -58,6 +58,10 @@ class VLLMServer:
         ServerLostError: There is no server.
         OptionError: The url.
         MissingPackageError: httpx is not installed.
+
+    Example:
+        >>> server = VLLMServer("http://127.0.0.1:8000")  # doctest: +SKIP
+        >>> evaluator = ServedEvaluator(server)  # doctest: +SKIP
     """
 
     def __init__(

@@ -49,7 +49,7 @@ def _row(members: Sequence[Tensor], group: Group, label: str) -> str:
     count = sum(tensor.numel() for tensor in members)
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in members)
     factors = f"{f'x {group.lr:.3g}':>9} {f'x {group.perturbation_scale:.3g}':>9}"
-    return f"{len(members):>7} {count:>15,} {_size(nbytes):>10} {factors}  {label}"
+    return f"{len(members):>7} {count:>15,} {size(nbytes):>10} {factors}  {label}"
 
 
 def _label(group: Group, is_rest: bool, groups: int) -> str:
@@ -64,11 +64,11 @@ def _label(group: Group, is_rest: bool, groups: int) -> str:
     return f"{label} and {len(others)} more" if others else label
 
 
-def _size(nbytes: float) -> str:
+def size(nbytes: float) -> str:
     """Bytes in the largest unit that leaves at least one of it.
 
     Example:
-        >>> _size(900), _size(3 * 2**20)
+        >>> size(900), size(3 * 2**20)
         ('900 B', '3.0 MiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):

