@@ -13,7 +13,8 @@ from torch import Tensor
 from zo_adapt import Workers
 from zo_adapt.errors import ZOError
 
-QUICK = Workers(timeout=1.5, check_every=4)
+QUICK = Workers(timeout=30, check_every=4)
+IMPATIENT = Workers(timeout=4, check_every=4)
 
 
 class Fault(NamedTuple):
@@ -67,8 +68,8 @@ def killed(folder: Path, rank: int) -> dict[str, Any]:
 
 def hangs(folder: Path, rank: int) -> dict[str, Any]:
     problem = Least()
-    acting = in_step(problem, 5, None if rank != 1 else lambda: time.sleep(4))
-    return _run(problem, trajectory=folder / "run.zot", **acting)
+    acting = in_step(problem, 5, None if rank != 1 else lambda: time.sleep(12))
+    return _run(problem, trajectory=folder / "run.zot", workers=IMPATIENT, **acting)
 
 
 def drifts(folder: Path, rank: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_run_of_all(
         own = said(done, name, rank)
         assert own["kind"] == "LostRankError" and "of rank 1 " in own["text"]
         assert own["weights"] == replayed(file, 5)
-        assert own["seconds"] < 8
+        assert own["seconds"] < 30  # of a rank that is dead, or asleep for 12
     assert said(done, name, 1).get("kind") == ("LostRankError" if name == "hangs" else None)
 
 
