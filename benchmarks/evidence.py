@@ -131,7 +131,8 @@ def comparisons(quick: bool) -> Iterator[Run]:
     """Every method of the papers, at equal queries and at equal steps; its grid on one seed."""
     problems = ("least squares",) if quick else GRIDS
     for problem in problems:
-        methods = [m for m in METHODS if problem == "least squares" or m not in SLOW]
+        slow = () if problem == "least squares" and not quick else SLOW
+        methods = [method for method in METHODS if method not in slow]
         for method in methods:
             yield Run("methods", problem, method, math.nan, 32, QUERIES[problem], None, TUNING)
             if not quick:

@@ -712,7 +712,8 @@ def test_columns_of_a_frame_are_labels_too() -> None:
 
 @pytest.mark.parametrize("values", ["12", b"12", ["1", "2"]])
 def test_text_is_told_to_no_optimizer(values: Any) -> None:
-    asker = AskTell(MeZO(1e-3, perturbation_scale=1e-2), np.zeros(2), max_steps=1)
+    pair = MeZO(1e-3, perturbation_scale=1e-2, num_directions=1, one_sided=False)
+    asker = AskTell(pair, np.zeros(2), max_steps=1)
     assert len(asker.ask()) == 2
     with pytest.raises(ObjectiveError):
         asker.tell(values)

@@ -450,7 +450,7 @@ def test_a_transform_is_not_run_for_the_labels(tmp_path: Path) -> None:
     dropping.set_transform(lambda rows: {"x": rows["x"]})
     assert class_labels(dropping) == [i % 2 for i in range(8)]
     trainer = trainer_of(
-        tmp_path, train_dataset=data, max_steps=1, optimizer="mezo",
+        tmp_path, train_dataset=data, max_steps=1, displacement=0.25,
         per_device_train_batch_size=8, remove_unused_columns=False,
     )  # fmt: skip
     trainer.train()

@@ -148,7 +148,8 @@ def test_a_run_runs_the_frozen_layers_once_an_example() -> None:
     data, options = examples((6,) * 8), {"batch_size": 8, "max_steps": 10, "progress": False}
     with counted(model) as ran:
         alone = EvaluationOptions(joint_rows="off")
-        minimize(loss, view, data, MeZO(lr=1e-3), evaluation=alone, **options)
+        pair = MeZO(lr=1e-3, num_directions=1, one_sided=False)
+        minimize(loss, view, data, pair, evaluation=alone, **options)
     # Once for each of the 8 rows, once more in the check of the first answer of the batch, and
     # twice in the look at the view before the first step.
     assert ran.count(2) == 23
