@@ -33,12 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from objectives import CausalLMLoss, GenerationReward
 from support import real_data
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, minimize
-from zo_adapt.serve import command
-from zo_adapt.serving.evaluator import ServedEvaluator
-from zo_adapt.serving.peft_server import PeftServer
-from zo_adapt.serving.protocol import Candidate, Writing
-from zo_adapt.serving.skeleton import served_lora
-from zo_adapt.serving.vllm_server import VLLMServer
+from zo_adapt.serve.evaluator import ServedEvaluator
+from zo_adapt.serve.peft_server import PeftServer
+from zo_adapt.serve.protocol import Candidate, Writing
+from zo_adapt.serve.skeleton import served_lora
+from zo_adapt.serve.start_command import command
+from zo_adapt.serve.vllm_server import VLLMServer
 
 MOST = 2e-4
 """Largest difference of a token's log-probability from that of transformers."""

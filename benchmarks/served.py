@@ -27,7 +27,7 @@ from zo_adapt import Data, EvaluationOptions, ParameterView, PeftServer, VLLMSer
 from zo_adapt.data.batches import Batch
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.serving.evaluator import ServedEvaluator
+from zo_adapt.serve.evaluator import ServedEvaluator
 from zo_adapt.term import Shift, Term
 
 CANDIDATES, TEXTS, LENGTH = 8, 16, 48

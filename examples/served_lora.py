@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from served_task import arguments, quiet, tune
 from support import real_data
 from zo_adapt import PeftServer, VLLMServer, served_lora
-from zo_adapt.serving.protocol import ServedModel
+from zo_adapt.serve.protocol import ServedModel
 
 TARGETS = ["q_proj", "v_proj"]
 

@@ -16,7 +16,7 @@ from zo_adapt import Data, EvaluationOptions, MeZOSVRG, ParameterView, ServedEva
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import Source
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.serving.protocol import ServedModel
+from zo_adapt.serve.protocol import ServedModel
 from zo_adapt.term import HERE
 
 TEMPLATE, WORDS = "{text} It was", [" terrible", " great"]

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from served_task import arguments, quiet, tune
 from support import real_data
 from zo_adapt import PeftServer, VLLMServer, served_prompt
-from zo_adapt.serving.protocol import ServedModel
-from zo_adapt.serving.soft_prompt import begun_with, embedding_table
+from zo_adapt.serve.protocol import ServedModel
+from zo_adapt.serve.soft_prompt import begun_with, embedding_table
 
 INSTRUCTION = "Say whether this film review is great or terrible:"
 

@@ -24,8 +24,8 @@ from objectives._stages import HalfEnded, can_go_on, rows_of_cache
 from zo_adapt.errors import DataError, OptionError
 from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.options import at_least_one
-from zo_adapt.serving.asking import elsewhere
-from zo_adapt.serving.protocol import Writing
+from zo_adapt.serve.asking import elsewhere
+from zo_adapt.serve.protocol import Writing
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # the texts so far and scores in, scores out
 _TRIED = 3

@@ -13,7 +13,7 @@ from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, NotServableError, ObjectiveError
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
-from zo_adapt.serving.asking import elsewhere
+from zo_adapt.serve.asking import elsewhere
 
 Batch = dict[str, Tensor]
 TASK_IDS = "task_ids"

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from objectives._model import Batch
 from objectives._padding import token_mask
-from zo_adapt.serving.asking import Elsewhere
-from zo_adapt.serving.protocol import Writing
+from zo_adapt.serve.asking import Elsewhere
+from zo_adapt.serve.protocol import Writing
 
 
 def rows_of(batch: Batch) -> list[list[int]]:

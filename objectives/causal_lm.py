@@ -14,7 +14,7 @@ from objectives._served import scored
 from objectives._texts import TextEncoder
 from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
 from zo_adapt.errors import DataError
-from zo_adapt.serving.asking import elsewhere
+from zo_adapt.serve.asking import elsewhere
 
 
 class CausalLMLoss(TokenLoss):

@@ -15,7 +15,7 @@ from objectives._prompt import Prompt, label_word_ids
 from objectives._served import rows_of
 from objectives.seq2seq import first_token
 from zo_adapt.errors import DataError, OptionError
-from zo_adapt.serving.asking import Elsewhere, elsewhere
+from zo_adapt.serve.asking import Elsewhere, elsewhere
 
 
 class VerbalizerLoss(ModelObjective):

@@ -39,15 +39,15 @@ from zo_adapt.errors import (
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.serve import main
-from zo_adapt.serving import http
-from zo_adapt.serving.evaluator import ServedEvaluator
-from zo_adapt.serving.folders import Folders
-from zo_adapt.serving.peft_server import PeftServer
-from zo_adapt.serving.pool import ServerPool
-from zo_adapt.serving.protocol import Writing
-from zo_adapt.serving.skeleton import served_lora, served_prompt
-from zo_adapt.serving.vllm_server import VLLMServer
+from zo_adapt.serve import http
+from zo_adapt.serve.evaluator import ServedEvaluator
+from zo_adapt.serve.folders import Folders
+from zo_adapt.serve.peft_server import PeftServer
+from zo_adapt.serve.pool import ServerPool
+from zo_adapt.serve.protocol import Writing
+from zo_adapt.serve.skeleton import served_lora, served_prompt
+from zo_adapt.serve.start_command import main
+from zo_adapt.serve.vllm_server import VLLMServer
 from zo_adapt.term import HERE, Shift, Term
 
 QUIET: dict[str, Any] = {"progress": False, "batch_size": 4}
@@ -637,7 +637,7 @@ class TestCommand:
 class TestFolders:
     def test_removed_after_a_kill(self, tmp_path: Path) -> None:
         code = (
-            "import os, signal, sys\nfrom zo_adapt.serving.folders import Folders\nimport torch\n"
+            "import os, signal, sys\nfrom zo_adapt.serve.folders import Folders\nimport torch\n"
             "f = Folders(sys.argv[1]); f.write('x', {'a': torch.zeros(1)}, {})\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )

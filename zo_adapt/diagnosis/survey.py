@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zo_adapt.arguments import check_data, check_evaluation, check_view, checked_objective
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import NoData
@@ -28,6 +27,7 @@ from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_need
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
+from zo_adapt.loops.arguments import check_data, check_evaluation, check_view, checked_objective
 from zo_adapt.optimizers.perturbation import (
     check_resolution,
     finest_perturbation,

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from zo_adapt.arguments import check_optimizer
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import NoData
 from zo_adapt.errors import (
@@ -19,6 +18,7 @@ from zo_adapt.errors import (
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import as_float64
+from zo_adapt.loops.arguments import check_optimizer
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.box import Box, Units
 from zo_adapt.loops.result import StopReason

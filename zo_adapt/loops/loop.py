@@ -7,13 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zo_adapt.arguments import (
-    check_data,
-    check_evaluation,
-    check_optimizer,
-    check_view,
-    checked_objective,
-)
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.local import Locally
@@ -22,6 +15,13 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
+from zo_adapt.loops.arguments import (
+    check_data,
+    check_evaluation,
+    check_optimizer,
+    check_view,
+    checked_objective,
+)
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.progress import Bar, announce
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zo_adapt.arguments import check_data, checked_objective
 from zo_adapt.data.batches import Batch
 from zo_adapt.data.examples import Data, as_data
 from zo_adapt.data.forms import named_sets
@@ -16,6 +15,7 @@ from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
+from zo_adapt.loops.arguments import check_data, checked_objective
 from zo_adapt.loops.run import Run
 from zo_adapt.options import at_least_one
 from zo_adapt.ranks.evaluator import shared

@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from zo_adapt.arguments import check_optimizer, check_view
 from zo_adapt.errors import OptionError
+from zo_adapt.loops.arguments import check_optimizer, check_view
 from zo_adapt.view.parameters import ParameterView
 
 OPTIONS = (

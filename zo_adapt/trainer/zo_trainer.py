@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.utils import logging
 
-from zo_adapt.arguments import checked_objective
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
@@ -24,6 +23,7 @@ from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
+from zo_adapt.loops.arguments import checked_objective
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.resume import data_settings

@@ -18,8 +18,8 @@ from torch import Tensor
 from zo_adapt.errors import SelfTestError, ServedModelError
 from zo_adapt.evaluation.signal import LEAST, along, correlation, seeds
 from zo_adapt.optimizers.perturbation import SHARE, finest_perturbation
-from zo_adapt.serving.asking import Question
-from zo_adapt.serving.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
+from zo_adapt.serve.asking import Question
+from zo_adapt.serve.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
 from zo_adapt.term import Shift
 
 TOKENS = 256

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
-from zo_adapt.serving.folders import Folders
-from zo_adapt.serving.http import Connection
-from zo_adapt.serving.protocol import Candidate, Limits, Scores, Texts, Writing
-from zo_adapt.serving.replies import (
+from zo_adapt.serve.folders import Folders
+from zo_adapt.serve.http import Connection
+from zo_adapt.serve.protocol import Candidate, Limits, Scores, Texts, Writing
+from zo_adapt.serve.replies import (
     in_base64,
     next_of,
     scores_of,
     token_ids_of,
 )
-from zo_adapt.serving.soft_prompt import PROMPT
+from zo_adapt.serve.soft_prompt import PROMPT
 
 REFUSED = frozenset(
     {"use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters"}

@@ -12,8 +12,8 @@ from zo_adapt.errors import NotServableError, ServerReplyError
 from zo_adapt.evaluation.mode import EvaluationMode
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.serving.adapter import LORA, saved_name
-from zo_adapt.serving.forwards import (
+from zo_adapt.serve.adapter import LORA, saved_name
+from zo_adapt.serve.forwards import (
     configuration_of,
     log_probs,
     narrowing,
@@ -24,8 +24,8 @@ from zo_adapt.serving.forwards import (
     until_end,
     unwrapped,
 )
-from zo_adapt.serving.protocol import BASE, Candidate, Limits, Scores, Texts, Writing
-from zo_adapt.serving.soft_prompt import PROMPT
+from zo_adapt.serve.protocol import BASE, Candidate, Limits, Scores, Texts, Writing
+from zo_adapt.serve.soft_prompt import PROMPT
 
 logger = logging.getLogger(__name__)
 TOKENS = {"cpu": 2048, "cuda": 16384}

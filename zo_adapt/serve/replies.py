@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import ServerReplyError
-from zo_adapt.serving.protocol import Scores
+from zo_adapt.serve.protocol import Scores
 
 
 def in_base64(tensor: Tensor) -> str:

@@ -18,12 +18,12 @@ from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.serving.adapter import ServedAdapter
-from zo_adapt.serving.asking import Answers, answering
-from zo_adapt.serving.protocol import Candidate, ServedModel, Tuned
-from zo_adapt.serving.rounds import AtOnce, Task, answered, first_question
-from zo_adapt.serving.self_test import Report, SelfTest
-from zo_adapt.serving.soft_prompt import SoftPrompt, is_soft_prompt
+from zo_adapt.serve.adapter import ServedAdapter
+from zo_adapt.serve.asking import Answers, answering
+from zo_adapt.serve.protocol import Candidate, ServedModel, Tuned
+from zo_adapt.serve.rounds import AtOnce, Task, answered, first_question
+from zo_adapt.serve.self_test import Report, SelfTest
+from zo_adapt.serve.soft_prompt import SoftPrompt, is_soft_prompt
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
 
@@ -61,7 +61,7 @@ class ServedEvaluator(CountingEvaluator):
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from objectives import CausalLMLoss
         >>> from zo_adapt import MeZO, ParameterView, minimize
-        >>> from zo_adapt.serving.peft_server import PeftServer
+        >>> from zo_adapt.serve.peft_server import PeftServer
         >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
         >>> lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
         >>> model = get_peft_model(GPT2LMHeadModel(config), lora).eval()
@@ -71,7 +71,7 @@ class ServedEvaluator(CountingEvaluator):
         ...     batch_size=2, max_steps=2, progress=False,
         ...     evaluator=ServedEvaluator(PeftServer(model)))
         >>> result.steps, result.queries
-        (2, 8)
+        (2, 32)
     """
 
     def __init__(

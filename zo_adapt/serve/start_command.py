@@ -164,7 +164,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ZOError as error:
         parser.exit(2, f"{error}\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

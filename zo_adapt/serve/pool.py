@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from zo_adapt.errors import OptionError, ServerReplyError
-from zo_adapt.serving.protocol import BASE, Candidate, Limits, Scores, ServedModel, Texts, Writing
+from zo_adapt.serve.protocol import BASE, Candidate, Limits, Scores, ServedModel, Texts, Writing
 
 
 class ServerPool:

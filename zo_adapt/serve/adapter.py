@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import NotServableError
-from zo_adapt.serving.protocol import Limits
+from zo_adapt.serve.protocol import Limits
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import NotServableError
-from zo_adapt.serving.protocol import Texts, Writing
+from zo_adapt.serve.protocol import Texts, Writing
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:

@@ -7,8 +7,8 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.errors import NotServableError, ServedModelError
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.serving.asking import Answers, Question, Unanswered, answering
-from zo_adapt.serving.protocol import ServedModel
+from zo_adapt.serve.asking import Answers, Question, Unanswered, answering
+from zo_adapt.serve.protocol import ServedModel
 
 
 class Task(NamedTuple):

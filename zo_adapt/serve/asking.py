@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from zo_adapt.errors import ObjectiveError
-from zo_adapt.serving.protocol import Scores, Texts, Writing
+from zo_adapt.serve.protocol import Scores, Texts, Writing
 
 Kind = Literal["score", "choose", "generate"]
 
