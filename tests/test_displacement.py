@@ -12,6 +12,7 @@ import torch
 from problems import Problem, bits, logistic, problem, regression, squares
 from torch import Tensor
 
+from objectives import CallableObjective
 from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, Step, minimize, replay
 from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
 from zo_adapt.optimizers.look_ahead import Evidence, parabola
@@ -191,13 +192,25 @@ def walled_at_zero() -> float:
     return 4 * 0.02**2
 
 
-def test_a_count_does_not_send_the_weights_away() -> None:
-    search = Calibration(0.25, shrinks_only=True)
-    search._narrow(Response(even=0.0, odd=0.2))
-    assert (search.displacement, search.finished) == (0.25, True)
-    flat = Calibration(0.25, shrinks_only=True)
-    flat._narrow(Response(even=0.0, odd=0.0))
-    assert (flat.displacement, flat.finished) == (2.0, False)
+def test_a_count_goes_as_far_as_the_view_assumes() -> None:
+    """On few rows damage and gain of a count are noise: a search shrank until nothing moved."""
+    x = torch.zeros(50)
+    rows = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    wanted = rows @ torch.ones(50) > 0
+
+    def right(batch: Any) -> Tensor:
+        return ((batch["rows"] @ x > 0) == batch["wanted"]).float()
+
+    count = CallableObjective(right, maximize=True, step_like=True, mean_over_rows=True)
+    view, optimizer = ParameterView({"x": x}), MeZO()
+    result = minimize(
+        count, view, {"rows": rows, "wanted": wanted}, optimizer,
+        batch_size=32, max_queries=4000, progress=False,
+    )  # fmt: skip
+    assert optimizer.settings()["displacement"] == view.displacement
+    assert optimizer.measuring_queries == 0
+    assert float(right({"rows": rows, "wanted": wanted}).mean()) > 0.8
+    assert result.history[0].queries == 8 * 32
 
 
 def test_where_nothing_responds_the_displacement_is_the_views() -> None:

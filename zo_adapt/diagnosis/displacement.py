@@ -36,7 +36,15 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
         seed: Of the directions.
     """
     view, before = evaluator.view, evaluator.queries
-    search = Calibration(view.displacement, evaluator.objective.step_like)
+    if evaluator.objective.step_like:
+        return Found(
+            view.displacement,
+            f"{view.displacement:.3g}, what the view assumes: the value changes in jumps, and on "
+            "few rows what a distance damages cannot be told from what it gains; try twice and "
+            "half of it",
+            0,
+        )
+    search = Calibration(view.displacement)
     looks: list[tuple[float, Response]] = []
 
     def new_seeds(count: int) -> list[int]:

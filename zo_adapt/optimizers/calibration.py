@@ -67,8 +67,6 @@ class Calibration:
 
     Args:
         displacement: The one tried now, and in the end the one found.
-        shrinks_only: Whether it may grow only while nothing responds: an objective that counts
-            does not rise from chance level, however far the weights go.
         finished: Whether it is found.
         rounds: Done so far.
         queries: Made so far.
@@ -79,7 +77,6 @@ class Calibration:
     """
 
     displacement: float
-    shrinks_only: bool = False
     finished: bool = False
     rounds: int = 0
     queries: int = 0
@@ -176,9 +173,6 @@ class Calibration:
         factor = self._factor(seen) if ratio < math.inf else 1 / 16
         if too_far and factor > 1.0:
             factor = 0.25
-        if self.shrinks_only and seen.odd > 0.0 and factor >= 1.0:
-            self.finished = True
-            return
         if self.rounds > 1 and 0.7 < factor < 1.4:
             # Two rounds agree: what is left is their noise, of which a part is followed.
             self.displacement, self.finished = here * factor**0.7, True
@@ -217,7 +211,8 @@ class Calibration:
     def from_state(cls, state: dict[str, Any]) -> Self:
         """A search that goes on from a state."""
         last = state["last"]
-        return cls(**state | {"last": None if last is None else tuple(last)})
+        known = {name: state[name] for name in state if name in cls.__dataclass_fields__}
+        return cls(**known | {"last": None if last is None else tuple(last)})
 
 
 def response(batches: Sequence[Batch], evaluations: Sequence[Evaluation]) -> Response:

@@ -17,15 +17,14 @@ class Finder:
 
     Args:
         displacement: Where the search begins.
-        shrinks_only: See ``Calibration``.
         numel: Of the view.
     """
 
-    def __init__(self, displacement: float, shrinks_only: bool, numel: int) -> None:
+    def __init__(self, displacement: float, numel: int) -> None:
         self.numel = numel
         self.displacement = displacement
         """That of the steps from now on."""
-        self.calibration = Calibration(displacement, shrinks_only)
+        self.calibration = Calibration(displacement)
         self.look_ahead = LookAhead()
         self.asks = False
         """Whether the last probes were for a measurement, not for a step."""

@@ -93,7 +93,8 @@ class ZerothOrder(Settings, ABC):
         )
         mu = self.estimate.perturbation_scale or usual_scale(displacement)
         check_resolution(view, mu, finest)
-        finds = self.apply.finds_displacement
+        # Of a count, noise of few rows drowns both what a distance damages and what it gains.
+        finds = self.apply.finds_displacement and not step_like
         self._set(
             _state=RunState(
                 seed,
@@ -101,7 +102,7 @@ class ZerothOrder(Settings, ABC):
                 mu,
                 Descent(self.apply, displacement),
                 usual_scale if self.estimate.perturbation_scale is None else None,
-                Finder(displacement, step_like, view.numel) if finds else None,
+                Finder(displacement, view.numel) if finds else None,
             )
         )
 
