@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 # Two workers of one thread: on 2 cores faster than one worker of two, or two of two.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure oldest clean
+.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure oldest evidence clean
 
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 15 minutes)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
 	@echo "make serve-test  a vLLM server from start to end, in .serve-venv (3.5 GB, once)"
+	@echo "make evidence  the paper's claims in small runs, with tables in docs/evidence.md (under 30 minutes)"
 	@echo "make clean  remove the environment and the caches"
 
 setup: $(STAMP)
@@ -88,6 +89,9 @@ pytest: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
+
+evidence: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --quick
 
 figure: $(STAMP)
 	$(BIN)/python benchmarks/beside_adam.py --output runs/beside_adam.json
