@@ -124,7 +124,7 @@ def theory(runs: Sequence[tuple[Run, Any]]) -> str:
                 ]
             )
     return rows_of(
-        ["function", "mean along grad f / |grad f|²", "E|g|² / |grad f|²", "d + 2"], rows
+        ["function", "mean along grad f, of ‖grad f‖²", "E‖g‖² / ‖grad f‖²", "d + 2"], rows
     )
 
 
@@ -148,7 +148,7 @@ def convergence(runs: Sequence[tuple[Run, Any]]) -> str:
     x = np.array([[1.0, d, t] for d, t, _ in points])
     y = np.array([v for *_, v in points])
     (_, a, b), *_ = np.linalg.lstsq(x, y, rcond=None)
-    return f"{table}\n\nFit over all: E|grad f|² proportional to d^{a:.2f} T^{b:.2f}."
+    return f"{table}\n\nFit over all: E‖grad f‖² proportional to d^{a:.2f} T^{b:.2f}."
 
 
 def draw(runs: Sequence[tuple[Run, Any]]) -> None:
