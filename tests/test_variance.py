@@ -1,13 +1,28 @@
 """What is watched of a run's noise, against what is known of a quadratic."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model
 from torch import Tensor
 
-from zo_adapt import SGD, Metrics, MeZO, MeZOSVRG, ParameterView, Result, TrackVariance, minimize
+from objectives import CausalLMLoss
+from zo_adapt import (
+    SGD,
+    Metrics,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    PeftServer,
+    Result,
+    ServedEvaluator,
+    TrackVariance,
+    minimize,
+)
 from zo_adapt.errors import OptionError
 
 D, N = 400, 64
@@ -98,6 +113,18 @@ def test_each_is_measured_at_its_own_steps() -> None:
 def test_a_first_order_run_has_the_usual_scale() -> None:
     result, _ = run(SGD(1e-3), TrackVariance(9))
     assert (result.metrics or {})["noise_direction_noise"] > 0
+
+
+def test_a_served_model_is_not_watched_by_a_local_one(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model("llama", "causal"), LoraConfig(r=2)).eval()
+    with pytest.raises(OptionError, match=r"'noise' watches.*ServedEvaluator asks elsewhere"):
+        minimize(
+            CausalLMLoss(model), ParameterView.trainable(model),
+            [{"input_ids": [5, 6, 7]}, {"input_ids": [7, 6, 5]}],
+            batch_size=2, max_steps=1, progress=False, trajectory=tmp_path / "run.zot",
+            metrics={"noise": TrackVariance(1)}, evaluator=ServedEvaluator(PeftServer(model)),
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"num_directions": 0}, {"batch_size": 1.5}])

@@ -10,7 +10,12 @@ from zo_adapt.data.examples import Data, as_data
 from zo_adapt.data.forms import named_sets
 from zo_adapt.data.sources import Source
 from zo_adapt.diagnosis.variance import TrackVariance, VarianceMonitor
-from zo_adapt.errors import ArgumentTypeError, NonFiniteObjectiveError, UndefinedMetricError
+from zo_adapt.errors import (
+    ArgumentTypeError,
+    NonFiniteObjectiveError,
+    OptionError,
+    UndefinedMetricError,
+)
 from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -100,6 +105,9 @@ class Monitor:
         batch_size: Most rows in one call where ``evaluation`` sets no limit.
         way: Where values come from.
         ranks: Who shares the work; None: this process is alone.
+
+    Raises:
+        OptionError: ``TrackVariance`` among the metrics of a model that is served.
     """
 
     def __init__(
@@ -113,6 +121,11 @@ class Monitor:
         way: EvaluatedBy = Locally(),
         ranks: Ranks | None = None,
     ) -> None:
+        if metrics.tracked and not isinstance(way, Locally):
+            raise OptionError(
+                f"{next(iter(metrics.tracked))!r} watches the noise of estimates that are made in "
+                f"this process, and {type(way).__name__} asks elsewhere; leave it out"
+            )
         self.every = metrics.every
         self._step, self._last, self._done = -1, dict[str, float](), set[str]()
         self._evaluation, self._asked = evaluation, metrics.tracked
