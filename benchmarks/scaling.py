@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-STEPS, WARM = 8, 3
+STEPS, WARM = 5, 2
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -59,44 +59,75 @@ def words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0", eos_token="2")
 
 
-def work(kind: str, rows: int, length: int, device: str) -> None:
-    """One process's part; rank 0 prints seconds a step."""
-    from objectives import CausalLMLoss, GenerationReward
-    from zo_adapt import EvaluationOptions, MeZO, ParameterView, minimize
-    from zo_adapt.ranks.group import EVALUATED
+def work(jobs: list[str], device: str) -> None:
+    """One process's part of every job; rank 0 prints seconds a step of each.
+
+    Args:
+        jobs: Each "kind:rows:length".
+        device: "cpu" or "cuda".
+    """
+    from zo_adapt import ParameterView
     from zo_adapt.ranks.launched import find_ranks
     from zo_adapt.ranks.workers import Workers
 
     model = adapted(LLAMA_8B if device == "cuda" else SMALL, device)
     view = ParameterView.trainable(model)
-    numbers = np.random.default_rng(0).integers(3, 2000, (4 * rows, length))
+    start = [tensor.detach().clone() for tensor in view.tensors.values()]
+    for job in jobs:
+        kind, rows, length = job.split(":")
+        with torch.no_grad():
+            for tensor, first in zip(view.tensors.values(), start, strict=True):
+                tensor.copy_(first)
+        found = seconds_a_step(model, view, kind, int(rows), int(length))
+        ranks = find_ranks(Workers())
+        if ranks is not None:
+            found["exchange"] = exchange_seconds(ranks, 2 * int(rows))
+        if ranks is None or ranks.is_first:
+            digest = hashlib.sha256(view.hash().encode()).hexdigest()[:12]
+            print("RESULT " + json.dumps({"job": job, "weights": digest, **found}), flush=True)
+
+
+def seconds_a_step(model: Any, view: Any, kind: str, rows: int, length: int) -> dict[str, Any]:
+    """Median of the steps after the first ones.
+
+    A loss is asked by the default step, 8 directions against the middle; texts by pairs, since a
+    step of them lasts ten times as long.
+    """
+    from objectives import CausalLMLoss, GenerationReward
+    from zo_adapt import EvaluationOptions, MeZO, minimize
+
+    numbers = np.random.default_rng(0).integers(3, 2000, (4 * rows, max(32, length)))
     if kind == "loss":
         objective: Any = CausalLMLoss(model)
         data = [{"input_ids": row.tolist()} for row in numbers]
+        optimizer, part = MeZO(lr=1e-5), max(1, rows // 8)
     else:
         objective = GenerationReward(model, words(), reward, max_new_tokens=length)
         data = [{"prompt": " ".join(map(str, row[:32]))} for row in numbers]
+        optimizer, part = MeZO(lr=1e-5, num_directions=1, one_sided=False), max(1, rows // 4)
     times: list[float] = []
 
     def stamp(_: Any) -> None:
         times.append(time.perf_counter())
 
-    part = max(1, rows // (8 if kind == "loss" else 4))
     result = minimize(
-        objective, view, data, MeZO(lr=1e-5), batch_size=rows, max_steps=STEPS, callback=stamp,
-        evaluation=EvaluationOptions(micro_batch_size=part, joint_rows="off"), progress=False,
+        objective, view, data, optimizer, batch_size=rows, max_steps=STEPS, callback=stamp,
+        evaluation=EvaluationOptions(
+            micro_batch_size=part, joint_rows="off", cuda_graphs="off", reuse_trunk="off"
+        ),
+        progress=False,
     )  # fmt: skip
-    ranks, seconds = find_ranks(Workers()), 0.0
-    if ranks is not None:
-        payload, began = np.zeros(2 * rows, np.int64), time.perf_counter()
-        for _ in range(200):
-            ranks.exchange(EVALUATED, payload)
-        seconds = (time.perf_counter() - began) / 200
-    if ranks is None or ranks.is_first:
-        step = statistics.median(np.diff(times)[WARM - 1 :])
-        digest = hashlib.sha256(view.hash().encode()).hexdigest()[:12]
-        found = {"seconds": step, "exchange": seconds, "weights": digest, "value": result.value}
-        print("RESULT " + json.dumps(found), flush=True)
+    return {"seconds": statistics.median(np.diff(times)[WARM - 1 :]), "value": result.value}
+
+
+def exchange_seconds(ranks: Any, numbers: int) -> float:
+    """Mean of 200 exchanges of so many numbers a rank."""
+    from zo_adapt.ranks.group import EVALUATED
+
+    payload, began = np.zeros(numbers, np.int64), time.perf_counter()
+    for _ in range(200):
+        ranks.exchange(EVALUATED, payload)
+    return (time.perf_counter() - began) / 200
 
 
 def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -104,46 +135,50 @@ def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [sum(ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def measured(processes: int, *arguments: str) -> dict[str, Any]:
-    """What so many processes print."""
+def measured(processes: int, device: str, jobs: list[str]) -> list[dict[str, Any]]:
+    """What so many processes print of the jobs."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     if processes == 1:
         command = [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, __file__, "--work", *arguments],
+        [*command, __file__, "--device", device, "--work", *jobs],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
+    if len(lines) < len(jobs):
         sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
-    found: dict[str, Any] = json.loads(lines[-1][7:])
-    return found
+    return [json.loads(line[7:]) for line in lines]
 
 
-def compare(gpus: int) -> None:
+def compare(gpus: int, kinds: list[str]) -> None:
     """Print the table."""
     device, most = ("cuda", gpus) if gpus else ("cpu", 2)
     name = torch.cuda.get_device_name() if gpus else "CPU"
-    shapes = {"loss": (32, 512), "generation": (64, 64)} if gpus else {
-        "loss": (32, 64), "generation": (32, 16)
+    shapes = {"loss": (32, 256), "generation": (64, 16)} if gpus else {
+        "loss": (32, 32), "generation": (16, 8)
     }  # fmt: skip
+    strong = [f"{kind}:{shapes[kind][0]}:{shapes[kind][1]}" for kind in kinds]
+    weak = [f"{kind}:{shapes[kind][0] * most}:{shapes[kind][1]}" for kind in kinds]
+    alone = dict(zip(kinds, measured(1, device, strong), strict=True))
+    shared = measured(most, device, strong + weak)
     print(f"{name}, torch {torch.__version__}, {'8B bf16' if gpus else 'small fp32'} Llama, LoRA")
     print("| objective | processes | rows | s a step | speed-up | exchange | weights |")
     print("|---|---|---|---|---|---|---|")
-    for kind, (rows, length) in shapes.items():
-        one = None
-        for way, processes, count in (
-            ("strong", 1, rows), ("strong", most, rows), ("weak", most, rows * most),
-        ):  # fmt: skip
-            found = measured(processes, kind, str(count), str(length), device)
-            one = one or found["seconds"]
-            gain = one / found["seconds"] * count / rows
-            print(
-                f"| {kind}, {way} | {processes} | {count} | {found['seconds']:.3f} | {gain:.2f} | "
-                f"{1e6 * found['exchange']:.0f} us | {found['weights']} |",
-                flush=True,
-            )
+    rows = [(kind, "alone", 1, 1, alone[kind]) for kind in kinds]
+    rows += [
+        (kind, way, most, more, found)
+        for (way, more, kind), found in zip(
+            [("strong", 1, kind) for kind in kinds] + [("weak", most, kind) for kind in kinds],
+            shared, strict=True,
+        )
+    ]  # fmt: skip
+    for kind, way, processes, more, found in sorted(rows, key=lambda row: kinds.index(row[0])):
+        gain = alone[kind]["seconds"] / found["seconds"] * more
+        print(
+            f"| {kind}, {way} | {processes} | {shapes[kind][0] * more} | {found['seconds']:.3f} | "
+            f"{gain:.2f} | {1e6 * found.get('exchange', 0):.0f} us | {found['weights']} |"
+        )
 
 
 def simulate(latency: float, bandwidth: float, block: float) -> None:
@@ -194,16 +229,17 @@ def main() -> None:
     add("--latency", type=float, default=1e-4, help="of a message, for --simulate")
     add("--bandwidth", type=float, default=1e9, help="bytes a second, for --simulate")
     add("--block", type=float, default=0.5, help="seconds of a block, for --simulate")
-    add("--work", nargs=4, metavar=("KIND", "ROWS", "LENGTH", "DEVICE"), help=argparse.SUPPRESS)
+    add("--kinds", nargs="+", choices=["loss", "generation"], default=["loss", "generation"])
+    add("--work", nargs="+", metavar="KIND:ROWS:LENGTH", help=argparse.SUPPRESS)
+    add("--device", default="cpu", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        kind, rows, length, device = args.work
         torch.set_num_threads(1)
-        work(kind, int(rows), int(length), device)
+        work(args.work, args.device)
     elif args.simulate:
         simulate(args.latency, args.bandwidth, args.block)
     else:
-        compare(args.gpus)
+        compare(args.gpus, args.kinds)
 
 
 if __name__ == "__main__":

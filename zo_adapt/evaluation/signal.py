@@ -18,6 +18,7 @@ from zo_adapt.data.batches import Batch
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import RoundingWarning, ZOError
 from zo_adapt.evaluation.protocol import Evaluator, Probe
+from zo_adapt.evaluation.repeats import is_quantised
 from zo_adapt.interrupt import is_from_handler
 from zo_adapt.noise import philox
 from zo_adapt.term import Shift, Term
@@ -62,7 +63,7 @@ def is_coarse(model: nn.Module | None) -> bool:
     """Whether a model computes in half precision, or with quantised weights."""
     if model is None:
         return False
-    return any(
+    return is_quantised(model) or any(
         p.element_size() * 8 <= COARSE_BITS and (p.is_floating_point() or p.numel() > LARGE)
         for p in model.parameters()
     )

@@ -1,0 +1,143 @@
+"""Which quantised bases can be tuned above, and what a run finds out about their kernels.
+
+For every kind of base: does a run with a LoRA, and with the last norm, learn at all; is it the same
+again, and when it is cut off and goes on; may points be joined, layers be reused; how far above
+rounding are differences. A kind whose package is missing is said to be so.
+
+    python benchmarks/quantised.py                      # SmolLM2-135M, on a GPU if there is one
+    python benchmarks/quantised.py --kinds nf4 torchao --output quantised.json
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+
+from objectives import CausalLMLoss
+from support.real_data import smollm2_folder
+from zo_adapt import MeZO, ParameterView, minimize
+from zo_adapt.loops.result import Result
+
+PACKAGES = {"fp32": "torch", "nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao"}
+VIEWS = ["lora", "norm"]
+WORDS = [("stock", "rates"), ("bond", "trade"), ("oil", "supply"), ("car", "sales")]
+STEPS = 6
+
+
+def base(kind: str, folder: str, device: str) -> Any:
+    """The model with weights of a kind; fp32 stays what is not quantised."""
+    options: dict[str, Any] = {}
+    if kind in ("nf4", "int8"):
+        from transformers import BitsAndBytesConfig
+
+        half = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        four = {"load_in_4bit": True, **half}
+        options["quantization_config"] = BitsAndBytesConfig(
+            **(four if kind == "nf4" else {"load_in_8bit": True})
+        )
+    elif kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map=device, **options
+    )
+    return model.eval()
+
+
+def view_of(name: str, model: Any) -> ParameterView:
+    """A LoRA on queries and values, or the norm before the head."""
+    if name == "norm":
+        return ParameterView({"norm": model.model.norm.weight}, model=model)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    return ParameterView.trainable(peft.get_peft_model(model, lora).eval())
+
+
+def run(kind: str, name: str, folder: str, device: str, **options: Any) -> tuple[Result, str]:
+    """A run from the start, or one that goes on, of a model loaded anew; the view's hash after."""
+    view = view_of(name, base(kind, folder, device))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [
+        f"The {what} market fell on {day} after the news about {why}."
+        for what, why in WORDS for day in ("Monday", "Friday")
+    ]  # fmt: skip
+    data = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+    pairs = MeZO(num_directions=1, one_sided=False, displacement=0.25)
+    result = minimize(
+        CausalLMLoss(view.model), view, data, pairs, batch_size=4, seed=3, progress=False, **options
+    )
+    return result, view.hash()
+
+
+def row(kind: str, name: str, folder: str, device: str) -> dict[str, Any]:
+    """What was found of a kind of base and a view."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("zo_adapt.evaluation.signal")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, digest = run(kind, name, folder, device, max_steps=STEPS)
+        seconds = time.perf_counter() - began
+        _, again = run(kind, name, folder, device, max_steps=STEPS)
+        with tempfile.TemporaryDirectory() as own:
+            file = Path(own) / "run.zot"
+            run(kind, name, folder, device, max_steps=STEPS // 2, trajectory=file)
+            _, resumed = run(
+                kind, name, folder, device, max_steps=STEPS, trajectory=file, resume=True
+            )
+    logger.removeHandler(handler)
+    plan = whole.evaluation
+    return {
+        "base": kind,
+        "view": name,
+        "same again": digest == again,
+        "same resumed": digest == resumed,
+        "candidates": plan.candidates,
+        "layers reused": plan.layers,
+        "why not": {key: why for key, why in plan.why_not.items() if key != "graphs"},
+        "differences": told[0] if told else "not asked: fp32",
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Print a row for every kind and view."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kinds", nargs="+", choices=list(PACKAGES), default=list(PACKAGES))
+    parser.add_argument("--views", nargs="+", choices=VIEWS, default=VIEWS)
+    parser.add_argument("--model", help="a folder or a hub name; SmolLM2-135M if not given")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder, found = args.model or str(smollm2_folder()), []
+    for kind in args.kinds:
+        if find_spec(PACKAGES[kind]) is None:
+            print(f"{kind}: {PACKAGES[kind]} is not installed", flush=True)
+            continue
+        for name in args.views:
+            found.append(row(kind, name, folder, device))
+            print(json.dumps(found[-1]), flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
