@@ -67,6 +67,8 @@ def work(kind: str, rows: int, length: int, device: str) -> None:
     from zo_adapt.ranks.launched import find_ranks
     from zo_adapt.ranks.workers import Workers
 
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     model = adapted(LLAMA_8B if device == "cuda" else SMALL, device)
     view = ParameterView.trainable(model)
     numbers = np.random.default_rng(0).integers(3, 2000, (4 * rows, length))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from objectives._encoded import PromptBatch, PromptEncoder, Side, columns_of, is_chat
-from objectives._fit import reads, virtual_tokens
+from objectives._fit import TASK_IDS, accepted_arguments, reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
-from objectives._model import TASK_IDS, accepted_arguments, device_of
+from objectives._model import device_of
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives._shared_text import SharedText
 from objectives.mixture import Mixable

@@ -22,6 +22,7 @@ from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
 from zo_adapt.ranks.carried import carried
 from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
+from zo_adapt.ranks.launched import warn_of_shared_gpu
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
 
 
@@ -147,6 +148,7 @@ def shared(local: Evaluator, ranks: Ranks | None) -> Evaluator:
             f"{type(local).__name__} with several processes: a served model is asked by one; start "
             "the script without a launcher, or give several servers as a ServerPool"
         )
+    warn_of_shared_gpu(local.view)
     # Which candidates go together depends on the memory that there is: on the least of all ranks.
     own = np.array([-1 if local.memory is None else local.memory], np.int64)
     found = [int(message.payload[0]) for message in ranks.exchange(COMPARED, own)]
