@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from objectives import _collate, _fit, _shared
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, NotServableError, ObjectiveError
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.serve.asking import elsewhere
 

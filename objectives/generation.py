@@ -22,7 +22,7 @@ from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.evaluation.joint.candidates import NotJoint
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
 
 

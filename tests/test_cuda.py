@@ -12,8 +12,7 @@ from torch import Tensor
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Shift, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import ViewError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

@@ -29,11 +29,10 @@ from transformers import (
 
 from objectives import CallableObjective, CausalLMLoss, ClassificationLoss, VerbalizerLoss
 from zo_adapt import Adam, ParameterView, SetObjective, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, OptionError, ZOError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE

@@ -16,7 +16,7 @@ from rank_faults import in_step
 
 from zo_adapt import StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
-from zo_adapt.evaluation.blocks import Block, joined
+from zo_adapt.evaluation.answers import Block, joined
 from zo_adapt.ranks import launched
 from zo_adapt.ranks.evaluator import dealt
 from zo_adapt.ranks.replicas import checksum

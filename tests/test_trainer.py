@@ -25,14 +25,13 @@ from transformers import (
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import ByDistance, MeZO, MeZOSVRG, ParameterView, Rate, ZOConfig, ZOTrainer, replay
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import TensorRows
+from zo_adapt.data.sources import Batch, TensorRows
 from zo_adapt.errors import AdapterError, DataError, OptionError, ViewError, ZOError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.result import StopReason
-from zo_adapt.optimizers.budget import Budget
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
 
 pytestmark = [

@@ -384,7 +384,7 @@ def test_a_snapshot_is_found_again_where_parts_do_not_decay() -> None:
     from zo_adapt.data.sources import TensorRows
     from zo_adapt.evaluation.local import LocalEvaluator
     from zo_adapt.loops.run import Run
-    from zo_adapt.optimizers.budget import Budget
+    from zo_adapt.optimizers.schedule import Budget
 
     live = {"w": torch.ones(4, dtype=torch.float64), "bias": torch.ones(4, dtype=torch.float64)}
     view = ParameterView(live, groups=[Group("bias", decays=False)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zo_adapt.data.forms import Collate
 from zo_adapt.errors import ArgumentTypeError
-from zo_adapt.evaluation.mode import check_dropout
+from zo_adapt.evaluation.model_state import check_dropout
 from zo_adapt.options import at_least_one, renamed
 
 

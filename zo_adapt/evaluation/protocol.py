@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import Source
+from zo_adapt.data.sources import Batch, Source
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan

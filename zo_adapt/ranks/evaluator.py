@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zo_adapt.errors import OptionError, ReplicaError
-from zo_adapt.evaluation.blocks import Answer, Block, evaluations, joined
+from zo_adapt.evaluation.answers import Answer, Block, evaluations, joined
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan

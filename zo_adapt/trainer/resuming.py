@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from zo_adapt.loops.origin import described
 from zo_adapt.loops.resume import data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
 from zo_adapt.trainer.lora import save_start
 from zo_adapt.trainer.state import Checkpoint, begin_log, last_whole_checkpoint, save_state
-from zo_adapt.trajectory.origin import described
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
 

@@ -26,8 +26,8 @@ from zo_adapt.loops.arguments import checked_objective
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import former_keywords
 from zo_adapt.ranks.carried import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared

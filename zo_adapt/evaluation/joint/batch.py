@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.rows import concatenate_rows, second_sizes, select_rows
-from zo_adapt.data.sources import TensorRows
+from zo_adapt.data.sources import Batch, TensorRows
 from zo_adapt.evaluation.values import RowsOf
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.model_state import replaced_forwards
 from zo_adapt.evaluation.trunk.call import Call, kind_of
 from zo_adapt.evaluation.trunk.cut import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
