@@ -16,9 +16,9 @@ from rank_faults import in_step
 
 from zo_adapt import StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
-from zo_adapt.evaluation.answers import Block, joined
+from zo_adapt.evaluation.answers import Block, merged
 from zo_adapt.ranks import launched
-from zo_adapt.ranks.evaluator import dealt
+from zo_adapt.ranks.evaluator import shared_out
 from zo_adapt.ranks.replicas import checksum
 from zo_adapt.trajectory.file import Reader
 
@@ -166,18 +166,18 @@ def test_a_rank_takes_its_own_gpu_when_a_run_begins_and_none_when_it_is_imported
     assert set_to == [2]
 
 
-def test_blocks_are_dealt_in_order_and_evenly() -> None:
+def test_blocks_are_shared_out_in_order_and_evenly() -> None:
     for blocks, ranks in ((7, 3), (2, 3), (64, 5)):
-        owners = dealt([4] * blocks, ranks)
+        owners = shared_out([4] * blocks, ranks)
         assert owners == sorted(owners)
         counts = [owners.count(rank) for rank in range(ranks)]
         assert max(counts) - min(counts) <= 1
-    assert dealt([1, 1, 10], 2) == [0, 0, 1]
+    assert shared_out([1, 1, 10], 2) == [0, 0, 1]
 
 
 def test_parts_that_were_split_are_joined_again() -> None:
     blocks = [Block((0, 1)), Block((2,), (0, 1, 2)), Block((3,), (0, 1)), Block((4,)), Block((5,))]
-    assert list(joined([part for block in blocks for part in block.split()])) == blocks
+    assert list(merged([part for block in blocks for part in block.split()])) == blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -48,7 +48,7 @@ class Block(NamedTuple):
         return answer.probe in self.probes and (not self.parts or answer.part in self.parts)
 
 
-def joined(blocks: Sequence[Block]) -> Iterator[Block]:
+def merged(blocks: Sequence[Block]) -> Iterator[Block]:
     """Neighbouring micro-batches of one probe as one block: the view is then shifted once."""
     for (probes, cut), run in groupby(blocks, key=lambda block: (block.probes, bool(block.parts))):
         parts = tuple(part for block in run for part in block.parts)

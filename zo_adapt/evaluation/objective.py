@@ -50,7 +50,7 @@ class Objective(ABC):
         stand_in: Called with a batch, numbers of its rows that change smoothly with the weights and
             come of the same forwards as the value; joint forwards are checked by them. None: by
             what the objective returns, which will not do where that jumps.
-        uneven: Calls take times that cannot be told from their rows, as texts do that end where
+        uneven: Calls take times that their rows do not say, as texts do that end where
             they will: several processes then take them from a queue, one by one.
 
     Example:

@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
 
 class BudgetExhausted(Exception):
-    """A signal to the loop: the next step needs more queries than are left; none was made."""
+    """The next step needs more queries than are left; none was made. The loop ends the run."""
 
 
 def mean_value(evaluations: Sequence[Evaluation], weights: Sequence[int]) -> float:

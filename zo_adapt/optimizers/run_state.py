@@ -47,7 +47,7 @@ class FlatWatch:
         self._steps += 1
         self._zeros += sum(p == 0.0 for p in projected)
         self._total += len(projected)
-        # Few zeros among many need many to be told apart from chance; zeros alone do not.
+        # A few zeros among many may be chance unless there are many of both; zeros alone are not.
         many = self._total >= FLAT_DIRECTIONS and self._steps >= FEWEST_STEPS
         everywhere = self._steps >= FLAT_STEPS and self._zeros == self._total
         if not (many or everywhere):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zo_adapt.errors import OptionError, ReplicaError
-from zo_adapt.evaluation.answers import Answer, Block, evaluations, joined
+from zo_adapt.evaluation.answers import Answer, Block, evaluations, merged
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
@@ -29,7 +29,7 @@ from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
 class RankEvaluator:
     """An ``Evaluator`` of several processes, all of which ask it the same.
 
-    Blocks are dealt out in order, about as many rows to each rank, so that a rank reads the data of
+    Blocks are shared out in order, about as many rows to each rank, so that a rank reads the data of
     its own rows alone (and of those that have to be measured before they are put together). Those
     of an objective whose calls are ``uneven`` are taken from a queue, by whoever is free.
 
@@ -194,7 +194,7 @@ class _Share:
     def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
         self._all = [part for block in blocks for part in block.split()]
         places = {block: place for place, block in enumerate(self._all)}
-        for block in self._dealt(probes):
+        for block in self._shared_out(probes):
             parts = block.split()
             self.at = places[parts[0]]
             self._owns_last |= parts[-1] == self._all[-1]
@@ -203,7 +203,7 @@ class _Share:
             self.at = len(self._all) - 1
             yield self._all[-1]
 
-    def _dealt(self, probes: Sequence[Probe]) -> Iterator[Block]:
+    def _shared_out(self, probes: Sequence[Probe]) -> Iterator[Block]:
         """This rank's blocks: from the queue, or its part of the row."""
         if self._local.objective.uneven:
             numbers = self._ranks.queue(self._number)
@@ -211,8 +211,8 @@ class _Share:
                 yield self._all[number]
             return
         rows = [self._local.rows_of(block, probes) for block in self._all]
-        owners = dealt(rows, self._ranks.size)
-        yield from joined(
+        owners = shared_out(rows, self._ranks.size)
+        yield from merged(
             [b for b, rank in zip(self._all, owners, strict=True) if rank == self._ranks.rank]
         )
 
@@ -275,7 +275,7 @@ def _unlike(rank: int, theirs: np.ndarray, first: np.ndarray) -> str:
     )
 
 
-def dealt(rows: Sequence[int], ranks: int) -> list[int]:
+def shared_out(rows: Sequence[int], ranks: int) -> list[int]:
     """The rank that computes each block: neighbours stay together, and rows are about even.
 
     Args:
@@ -283,9 +283,9 @@ def dealt(rows: Sequence[int], ranks: int) -> list[int]:
         ranks: How many there are.
 
     Example:
-        >>> dealt([8, 8, 8, 8, 8, 8], 3)
+        >>> shared_out([8, 8, 8, 8, 8, 8], 3)
         [0, 0, 1, 1, 2, 2]
-        >>> dealt([8, 8], 3)
+        >>> shared_out([8, 8], 3)
         [0, 1]
     """
     if len(rows) <= ranks:

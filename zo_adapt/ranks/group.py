@@ -144,7 +144,7 @@ class Ranks:
         )
 
     def _missing(self) -> list[int]:
-        """Ranks that do not see the failure, as far as can be told."""
+        """Ranks that do not see the failure, as far as is known."""
         try:
             store, name = _store(), f"{self._name}/failed/{next(self._failures)}"
             store.set(f"{name}/{self.rank}", "1")

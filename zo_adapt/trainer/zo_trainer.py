@@ -175,17 +175,17 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             loss = step.value
             self._end.steps.append(step.brief())
         except BudgetExhausted:
-            self._end.stop(StopReason.MAX_QUERIES, taken=False)
+            self._end.stop(StopReason.MAX_QUERIES, made=False)
         except Stopped:
-            self._end.stop(StopReason.CALLBACK, taken=False)
+            self._end.stop(StopReason.CALLBACK, made=False)
         except FAULTS as error:
             reason = reason_of(error)
             logger.error(f"Training stops: {reason} ({error})")
-            self._end.stop(reason, taken=False)
+            self._end.stop(reason, made=False)
         else:
             is_last = self.state.global_step + 1 == self._planned
             if is_last or self.queries == self.args.max_queries:
-                self._end.stop(StopReason.MAX_QUERIES, taken=True)
+                self._end.stop(StopReason.MAX_QUERIES, made=True)
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

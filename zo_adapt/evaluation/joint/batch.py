@@ -42,7 +42,7 @@ class JointBatch(Batch):
         """What the objective is called with.
 
         Raises:
-            NoRowsError: The rows of the source's batches cannot be told.
+            NoRowsError: It is not known where the rows of the source's batches are.
         """
         if isinstance(self.source, TensorRows):
             return self.source.take(self.rows)

@@ -30,7 +30,7 @@ Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
 
 
 class NotJoint(Exception):
-    """A signal to the caller: this cannot be computed for several candidates at once."""
+    """This cannot be computed for several candidates at once; they are evaluated one by one."""
 
 
 class Candidates:

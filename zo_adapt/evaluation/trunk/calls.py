@@ -22,7 +22,7 @@ from zo_adapt.interrupt import undone
 
 
 class Recorded(Exception):
-    """A signal to the caller: the frozen layers have run, and no more was wanted."""
+    """Ends a forward when the frozen layers have run, where no more is wanted."""
 
 
 class Calls:
@@ -100,7 +100,7 @@ class Calls:
         try:
             rows = self.keys.of(arguments)
         except ForeignArgumentError as error:
-            self._refuse(f"the model is called with a {error}, whose content cannot be told")
+            self._refuse(f"the model is called with a {error}, whose content is not known")
             return Call(None, served=False, watched=False)
         known = bool(rows.keys) and self.refusal is None
         served = known and self.serving and self.store.holds(rows.keys)

@@ -129,7 +129,7 @@ class FrozenTrunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken for activations."""
+        """Bytes that activations occupy."""
         return self._store.nbytes
 
     def forget(self) -> None:
@@ -147,7 +147,7 @@ class FrozenTrunk:
         Args:
             function: Runs the model in evaluation mode; with gradients enabled, all of it.
             content: A batch.
-            note: Told of the model's call, where there was one and it was answered.
+            note: Called with the model's call, where there was one and it was answered.
         """
         if self.why_not is None:
             self._notice_changes()

@@ -20,7 +20,7 @@ Leaves = list[tuple[str, Leaf]]
 
 
 class ForeignArgumentError(Exception):
-    """A call has an argument whose content cannot be told, such as a cache of keys and values."""
+    """A call has an argument whose content is not known, such as a cache of keys and values."""
 
 
 class Rows(NamedTuple):

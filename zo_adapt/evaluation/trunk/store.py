@@ -59,7 +59,7 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken."""
+        """Bytes occupied."""
         return sum(part.nbytes for part in self._parts)
 
     def holds(self, keys: Sequence[bytes]) -> bool:
