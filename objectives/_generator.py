@@ -27,7 +27,7 @@ from objectives._served import written as written_there
 from objectives._shared_text import SharedText
 from objectives._stages import HalfEnded, can_go_on, rows_of_cache
 from zo_adapt.errors import DataError, OptionError
-from zo_adapt.evaluation.joint.blocks import blocks
+from zo_adapt.evaluation.joint.row_blocks import blocks
 from zo_adapt.options import at_least_one
 from zo_adapt.serve.asking import elsewhere
 from zo_adapt.serve.protocol import Writing

@@ -20,8 +20,8 @@ from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.evaluation.joint.candidates import NotJoint
+from zo_adapt.evaluation.joint.row_blocks import blocks
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
 

@@ -22,23 +22,25 @@ from zo_adapt.loops import former
 from zo_adapt.loops.arguments import (
     check_data,
     check_evaluation,
+    check_evaluator,
     check_optimizer,
+    check_run_files,
     check_view,
     checked_objective,
 )
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
 from zo_adapt.loops.run import Run
-from zo_adapt.loops.verdict import verdict
+from zo_adapt.loops.step_advice import verdict
 from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import check_run, former_keywords, integer
-from zo_adapt.ranks.carried import Stopped
+from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.group import closing_ranks
 from zo_adapt.ranks.launched import find_ranks
-from zo_adapt.ranks.started import started, starts_workers
+from zo_adapt.ranks.local_workers import started, starts_workers
 from zo_adapt.ranks.workers import Workers, as_workers
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import TrajectoryFile
@@ -185,6 +187,8 @@ def minimize(
     check_data(data)
     check_optimizer(optimizer)
     check_evaluation(evaluation)
+    check_evaluator(evaluator)
+    check_run_files(trajectory, callback)
     max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
     batch_size = None if batch_size is None else integer("batch_size", batch_size)
     examples, watched = as_data(data), as_metrics(metrics)

@@ -20,7 +20,7 @@ from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
-from zo_adapt.ranks.carried import carried
+from zo_adapt.ranks.carried_errors import carried
 from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
 from zo_adapt.ranks.launched import warn_of_shared_gpu
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
@@ -29,9 +29,9 @@ from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
 class RankEvaluator:
     """An ``Evaluator`` of several processes, all of which ask it the same.
 
-    Blocks are shared out in order, about as many rows to each rank, so that a rank reads the data of
-    its own rows alone (and of those that have to be measured before they are put together). Those
-    of an objective whose calls are ``uneven`` are taken from a queue, by whoever is free.
+    Each rank gets its blocks in order, about as many rows as the others, so that it reads the data
+    of its own rows alone (and of those that have to be measured before they are put together).
+    Blocks of an objective whose calls are ``uneven`` come from a queue, to whoever is free.
 
     Args:
         local: Evaluates in this process.

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from zo_adapt.loops.result import StopReason
 from zo_adapt.loops.run import Run
-from zo_adapt.loops.verdict import verdict
+from zo_adapt.loops.step_advice import verdict
 from zo_adapt.term import Step
 
 logger = logging.get_logger(__name__)

@@ -22,14 +22,14 @@ from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
-from zo_adapt.loops.arguments import checked_objective
+from zo_adapt.loops.arguments import check_evaluator, checked_objective
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import former_keywords
-from zo_adapt.ranks.carried import Stopped
+from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
@@ -112,6 +112,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
         check_choices(args, view, objective, zo_optimizer, options)
         warn_of_ignored(args, objective is not None, options)
         collator = options.get("data_collator", positional[0] if positional else None)
+        check_evaluator(evaluator)
         wanted = None if objective is None else checked_objective(objective)
         if evaluator is not None and wanted is None:
             raise OptionError(
