@@ -57,6 +57,13 @@ def test_the_engine_is_light_at_module_level(path: Path) -> None:
     assert heavy <= OPTIONAL.get(path.name, set())
 
 
+def test_the_files_that_the_architecture_names_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"`([\w/]+\.py)`", page):
+        places = (ROOT, ROOT / "zo_adapt", *(ROOT / "zo_adapt").iterdir())
+        assert any((place / name).exists() for place in places), name
+
+
 def test_a_room_imports_from_those_above_it_in_the_table_of_the_pages() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     rooms = re.findall(r"^\| `(\w+)/`", page, re.MULTILINE)

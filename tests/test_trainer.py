@@ -265,7 +265,8 @@ def test_a_causal_language_model_learns_by_its_own_loss_and_by_an_objective(
         trainer = trainer_of(
             tmp_path,
             model,
-            max_steps=60,
+            max_steps=24,
+            logging_steps=4,
             displacement=0.25,
             objective=CausalLMLoss(model) if by_objective else None,
             train_dataset=rows,

@@ -1,5 +1,6 @@
 """What an objective is: the contract between what is tuned for and what asks it."""
 
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -82,6 +83,15 @@ class Objective(ABC):
     def __call__(self, batch: Any, /) -> Any:
         """The value of a batch, or one for each of its examples."""
 
+    def __repr__(self) -> str:
+        """The call that makes it: models by their class, defaults left out."""
+        own, parts = vars(self), []
+        for name, argument in inspect.signature(type(self)).parameters.items():
+            value = next((own[key] for key in (name, f"_{name}") if key in own), argument.default)
+            if value is argument.empty or value is not argument.default:
+                parts.append(f"{name}={_in_short(value)}" if value is not argument.empty else "...")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
 
 class SetObjective(Objective):
     """Base of what needs the whole set at once (F1, NDCG): predicted in parts, scored once.
@@ -120,6 +130,12 @@ class SetObjective(Objective):
     @abstractmethod
     def score(self, predictions: list[Any], /) -> Any:
         """One number, or one per example, from the predictions of all micro-batches."""
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, str | int | float | bool | tuple | list | None):
+        return f"{value!r:.60}"
+    return getattr(value, "__qualname__", f"<{type(value).__name__}>")
 
 
 class PredictsAndScores(Protocol):
