@@ -85,7 +85,7 @@ class Objective(ABC):
 
     def __repr__(self) -> str:
         """The call that makes it: models by their class, defaults left out."""
-        own, parts = vars(self), []
+        own, parts = vars(self), list[str]()
         for name, argument in inspect.signature(type(self)).parameters.items():
             value = next((own[key] for key in (name, f"_{name}") if key in own), argument.default)
             if value is argument.empty or value is not argument.default:
@@ -135,7 +135,7 @@ class SetObjective(Objective):
 def _in_short(value: Any) -> str:
     if isinstance(value, str | int | float | bool | tuple | list | None):
         return f"{value!r:.60}"
-    return getattr(value, "__qualname__", f"<{type(value).__name__}>")
+    return str(getattr(value, "__qualname__", f"<{type(value).__name__}>"))
 
 
 class PredictsAndScores(Protocol):
