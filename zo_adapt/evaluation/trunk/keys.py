@@ -108,6 +108,7 @@ def _autocast() -> str:
 
 
 def read_rows(leaves: Leaves, trims: bool) -> Rows:
+    """The rows of a call's tensors, each by a hash of its content: this waits for a GPU."""
     size = max((len(t) for _, t in leaves if isinstance(t, Tensor) and t.dim() > 1), default=0)
     mask = dict(leaves).get(".attention_mask") if trims else None
     starts, stops, width = _spans(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
