@@ -115,8 +115,8 @@ def test_names_are_re_exported_explicitly_and_sorted(package: str) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, zo_adapt; heavy = {'transformers', 'peft', 'datasets', 'accelerate', 'triton', "
-        "'objectives', 'scipy', 'sklearn'} & {*sys.modules}; sys.exit(', '.join(heavy) or None)"
+        "import sys, zo_adapt; heavy = {'transformers', 'peft', 'datasets', 'accelerate', 'scipy', "
+        "'objectives', 'triton', 'sklearn'} & {*sys.modules}; sys.exit(', '.join(heavy) or None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

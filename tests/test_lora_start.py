@@ -13,7 +13,7 @@ from objectives import ClassificationLoss
 from zo_adapt import MeZO, ParameterView, Step, initialise_lora, minimize, replay
 from zo_adapt.errors import AdapterError, TrajectoryError
 from zo_adapt.loops.moments import Moment
-from zo_adapt.view import moments
+from zo_adapt.loops import moments
 
 
 class Net(nn.Module):
