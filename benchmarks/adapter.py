@@ -31,7 +31,7 @@ from zo_adapt.data.sources import Source, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.budget import Budget
+from zo_adapt.optimizers.schedule import Budget
 
 OPTIMIZERS = {"MeZO()": MeZO, "MeZOSVRG()": MeZOSVRG}
 

@@ -26,10 +26,9 @@ from zo_adapt import (
     minimize,
     replay,
 )
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
 

@@ -30,8 +30,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import ParameterView, Term
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions, JointRows
 from zo_adapt.evaluation.protocol import Evaluation, Probe

@@ -32,15 +32,14 @@ from decoders import SIZES, Size, Texts, decoder, free, prompts, word_tokenizer
 
 from objectives import CausalLMLoss, GenerationReward
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift, Term
 
 WORKS = ("generation", "lora", "full", "adamw")

@@ -70,6 +70,8 @@ def work(jobs: list[str], device: str) -> None:
     from zo_adapt.ranks.launched import find_ranks
     from zo_adapt.ranks.workers import Workers
 
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     model = adapted(LLAMA_8B if device == "cuda" else SMALL, device)
     view = ParameterView.trainable(model)
     start = [tensor.detach().clone() for tensor in view.tensors.values()]

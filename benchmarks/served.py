@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from objectives import CausalLMLoss
 from support import real_data
 from zo_adapt import Data, EvaluationOptions, ParameterView, PeftServer, VLLMServer, served_lora
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve.evaluator import ServedEvaluator

@@ -27,21 +27,22 @@ from killed_runs import KillError, Life, Source, by_minimize, by_trainer, real, 
 
 from zo_adapt import EvaluationOptions
 
-SHORT = 30
-"""Steps of a run on real text."""
+SHORT, SHORTEST = 30, 10
+"""Steps of a run on real text, and on none."""
 
 
 def kinds(source: Source) -> dict[str, Life]:
     """What is soaked, by name."""
-    run = partial(by_minimize, source=source, steps=SHORT)
-    training = partial(by_trainer, source=source, steps=12)
+    steps = SHORTEST if source is tiny else SHORT
+    run = partial(by_minimize, source=source, steps=steps)
+    training = partial(by_trainer, source=source, steps=min(steps, 12))
     trunk = EvaluationOptions(reuse_trunk="on")
     return {
         "LoRA": run,
         "last layers, trunk reused": partial(run, view="last layers", evaluation=trunk),
         "bf16 LoRA in ZOTrainer": partial(training, view="bf16 LoRA"),
         "full view in ZOTrainer": partial(training, view="full"),
-        "generation reward": written,
+        "generation reward": partial(written, steps=steps),
     }
 
 

@@ -36,8 +36,8 @@ from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.schedule import Budget
 
 
 class Size(NamedTuple):

@@ -27,8 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import FrozenTrunk, MeZO, ParameterView, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 from objectives import Accuracy, VerbalizerLoss
 from support import real_data
 from zo_adapt import Data, EvaluationOptions, MeZOSVRG, ParameterView, ServedEvaluator, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import Source
+from zo_adapt.data.sources import Batch, Source
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve.protocol import ServedModel
 from zo_adapt.term import HERE

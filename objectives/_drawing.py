@@ -1,6 +1,7 @@
 """Sampling in which every row draws from a stream of its own, whatever rows are beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,3 +81,15 @@ def warpers(settings: Mapping[str, Any], device: torch.device) -> list[Any]:
         where = {"device": str(device)} if name == "eta_cutoff" else {}
         found.append(getattr(known, kind)(value, **where))
     return found
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, the generators of the CPU and of the texts' GPU are seeded; afterwards as before."""
+    devices = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed: it seeds every GPU, also those that are not put back.
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield

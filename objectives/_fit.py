@@ -1,13 +1,16 @@
-"""Which models an objective fits, and how far they read."""
+"""Which models an objective fits, what they take, and how far they read."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import DataError, OptionError
 
 UNLIMITED = 10**9
+TASK_IDS = "task_ids"
+"""Which task every row is of, for peft's Poly and multitask prompt tuning."""
 
 
 class Reads(NamedTuple):
@@ -80,6 +83,43 @@ def base_model(model: nn.Module) -> nn.Module:
     unwrap = getattr(model, "get_base_model", None)
     base: nn.Module = model if unwrap is None else unwrap()
     return base
+
+
+def accepted_arguments(model: nn.Module) -> frozenset[str] | None:
+    """Names of the arguments of the model's forward, peft seen through; None when it takes any."""
+    named = _named(type(base_model(model)).forward)
+    if not named:
+        return None
+    # A tuner may take more than its base does: Poly and multitask prompts the task of every row.
+    around = (model, getattr(model, "base_model", None))
+    takes_tasks = any(TASK_IDS in _named(type(one).forward) for one in around if one is not None)
+    return frozenset(named | {TASK_IDS} if takes_tasks else named)
+
+
+def first_argument(model: nn.Module) -> str:
+    """The name under which a model takes x, of (x, y).
+
+    Raises:
+        DataError: Its forward names none.
+    """
+    names = _arguments(type(base_model(model)).forward)
+    if not names:
+        raise DataError(
+            f"the forward of {type(model).__name__} names no argument to take x of (x, y); give "
+            "mappings, as {'input': x, 'labels': y}"
+        )
+    return names[0]
+
+
+def _named(function: Any) -> set[str]:
+    return set(_arguments(function))
+
+
+def _arguments(function: Any) -> list[str]:
+    """Of a method as its class has it: the first is the object, under whatever name."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for index, p in enumerate(parameters) if index and p.kind not in kinds]
 
 
 def virtual_tokens(model: nn.Module) -> int:

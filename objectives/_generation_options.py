@@ -1,6 +1,7 @@
 """What a user may say of generation, and the tokens that end a text."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -61,3 +62,28 @@ def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
             "text for each prompt"
         )
     return dict(given)
+
+
+class Ending:
+    """Where a text ends.
+
+    Args:
+        ends: Tokens that end one.
+        stops: Strings that do.
+        tokenizer: Knows which tokens make them.
+    """
+
+    def __init__(self, ends: Sequence[int], stops: Sequence[str], tokenizer: Any) -> None:
+        self._ends, self.stops, self._tokenizer = ends, stops, tokenizer
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """A text without what was written while others of its batch went on."""
+        ends = [place for place, token in enumerate(ids) if token in self._ends]
+        ids = ids[: ends[0] + 1] if ends else ids
+        if not self.stops:
+            return ids
+        return ids[: bisect_left(range(len(ids)), True, key=lambda n: self._stopped(ids[:n]))]
+
+    def _stopped(self, ids: list[int]) -> bool:
+        text = self._tokenizer.decode(ids)
+        return any(stop in text for stop in self.stops)

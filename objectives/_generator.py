@@ -1,8 +1,7 @@
 """What a model writes after prompts: one configuration, randomness of its own."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +13,21 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from objectives._drawing import SHAPING, Draws
+from objectives._drawing import SHAPING, Draws, own_randomness
 from objectives._fit import positions
-from objectives._generation_options import GREEDY, checked_options, sampling_options, special_tokens
+from objectives._generation_options import (
+    GREEDY,
+    Ending,
+    checked_options,
+    sampling_options,
+    special_tokens,
+)
 from objectives._scores import Finite, Given
 from objectives._served import written as written_there
 from objectives._shared_text import SharedText
 from objectives._stages import HalfEnded, can_go_on, rows_of_cache
 from zo_adapt.errors import DataError, OptionError
-from zo_adapt.evaluation.joint.blocks import blocks
+from zo_adapt.evaluation.joint.row_blocks import blocks
 from zo_adapt.options import at_least_one
 from zo_adapt.serve.asking import elsewhere
 from zo_adapt.serve.protocol import Writing
@@ -92,7 +97,8 @@ class Generator:
         self._settings = sampling | more
         self._do_sample = do_sample
         stops = more.get("stop_strings") or []
-        self._stops = [stops] if isinstance(stops, str) else list(stops)
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        self._ending = Ending(self._ends, stops, tokenizer)
         self._in_stages = can_go_on(model, more)
 
     def __call__(
@@ -118,7 +124,7 @@ class Generator:
         draws = None
         if self._shaping is not None:
             draws = Draws(self._inherited() | self._shaping, seeds)
-        with _own_randomness(sum(seeds) % 2**63, ids.device):
+        with own_randomness(sum(seeds) % 2**63, ids.device):
             if self._in_stages and self._ends and len(ids) > 1 and not more:
                 written = self._by_stages(ids, mask, draws, shared)
             else:
@@ -127,7 +133,7 @@ class Generator:
 
     def _ended(self, rows: list[list[int]]) -> Generated:
         """The texts, each up to where it ended."""
-        own = [self._until_end(row) for row in rows]
+        own = [self._ending.cut(row) for row in rows]
         return Generated(self._tokenizer.batch_decode(own, skip_special_tokens=True), own)
 
     def _writing(self) -> Writing:
@@ -139,7 +145,7 @@ class Generator:
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            stops=tuple(self._stops),
+            stops=tuple(self._ending.stops),
             more=self._more,
         )
 
@@ -175,7 +181,7 @@ class Generator:
         more: Mapping[str, Tensor] | None = None,
     ) -> list[list[int]]:
         given: dict[str, Any] = dict(more or {})
-        if self._stops:  # whose tokens the tokenizer knows
+        if self._ending.stops:  # whose tokens the tokenizer knows
             given["tokenizer"] = self._tokenizer
         finite = Finite()
         processors: list[Processor] = [finite] if draws is None else [finite, draws]
@@ -289,32 +295,6 @@ class Generator:
         # peft's prompt tuning generates from embeddings, and then there is no prompt to leave out.
         begins_with_it = torch.equal(output[:, :width], prompt)
         return output[:, width:] if begins_with_it else output
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(ids) if token in self._ends]
-        ids = ids[: ends[0] + 1] if ends else ids
-        return self._until_stopped(ids) if self._stops else ids
-
-    def _until_stopped(self, ids: list[int]) -> list[int]:
-        """Without what was written while other texts of the batch went on."""
-
-        def stopped(length: int) -> bool:
-            text = self._tokenizer.decode(ids[:length])
-            return any(stop in text for stop in self._stops)
-
-        return ids[: bisect_left(range(len(ids)), True, key=stopped)]
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """The global generators of the CPU and of the texts' GPU seeded; put back afterwards."""
-    devices = [device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed: it seeds every GPU, also those that are not put back.
-        torch.default_generator.manual_seed(seed)
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
 
 
 def _check_count(written: Tensor, prompts: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from objectives._model import at_least_float32
 from objectives._shared import apart
-from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.model_state import replaced_forwards
 
 Select = Callable[[Tensor], Tensor]
 """(b, t, width) -> (a, c, width): the positions wanted, of hidden states or of logits."""

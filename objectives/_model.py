@@ -1,6 +1,5 @@
 """What the objectives that run a model share: evaluation mode, batches, the call, the precision."""
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 from objectives import _collate, _fit, _shared
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, NotServableError, ObjectiveError
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.serve.asking import elsewhere
 
 Batch = dict[str, Tensor]
-TASK_IDS = "task_ids"
-"""Which task every row is of, for peft's Poly and multitask prompt tuning."""
 
 
 class ModelRunner:
@@ -35,7 +32,7 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._accepted = accepted_arguments(model)
+        self._accepted = _fit.accepted_arguments(model)
         self._evaluation_mode = EvaluationMode(model)
         self._is_evaluating = False
         self.longest = _fit.positions(model)
@@ -98,7 +95,7 @@ class ModelRunner:
     def _named(self, batch: Any) -> Any:
         """An example or a batch (x, y) by the names that the model knows; others as they are."""
         found = _collate.pair(batch)
-        return batch if found is None else _collate.named(*found, first_argument(self.model))
+        return batch if found is None else _collate.named(*found, _fit.first_argument(self.model))
 
     def forward(self, batch: Batch) -> Tensor:
         """The model's logits, in its own dtype."""
@@ -213,43 +210,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model's inputs belong: the CPU where its base is served, and here is none."""
     there = (p.device for p in model.parameters() if not p.is_meta)
     return next(there, torch.device("cpu"))
-
-
-def accepted_arguments(model: nn.Module) -> frozenset[str] | None:
-    """Names of the arguments of the model's forward, peft seen through; None when it takes any."""
-    named = _named(type(_fit.base_model(model)).forward)
-    if not named:
-        return None
-    # A tuner may take more than its base does: Poly and multitask prompts the task of every row.
-    around = (model, getattr(model, "base_model", None))
-    takes_tasks = any(TASK_IDS in _named(type(one).forward) for one in around if one is not None)
-    return frozenset(named | {TASK_IDS} if takes_tasks else named)
-
-
-def first_argument(model: nn.Module) -> str:
-    """The name under which a model takes x, of (x, y).
-
-    Raises:
-        DataError: Its forward names none.
-    """
-    names = _arguments(type(_fit.base_model(model)).forward)
-    if not names:
-        raise DataError(
-            f"the forward of {type(model).__name__} names no argument to take x of (x, y); give "
-            "mappings, as {'input': x, 'labels': y}"
-        )
-    return names[0]
-
-
-def _named(function: Any) -> set[str]:
-    return set(_arguments(function))
-
-
-def _arguments(function: Any) -> list[str]:
-    """Of a method as its class has it: the first is the object, under whatever name."""
-    parameters = inspect.signature(function).parameters.values()
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for index, p in enumerate(parameters) if index and p.kind not in kinds]
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
-from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.model_state import replaced_forwards
 
 
 class SharedText(StoppingCriteria):

@@ -8,7 +8,7 @@ from torch import nn
 from objectives.mixture import Mixable
 from zo_adapt.data.forms import Collate
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import Objective, checked_min_rows
 
 

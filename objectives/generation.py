@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from objectives._encoded import PromptBatch, PromptEncoder, Side, columns_of, is_chat
-from objectives._fit import reads, virtual_tokens
+from objectives._fit import TASK_IDS, accepted_arguments, reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
-from objectives._model import TASK_IDS, accepted_arguments, device_of
+from objectives._model import device_of
 from objectives._rewards import Rewarded, RewardFunction, Rewards
 from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.joint.blocks import blocks
 from zo_adapt.evaluation.joint.candidates import NotJoint
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.joint.row_blocks import blocks
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
 
 

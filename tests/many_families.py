@@ -135,7 +135,7 @@ def moving(view: ParameterView) -> set[str]:
     return {
         name
         for name in view.tensors
-        if name not in view.at_rest and view.groups[view._group_of[name]].perturbation_scale > 0
+        if name not in view.at_rest and view.group_of(name).perturbation_scale > 0
     }
 
 

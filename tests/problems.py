@@ -11,9 +11,8 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise.distributions import Noise, draw
-from zo_adapt.optimizers.budget import Budget
-from zo_adapt.step import Step
-from zo_adapt.term import Shift, Term
+from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.term import Shift, Step, Term
 
 Rowwise = Callable[[Tensor, Tensor], Tensor]
 """``f(theta, rows)``: the loss of every row, from the view's tensors as one float64 vector."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from least_squares import Least
 from test_generation import a_reward, prompts
 from test_trainer import accuracy, lora_model, toy_rows, trainer_of
 from tiny_models import tiny_model, token_rows
@@ -148,25 +149,6 @@ def a_function(folder: Path) -> dict[str, Any]:
         max_steps=30, progress=False,
     )  # fmt: skip
     return outcome(result, view)
-
-
-class Least:
-    """Least squares, whose weights a case can look at while they are evaluated."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(2)
-        self.w = torch.zeros(5, dtype=torch.float64)
-        self.rows = torch.randn(24, 5, generator=generator, dtype=torch.float64)
-        self.view = ParameterView({"w": self.w})
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        return (batch @ self.w - 1).square()
-
-    def run(self, objective: Any = None, **options: Any) -> Result:
-        settings: dict[str, Any] = {"batch_size": 6, "max_steps": 12, "progress": False}
-        return minimize(
-            objective or self, self.view, self.rows, MeZO(lr=1e-2), **{**settings, **options}
-        )
 
 
 def a_budget_that_ends_within_a_step(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rank_cases import Least
+from least_squares import Least
 from torch import Tensor
 
 from zo_adapt import Workers
@@ -68,8 +68,19 @@ def killed(folder: Path, rank: int) -> dict[str, Any]:
 
 def hangs(folder: Path, rank: int) -> dict[str, Any]:
     problem = Least()
-    acting = in_step(problem, 5, None if rank != 1 else lambda: time.sleep(12))
+    naps = iter([9.0])  # once: the step's other blocks come after it
+    acting = in_step(problem, 5, None if rank != 1 else lambda: time.sleep(next(naps, 0.0)))
     return _run(problem, trajectory=folder / "run.zot", workers=IMPATIENT, **acting)
+
+
+def restarted(folder: str) -> dict[str, Any]:
+    """Of a launcher that starts the processes anew: one dies in a step, the first time."""
+    problem, count = Least(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    dies = (os.environ["RANK"], count) == ("1", "0")
+    acting = in_step(problem, 5, (lambda: os.kill(os.getpid(), 9)) if dies else None)
+    result = problem.run(trajectory=Path(folder) / "run.zot", workers=QUICK, **acting)
+    made = [step.step for step in acting["callback"].__self__]
+    return {"weights": problem.view.hash(), "steps": result.steps, "made": made, "start": count}
 
 
 def drifts(folder: Path, rank: int) -> dict[str, Any]:

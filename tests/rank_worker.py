@@ -16,8 +16,14 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from rank_cases import CASES, FEW, leave_a_training
-from rank_faults import FAULTS
+from rank_faults import FAULTS, restarted
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+AGAIN = LaunchConfig(
+    1, 1, 2, max_restarts=1, monitor_interval=0.05, start_method="fork",
+    rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+)  # fmt: skip
+"""As ``torchrun --standalone --nproc-per-node=2 --max-restarts=1`` has it."""
 SIZES = {1: CASES, 2: FEW, 3: CASES}
 
 
@@ -77,6 +83,9 @@ def main(folder: Path) -> None:
         place = folder / name
         place.mkdir()
         forked(fault.size, lambda rank, fault=fault, place=place: fault.run(place, rank), place)
+    (folder / "restarted").mkdir()
+    found = elastic_launch(AGAIN, restarted)(str(folder / "restarted"))
+    (folder / "restarted" / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

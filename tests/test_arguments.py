@@ -16,6 +16,7 @@ from zo_adapt import (
     Metrics,
     MeZO,
     ParameterView,
+    ServedEvaluator,
     diagnose,
     minimize,
 )
@@ -48,6 +49,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "view for data": ({"data": VIEW}, "data is a ParameterView; the order"),
     "optimizer for data": ({"data": MeZO()}, r"data is a MeZO; the order .*data=None"),
     "options as a dict": ({"evaluation": {}}, r"dict; give EvaluationOptions\("),
+    "evaluator by name": ({"evaluator": "vllm"}, r"'vllm'; give ServedEvaluator\(server\)"),
+    "class of evaluator": ({"evaluator": ServedEvaluator}, r"class ServedEvaluator; give S"),
+    "number for a file": ({"trajectory": 3}, r"trajectory is a int; give a path"),
+    "words for a callback": ({"callback": "print"}, "callback is 'print'; give a function"),
     "metrics as a list": ({"metrics": [never]}, "list; give objectives by name"),
     "metric by name": ({"metrics": {"f1": "f1"}}, r"metric 'f1': .* give a function"),
 }

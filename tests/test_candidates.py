@@ -25,9 +25,8 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import Group, MeZO, MeZOSVRG, ParameterView, Term, diagnose, minimize
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.rows import NoRowsError
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.local import LocalEvaluator

@@ -25,8 +25,7 @@ from zo_adapt import (
     diagnose,
     minimize,
 )
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DropoutError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import ATTRIBUTES, as_objective, rows_needed

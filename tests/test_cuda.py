@@ -12,8 +12,7 @@ from torch import Tensor
 
 from objectives import CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Replay, Shift, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import ViewError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -207,7 +206,10 @@ def test_many_updates_in_a_row_are_those_of_the_cpu() -> None:
     """More than the pinned memory has rows, none of them waited for, with few and many terms."""
     on_cpu, on_gpu = pair(torch.float32, "gaussian")
     for number in range(300):
-        terms = tuple(Term(number + k, 1e-3 * (k + 1)) for k in range(1 + number % 40))
+        terms = tuple(
+            Term(number + k, 1e-3 * (k + 1))
+            for k in range(40 if number % 50 == 7 else 1 + number % 4)
+        )
         for view in (on_cpu, on_gpu):
             view.apply(Shift(terms))
     assert on_gpu.hash() == on_cpu.hash()

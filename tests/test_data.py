@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from zo_adapt import Data, EvaluationOptions, MeZO, MeZOSVRG, ParameterView, minimize
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 
 N = 10
 NUMBERS = list(range(N))

@@ -10,9 +10,8 @@ from problems import Problem, dense, flat, labelled, logistic, problem, referenc
 from torch import Tensor
 
 from zo_adapt import Group, Shift, Term
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided

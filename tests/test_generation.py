@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 
 from objectives import CausalLMLoss, GenerationReward
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, SetObjective, StopReason, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

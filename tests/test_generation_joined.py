@@ -25,8 +25,7 @@ from objectives import GenerationReward
 from objectives._generator import Generator
 from objectives._shared_text import SharedText
 from zo_adapt import MeZO, OneSided, ParameterView, Term, TwoSided, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.joint.groups import Groups
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

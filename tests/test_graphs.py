@@ -10,8 +10,7 @@ from torch import Tensor
 
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.graphs import CALLS_BEFORE, Graphs
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

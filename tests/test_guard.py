@@ -12,7 +12,7 @@ from torch import nn
 
 from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
 from zo_adapt.errors import ViewInUseError
-from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.model_state import replaced_forwards
 from zo_adapt.interrupt import Guard, undone, uninterrupted
 
 TERMS = [Term(1, 0.5)]

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,32 @@ def test_the_engine_is_light_at_module_level(path: Path) -> None:
     assert heavy <= OPTIONAL.get(path.name, set())
 
 
+def test_the_files_that_the_architecture_names_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"`([\w/]+\.py)`", page):
+        places = (ROOT, ROOT / "zo_adapt", *(ROOT / "zo_adapt").iterdir())
+        assert any((place / name).exists() for place in places), name
+
+
+def test_a_room_imports_from_those_above_it_in_the_table_of_the_pages() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.findall(r"^\| `(\w+)/`", page, re.MULTILINE)
+    assert set(rooms) == {path.parent.name for path in (ROOT / "zo_adapt").glob("*/__init__.py")}
+    for path in ENGINE:
+        room = path.relative_to(ROOT / "zo_adapt").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())) if room in rooms else ():
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            other = module.removeprefix("zo_adapt.").split(".")[0]
+            if module.startswith("zo_adapt.") and other in rooms:
+                assert rooms.index(other) <= rooms.index(room), f"{path}: {module}"
+
+
+@FILES
+def test_a_module_has_not_the_name_of_a_function_in_it(path: Path) -> None:
+    defined = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+    assert path.stem not in {function.name for function in defined}
+
+
 def test_the_checker_sees_imports_in_blocks_and_not_in_functions() -> None:
     source = (
         "if True:\n  import peft\n"
@@ -88,8 +115,8 @@ def test_names_are_re_exported_explicitly_and_sorted(package: str) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, zo_adapt; heavy = {'transformers', 'peft', 'datasets', 'accelerate', "
-        "'objectives', 'triton', 'scipy'} & set(sys.modules); sys.exit(', '.join(heavy) or None)"
+        "import sys, zo_adapt; heavy = {'transformers', 'peft', 'datasets', 'accelerate', 'scipy', "
+        "'objectives', 'triton', 'sklearn'} & {*sys.modules}; sys.exit(', '.join(heavy) or None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

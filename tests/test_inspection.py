@@ -23,7 +23,7 @@ from zo_adapt.errors import (
     UnreadTensorWarning,
     ViewError,
 )
-from zo_adapt.evaluation.trunk.cut import cut
+from zo_adapt.evaluation.trunk.cut_point import cut
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 
 # peft 0.21 still reads a property that transformers 5.23 renamed.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, ParameterView, Step, initialise_lora, minimize, replay
 from zo_adapt.errors import AdapterError, TrajectoryError
-from zo_adapt.view import moments
-from zo_adapt.view.moments import Moment
+from zo_adapt.loops import moments
+from zo_adapt.loops.moments import Moment
 
 
 class Net(nn.Module):

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from objectives import Accuracy, CallableObjective, CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, minimize, replay
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

@@ -25,8 +25,7 @@ from objectives import (
 )
 from objectives.causal_lm import LabelTokens
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, diagnose, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, FlatObjectiveWarning, NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

@@ -34,8 +34,7 @@ from zo_adapt import (
     ZOTrainer,
     minimize,
 )
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import (
     DataError,
     NonFiniteObjectiveError,

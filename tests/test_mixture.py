@@ -19,8 +19,7 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import Adam, MeZO, ParameterView, SetObjective, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions

@@ -27,13 +27,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from objectives import CallableObjective, CausalLMLoss, ClassificationLoss, VerbalizerLoss
+from objectives import (
+    F1,
+    Accuracy,
+    CallableObjective,
+    CausalLMLoss,
+    ClassificationLoss,
+    VerbalizerLoss,
+)
 from zo_adapt import Adam, ParameterView, SetObjective, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, OptionError, ZOError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import HERE
@@ -194,6 +200,27 @@ def test_gradients_flow_where_the_caller_wants_them(kind: str) -> None:
 
 def test_they_are_values_per_example_not_objectives_of_a_set() -> None:
     assert not any(isinstance(an_objective(kind), SetObjective) for kind in KINDS)
+
+
+def test_an_objective_prints_as_the_call_that_makes_it() -> None:
+    model = tiny_model("bert")
+    named = "ClassificationLoss(model=<BertForSequenceClassification>)"
+    assert repr(ClassificationLoss(model)) == named
+    assert repr(CausalLMLoss(tiny_model("gpt2", "causal"), "token")).endswith("reduction='token')")
+    assert "softness=2.0" in repr(Accuracy(model, softness=2.0))
+    assert "0x" not in repr(F1(model))
+
+    class Own(SetObjective):
+        def __init__(self, scale: float, weights: Tensor) -> None:
+            self._scale, self.weights = scale, weights
+
+        def predict(self, batch: Any, /) -> Any:
+            return batch
+
+        def score(self, predictions: list[Any], /) -> Any:
+            return 0.0
+
+    assert repr(Own(2.0, torch.ones(3))) == "Own(scale=2.0, weights=<Tensor>)"
 
 
 def test_a_ready_batch_may_hold_more_than_the_model_takes() -> None:

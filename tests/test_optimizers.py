@@ -15,7 +15,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.optimizers.budget import Budget, Progress
+from zo_adapt.optimizers.schedule import Budget, Progress
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str

@@ -28,8 +28,7 @@ from objectives import (
     Spearman,
 )
 from zo_adapt import MeZO, ParameterView, SetObjective, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import (
     DataError,
     NonFiniteObjectiveError,

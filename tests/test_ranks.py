@@ -4,18 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_cases import CASES, FEW, Least
+from least_squares import Least
+from rank_cases import CASES, FEW
 from rank_faults import in_step
 
 from zo_adapt import StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
-from zo_adapt.evaluation.blocks import Block, joined
-from zo_adapt.ranks.evaluator import dealt
+from zo_adapt.evaluation.answers import Block, merged
+from zo_adapt.ranks import launched
+from zo_adapt.ranks.evaluator import shared_out
 from zo_adapt.ranks.replicas import checksum
 from zo_adapt.trajectory.file import Reader
 
@@ -81,7 +84,7 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_run_of_all(
         own = said(done, name, rank)
         assert own["kind"] == "LostRankError" and "of rank 1 " in own["text"]
         assert own["weights"] == replayed(file, 5)
-        assert own["seconds"] < 30  # of a rank that is dead, or asleep for 12
+        assert own["seconds"] < 30  # of a rank that is dead, or asleep for 9
     assert said(done, name, 1).get("kind") == ("LostRankError" if name == "hangs" else None)
 
 
@@ -128,18 +131,53 @@ def test_what_ends_one_rank_ends_all_with_the_same_weights(
         assert own == {"steps": 5, "weights": expected.view.hash(), "reason": reason}
 
 
-def test_blocks_are_dealt_in_order_and_evenly() -> None:
+def test_processes_that_a_launcher_starts_anew_go_on_by_themselves(
+    done: Path, tmp_path: Path
+) -> None:
+    place = done / "restarted"
+    assert (place / "found.json").exists(), (done / "output").read_text()[-4000:]
+    whole = Least()
+    whole.run(trajectory=tmp_path / "whole.zot")
+    for own in json.loads((place / "found.json").read_text()).values():
+        made = {"steps": 12, "made": list(range(6, 13)), "start": "1"}
+        assert own == {"weights": whole.view.hash(), **made}
+    assert (place / "run.zot").read_bytes() == (tmp_path / "whole.zot").read_bytes()
+
+
+def test_a_rank_takes_its_own_gpu_when_a_run_begins_and_none_when_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": 6, "LOCAL_RANK": 2, "WORLD_SIZE": 8, "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, str(value))
+    set_to: list[int] = []
+    for name, found in {
+        "is_available": True, "device_count": 4, "is_initialized": False,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    spec = spec_from_file_location("anew", launched.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(module_from_spec(spec))
+    assert set_to == []
+    launched.use_own_gpu()
+    assert set_to == [2]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    launched.use_own_gpu()  # the model may lie there already
+    assert set_to == [2]
+
+
+def test_blocks_are_shared_out_in_order_and_evenly() -> None:
     for blocks, ranks in ((7, 3), (2, 3), (64, 5)):
-        owners = dealt([4] * blocks, ranks)
+        owners = shared_out([4] * blocks, ranks)
         assert owners == sorted(owners)
         counts = [owners.count(rank) for rank in range(ranks)]
         assert max(counts) - min(counts) <= 1
-    assert dealt([1, 1, 10], 2) == [0, 0, 1]
+    assert shared_out([1, 1, 10], 2) == [0, 0, 1]
 
 
 def test_parts_that_were_split_are_joined_again() -> None:
     blocks = [Block((0, 1)), Block((2,), (0, 1, 2)), Block((3,), (0, 1)), Block((4,)), Block((5,))]
-    assert list(joined([part for block in blocks for part in block.split()])) == blocks
+    assert list(merged([part for block in blocks for part in block.split()])) == blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

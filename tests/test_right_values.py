@@ -48,9 +48,8 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import AskTell, MeZO, ParameterView, StopReason, minimize
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.labels import class_labels
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe

@@ -48,9 +48,9 @@ from zo_adapt.errors import (
 )
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.first_order import Adam
-from zo_adapt.step import Step
+from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import MAGIC, VERSION, Reader
 from zo_adapt.trajectory.owned_file import OwnedFile
 from zo_adapt.trajectory.safe_file import replace_file
@@ -488,24 +488,23 @@ def test_replay_checks_the_base_and_may_be_told_not_to(tmp_path: Path) -> None:
 def test_a_base_is_told_by_all_its_numbers_or_a_large_one_by_some(
     is_large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zo_adapt.trajectory import origin
+    from zo_adapt.view import identity
 
     if is_large:
-        monkeypatch.setattr(origin, "WHOLE_BYTES", 0)
-    base_hash = origin.base_hash
+        monkeypatch.setattr(identity, "WHOLE_BYTES", 0)
     model = tiny_model("bert", vocab_size=200)
     view = ParameterView.last_layers(model, 1)
-    before = base_hash(view)
+    before = view.base_hash()
     few, many = model.bert.embeddings.LayerNorm.weight, model.bert.embeddings.word_embeddings.weight
     for tensor, is_seen in ((few, True), (many, not is_large)):
         old = tensor.flatten()[1].item()
         with torch.no_grad():
             tensor.view(-1)[1] += 1
-            assert (base_hash(view) != before) is is_seen
+            assert (view.base_hash() != before) is is_seen
             tensor.view(-1)[1] = old
     with torch.no_grad():
         model.classifier.weight += 1  # tuned
-    assert base_hash(view) == before
+    assert view.base_hash() == before
 
 
 def test_a_larger_budget_is_a_longer_run(tmp_path: Path) -> None:

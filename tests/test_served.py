@@ -26,8 +26,7 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import (
     NotServableError,
     OptionError,

@@ -12,8 +12,7 @@ from problems import Problem, flat, labelled, logistic, problem, squares, steps,
 from scipy import stats
 
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, minimize
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.directions import Directions

@@ -8,9 +8,12 @@ import torch
 from families import ENCODER
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
 
-from zo_adapt import EvaluationOptions, FrozenTrunk, ParameterView, ZOConfig
+from zo_adapt import ZOPAGE, EvaluationOptions, FrozenTrunk, ParameterView, ZOConfig
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
+from zo_adapt.optimizers.keywords import keywords_of
+from zo_adapt.optimizers.named import OPTIMIZERS
+from zo_adapt.trainer.checks import OPTIONS
 from zo_adapt.trainer.data import InputRows, TrainerSamples, TrainingRows
 
 
@@ -46,6 +49,22 @@ def test_words_and_numbers_of_a_command_line(tmp_path: Path) -> None:
     numbers = parsed(tmp_path, *svrg, "--joint_rows", "64", "--snapshot_size", "256")
     assert (numbers.joint_rows, numbers.snapshot_size) == (64, 256)
     assert ZOConfig(str(tmp_path), joint_rows=64, report_to="none", use_cpu=True).joint_rows == 64
+
+
+def test_every_keyword_of_an_optimizer_is_an_argument() -> None:
+    """But those that Trainer has by other names, and objects, which ``zo_optimizer`` takes."""
+    elsewhere = {"lr", "schedule", "weight_decay", "estimate", "apply", "annealing"}
+    for make in OPTIMIZERS.values():
+        assert keywords_of(make) - elsewhere <= {*OPTIONS}
+
+
+def test_arguments_of_one_optimizer_on_a_command_line(tmp_path: Path) -> None:
+    page = parsed(
+        tmp_path, "--optimizer", "zo-page", "--restart_probability", "0.5", "--one_sided", "False"
+    ).build_optimizer()
+    assert page == ZOPAGE(restart_probability=0.5, one_sided=False, weight_decay=0.0)
+    with pytest.raises(OptionError, match="momentum"):
+        parsed(tmp_path, "--momentum", "0.5")
 
 
 @pytest.mark.parametrize(

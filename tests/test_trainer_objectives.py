@@ -23,13 +23,12 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Examples
+from zo_adapt.data.sources import Batch, Examples
 from zo_adapt.errors import DataError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.optimizers.budget import Budget
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.trainer.data import InputRows
 
 pytestmark = [

@@ -228,19 +228,18 @@ def test_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_tools_are_a_command(tmp_path: Path) -> None:
-    run(tensors(), tmp_path / "f", MeZO())
+    """One that ends well is called in this process by the others."""
     command = [sys.executable, "-W", "error", "-m", "zo_adapt.trajectory", "verify"]
-    for name, code, words in (("f", 0, "12 steps"), ("g", 1, "No such file")):
-        done = subprocess.run(
-            [*command, str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        )
-        assert done.returncode == code
-        assert words in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [*command, str(tmp_path / "g")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 1
+    assert "No such file" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_columns_are_a_table(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from zo_adapt import (
     ParameterView,
     Term,
 )
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import as_source
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
@@ -76,11 +75,11 @@ def test_calls_that_a_batch_does_not_tell_of_have_no_form() -> None:
     assert calls_of(FrozenTrunk(view), lambda b: objective(b) + objective(b), batch) == []
 
 
-def test_a_batch_is_told_by_its_content_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_of_a_batch_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("bert")
     view, loss = ParameterView.last_layers(model, 1), ClassificationLoss(model)
-    read, rows_of = [], keys._rows
-    monkeypatch.setattr(keys, "_rows", lambda *a: read.append(None) or rows_of(*a))
+    read, rows_of = [], keys.read_rows
+    monkeypatch.setattr(keys, "read_rows", lambda *a: read.append(None) or rows_of(*a))
     evaluator = LocalEvaluator(
         loss, view, EvaluationOptions(reuse_trunk=FrozenTrunk(view), joint_rows="off")
     )

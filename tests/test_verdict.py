@@ -8,7 +8,7 @@ import torch
 from problems import problem, regression, squares
 
 from zo_adapt import SGD, MeZO, ParameterView, Step, minimize
-from zo_adapt.loops.verdict import verdict
+from zo_adapt.loops.step_advice import verdict
 from zo_adapt.optimizers.optimizer import Optimizer
 
 QUIET: dict[str, Any] = {"progress": False}

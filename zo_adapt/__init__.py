@@ -15,6 +15,7 @@ from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk as FrozenTrunk
 from zo_adapt.loops.ask_tell import AskTell as AskTell
 from zo_adapt.loops.for_scipy import scipy_method as scipy_method
 from zo_adapt.loops.loop import minimize as minimize
+from zo_adapt.loops.lora_start import initialise_lora as initialise_lora
 from zo_adapt.loops.monitor import Metrics as Metrics
 from zo_adapt.loops.result import Result as Result
 from zo_adapt.loops.result import StopReason as StopReason
@@ -39,15 +40,14 @@ from zo_adapt.serve.pool import ServerPool as ServerPool
 from zo_adapt.serve.skeleton import served_lora as served_lora
 from zo_adapt.serve.skeleton import served_prompt as served_prompt
 from zo_adapt.serve.vllm_server import VLLMServer as VLLMServer
-from zo_adapt.step import Step as Step
 from zo_adapt.term import Shift as Shift
+from zo_adapt.term import Step as Step
 from zo_adapt.term import Term as Term
 from zo_adapt.trajectory.file import TrajectoryFile as TrajectoryFile
 from zo_adapt.trajectory.following import follow as follow
 from zo_adapt.trajectory.playback import Replay as Replay
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
-from zo_adapt.view.lora_start import initialise_lora as initialise_lora
 from zo_adapt.view.parameters import ParameterView as ParameterView
 
 __all__ = [

@@ -14,7 +14,7 @@ FLOATS_OF_A_TOKEN = 768
 
 
 class NoRowsError(Exception):
-    """A signal to the caller: something has not one entry for every row."""
+    """Something has not one entry for every row, so that its rows cannot be selected."""
 
 
 @runtime_checkable
@@ -66,7 +66,7 @@ def select_rows(tree: Any, index: Sequence[int] | slice, rows: int) -> Any:
         rows: How many there are.
 
     Raises:
-        NoRowsError: A part has not one entry a row, or it cannot be told.
+        NoRowsError: A part has not one entry a row, or that is not known.
 
     Example:
         >>> select_rows({"x": torch.arange(3), "text": ["a", "b", "c"]}, [2, 2], 3)

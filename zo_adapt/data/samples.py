@@ -10,8 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import NoData, Source
+from zo_adapt.data.sources import Batch, NoData, Source
 from zo_adapt.errors import DataError
 from zo_adapt.noise import philox
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.diagnosis.advice import Noise
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.objective import rows_needed

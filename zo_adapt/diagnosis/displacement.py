@@ -7,8 +7,8 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise import philox
-from zo_adapt.optimizers.budget import NO_LIMIT
 from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
+from zo_adapt.optimizers.schedule import NO_LIMIT
 
 SEARCH_STREAM = 6
 

@@ -28,17 +28,17 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import check_data, check_evaluation, check_view, checked_objective
-from zo_adapt.optimizers.perturbation import (
-    check_resolution,
-    finest_perturbation,
-    usual_perturbation,
-)
 from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.replicas import check_views
 from zo_adapt.ranks.workers import Workers
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.precision import (
+    check_resolution,
+    finest_perturbation,
+    usual_perturbation,
+)
 
 USUAL_ROWS = 16
 """Rows of a direction where the caller names none."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.diagnosis.differences import Differences, Survey, anova
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import ObjectiveError
@@ -20,12 +20,11 @@ from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.noise.distributions import draw
 from zo_adapt.optimizers.first_order import backpropagated
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
-from zo_adapt.optimizers.perturbation import finest_perturbation, usual_perturbation
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
 from zo_adapt.options import at_least_one
-from zo_adapt.step import Step
-from zo_adapt.term import Terms
+from zo_adapt.term import Step, Terms
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.precision import finest_perturbation, usual_perturbation
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,16 @@ class TrackVariance:
     def __post_init__(self) -> None:
         for name in ("every", "num_directions", "batch_size"):
             at_least_one(name, getattr(self, name))
+
+    def watching(
+        self,
+        evaluator: Evaluator,
+        optimizer: Optimizer,
+        samples: Samples,
+        evaluation: EvaluationOptions,
+    ) -> "VarianceMonitor":
+        """Watch a run that begins; ``Metrics`` calls this."""
+        return VarianceMonitor(self, evaluator, optimizer, samples, evaluation)
 
 
 class VarianceMonitor:

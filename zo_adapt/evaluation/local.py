@@ -14,8 +14,7 @@ import torch
 
 from zo_adapt.data.rows import NoRowsError
 from zo_adapt.data.sources import Source
-from zo_adapt.evaluation.blocks import Answer, Block, evaluations
-from zo_adapt.evaluation.counting import CountingEvaluator
+from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, evaluations
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
@@ -34,8 +33,8 @@ from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.optimizers.perturbation import finest_perturbation, usual_perturbation
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.precision import finest_perturbation, usual_perturbation
 
 logger = logging.getLogger(__name__)
 PLAIN = EvaluationOptions(joint_rows="off", reuse_trunk="off", cuda_graphs="off")

@@ -1,5 +1,6 @@
 """What an objective is: the contract between what is tuned for and what asks it."""
 
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from zo_adapt.data.forms import Collate
 from zo_adapt.errors import ArgumentTypeError
-from zo_adapt.evaluation.mode import check_dropout
+from zo_adapt.evaluation.model_state import check_dropout
 from zo_adapt.options import at_least_one, renamed
 
 
@@ -50,7 +51,7 @@ class Objective(ABC):
         stand_in: Called with a batch, numbers of its rows that change smoothly with the weights and
             come of the same forwards as the value; joint forwards are checked by them. None: by
             what the objective returns, which will not do where that jumps.
-        uneven: Calls take times that cannot be told from their rows, as texts do that end where
+        uneven: Calls take times that their rows do not say, as texts do that end where
             they will: several processes then take them from a queue, one by one.
 
     Example:
@@ -81,6 +82,15 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, batch: Any, /) -> Any:
         """The value of a batch, or one for each of its examples."""
+
+    def __repr__(self) -> str:
+        """The call that makes it: models by their class, defaults left out."""
+        own, parts = vars(self), list[str]()
+        for name, argument in inspect.signature(type(self)).parameters.items():
+            value = next((own[key] for key in (name, f"_{name}") if key in own), argument.default)
+            if value is argument.empty or value is not argument.default:
+                parts.append(f"{name}={_in_short(value)}" if value is not argument.empty else "...")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 class SetObjective(Objective):
@@ -120,6 +130,12 @@ class SetObjective(Objective):
     @abstractmethod
     def score(self, predictions: list[Any], /) -> Any:
         """One number, or one per example, from the predictions of all micro-batches."""
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, str | int | float | bool | tuple | list | None):
+        return f"{value!r:.60}"
+    return str(getattr(value, "__qualname__", f"<{type(value).__name__}>"))
 
 
 class PredictsAndScores(Protocol):

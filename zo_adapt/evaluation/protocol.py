@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import Source
+from zo_adapt.data.sources import Batch, Source
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
@@ -36,7 +35,7 @@ class Evaluation(NamedTuple):
 
 
 class BudgetExhausted(Exception):
-    """A signal to the loop: the next step needs more queries than are left; none was made."""
+    """The next step needs more queries than are left; none was made. The loop ends the run."""
 
 
 def mean_value(evaluations: Sequence[Evaluation], weights: Sequence[int]) -> float:

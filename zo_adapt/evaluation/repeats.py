@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zo_adapt.evaluation.blocks import Answer
+from zo_adapt.evaluation.answers import Answer
 from zo_adapt.evaluation.values import on_host
 
 LARGE = 1 << 10

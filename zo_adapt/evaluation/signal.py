@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from zo_adapt.data.batches import Batch
-from zo_adapt.data.sources import Source
+from zo_adapt.data.sources import Batch, Source
 from zo_adapt.errors import RoundingWarning, ZOError
 from zo_adapt.evaluation.protocol import Evaluator, Probe
 from zo_adapt.evaluation.repeats import is_quantised

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.rows import NoRowsError, as_matrix, select_rows
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint

@@ -1,6 +1,7 @@
 """Checks of what users pass: where it is of another kind, the error says what to pass instead."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from zo_adapt.errors import ArgumentTypeError
 from zo_adapt.evaluation.objective import Objective, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.optimizers.named import OPTIMIZERS
+from zo_adapt.trajectory.file import TrajectoryFile
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -72,6 +74,37 @@ def check_evaluation(evaluation: Any) -> None:
     if not isinstance(evaluation, EvaluationOptions):
         raise ArgumentTypeError(
             f"evaluation is {_kind(evaluation)}; give EvaluationOptions(micro_batch_size=..., ...)"
+        )
+
+
+def check_evaluator(evaluator: Any) -> None:
+    """Refuse anything but a way of evaluating, or None.
+
+    Raises:
+        ArgumentTypeError: Names what to give.
+    """
+    if evaluator is not None and (
+        isinstance(evaluator, type) or not hasattr(evaluator, "bound_to")
+    ):
+        raise ArgumentTypeError(
+            f"evaluator is {_kind(evaluator)}; give ServedEvaluator(server), or None for this "
+            "process"
+        )
+
+
+def check_run_files(trajectory: Any, callback: Any) -> None:
+    """Refuse a trajectory that is no file, and a callback that cannot be called.
+
+    Raises:
+        ArgumentTypeError: Names what to give.
+    """
+    if not isinstance(trajectory, str | Path | TrajectoryFile | None):
+        raise ArgumentTypeError(
+            f"trajectory is {_kind(trajectory)}; give a path, or TrajectoryFile(path)"
+        )
+    if callback is not None and not callable(callback):
+        raise ArgumentTypeError(
+            f"callback is {_kind(callback)}; give a function of a Step, or None"
         )
 
 

@@ -22,10 +22,10 @@ from zo_adapt.loops.arguments import check_optimizer
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.box import Box, Units
 from zo_adapt.loops.result import StopReason
-from zo_adapt.optimizers.budget import Budget, Progress
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.schedule import Budget, Progress
 from zo_adapt.options import check_run
-from zo_adapt.step import MEASUREMENT, Step
+from zo_adapt.term import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
 

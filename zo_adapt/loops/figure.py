@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,13 +10,13 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import LIMITS, check_budget, check_settings, run_settings, steps_until
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.ranks.replicas import check_settings_agree
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile
 from zo_adapt.trajectory.owned_file import OwnedFile
 from zo_adapt.trajectory.playback import apply_checked, check_header, check_origin, header_of

@@ -1,11 +1,15 @@
 """The loop for anything callable."""
 
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
@@ -18,28 +22,81 @@ from zo_adapt.loops import former
 from zo_adapt.loops.arguments import (
     check_data,
     check_evaluation,
+    check_evaluator,
     check_optimizer,
+    check_run_files,
     check_view,
     checked_objective,
 )
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
-from zo_adapt.loops.progress import Bar, announce
 from zo_adapt.loops.result import FAULTS, Result, StopReason, reason_of
 from zo_adapt.loops.run import Run
-from zo_adapt.loops.verdict import verdict
-from zo_adapt.optimizers.budget import Budget
+from zo_adapt.loops.step_advice import verdict
 from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import check_run, former_keywords, integer
-from zo_adapt.ranks.carried import Stopped
+from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.group import closing_ranks
 from zo_adapt.ranks.launched import find_ranks
-from zo_adapt.ranks.started import started, starts_workers
+from zo_adapt.ranks.local_workers import started, starts_workers
 from zo_adapt.ranks.workers import Workers, as_workers
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import TrajectoryFile
 from zo_adapt.view.parameters import ParameterView
+
+logger = logging.getLogger(__name__)
+
+
+def announce(line: str, shown: bool) -> None:
+    """Say a line in the log and, where there is a bar, above it."""
+    logger.info("%s", line)
+    if shown:
+        tqdm.write(line, file=sys.stderr)
+
+
+class Bar:
+    """A progress bar over the budget: in queries where these are limited, else in steps.
+
+    Where both are, its end is what the steps will come to, so that the time left is real.
+
+    Args:
+        budget: Limits.
+        steps: Made already.
+        queries: Made already.
+        shown: Whether there is anything to see.
+    """
+
+    def __init__(self, budget: Budget, steps: int, queries: int, *, shown: bool) -> None:
+        self._budget = budget
+        self._metrics: dict[str, float] = {}
+        self._in_queries = budget.max_queries is not None
+        self._bar: tqdm[Any] = tqdm(
+            total=budget.max_queries if self._in_queries else budget.max_steps,
+            initial=queries if self._in_queries else steps,
+            unit="query" if self._in_queries else "step",
+            disable=not shown,
+            dynamic_ncols=True,
+        )
+
+    def show(self, step: Step) -> None:
+        """Move on to a step, with its value and the last that was measured."""
+        bar, budget = self._bar, self._budget
+        if budget.max_steps is not None and budget.max_queries is not None and self._in_queries:
+            per_step = step.queries / step.step
+            bar.total = min(budget.max_queries, round(budget.max_steps * per_step))
+        bar.update((step.queries if self._in_queries else step.step) - bar.n)
+        self._metrics |= step.metrics or {}
+        said = {"value": step.value, **self._metrics}
+        words = {name: f"{value:.4g}" for name, value in said.items()}
+        if not self._in_queries:
+            words["queries"] = f"{step.queries:,}"
+        bar.set_postfix(words, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
 
 
 @former_keywords(
@@ -130,6 +187,8 @@ def minimize(
     check_data(data)
     check_optimizer(optimizer)
     check_evaluation(evaluation)
+    check_evaluator(evaluator)
+    check_run_files(trajectory, callback)
     max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
     batch_size = None if batch_size is None else integer("batch_size", batch_size)
     examples, watched = as_data(data), as_metrics(metrics)

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.examples import Data, as_data
 from zo_adapt.data.forms import named_sets
-from zo_adapt.data.sources import Source
-from zo_adapt.diagnosis.variance import TrackVariance, VarianceMonitor
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch, Source
 from zo_adapt.errors import (
     ArgumentTypeError,
     NonFiniteObjectiveError,
@@ -22,11 +21,44 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
 from zo_adapt.loops.arguments import check_data, checked_objective
 from zo_adapt.loops.run import Run
+from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import at_least_one
 from zo_adapt.ranks.evaluator import shared
 from zo_adapt.ranks.group import Ranks
-from zo_adapt.term import HERE
+from zo_adapt.term import HERE, Step
 from zo_adapt.view.parameters import ParameterView
+
+
+class Watching(Protocol):
+    """Measures what the estimates of a run are made of.
+
+    Attributes:
+        every: Steps from one measurement to the next.
+        queries: Forwards of one sample made for it.
+    """
+
+    every: int
+
+    @property
+    def queries(self) -> int:
+        """See the class."""
+
+    def measure(self, last: Step | None) -> dict[str, float]:
+        """Figures by name, after the last step."""
+
+
+@runtime_checkable
+class OfEstimates(Protocol):
+    """What watches the estimates of a run, as ``TrackVariance`` does, and no objective."""
+
+    def watching(
+        self,
+        evaluator: Evaluator,
+        optimizer: Optimizer,
+        samples: Samples,
+        evaluation: EvaluationOptions,
+    ) -> Watching:
+        """Watch a run that begins."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +84,10 @@ class Metrics:
         10
     """
 
-    objectives: Mapping[str, "ObjectiveLike | TrackVariance"] = field(default_factory=dict)
+    objectives: Mapping[str, "ObjectiveLike | OfEstimates"] = field(default_factory=dict)
     data: Any = None
     every: int = 100
-    tracked: Mapping[str, TrackVariance] = field(default_factory=dict, init=False)
+    tracked: Mapping[str, OfEstimates] = field(default_factory=dict, init=False)
     """Those of the objectives that watch the estimates themselves."""
 
     def __post_init__(self) -> None:
@@ -64,11 +96,11 @@ class Metrics:
                 f"metrics are a {type(self.objectives).__name__}; give objectives by name, as "
                 "{'accuracy': Accuracy(model)}"
             )
-        tracked = {n: one for n, one in self.objectives.items() if isinstance(one, TrackVariance)}
+        tracked = {n: one for n, one in self.objectives.items() if isinstance(one, OfEstimates)}
         checked = {
             name: _checked(name, one)
             for name, one in self.objectives.items()
-            if not isinstance(one, TrackVariance)
+            if not isinstance(one, OfEstimates)
         }
         object.__setattr__(self, "objectives", checked)
         object.__setattr__(self, "tracked", tracked)
@@ -130,7 +162,7 @@ class Monitor:
         self._step, self._last, self._done = -1, dict[str, float](), set[str]()
         self._evaluation, self._asked = evaluation, metrics.tracked
         self._run: Run | None = None
-        self._tracked: dict[str, VarianceMonitor] = {}
+        self._tracked: dict[str, Watching] = {}
         # The run's trunk is filled by its own examples: these would push them out.
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
         most = evaluation.micro_batch_size or batch_size
@@ -140,16 +172,14 @@ class Monitor:
             )
             for suffix, rows in _sets(data if metrics.data is None else metrics.data)
             for name, metric in metrics.objectives.items()
-            if not isinstance(metric, TrackVariance)
+            if not isinstance(metric, OfEstimates)
         }
 
     def follow(self, run: Run) -> None:
         """Watch the estimates of this run."""
         self._run = run
         self._tracked = {
-            name: VarianceMonitor(
-                asked, run.evaluator, run.optimizer, run.samples, self._evaluation
-            )
+            name: asked.watching(run.evaluator, run.optimizer, run.samples, self._evaluation)
             for name, asked in self._asked.items()
         }
 

@@ -13,7 +13,7 @@ from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeEr
 from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best, number
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.step import MEASUREMENT
+from zo_adapt.term import MEASUREMENT
 
 Mapped = Callable[[Callable[[np.ndarray], Any], Sequence[np.ndarray]], Iterable[Any]]
 """A function like ``map``."""

@@ -14,7 +14,7 @@ from zo_adapt.errors import (
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.loops.figure import draw
 from zo_adapt.options import renamed
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

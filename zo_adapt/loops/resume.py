@@ -8,10 +8,10 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.optimizers.budget import Budget
-from zo_adapt.step import Step
+from zo_adapt.loops.origin import described, labels_hash, rows_hash, same_description
+from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Position, Reader
-from zo_adapt.trajectory.origin import described, labels_hash, rows_hash, same_description
 from zo_adapt.trajectory.safe_file import as_json
 
 LIMITS = ("max_steps", "max_queries")

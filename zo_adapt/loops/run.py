@@ -9,11 +9,11 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.kept_run import KeptRun
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.replicas import check_settings_agree, check_views
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import TrajectoryFile
 
 logger = logging.getLogger(__name__)

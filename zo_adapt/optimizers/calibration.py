@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.directions import direction
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.term import Shift, Term, Terms, coalesced
 from zo_adapt.view.group import Group

@@ -26,8 +26,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
 from zo_adapt.optimizers.directions import Directions, Estimate, gradient

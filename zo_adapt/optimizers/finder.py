@@ -5,9 +5,9 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.calibration import Calibration
 from zo_adapt.optimizers.look_ahead import LookAhead
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift
 from zo_adapt.view.group import Group
 

@@ -9,16 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.optimizers.budget import Budget
-from zo_adapt.optimizers.schedule import Schedule, described, schedule_named
+from zo_adapt.optimizers.schedule import Budget, Schedule, described, schedule_named
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.options import finite, positive
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 from zo_adapt.view.parameters import ParameterView
 
 

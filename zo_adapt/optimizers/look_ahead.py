@@ -28,8 +28,8 @@ import numpy as np
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.calibration import values
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift, Term, scaled
 
 SHARE = 0.05

@@ -6,12 +6,12 @@ from typing import Self, Unpack
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.budget import Progress
 from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.schedule import Progress
 from zo_adapt.optimizers.step_size import Rate, StepSize
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 
 
 @dataclass(frozen=True, repr=False, init=False)

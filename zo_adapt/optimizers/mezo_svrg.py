@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Self, Unpack
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.schedule import Annealing

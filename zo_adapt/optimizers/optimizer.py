@@ -20,25 +20,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator, Probe
-from zo_adapt.optimizers.budget import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
 from zo_adapt.optimizers.finder import Finder
-from zo_adapt.optimizers.perturbation import (
+from zo_adapt.optimizers.run_state import RunState
+from zo_adapt.optimizers.schedule import NO_BUDGET, NO_LIMIT, Budget, Progress
+from zo_adapt.optimizers.settings import Settings
+from zo_adapt.optimizers.step_size import Descent, StepSize
+from zo_adapt.term import MEASUREMENT, Step, Terms
+from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.precision import (
     check_resolution,
     finest_perturbation,
     usual_perturbation,
 )
-from zo_adapt.optimizers.run_state import RunState
-from zo_adapt.optimizers.settings import Settings
-from zo_adapt.optimizers.step_size import Descent, StepSize
-from zo_adapt.step import MEASUREMENT, Step
-from zo_adapt.term import Terms
-from zo_adapt.view.parameters import ParameterView
 
 
 class Optimizer(Protocol):

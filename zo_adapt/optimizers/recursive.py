@@ -5,8 +5,8 @@ from abc import ABC
 from dataclasses import KW_ONLY, dataclass
 from typing import Unpack
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.estimator import Estimator, TwoSided

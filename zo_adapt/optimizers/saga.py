@@ -6,15 +6,14 @@ from typing import Any, Unpack
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.budget import Progress
 from zo_adapt.optimizers.directions import direction_terms
 from zo_adapt.optimizers.estimator import TwoSided
 from zo_adapt.optimizers.keywords import StepSizeKeywords, split, step_size_of
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.schedule import Progress
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.optimizers.zo_svrg import each_sample
-from zo_adapt.step import Step
-from zo_adapt.term import Term, Terms, coalesced, scaled
+from zo_adapt.term import Step, Term, Terms, coalesced, scaled
 from zo_adapt.view.parameters import ParameterView
 
 

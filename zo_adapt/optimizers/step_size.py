@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import Any
 
 from zo_adapt.errors import OptionError
-from zo_adapt.optimizers.budget import Progress
 from zo_adapt.optimizers.schedule import (
     Annealed,
     Annealing,
+    Progress,
     RunningScale,
     Schedule,
     described,

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.budget import Progress
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.schedule import Progress
 from zo_adapt.options import at_least_one, positive_or_none, renamed
-from zo_adapt.step import Step
-from zo_adapt.term import HERE, Shift, Term, Terms, coalesced, scaled
+from zo_adapt.term import HERE, Shift, Step, Term, Terms, coalesced, scaled
 from zo_adapt.view.parameters import ParameterView
 
 SnapshotSize = int | Literal["auto", "batch", "all"]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Unpack
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.estimator import TwoSided
 from zo_adapt.optimizers.keywords import StepSizeKeywords, split, step_size_of

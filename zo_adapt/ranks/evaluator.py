@@ -15,22 +15,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zo_adapt.errors import OptionError, ReplicaError
-from zo_adapt.evaluation.blocks import Answer, Block, evaluations, joined
+from zo_adapt.evaluation.answers import Answer, Block, evaluations, merged
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
-from zo_adapt.ranks.carried import carried
+from zo_adapt.ranks.carried_errors import carried
 from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
+from zo_adapt.ranks.launched import warn_of_shared_gpu
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
 
 
 class RankEvaluator:
     """An ``Evaluator`` of several processes, all of which ask it the same.
 
-    Blocks are dealt out in order, about as many rows to each rank, so that a rank reads the data of
-    its own rows alone (and of those that have to be measured before they are put together). Those
-    of an objective whose calls are ``uneven`` are taken from a queue, by whoever is free.
+    Each rank gets its blocks in order, about as many rows as the others, so that it reads the data
+    of its own rows alone (and of those that have to be measured before they are put together).
+    Blocks of an objective whose calls are ``uneven`` come from a queue, to whoever is free.
 
     Args:
         local: Evaluates in this process.
@@ -147,6 +148,7 @@ def shared(local: Evaluator, ranks: Ranks | None) -> Evaluator:
             f"{type(local).__name__} with several processes: a served model is asked by one; start "
             "the script without a launcher, or give several servers as a ServerPool"
         )
+    warn_of_shared_gpu(local.view)
     # Which candidates go together depends on the memory that there is: on the least of all ranks.
     own = np.array([-1 if local.memory is None else local.memory], np.int64)
     found = [int(message.payload[0]) for message in ranks.exchange(COMPARED, own)]
@@ -192,7 +194,7 @@ class _Share:
     def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
         self._all = [part for block in blocks for part in block.split()]
         places = {block: place for place, block in enumerate(self._all)}
-        for block in self._dealt(probes):
+        for block in self._shared_out(probes):
             parts = block.split()
             self.at = places[parts[0]]
             self._owns_last |= parts[-1] == self._all[-1]
@@ -201,7 +203,7 @@ class _Share:
             self.at = len(self._all) - 1
             yield self._all[-1]
 
-    def _dealt(self, probes: Sequence[Probe]) -> Iterator[Block]:
+    def _shared_out(self, probes: Sequence[Probe]) -> Iterator[Block]:
         """This rank's blocks: from the queue, or its part of the row."""
         if self._local.objective.uneven:
             numbers = self._ranks.queue(self._number)
@@ -209,8 +211,8 @@ class _Share:
                 yield self._all[number]
             return
         rows = [self._local.rows_of(block, probes) for block in self._all]
-        owners = dealt(rows, self._ranks.size)
-        yield from joined(
+        owners = shared_out(rows, self._ranks.size)
+        yield from merged(
             [b for b, rank in zip(self._all, owners, strict=True) if rank == self._ranks.rank]
         )
 
@@ -273,7 +275,7 @@ def _unlike(rank: int, theirs: np.ndarray, first: np.ndarray) -> str:
     )
 
 
-def dealt(rows: Sequence[int], ranks: int) -> list[int]:
+def shared_out(rows: Sequence[int], ranks: int) -> list[int]:
     """The rank that computes each block: neighbours stay together, and rows are about even.
 
     Args:
@@ -281,9 +283,9 @@ def dealt(rows: Sequence[int], ranks: int) -> list[int]:
         ranks: How many there are.
 
     Example:
-        >>> dealt([8, 8, 8, 8, 8, 8], 3)
+        >>> shared_out([8, 8, 8, 8, 8, 8], 3)
         [0, 0, 1, 1, 2, 2]
-        >>> dealt([8, 8], 3)
+        >>> shared_out([8, 8], 3)
         [0, 1]
     """
     if len(rows) <= ranks:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from zo_adapt.errors import LostRankError, ReplicaError
-from zo_adapt.ranks.carried import carried, rebuilt
+from zo_adapt.ranks.carried_errors import carried, rebuilt
 from zo_adapt.ranks.workers import Workers
 
 EVALUATED, WRITTEN, COMPARED, SHARED, CLOSED = range(5)
@@ -144,7 +144,7 @@ class Ranks:
         )
 
     def _missing(self) -> list[int]:
-        """Ranks that do not see the failure, as far as can be told."""
+        """Ranks that do not see the failure, as far as is known."""
         try:
             store, name = _store(), f"{self._name}/failed/{next(self._failures)}"
             store.set(f"{name}/{self.rank}", "1")

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.workers import Workers
+from zo_adapt.view.parameters import ParameterView
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _groups: dict[float, tuple[Any, Any]] = {}
@@ -30,6 +32,7 @@ def find_ranks(workers: Workers) -> Ranks | None:
         _begin_group()
     if dist.get_world_size() < 2:
         return None
+    use_own_gpu()
     world, own = _groups.get(workers.timeout, (None, None))
     if world is not dist.group.WORLD:
         own = dist.new_group(backend="gloo", timeout=timedelta(seconds=workers.timeout))
@@ -66,9 +69,28 @@ def end_group() -> None:
 
 
 def use_own_gpu() -> None:
-    """Under a launcher let "cuda" mean this rank's own GPU, in a script that names none."""
-    if is_launched() and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    """Under a launcher let "cuda" mean this rank's own GPU, in a script that has used none yet."""
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        index = own_gpu()
+        if index is not None:
+            torch.cuda.set_device(index)
 
 
-use_own_gpu()  # before a script that imports this package puts its model on "cuda"
+def own_gpu() -> int | None:
+    """The number of this rank's own GPU; None where no launcher says which, or there is none."""
+    count = torch.cuda.device_count()
+    if not is_launched() or "LOCAL_RANK" not in os.environ or count == 0:
+        return None
+    return int(os.environ["LOCAL_RANK"]) % count
+
+
+def warn_of_shared_gpu(view: ParameterView) -> None:
+    """Say it where several ranks compute on the first GPU, and others have nothing to do."""
+    own, used = own_gpu(), {tensor.device for tensor in view.tensors.values()}
+    if own and used == {torch.device("cuda", 0)}:
+        warnings.warn(
+            f"rank {dist.get_rank()} computes on cuda:0, as rank 0 does, and cuda:{own} is idle; "
+            "call torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before the model is "
+            'put on "cuda"',
+            stacklevel=3,
+        )

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from zo_adapt.errors import OptionError, ReplicaError
 from zo_adapt.ranks.group import COMPARED, Ranks
-from zo_adapt.trajectory.origin import base_hash
 from zo_adapt.trajectory.safe_file import as_json
 from zo_adapt.view.parameters import ParameterView
 
@@ -67,7 +66,7 @@ def check_views(ranks: Ranks, view: ParameterView) -> None:
             "FSDP) and must all evaluate the same points, while a run shares them out; load the "
             "whole model on every rank, or spread it over a rank's own GPUs by device_map"
         )
-    identity = [short_hash(view.fingerprint().encode()), short_hash(str(base_hash(view)).encode())]
+    identity = [short_hash(view.fingerprint().encode()), short_hash(str(view.base_hash()).encode())]
     messages = ranks.exchange(COMPARED, np.array(identity, np.int64))
     what = "views (other tensors, groups or noise)", "frozen weights"
     for place, name in enumerate(what):

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import NotServableError, ServedModelError
-from zo_adapt.evaluation.counting import CountingEvaluator
+from zo_adapt.evaluation.answers import CountingEvaluator
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import NotServableError, ServerReplyError
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.serve.adapter import LORA, saved_name

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NotServableError, ServedModelError
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.interrupt import gradients_off

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from zo_adapt.errors import SelfTestError, ServedModelError
 from zo_adapt.evaluation.signal import LEAST, along, correlation, seeds
-from zo_adapt.optimizers.perturbation import SHARE, finest_perturbation
 from zo_adapt.serve.asking import Question
 from zo_adapt.serve.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
 from zo_adapt.term import Shift
+from zo_adapt.view.precision import SHARE, finest_perturbation
 
 TOKENS = 256
 """Length of the texts: prefix caches, which may answer under a stale name, begin at about 192."""

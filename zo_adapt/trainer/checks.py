@@ -14,9 +14,16 @@ OPTIONS = (
     "displacement",
     "perturbation_scale",
     "num_directions",
+    "one_sided",
     "shaping",
+    "normalize",
+    "scale_memory",
     "snapshot_interval",
     "snapshot_size",
+    "snapshot_lr",
+    "coupling",
+    "restart_probability",
+    "momentum",
 )
 """Arguments of ZOConfig that describe the optimizer; None leaves it its own default."""
 

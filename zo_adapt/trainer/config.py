@@ -43,14 +43,17 @@ class ZOConfig(TrainingArguments):
         learning_rate: None: the step by distance, the optimizers' default. A number: the plain
             step at that rate.
         num_train_epochs: None: as many as ``max_queries`` is enough for; without it Trainer's 3.
-        optimizer: "mezo", "mezo-svrg" or "zo-svrg".
+        optimizer: "mezo", "mezo-svrg", "zo-svrg", "zo-spider", "zo-page", "zo-storm" or "zo-saga".
         displacement: How far noise alone would move a weight over the run, for the step by
             distance. None: measured by forward passes.
         perturbation_scale: mu.
         num_directions: K.
+        one_sided, normalize, scale_memory: As in ``MeZO``.
         shaping: "base", "others", "ranks" or "zscore": how directions are compared.
         snapshot_interval: q, steps from one large batch to the next.
         snapshot_size: Rows of a large batch; "all" of them, or "batch", as many as a minibatch.
+        snapshot_lr, coupling: As in ``MeZOSVRG``.
+        restart_probability, momentum: Of ``ZOPAGE`` and of ``ZOSTORM``.
         lora_start_rows: Training examples from which LoRA adapters get their A before training; see
             ``initialise_lora``. The adapter is then saved as it starts in OUTPUT/initial_adapter,
             from where the trajectory replays. 0: the adapters start as they are.
@@ -73,13 +76,20 @@ class ZOConfig(TrainingArguments):
 
     learning_rate: float | None = _option(None, "None: the step by distance.")  # type: ignore[assignment]
     num_train_epochs: float | None = _option(None, "None: 3, or as many as max_queries is for.")  # type: ignore[assignment]
-    optimizer: str = _option("mezo", "mezo, mezo-svrg or zo-svrg.")
+    optimizer: str = _option("mezo", "mezo, mezo-svrg or zo-svrg, -spider, -page, -storm, -saga.")
     displacement: float | None = _option(None, "How far noise alone would move a weight.")
     perturbation_scale: float | None = _option(None, "mu.")
     num_directions: int | None = _option(None, "Directions of an estimate.")
+    one_sided: bool | None = _option(None, "One point a direction, or a pair.")
+    normalize: bool | None = _option(None, "Divide estimates by their running scale.")
+    scale_memory: float | None = _option(None, "Of that scale, from step to step.")
     shaping: str | None = _option(None, "base, others, ranks or zscore.")
     snapshot_interval: int | None = _option(None, "Steps between large batches.")
     snapshot_size: CountOrWord | None = _option(None, "Rows of a large batch, all or batch.")
+    snapshot_lr: float | None = _option(None, "Learning rate of snapshot steps.")
+    coupling: str | None = _option(None, "shared or independent.")
+    restart_probability: float | None = _option(None, "Of zo-page.")
+    momentum: float | None = _option(None, "Of zo-storm.")
     lora_start_rows: int = _option(0, "Examples from which LoRA adapters get their A.")
     noise: str | None = _option(None, "gaussian, rademacher, lowrank or lowrank-RANK.")
     max_queries: int | None = _option(None, "Budget in forward passes of one sample.")

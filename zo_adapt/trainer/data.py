@@ -8,11 +8,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.forms import Collate, Columns, is_column, is_table, rows_given
 from zo_adapt.data.labels import class_labels
 from zo_adapt.data.samples import Samples, stratified
-from zo_adapt.data.sources import Examples
+from zo_adapt.data.sources import Batch, Examples
 from zo_adapt.errors import DataError
 from zo_adapt.evaluation.objective import Objective
 

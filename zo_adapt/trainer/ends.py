@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from zo_adapt.loops.result import StopReason
 from zo_adapt.loops.run import Run
-from zo_adapt.loops.verdict import verdict
-from zo_adapt.step import Step
+from zo_adapt.loops.step_advice import verdict
+from zo_adapt.term import Step
 
 logger = logging.get_logger(__name__)
 
@@ -29,28 +29,28 @@ class AtRunEnds(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self.reason: StopReason | None = None
-        self._taken = True
+        self._made = True
         """Whether the step that ended the run was made."""
         self.steps: list[Step] = []
         """Those that this process made."""
 
     def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
         """Begin the run."""
-        self.reason, self._taken, self.steps = None, True, []
+        self.reason, self._made, self.steps = None, True, []
         self._trainer.begin_run(train_dataloader)
 
-    def stop(self, reason: StopReason, *, taken: bool) -> None:
+    def stop(self, reason: StopReason, *, made: bool) -> None:
         """End the run at this step.
 
         Args:
             reason: Why.
-            taken: Whether the step was made.
+            made: Whether the step was made.
         """
-        self.reason, self._taken = reason, taken
+        self.reason, self._made = reason, made
         control, state = self._trainer.control, self._trainer.state
         control.should_training_stop = True
         control.should_log = self._trainer.args.logging_strategy != "no"
-        if not taken:
+        if not made:
             state.global_step -= 1  # Trainer counts one now; nothing was evaluated or moved
 
     def advise(self, run: Run) -> None:
@@ -73,7 +73,7 @@ class AtRunEnds(TrainerCallback):
         self._only_once(args, state, control)
 
     def _only_once(self, args: Any, state: Any, control: Any) -> None:
-        if self._taken:
+        if self._made:
             return
         step = state.global_step
         saved = Path(args.output_dir or ".") / f"checkpoint-{step}"

@@ -6,9 +6,9 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.objective import Objective
+from zo_adapt.loops.lora_start import start_on
 from zo_adapt.trainer.data import TrainingRows
 from zo_adapt.trainer.state import INITIAL
-from zo_adapt.view.lora_start import start_on
 from zo_adapt.view.parameters import ParameterView
 
 

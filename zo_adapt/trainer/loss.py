@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zo_adapt.evaluation.mode import EvaluationMode
+from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
 
 

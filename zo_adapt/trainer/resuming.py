@@ -8,8 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from zo_adapt.loops.origin import described
+from zo_adapt.loops.resume import data_settings
+from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
-from zo_adapt.trainer.state import Checkpoint, last_whole_checkpoint
+from zo_adapt.trainer.data import TrainerSamples
+from zo_adapt.trainer.lora import save_start
+from zo_adapt.trainer.state import Checkpoint, begin_log, last_whole_checkpoint, save_state
+from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
 
 
@@ -18,7 +24,13 @@ class WholeCheckpoints:
 
     args: Any
     model: Any
+    view: ParameterView
+    compute_loss_func: Any
+    is_first_rank: bool
+    _run: Run | None
+    _samples: TrainerSamples
     _checkpoint: Checkpoint | None = None
+    _is_begun: bool
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **options: Any
@@ -44,12 +56,43 @@ class WholeCheckpoints:
             with self.sharing():  # type: ignore[attr-defined]
                 output = super().train(resume_from_checkpoint, *positional, **options)  # type: ignore[misc]
         finally:
-            self._end_run()
+            self._end_run()  # type: ignore[attr-defined]
         output.metrics["queries"] = self.queries  # type: ignore[attr-defined]
         return output
 
-    def _end_run(self) -> None:
-        """Give up what the run held."""
+    def _begin_log(self, run: Run) -> None:
+        folder = Path(self.args.output_dir or ".")
+        begin_log(run, folder, self._settings(), self._checkpoint)
+        if self.args.lora_start_rows and self._checkpoint is None and self.is_first_rank:
+            save_start(self.view, folder)
+        self._checkpoint, self._is_begun = None, True
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run depends on, beside its view, its budget and the model."""
+        run = self._run
+        if run is None:
+            return {}
+        optimizer: dict[str, Any] = getattr(run.optimizer, "settings", dict)()
+        data = data_settings(self._samples) if self._samples.has_length else {}
+        return {
+            **optimizer,
+            "seed": self.args.seed,
+            "batch_size": self.args.train_batch_size,
+            **data,
+            "objective": described(run.evaluator.objective),
+            "compute_loss_func": described(self.compute_loss_func),
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+        }
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self._run is not None and self.is_first_rank:
+            save_state(self._run, Path(output_dir), self._settings())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.fit(self.view)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
         with _parameters_kept(model or self.model):

@@ -17,7 +17,6 @@ from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.trajectory.file import Position
-from zo_adapt.trajectory.origin import base_hash
 from zo_adapt.trajectory.owned_file import OwnedFile
 from zo_adapt.trajectory.safe_file import read_state, replace_file, write_state
 from zo_adapt.view.group import Group, Groups
@@ -82,7 +81,7 @@ class Checkpoint(NamedTuple):
                 f"{len(view.tensors)} with {view.numel:,} in {groups}; resume with the same view, "
                 "or start from the checkpoint's weights"
             )
-        if None not in (kept["base"], base_hash(view)) and kept["base"] != base_hash(view):
+        if None not in (kept["base"], view.base_hash()) and kept["base"] != view.base_hash():
             raise TrajectoryError(
                 f"{self.folder} was made on another base model; load the one that it was made on"
             )
@@ -121,7 +120,7 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
             "scalars": view.numel,
             "groups": [group.as_list() for group in view.groups],
             "displacement": view.displacement,
-            "base": base_hash(view),
+            "base": view.base_hash(),
             "at_rest": sorted(view.at_rest),
         },
     }

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,36 +22,31 @@ from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_labels
 from zo_adapt.loops import former
-from zo_adapt.loops.arguments import checked_objective
+from zo_adapt.loops.arguments import check_evaluator, checked_objective
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
-from zo_adapt.loops.resume import data_settings
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.budget import Budget
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import former_keywords
-from zo_adapt.ranks.carried import Stopped
+from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
-from zo_adapt.trainer.lora import save_start, start_adapters
+from zo_adapt.trainer.lora import start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
-from zo_adapt.trainer.optimizer import AlreadyApplied
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
 from zo_adapt.trainer.sharing import SharedSteps
-from zo_adapt.trainer.state import begin_log, save_state
-from zo_adapt.trainer.undecayed import without_decay
-from zo_adapt.trajectory.origin import described
-from zo_adapt.view.group import Groups
+from zo_adapt.trainer.tuned_view import TunedView, has_no_values
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.get_logger(__name__)
 
 
-class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
+class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
     """transformers.Trainer whose training step sees losses only, never a gradient.
 
     theta <- optimizer step on f(theta) = mean loss of the training batch
@@ -118,6 +112,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         check_choices(args, view, objective, zo_optimizer, options)
         warn_of_ignored(args, objective is not None, options)
         collator = options.get("data_collator", positional[0] if positional else None)
+        check_evaluator(evaluator)
         wanted = None if objective is None else checked_objective(objective)
         if evaluator is not None and wanted is None:
             raise OptionError(
@@ -129,7 +124,7 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         args._n_gpu = 1  # as Trainer does where a model must not be replicated on every GPU
         super().__init__(model, args, *positional, **options)
         self.train_dataset = readable(self.train_dataset)
-        if _has_no_values(self.model):
+        if has_no_values(self.model):
             self.accelerator.device_placement = False  # of the base there is nothing to be moved
         if self.accelerator.scaler is not None:  # fp16: there are no gradients to scale
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
@@ -140,10 +135,6 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         self._is_begun = False
         self._end = AtRunEnds(self)
         self.add_callback(self._end)
-
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not _has_no_values(model):
-            super()._move_model_to_device(model, device)
 
     @property
     def stop_reason(self) -> StopReason | None:
@@ -159,29 +150,6 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
     def evaluation(self) -> Plan:
         """How training steps were evaluated, and in ``why_not`` why not faster."""
         return Plan() if self._run is None else self._run.evaluator.plan
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
-        if self.optimizer is None:
-            self.view = self._new_view()
-            # Schedules are functions of the share of the budget: some need a rate to be a share of.
-            rate = {"lr": self.args.learning_rate or 1.0}
-            self.optimizer = AlreadyApplied(list(self.view.tensors.values()), rate)
-        return self.optimizer
-
-    def _new_view(self) -> ParameterView:
-        view: ParameterView | None = self._given[0]
-        kept = self._checkpoint
-        if view is None:
-            # On resuming, the weights are those of the checkpoint already: what suits them now is
-            # not what suited them at the start.
-            groups: Groups = "auto" if kept is None else kept.groups
-            noise = self.args.noise or "gaussian"
-            view = ParameterView.trainable(self.model, noise=noise, groups=groups)
-        if self.args.weight_decay and self._given[2] is None and view.model is not None:
-            decaying = self.get_decay_parameter_names(view.model)
-            view = without_decay(view, view.tensors.keys() - set(decaying))
-        return view
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's, whole on every rank; of examples as they are where the objective collates."""
@@ -208,17 +176,17 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
             loss = step.value
             self._end.steps.append(step.brief())
         except BudgetExhausted:
-            self._end.stop(StopReason.MAX_QUERIES, taken=False)
+            self._end.stop(StopReason.MAX_QUERIES, made=False)
         except Stopped:
-            self._end.stop(StopReason.CALLBACK, taken=False)
+            self._end.stop(StopReason.CALLBACK, made=False)
         except FAULTS as error:
             reason = reason_of(error)
             logger.error(f"Training stops: {reason} ({error})")
-            self._end.stop(reason, taken=False)
+            self._end.stop(reason, made=False)
         else:
             is_last = self.state.global_step + 1 == self._planned
             if is_last or self.queries == self.args.max_queries:
-                self._end.stop(StopReason.MAX_QUERIES, taken=True)
+                self._end.stop(StopReason.MAX_QUERIES, made=True)
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -298,51 +266,12 @@ class ZOTrainer(WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
         if source.has_length or self._checkpoint is not None:
             self._begin_log(self._run)
 
-    def _begin_log(self, run: Run) -> None:
-        folder = Path(self.args.output_dir or ".")
-        begin_log(run, folder, self._settings(), self._checkpoint)
-        if self.args.lora_start_rows and self._checkpoint is None and self.is_first_rank:
-            save_start(self.view, folder)
-        self._checkpoint, self._is_begun = None, True
-
-    def _settings(self) -> dict[str, Any]:
-        """What a run depends on, beside its view, its budget and the model."""
-        run = self._run
-        if run is None:
-            return {}
-        optimizer: dict[str, Any] = getattr(run.optimizer, "settings", dict)()
-        data = data_settings(self._samples) if self._samples.has_length else {}
-        return {
-            **optimizer,
-            "seed": self.args.seed,
-            "batch_size": self.args.train_batch_size,
-            **data,
-            "objective": described(run.evaluator.objective),
-            "compute_loss_func": described(self.compute_loss_func),
-            "label_smoothing_factor": self.args.label_smoothing_factor,
-        }
-
     def _end_run(self) -> None:
         if self._run is not None:
             self._end.advise(self._run)
             self._run.close()
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._run is not None and self.is_first_rank:
-            save_state(self._run, Path(output_dir), self._settings())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._checkpoint is not None:
-            self._checkpoint.fit(self.view)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
     def _schedule(self, progress: float) -> float:
         """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
         factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
         return factor(progress * self.state.max_steps)
-
-
-def _has_no_values(model: nn.Module) -> bool:
-    """Whether the base is served, and here are its shapes alone."""
-    return any(parameter.is_meta for parameter in model.parameters())

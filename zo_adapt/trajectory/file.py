@@ -29,8 +29,8 @@ from zo_adapt.errors import (
     TrajectoryError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.noise.seeds import NAME, Seeds
-from zo_adapt.step import Step
+from zo_adapt.noise.entries import NAME, Seeds
+from zo_adapt.term import Step
 from zo_adapt.trajectory.record import decoded
 from zo_adapt.trajectory.valid import check_header_form, check_step_form
 

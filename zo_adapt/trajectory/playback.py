@@ -21,10 +21,9 @@ from torch import Tensor
 
 from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.noise.seeds import NAME
+from zo_adapt.noise.entries import NAME
 from zo_adapt.term import Shift, Term
 from zo_adapt.trajectory.file import Reader
-from zo_adapt.trajectory.origin import base_hash
 from zo_adapt.view.parameters import ParameterView
 
 WIDTH, WIDTH_OF_FACTORS = 4096, 256
@@ -48,7 +47,7 @@ def header_of(view: ParameterView, seed: int, **more: Any) -> dict[str, Any]:
         "noise": view.noise.name,
         "fingerprint": view.fingerprint(),
         "initial": view.hash(),
-        "base": base_hash(view),
+        "base": view.base_hash(),
         "seeds": [NAME, seed],
         "versions": _versions(),
         **({"at_rest": sorted(view.at_rest)} if view.at_rest else {}),
@@ -74,7 +73,7 @@ def check_origin(view: ParameterView, header: Mapping[str, Any], path: str | Pat
     Raises:
         TrajectoryError: Says how to go on all the same.
     """
-    begun, here = header.get("base"), None if header.get("base") is None else base_hash(view)
+    begun, here = header.get("base"), None if header.get("base") is None else view.base_hash()
     if begun is not None and here is not None and begun != here:
         raise TrajectoryError(
             f"{path} was made on another base model (frozen weights {begun[:12]}..., here "

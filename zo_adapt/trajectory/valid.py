@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.errors import CorruptTrajectoryError
-from zo_adapt.step import Step
-from zo_adapt.term import SEED_LIMIT
+from zo_adapt.term import SEED_LIMIT, Step
 
 LARGEST_COUNT = 2**63
 """Scalars of a tensor: more than any has."""

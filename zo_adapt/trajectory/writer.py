@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.errors import TrajectoryWriteError
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import (
     HEAD,
     MAGIC,

@@ -2,12 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_adapt.view.group import Group
+from zo_adapt.view.inspection import Inspection
+
+SAMPLED = 1024
+"""Elements of a large tensor that are looked at, evenly spaced."""
+WHOLE_BYTES = 1 << 26
+"""Frozen weights of up to so many bytes are looked at whole: a tenth of a second."""
 
 
 def fingerprint_of(
@@ -30,6 +37,55 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(bits.numpy().data)
+        whole = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(whole.numpy().data)
     return digest.hexdigest()
+
+
+def hash_of_frozen(model: nn.Module | None, inspection: Inspection) -> str | None:
+    """sha256 over the weights of a view's model that are not tuned; None where there are none.
+
+    Names, shapes, dtypes and the elements of every parameter and saved buffer outside the view:
+    all elements where these are ``WHOLE_BYTES`` at most; of a larger model ``SAMPLED`` evenly
+    spaced ones of every tensor, which tell one checkpoint from another and may miss a change of
+    single numbers.
+    """
+    if model is None:
+        return None
+    is_tuned = inspection.holding()
+    frozen = [(name, tensor) for name, tensor in _saved_tensors(model) if not is_tuned(tensor)]
+    is_small = sum(t.numel() * t.element_size() for _, t in frozen) <= WHOLE_BYTES
+    digest = hashlib.sha256()
+    for name, tensor in frozen:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(bits(tensor, None if is_small else SAMPLED))
+    return digest.hexdigest() if frozen else None
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def bits(tensor: Tensor, most: int | None = SAMPLED) -> bytes:
+    """The bits of a tensor's elements, of so many of them if it has more.
+
+    Nothing of one that is not there or not dense.
+    """
+    if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__module__ not in _DENSE:
+        return b""
+    if not tensor.numel():
+        return b""
+    picked = tensor.detach()
+    if most is not None and tensor.numel() > most:
+        places = np.linspace(0, tensor.numel() - 1, most).astype(np.int64)
+        axes = np.unravel_index(places, tuple(tensor.shape))
+        picked = picked[tuple(torch.from_numpy(axis).to(tensor.device) for axis in axes)]
+    return picked.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+_DENSE = ("torch", "torch.nn.parameter")
+"""Modules of the classes whose elements are what they seem; not those of quantised subclasses."""

@@ -15,10 +15,9 @@ from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coa
 from zo_adapt.view.copied import Copied
 from zo_adapt.view.group import Groups
 from zo_adapt.view.layerwise import Layerwise
-from zo_adapt.view.room import Room
-from zo_adapt.view.stacks import Stacks
+from zo_adapt.view.moved import Stacks, Updates
+from zo_adapt.view.precision import Room
 from zo_adapt.view.tuned import Scratch, TunedTensors
-from zo_adapt.view.updates import Updates
 from zo_adapt.view.usage import Usage
 
 

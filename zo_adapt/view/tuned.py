@@ -13,7 +13,7 @@ from zo_adapt.view import selection
 from zo_adapt.view.adapters import adapter_names, check_adapters
 from zo_adapt.view.defaults import displacement_and_groups
 from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
-from zo_adapt.view.identity import fingerprint_of, hash_of
+from zo_adapt.view.identity import fingerprint_of, hash_of, hash_of_frozen
 from zo_adapt.view.inspection import Inspection
 from zo_adapt.view.summary import in_one_line, summary_of
 from zo_adapt.view.tensors import finite_norm, tunable
@@ -173,6 +173,10 @@ class TunedTensors:
     def hash(self) -> str:
         """sha256 of the tensors' bits in row-major order: which weights these are."""
         return hash_of(self.tensors)
+
+    def base_hash(self) -> str | None:
+        """sha256 of the model's frozen weights: which base this is. None where there are none."""
+        return hash_of_frozen(self.model, self.inspection)
 
     def check_adapters(self) -> None:
         """Refuse a merged or disabled peft adapter, and a tensor of an inactive one.

@@ -4,7 +4,7 @@ import logging
 from functools import cached_property
 from typing import Any
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.low_rank import LowRankCandidates
 from zo_adapt.evaluation.objective import Objective, SetObjective

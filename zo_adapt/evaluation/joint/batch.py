@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.rows import concatenate_rows, second_sizes, select_rows
-from zo_adapt.data.sources import TensorRows
+from zo_adapt.data.sources import Batch, TensorRows
 from zo_adapt.evaluation.values import RowsOf
 
 
@@ -43,7 +42,7 @@ class JointBatch(Batch):
         """What the objective is called with.
 
         Raises:
-            NoRowsError: The rows of the source's batches cannot be told.
+            NoRowsError: It is not known where the rows of the source's batches are.
         """
         if isinstance(self.source, TensorRows):
             return self.source.take(self.rows)

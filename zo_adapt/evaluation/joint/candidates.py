@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_adapt.evaluation.forward import replaced_forwards
-from zo_adapt.evaluation.joint.blocks import Blocks, calling_in, fits
-from zo_adapt.evaluation.trunk.cut import RefusedError, cut
+from zo_adapt.evaluation.joint.row_blocks import Blocks, calling_in, fits
+from zo_adapt.evaluation.model_state import replaced_forwards
+from zo_adapt.evaluation.trunk.cut_point import RefusedError, cut
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
@@ -30,7 +30,7 @@ Forward = Callable[[nn.Module, Tensor, Stacks, int], Tensor]
 
 
 class NotJoint(Exception):
-    """A signal to the caller: this cannot be computed for several candidates at once."""
+    """This cannot be computed for several candidates at once; they are evaluated one by one."""
 
 
 class Candidates:

@@ -10,8 +10,8 @@ from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.factors import Factors, Wanted
 from zo_adapt.noise.low_rank import Matrices
 from zo_adapt.noise.sums import Sums
+from zo_adapt.view.moved import Stacks
 from zo_adapt.view.parameters import ParameterView
-from zo_adapt.view.stacks import Stacks
 
 
 class FactorRoom:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.joint.memory import bytes_for_rows
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.view.parameters import ParameterView

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from zo_adapt.data.batches import Batch
+from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, ManyPoints

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.evaluation.forward import replaced_forwards
 from zo_adapt.evaluation.joint import thin
-from zo_adapt.evaluation.joint.blocks import Blocks, calling_in
 from zo_adapt.evaluation.joint.candidates import NotJoint, frozen_layers, is_compiled
 from zo_adapt.evaluation.joint.factor_room import FactorRoom
+from zo_adapt.evaluation.joint.row_blocks import Blocks, calling_in
 from zo_adapt.evaluation.joint.rows import Rows
+from zo_adapt.evaluation.model_state import replaced_forwards
 from zo_adapt.interrupt import Guard
 from zo_adapt.noise.low_rank import Matrices
 from zo_adapt.noise.sums import Memory, Sums

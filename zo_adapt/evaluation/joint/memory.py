@@ -22,5 +22,5 @@ def bytes_for_rows(view: ParameterView) -> int:
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     weights = () if view.model is None else view.model.parameters()
-    taken = sum(w.nbytes for w in weights if w.device == device)
-    return int(SHARE["cuda" if device.type == "cuda" else "cpu"] * max(0, total - taken))
+    occupied = sum(w.nbytes for w in weights if w.device == device)
+    return int(SHARE["cuda" if device.type == "cuda" else "cpu"] * max(0, total - occupied))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.evaluation.joint.blocks import Blocks, fits
 from zo_adapt.evaluation.joint.candidates import NotJoint
+from zo_adapt.evaluation.joint.row_blocks import Blocks, fits
 
 
 class Rows:

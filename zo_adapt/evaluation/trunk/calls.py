@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.evaluation.forward import replaced_forwards
+from zo_adapt.evaluation.model_state import replaced_forwards
 from zo_adapt.evaluation.trunk.call import Call, kind_of
-from zo_adapt.evaluation.trunk.cut import Cut
+from zo_adapt.evaluation.trunk.cut_point import Cut
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
 from zo_adapt.evaluation.trunk.parts import parts_of, tensors_of
 from zo_adapt.evaluation.trunk.store import Store
@@ -22,7 +22,7 @@ from zo_adapt.interrupt import undone
 
 
 class Recorded(Exception):
-    """A signal to the caller: the frozen layers have run, and no more was wanted."""
+    """Ends a forward when the frozen layers have run, where no more is wanted."""
 
 
 class Calls:
@@ -100,7 +100,7 @@ class Calls:
         try:
             rows = self.keys.of(arguments)
         except ForeignArgumentError as error:
-            self._refuse(f"the model is called with a {error}, whose content cannot be told")
+            self._refuse(f"the model is called with a {error}, whose content is not known")
             return Call(None, served=False, watched=False)
         known = bool(rows.keys) and self.refusal is None
         served = known and self.serving and self.store.holds(rows.keys)

@@ -1,6 +1,6 @@
 """How an objective calls its model: which of a batch's tensors it hands on, and what beside them.
 
-What is known of a batch's rows can then be told without running anything.
+What is known of a batch's rows is then known without running anything.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class Form(NamedTuple):
 
 
 def form_of(content: Mapping[str, Tensor], call: Call) -> Form | None:
-    """The form of a call that was answered; None where it cannot be told from the batch.
+    """The form of a call that was answered; None where the batch does not say it.
 
     Args:
         content: The batch.

@@ -20,7 +20,7 @@ from torch import Tensor
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.call import Call, kind_of
 from zo_adapt.evaluation.trunk.calls import Calls, Recorded, skipped
-from zo_adapt.evaluation.trunk.cut import RefusedError, can_trim, cut
+from zo_adapt.evaluation.trunk.cut_point import RefusedError, can_trim, cut
 from zo_adapt.evaluation.trunk.form import Form
 from zo_adapt.evaluation.trunk.keys import Keys, Rows
 from zo_adapt.evaluation.trunk.store import Storage, Store
@@ -129,7 +129,7 @@ class FrozenTrunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken for activations."""
+        """Bytes that activations occupy."""
         return self._store.nbytes
 
     def forget(self) -> None:
@@ -147,7 +147,7 @@ class FrozenTrunk:
         Args:
             function: Runs the model in evaluation mode; with gradients enabled, all of it.
             content: A batch.
-            note: Told of the model's call, where there was one and it was answered.
+            note: Called with the model's call, where there was one and it was answered.
         """
         if self.why_not is None:
             self._notice_changes()

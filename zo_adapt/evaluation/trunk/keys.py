@@ -20,7 +20,7 @@ Leaves = list[tuple[str, Leaf]]
 
 
 class ForeignArgumentError(Exception):
-    """A call has an argument whose content cannot be told, such as a cache of keys and values."""
+    """A call has an argument whose content is not known, such as a cache of keys and values."""
 
 
 class Rows(NamedTuple):
@@ -71,7 +71,7 @@ class Keys:
         leaves.append(("autocast", _autocast()))
         tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
         if any(tensor.is_inference() for tensor in tensors):
-            return _rows(leaves, self.trims)
+            return read_rows(leaves, self.trims)
         same = tuple(
             (label, id(leaf), leaf._version) if isinstance(leaf, Tensor) else (label, leaf)
             for label, leaf in leaves
@@ -80,7 +80,7 @@ class Keys:
             while self._known and self._bytes() + sum(t.nbytes for t in tensors) > REMEMBERED:
                 del self._known[next(iter(self._known))]
             # The tensors are kept too, so that no other gets their id.
-            self._known[same] = tensors, _rows(leaves, self.trims)
+            self._known[same] = tensors, read_rows(leaves, self.trims)
         return self._known[same][1]
 
     def _bytes(self) -> int:
@@ -107,7 +107,8 @@ def _autocast() -> str:
     return repr([(kind, torch.get_autocast_dtype(kind)) for kind in kinds])
 
 
-def _rows(leaves: Leaves, trims: bool) -> Rows:
+def read_rows(leaves: Leaves, trims: bool) -> Rows:
+    """The rows of a call's tensors, each by a hash of its content: this waits for a GPU."""
     size = max((len(t) for _, t in leaves if isinstance(t, Tensor) and t.dim() > 1), default=0)
     mask = dict(leaves).get(".attention_mask") if trims else None
     starts, stops, width = _spans(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)

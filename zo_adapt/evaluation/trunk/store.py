@@ -43,7 +43,7 @@ class Store:
 
     def __init__(self, max_bytes: int, storage: Storage) -> None:
         self.max_bytes, self.storage = max_bytes, storage
-        self._told = False
+        self._warned = False
         self.clear()
 
     def clear(self) -> None:
@@ -59,7 +59,7 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken."""
+        """Bytes occupied."""
         return sum(part.nbytes for part in self._parts)
 
     def holds(self, keys: Sequence[bytes]) -> bool:
@@ -205,8 +205,8 @@ class Store:
         return pieces
 
     def _tell(self) -> None:
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             logger.info(
                 "%d rows fill the %d bytes kept for the frozen layers; more bytes, more reuse",
                 len(self),

@@ -1,17 +1,29 @@
-"""A step's probes cut into blocks: what one call of the objective answers, wherever it is made.
+"""A step's probes cut into blocks, the answers to them, and what evaluators that give them share.
 
 How probes are cut depends on the probes alone, never on how many processes share the blocks, so
 that a value is computed from the same rows, side by side in the same order, in any of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from zo_adapt.evaluation.protocol import Evaluation
+from zo_adapt.evaluation.objective import (
+    Objective,
+    ObjectiveLike,
+    SetObjective,
+    as_objective,
+    keeps_batch_whole,
+    ready,
+)
+from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation
+from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.values import checked_values
+from zo_adapt.view.parameters import ParameterView
 
 
 class Block(NamedTuple):
@@ -36,7 +48,7 @@ class Block(NamedTuple):
         return answer.probe in self.probes and (not self.parts or answer.part in self.parts)
 
 
-def joined(blocks: Sequence[Block]) -> Iterator[Block]:
+def merged(blocks: Sequence[Block]) -> Iterator[Block]:
     """Neighbouring micro-batches of one probe as one block: the view is then shifted once."""
     for (probes, cut), run in groupby(blocks, key=lambda block: (block.probes, bool(block.parts))):
         parts = tuple(part for block in run for part in block.parts)
@@ -87,3 +99,54 @@ def _evaluation(answers: list[Answer], sign: float) -> Evaluation:
     if len(means) == 1:
         return Evaluation(sign * means[0])
     return Evaluation(sign * float(np.average(means, weights=[one.rows for one in answers])))
+
+
+class CountingEvaluator:
+    """Base of evaluators. One query = one forward of one sample.
+
+    Args:
+        objective: What is asked: an ``Objective``, or any callable of a batch.
+        view: Where the probes shift.
+        options: Memory and speed.
+        batch_size: Rows of a step's minibatch: most rows in one call of the objective where the
+            options do not say; None is no limit.
+        max_queries: Budget; a step that does not fit is not begun.
+        maximize: Flip the sign, here and nowhere else; None: as the objective says.
+    """
+
+    def __init__(
+        self,
+        objective: ObjectiveLike,
+        view: ParameterView,
+        options: EvaluationOptions,
+        *,
+        batch_size: int | None = None,
+        max_queries: int | None = None,
+        maximize: bool | None = None,
+    ) -> None:
+        self.objective: Objective = as_objective(objective)
+        self.view = view
+        maximize = self.objective.maximize if maximize is None else maximize
+        self.sign = -1.0 if maximize else 1.0
+        check_micro_batch_size(self.objective, options.micro_batch_size, batch_size)
+        whole = keeps_batch_whole(self.objective)
+        self.micro_batch_size = None if whole else options.micro_batch_size or batch_size
+        self.max_queries, self.queries = max_queries, 0
+        self._function: Callable[[Any], Any] = self.objective
+        self._score: Callable[[list[Any]], Any] | None = None
+        if isinstance(self.objective, SetObjective):
+            self._function, self._score = self.objective.predict, self.objective.score
+
+    def reserve(self, queries: int) -> None:
+        """Count queries that are about to be made.
+
+        Raises:
+            BudgetExhausted: More than are left.
+        """
+        if self.max_queries is not None and self.queries + queries > self.max_queries:
+            raise BudgetExhausted
+        self.queries += queries
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """The objective's own evaluation mode, or a check that the model is in it."""
+        return ready(self.objective, self.view.model)

@@ -1,4 +1,4 @@
-"""What a run depends on beside its view and settings: frozen weights, data, objective.
+"""What a run depends on beside its view and settings: data and objective.
 
 Each as a short text that is the same on every device and in every process, to be kept in a header
 and compared on resuming. Large things are looked at in places: enough to tell one checkpoint or
@@ -9,77 +9,23 @@ import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zo_adapt.data.sources import Source
 from zo_adapt.evaluation.objective import Objective
-from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.identity import SAMPLED, bits
 
-SAMPLED = 1024
-"""Elements of a large tensor that are looked at, evenly spaced."""
-WHOLE_BYTES = 1 << 26
-"""Frozen weights of up to so many bytes are looked at whole: a tenth of a second."""
 ROWS = 32
 """Rows of the data that are looked at, evenly spaced."""
 _PLAIN = (str, bytes, int, float, bool, type(None), np.generic)
 _DEPTH = 6
 LONGEST = 256
 """Entries of a list that are listed in a description."""
-
-
-def base_hash(view: ParameterView) -> str | None:
-    """sha256 over the frozen weights of a view's model; None where there are none.
-
-    Names, shapes, dtypes and the elements of every parameter and saved buffer outside the view:
-    all elements where these are ``WHOLE_BYTES`` at most; of a larger model ``SAMPLED`` evenly
-    spaced ones of every tensor, which tell one checkpoint from another and may miss a change of
-    single numbers.
-    """
-    if view.model is None:
-        return None
-    is_tuned = view.inspection.holding()
-    frozen = [(name, tensor) for name, tensor in _saved_tensors(view.model) if not is_tuned(tensor)]
-    is_small = sum(t.numel() * t.element_size() for _, t in frozen) <= WHOLE_BYTES
-    digest = hashlib.sha256()
-    for name, tensor in frozen:
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bits(tensor, None if is_small else SAMPLED))
-    return digest.hexdigest() if frozen else None
-
-
-def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(path, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield name, buffer
-
-
-def _bits(tensor: Tensor, most: int | None = SAMPLED) -> bytes:
-    """The bits of a tensor's elements, of so many of them if it has more.
-
-    Nothing of one that is not there or not dense.
-    """
-    if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__module__ not in _DENSE:
-        return b""
-    if not tensor.numel():
-        return b""
-    picked = tensor.detach()
-    if most is not None and tensor.numel() > most:
-        places = np.linspace(0, tensor.numel() - 1, most).astype(np.int64)
-        axes = np.unravel_index(places, tuple(tensor.shape))
-        picked = picked[tuple(torch.from_numpy(axis).to(tensor.device) for axis in axes)]
-    return picked.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-_DENSE = ("torch", "torch.nn.parameter")
-"""Modules of the classes whose elements are what they seem; not those of quantised subclasses."""
 
 
 def rows_hash(source: Source) -> str | None:
@@ -125,7 +71,7 @@ def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
     """A value's content; of what is neither plain nor made of plain things, the kind alone."""
     update(type(value).__name__.encode() + b"\0")
     if isinstance(value, Tensor):
-        update(str((list(value.shape), value.dtype)).encode() + _bits(value))
+        update(str((list(value.shape), value.dtype)).encode() + bits(value))
     elif isinstance(value, np.ndarray) and value.dtype != object:
         update(str((value.shape, value.dtype)).encode() + value.tobytes()[: 8 * SAMPLED])
     elif isinstance(value, _PLAIN):

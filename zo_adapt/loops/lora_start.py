@@ -21,14 +21,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.data.batches import Batch
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
 from zo_adapt.errors import AdapterError
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, ready
+from zo_adapt.loops.moments import Moment
 from zo_adapt.options import at_least_one
 from zo_adapt.view.adapters import adapted_modules
-from zo_adapt.view.moments import Moment
 
 
 class LoraStart(NamedTuple):

@@ -11,7 +11,7 @@ MOST_BYTES = 4096
 
 
 class Stopped(Exception):
-    """A signal to the loop: the callback has stopped the run, on this rank or on another."""
+    """The callback has stopped the run, on this rank or on another. The loop ends the run."""
 
 
 def carried(error: BaseException) -> np.ndarray:

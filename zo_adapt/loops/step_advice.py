@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.step_size import ByDistance
-from zo_adapt.step import Step
+from zo_adapt.term import Step
 
 FEWEST_STEPS = 24
 """Shorter runs are trials: nothing is said of them."""

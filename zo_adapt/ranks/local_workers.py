@@ -24,7 +24,7 @@ FUNCTIONS_OF_MAIN = (
 
 
 def starts_workers(workers: Workers) -> bool:
-    """Whether a run has to start processes: it is told to, and nobody else has."""
+    """Whether a run has to start processes: it is asked to, and nobody else has."""
     wanted = workers.count is not None and workers.count > 1
     return wanted and not is_launched() and not (dist.is_available() and dist.is_initialized())
 

@@ -1,0 +1,103 @@
+"""What ZOTrainer tunes: its view, and what stands where Trainer wants a torch optimizer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo_adapt.trainer.state import Checkpoint
+from zo_adapt.view.group import Group, Groups
+from zo_adapt.view.parameters import ParameterView
+
+
+class TunedView:
+    """For Trainer: what is tuned, on resuming what was tuned before."""
+
+    args: Any
+    model: Any
+    optimizer: Any
+    _given: tuple[Any, Any, Any]
+    _checkpoint: Checkpoint | None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
+        if self.optimizer is None:
+            self.view = self._new_view()
+            # Schedules are functions of the share of the budget: some need a rate to be a share of.
+            rate = {"lr": self.args.learning_rate or 1.0}
+            self.optimizer = AlreadyApplied(list(self.view.tensors.values()), rate)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def _new_view(self) -> ParameterView:
+        view: ParameterView | None = self._given[0]
+        kept = self._checkpoint
+        if view is None:
+            # On resuming, the weights are those of the checkpoint already: what suits them now is
+            # not what suited them at the start.
+            groups: Groups = "auto" if kept is None else kept.groups
+            noise = self.args.noise or "gaussian"
+            view = ParameterView.trainable(self.model, noise=noise, groups=groups)
+        if self.args.weight_decay and self._given[2] is None and view.model is not None:
+            decaying = self.get_decay_parameter_names(view.model)  # type: ignore[attr-defined]
+            view = without_decay(view, view.tensors.keys() - set(decaying))
+        return view
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not has_no_values(model):
+            super()._move_model_to_device(model, device)  # type: ignore[misc]
+
+
+class AlreadyApplied(torch.optim.Optimizer):
+    """Holds the parameters and the rate: no state, and no step of its own."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: the training step has moved the weights."""
+
+
+def without_decay(view: ParameterView, names: Iterable[str]) -> ParameterView:
+    """The same view, of which some tensors do not decay: in Trainer LayerNorms and biases.
+
+    Args:
+        view: The view.
+        names: Of tensors; those that it does not hold are passed over.
+
+    Example:
+        >>> import torch
+        >>> view = ParameterView({"weight": torch.ones(2), "bias": torch.ones(2)})
+        >>> without_decay(view, ["bias"]).groups
+        (Group(names=['bias'], lr=1.0, perturbation_scale=1.0, decays=False), \
+Group('', lr=1.0, perturbation_scale=1.0))
+    """
+    exempt = {name for name in names if name in view.tensors and view.group_of(name).decays}
+    parts = [
+        (group, [name for name in view.tensors if name in exempt and view.group_of(name) is group])
+        for group in view.groups
+    ]
+    new = [
+        Group(
+            names=members,
+            lr=group.lr,
+            perturbation_scale=group.perturbation_scale,
+            decays=False,
+        )
+        for group, members in parts
+        if members and group.lr * group.perturbation_scale > 0  # what rests does not decay
+    ]
+    if not new:
+        return view
+    changed = ParameterView(
+        view.tensors,
+        model=view.model,
+        noise=view.noise.name,
+        groups=[*new, *view.groups[:-1]],
+        scratch="layer" if view.by_layer else "copy",
+    )
+    changed.displacement = view.displacement
+    return changed
+
+
+def has_no_values(model: nn.Module) -> bool:
+    """Whether the base is served, and here are its shapes alone."""
+    return any(parameter.is_meta for parameter in model.parameters())
