@@ -7,11 +7,12 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from typing import Any, Self
 
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import NotServableError, ServedModelError
-from zo_adapt.evaluation.answers import CountingEvaluator
+from zo_adapt.evaluation.answers import Answer, CountingEvaluator, evaluations
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
@@ -151,16 +152,16 @@ class ServedEvaluator(CountingEvaluator):
                 " as evaluator=..., or call bound_to(objective, view, EvaluationOptions())"
             )
         self.reserve(sum(len(probe.batch) for probe in probes))
-        found: dict[int, Evaluation] = {}
+        found: list[Answer] = []
         with gradients_off(), self.ready():
             for points in _in_portions(probes, self.server.limits.adapters):
-                found |= self._at(points, probes, self._served)
-        return [found[index] for index in range(len(probes))]
+                found += self._at(points, probes, self._served)
+        return evaluations([answer.checked() for answer in found], self.sign)
 
     def _at(
         self, points: Mapping[Shift, Sequence[int]], probes: Sequence[Probe], adapter: Tuned
-    ) -> dict[int, Evaluation]:
-        """The answers to the probes of some points, by their index."""
+    ) -> list[Answer]:
+        """The answers to the probes of some points."""
         self._candidates = max(self._candidates, len(points))
         tasks: list[Task] = []
         with self._loaded(list(points), adapter) as names:
@@ -171,15 +172,17 @@ class ServedEvaluator(CountingEvaluator):
                     for part in probes[index].batch.micro_batches(self.micro_batch_size)
                 ]
             values = answered(self._function, tasks, self.server)
-        by_probe: dict[int, list[Any]] = {}
-        sizes: dict[int, list[int]] = {}
-        for task, value in zip(tasks, values, strict=True):
-            by_probe.setdefault(task.probe, []).append(value)
-            sizes.setdefault(task.probe, []).append(len(task.part))
-        return {
-            index: self._evaluation(*self._scored(returned, sizes[index]))
-            for index, returned in by_probe.items()
-        }
+        found = [
+            Answer(task.probe, part, len(task.part), value)
+            for part, (task, value) in enumerate(zip(tasks, values, strict=True))
+        ]
+        if self._score is None:
+            return found
+        found.sort(key=lambda answer: answer[:2])
+        return [
+            Answer(index, 0, len(probes[index].batch), self._score([one.returned for one in own]))
+            for index, own in groupby(found, lambda answer: answer.probe)
+        ]
 
     @contextmanager
     def _loaded(self, points: Sequence[Shift], adapter: Tuned) -> Iterator[list[str]]:
