@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from objectives import CausalLMLoss
 from support.real_data import smollm2_folder
-from zo_adapt import MeZO, ParameterView, minimize
+from zo_adapt import MeZO, ParameterView, Step, minimize
 from zo_adapt.loops.result import Result
 
 PACKAGES = {"fp32": "torch", "nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao"}
@@ -83,6 +83,12 @@ def run(kind: str, name: str, folder: str, device: str, **options: Any) -> tuple
     return result, view.hash()
 
 
+def cut_off(step: Step) -> None:
+    """Stop half way."""
+    if step.step == STEPS // 2:
+        raise StopIteration
+
+
 def row(kind: str, name: str, folder: str, device: str) -> dict[str, Any]:
     """What was found of a kind of base and a view."""
     told: list[str] = []
@@ -99,7 +105,7 @@ def row(kind: str, name: str, folder: str, device: str) -> dict[str, Any]:
         _, again = run(kind, name, folder, device, max_steps=STEPS)
         with tempfile.TemporaryDirectory() as own:
             file = Path(own) / "run.zot"
-            run(kind, name, folder, device, max_steps=STEPS // 2, trajectory=file)
+            run(kind, name, folder, device, max_steps=STEPS, trajectory=file, callback=cut_off)
             _, resumed = run(
                 kind, name, folder, device, max_steps=STEPS, trajectory=file, resume=True
             )
