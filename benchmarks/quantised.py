@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product
     folder, found = args.model or str(smollm2_folder()), []
     for kind in args.kinds:
         if find_spec(PACKAGES[kind]) is None:
