@@ -15,8 +15,9 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo "$$python" && break; done)
 
-# Two workers of one thread: on 2 cores faster than one worker of two, or two of two.
-PYTEST_ARGS ?= -n 2
+# Two workers of one thread: on 2 cores faster than one worker of two, or two of two. By group, so that
+# what several tests share (processes that were started) is made by one worker alone.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure oldest evidence clean
 

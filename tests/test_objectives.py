@@ -52,15 +52,6 @@ pytestmark = pytest.mark.filterwarnings(
 WORDS = [7, 30]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other longer than models of this size compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def examples(rows: int = 7, classes: int = 2, **options: Any) -> list[dict[str, Any]]:
     ids = token_rows(rows, **options)
     return [{"input_ids": row, "label": i % classes} for i, row in enumerate(ids)]

@@ -22,6 +22,7 @@ from zo_adapt.ranks.evaluator import shared_out
 from zo_adapt.ranks.replicas import checksum
 from zo_adapt.trajectory.file import Reader
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one start of the processes for all of them
 TESTS = Path(__file__).parent
 SHARED = [(size, name) for size, cases in ((2, FEW), (3, CASES)) for name in cases]
 
@@ -50,7 +51,6 @@ def found(folder: Path, size: int, rank: int) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("size, name", SHARED, ids=str)
 def test_several_processes_make_the_run_of_one(done: Path, size: int, name: str) -> None:
     expected = found(done, 1, 0)[name]

@@ -126,6 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, trainer.view.hash()
 
 
+@pytest.mark.xdist_group("whole training")
 @pytest.mark.parametrize("left", ["nothing", "an empty folder", "half a checkpoint"])
 def test_a_kill_before_the_first_checkpoint_is_whole_begins_afresh(
     whole: tuple[Path, str], tmp_path: Path, left: str
