@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from zo_adapt.errors import OptionError
@@ -62,6 +62,19 @@ def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
             "text for each prompt"
         )
     return dict(given)
+
+
+def check_count(written: Tensor, prompts: Tensor) -> None:
+    """Refuse another number of texts than one for each prompt.
+
+    Raises:
+        OptionError: Gives both.
+    """
+    if len(written) != len(prompts):
+        raise OptionError(
+            f"generate returned {len(written)} texts for {len(prompts)} prompts; leave "
+            "num_return_sequences=1"
+        )
 
 
 class Ending:

@@ -18,6 +18,7 @@ from objectives._fit import positions
 from objectives._generation_options import (
     GREEDY,
     Ending,
+    check_count,
     checked_options,
     sampling_options,
     special_tokens,
@@ -188,7 +189,7 @@ class Generator:
         output = self._generate(ids, mask, self._config(self.longest), processors, shared, **given)
         output = output if isinstance(output, Tensor) else output.sequences
         finite.check()
-        _check_count(output, ids)
+        check_count(output, ids)
         return self._without_prompt(output, ids).tolist()
 
     def _by_stages(
@@ -208,7 +209,7 @@ class Generator:
                 output = self._generate(*now, config, processors, shared, half, **more)
             finite.check()
             found = output.sequences
-            _check_count(found, rows)
+            check_count(found, rows)
             for row, text in zip(rows.tolist(), found[:, width:].tolist(), strict=True):
                 written[row] = text
             kept = half.kept(found)
@@ -295,11 +296,3 @@ class Generator:
         # peft's prompt tuning generates from embeddings, and then there is no prompt to leave out.
         begins_with_it = torch.equal(output[:, :width], prompt)
         return output[:, width:] if begins_with_it else output
-
-
-def _check_count(written: Tensor, prompts: Tensor) -> None:
-    if len(written) != len(prompts):
-        raise OptionError(
-            f"generate returned {len(written)} texts for {len(prompts)} prompts; leave "
-            "num_return_sequences=1"
-        )
