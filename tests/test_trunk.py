@@ -128,17 +128,18 @@ def run(family: str, reuse: Any, optimizer: Any, **options: Any) -> Any:
     return result, view
 
 
-@pytest.mark.parametrize("reuse", ["auto", "on", "own"])
-@pytest.mark.parametrize("optimizer", [MeZO(lr=1e-3), MeZOSVRG()])
+@pytest.mark.parametrize("optimizer", [MeZO(lr=1e-3), MeZOSVRG(displacement=0.1)])
 @pytest.mark.parametrize("family", ["roberta", "gpt2"])
-def test_a_run_is_the_same_run(family: str, optimizer: Any, reuse: Any) -> None:
-    (plain, weights), (reused, again) = (run(family, r, optimizer) for r in ("off", reuse))
-    assert plain.queries == reused.queries
-    for a, b in zip(plain.history, reused.history, strict=True):
-        assert a.value == pytest.approx(b.value, rel=1e-5)
-        assert a.projected_gradient == pytest.approx(b.projected_gradient, rel=1e-2)
-    for name, tensor in weights.tensors.items():
-        torch.testing.assert_close(again.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+def test_a_run_is_the_same_run(family: str, optimizer: Any) -> None:
+    plain, weights = run(family, "off", optimizer)
+    for reuse in ("auto", "on", "own"):
+        reused, again = run(family, reuse, optimizer)
+        assert plain.queries == reused.queries
+        for a, b in zip(plain.history, reused.history, strict=True):
+            assert a.value == pytest.approx(b.value, rel=1e-5)
+            assert a.projected_gradient == pytest.approx(b.projected_gradient, rel=1e-2)
+        for name, tensor in weights.tensors.items():
+            torch.testing.assert_close(again.tensors[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_runs_the_frozen_layers_once_an_example() -> None:
