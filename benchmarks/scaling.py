@@ -63,7 +63,7 @@ def work(jobs: list[str], device: str) -> None:
     """One process's part of every job; rank 0 prints seconds a step of each.
 
     Args:
-        jobs: Each "kind:rows:length".
+        jobs: Each "kind:rows:length:part", a part being the rows of a call.
         device: "cpu" or "cuda".
     """
     from zo_adapt import ParameterView
@@ -76,20 +76,23 @@ def work(jobs: list[str], device: str) -> None:
     view = ParameterView.trainable(model)
     start = [tensor.detach().clone() for tensor in view.tensors.values()]
     for job in jobs:
-        kind, rows, length = job.split(":")
+        kind, *sizes = job.split(":")
         with torch.no_grad():
             for tensor, first in zip(view.tensors.values(), start, strict=True):
                 tensor.copy_(first)
-        found = seconds_a_step(model, view, kind, int(rows), int(length))
+        rows, length, part = map(int, sizes)
+        found = seconds_a_step(model, view, kind, rows, length, part)
         ranks = find_ranks(Workers())
         if ranks is not None:
-            found["exchange"] = exchange_seconds(ranks, 2 * int(rows))
+            found["exchange"] = exchange_seconds(ranks, 2 * rows)
         if ranks is None or ranks.is_first:
             digest = hashlib.sha256(view.hash().encode()).hexdigest()[:12]
             print("RESULT " + json.dumps({"job": job, "weights": digest, **found}), flush=True)
 
 
-def seconds_a_step(model: Any, view: Any, kind: str, rows: int, length: int) -> dict[str, Any]:
+def seconds_a_step(
+    model: Any, view: Any, kind: str, rows: int, length: int, part: int
+) -> dict[str, Any]:
     """Median of the steps after the first ones.
 
     A loss is asked by the default step, 8 directions against the middle; texts by pairs, since a
@@ -102,11 +105,11 @@ def seconds_a_step(model: Any, view: Any, kind: str, rows: int, length: int) -> 
     if kind == "loss":
         objective: Any = CausalLMLoss(model)
         data = [{"input_ids": row.tolist()} for row in numbers]
-        optimizer, part = MeZO(lr=1e-5), max(1, rows // 8)
+        optimizer = MeZO(lr=1e-5)
     else:
         objective = GenerationReward(model, words(), reward, max_new_tokens=length)
         data = [{"prompt": " ".join(map(str, row[:32]))} for row in numbers]
-        optimizer, part = MeZO(lr=1e-5, num_directions=1, one_sided=False), max(1, rows // 4)
+        optimizer = MeZO(lr=1e-5, num_directions=1, one_sided=False)
     times: list[float] = []
 
     def stamp(_: Any) -> None:
@@ -157,11 +160,15 @@ def compare(gpus: int, kinds: list[str]) -> None:
     """Print the table."""
     device, most = ("cuda", gpus) if gpus else ("cpu", 2)
     name = torch.cuda.get_device_name() if gpus else "CPU"
-    shapes = {"loss": (32, 256), "generation": (64, 16)} if gpus else {
-        "loss": (32, 32), "generation": (16, 8)
+    shapes = {"loss": (32, 256, 4), "generation": (64, 16, 16)} if gpus else {
+        "loss": (32, 32, 4), "generation": (16, 8, 4)
     }  # fmt: skip
-    strong = [f"{kind}:{shapes[kind][0]}:{shapes[kind][1]}" for kind in kinds]
-    weak = [f"{kind}:{shapes[kind][0] * most}:{shapes[kind][1]}" for kind in kinds]
+
+    def job(kind: str, more: int) -> str:
+        rows, length, part = shapes[kind]
+        return f"{kind}:{rows * more}:{length}:{part}"
+
+    strong, weak = [job(kind, 1) for kind in kinds], [job(kind, most) for kind in kinds]
     alone = dict(zip(kinds, measured(1, device, strong), strict=True))
     shared = measured(most, device, strong + weak)
     print(f"{name}, torch {torch.__version__}, {'8B bf16' if gpus else 'small fp32'} Llama, LoRA")
@@ -232,7 +239,7 @@ def main() -> None:
     add("--bandwidth", type=float, default=1e9, help="bytes a second, for --simulate")
     add("--block", type=float, default=0.5, help="seconds of a block, for --simulate")
     add("--kinds", nargs="+", choices=["loss", "generation"], default=["loss", "generation"])
-    add("--work", nargs="+", metavar="KIND:ROWS:LENGTH", help=argparse.SUPPRESS)
+    add("--work", nargs="+", metavar="KIND:ROWS:LENGTH:PART", help=argparse.SUPPRESS)
     add("--device", default="cpu", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

@@ -36,8 +36,6 @@ def main() -> None:
     args = parser.parse_args()
     # As torchrun does: with another number of threads, sums round otherwise.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if torch.cuda.is_available():  # each process its own GPU, before anything is put on "cuda"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # peft reads an attribute of transformers by its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     transformers.utils.logging.disable_progress_bar()

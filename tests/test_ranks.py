@@ -144,11 +144,9 @@ def test_processes_that_a_launcher_starts_anew_go_on_by_themselves(
     assert (place / "run.zot").read_bytes() == (tmp_path / "whole.zot").read_bytes()
 
 
-def test_a_rank_takes_its_own_gpu_when_a_run_begins_and_none_when_it_is_imported(
+def test_under_a_launcher_cuda_is_the_own_gpu_from_the_import_on_where_none_was_used_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"RANK": 6, "LOCAL_RANK": 2, "WORLD_SIZE": 8, "MASTER_ADDR": "a"}.items():
-        monkeypatch.setenv(name, str(value))
     set_to: list[int] = []
     for name, found in {
         "is_available": True, "device_count": 4, "is_initialized": False,
@@ -158,11 +156,13 @@ def test_a_rank_takes_its_own_gpu_when_a_run_begins_and_none_when_it_is_imported
     spec = spec_from_file_location("anew", launched.__file__)
     assert spec is not None and spec.loader is not None
     spec.loader.exec_module(module_from_spec(spec))
-    assert set_to == []
-    launched.use_own_gpu()
+    assert set_to == []  # without a launcher
+    for name, value in {"RANK": 6, "LOCAL_RANK": 2, "WORLD_SIZE": 8, "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, str(value))
+    spec.loader.exec_module(module_from_spec(spec))
     assert set_to == [2]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    launched.use_own_gpu()  # the model may lie there already
+    spec.loader.exec_module(module_from_spec(spec))  # the model may lie there already
     assert set_to == [2]
 
 

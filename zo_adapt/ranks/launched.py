@@ -32,7 +32,6 @@ def find_ranks(workers: Workers) -> Ranks | None:
         _begin_group()
     if dist.get_world_size() < 2:
         return None
-    use_own_gpu()
     world, own = _groups.get(workers.timeout, (None, None))
     if world is not dist.group.WORLD:
         own = dist.new_group(backend="gloo", timeout=timedelta(seconds=workers.timeout))
@@ -70,16 +69,17 @@ def end_group() -> None:
 
 def use_own_gpu() -> None:
     """Under a launcher let "cuda" mean this rank's own GPU, in a script that has used none yet."""
-    if torch.cuda.is_available() and not torch.cuda.is_initialized():
-        index = own_gpu()
-        if index is not None:
-            torch.cuda.set_device(index)
+    index = own_gpu()
+    if index is not None and torch.cuda.is_available() and not torch.cuda.is_initialized():
+        torch.cuda.set_device(index)
 
 
 def own_gpu() -> int | None:
     """The number of this rank's own GPU; None where no launcher says which, or there is none."""
+    if not is_launched() or "LOCAL_RANK" not in os.environ:
+        return None
     count = torch.cuda.device_count()
-    if not is_launched() or "LOCAL_RANK" not in os.environ or count == 0:
+    if count == 0:
         return None
     return int(os.environ["LOCAL_RANK"]) % count
 
@@ -94,3 +94,8 @@ def warn_of_shared_gpu(view: ParameterView) -> None:
             'put on "cuda"',
             stacklevel=3,
         )
+
+
+# At the import: a script made for one process puts its model on "cuda" before any run begins, and
+# should need no other line under a launcher. Without a launcher this does nothing.
+use_own_gpu()
