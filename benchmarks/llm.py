@@ -42,7 +42,7 @@ from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift, Term
 
-WORKS = ("generation", "lora", "full", "adamw")
+WORKS = ("generation", "lora", "full", "full, Gaussian", "adamw")
 
 
 class Timed(NamedTuple):
@@ -175,7 +175,8 @@ def tokens_of(args: argparse.Namespace, size: Size) -> dict[str, Tensor]:
 
 def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Steps on the loss of an adapter, or of all weights."""
-    model = decoder(SIZES[name], args.device, lora=work != "full")
+    is_full = work.startswith("full")
+    model = decoder(SIZES[name], args.device, lora=not is_full)
     data, loss, rows = tokens_of(args, SIZES[name]), CausalLMLoss(model), []
 
     def forward() -> None:
@@ -183,8 +184,9 @@ def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any
             loss(data)
 
     base = timed(forward, args)
-    view = ParameterView.full(model) if work == "full" else ParameterView.trainable(model)
-    optimizers: list[Optimizer] = [MeZOSVRG(), MeZO()] if work == "full" else [MeZOSVRG()]
+    noise = "gaussian" if work == "full, Gaussian" else "lowrank"
+    view = ParameterView.full(model, noise=noise) if is_full else ParameterView.trainable(model)
+    optimizers: list[Optimizer] = [MeZO(), MeZOSVRG()]
     for optimizer in optimizers if work != "adamw" else ():
         step = Steps(loss, view, optimizer, data, args.batch)
         found, label = timed(step, args), f"{work}, {type(optimizer).__name__}()"

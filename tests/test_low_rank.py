@@ -12,6 +12,7 @@ from problems import bits, reference
 from test_candidates import asked, far, head_of, loss_of, source_of
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from objectives import Accuracy, CallableObjective, CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, minimize, replay
@@ -268,6 +269,22 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
         far(shifted(loss, view, probes), evaluator.evaluate(probes)) < 16 * torch.finfo(dtype).eps
     )
     assert evaluator.plan.why_not.get("joint") is None
+
+
+def test_a_deep_model_in_bf16_is_computed_along_factors() -> None:
+    """Chaotic where a shift doubles its loss: there two ways of rounding differ by any amount."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=16, **sizes, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    view, loss = ParameterView.full(model, noise="lowrank"), CausalLMLoss(model)
+    ids = torch.randint(3, 512, (8, 24), generator=torch.Generator().manual_seed(0))
+    batch = Batch(as_source({"input_ids": ids, "attention_mask": torch.ones_like(ids)}), range(8))
+    evaluator = LocalEvaluator(loss, view)
+    evaluator.evaluate([Probe(Shift((Term(seed, 1e-3),)), batch) for seed in range(4)])
+    evaluator.evaluate([Probe(Shift((Term(7, 1e-3),)), batch)])
+    assert evaluator.plan.candidates == 4
+    assert not {"joint", "factors"} & evaluator.plan.why_not.keys()
 
 
 def test_a_decayed_point_and_many_directions_are_shifted_to() -> None:

@@ -5,7 +5,7 @@ run with one whose layers were (``same_calls``, ``close``). Each costs a few for
 counted as queries: no optimizer sees them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,34 +81,49 @@ class JointCheck:
             last = Batch(first.source, first.rows[::-1])
         batch = JointBatch([first, last])
         base, other = (self._one(batch.part(index), ()) for index in (0, 1))
-        terms, shifted = self._far(batch.part(1), other)
-        effect = _rms(shifted - other)
-        coarse = _coarsest(self._view) > 1e-4
-        if not effect > 0:
-            return "the objective does not change with the weights"
-        place = self._candidates.at([HERE, Shift(terms)], batch.leads)
-        with place.entered():
-            pieces = batch.read(self._route(batch.content, place.key))
-        joint = [as_matrix(piece, size) for piece, size in zip(pieces, batch.sizes, strict=True)]
-        alone = [base[: batch.sizes[0]], shifted[: batch.sizes[1]]]
-        error = _rms(np.concatenate(joint) - np.concatenate(alone)) / effect
-        if not error <= (0.1 if coarse else 0.01):
-            return f"together they differ from single ones by {error:.1%} of the effect of a shift"
-        return self._read_elsewhere(place, batch.part(1), terms, other, effect)
+
+        def error(terms: Terms, shifted: np.ndarray) -> tuple[Any, float]:
+            place = self._candidates.at([HERE, Shift(terms)], batch.leads)
+            with place.entered():
+                pieces = batch.read(self._route(batch.content, place.key))
+            joint = [as_matrix(piece, n) for piece, n in zip(pieces, batch.sizes, strict=True)]
+            alone = [base[: batch.sizes[0]], shifted[: batch.sizes[1]]]
+            return place, _rms(np.concatenate(joint) - np.concatenate(alone))
+
+        said = "together they differ from single ones"
+        return self._compared(said, batch.part(1), other, error)
 
     def _difference_alone(self, part: Batch) -> str | None:
         base = self._one(part, (), by_row=False)
-        terms, shifted = self._far(part, base, by_row=False)
-        effect = _rms(shifted - base)
-        if not effect > 0:
+
+        def error(terms: Terms, shifted: np.ndarray) -> tuple[Any, float]:
+            place = self._candidates.at([Shift(terms)], ())
+            with place.entered():
+                returned = self._route(part.content, place.key)
+            return place, _rms(_numbers(returned, len(part), by_row=False) - shifted)
+
+        return self._compared("along factors it differs", part, base, error, by_row=False)
+
+    def _compared(
+        self,
+        said: str,
+        part: Batch,
+        base: np.ndarray,
+        error: Callable[[Terms, np.ndarray], tuple[Any, float]],
+        by_row: bool = True,
+    ) -> str | None:
+        """How far values differ where that can be told best; None: by rounding at most."""
+        least, found = 0.1 if self._is_coarse else 0.01, list[float]()
+        for terms, shifted in self._shifts(part, base, by_row):
+            effect = _rms(shifted - base)
+            if effect > 0:
+                place, difference = error(terms, shifted)
+                found.append(difference / effect)
+                if found[-1] <= least:
+                    return self._read_elsewhere(place, part, terms, base, effect)
+        if not found:
             return "the objective does not change with the weights"
-        place = self._candidates.at([Shift(terms)], ())
-        with place.entered():
-            along = _numbers(self._route(part.content, place.key), len(part), by_row=False)
-        error = _rms(along - shifted) / effect
-        if not error <= (0.1 if _coarsest(self._view) > 1e-4 else 0.01):
-            return f"along factors it differs by {error:.1%} of the effect of a shift"
-        return self._read_elsewhere(place, part, terms, base, effect)
+        return f"{said} by {min(found):.1%} of the effect of a shift"
 
     def _read_elsewhere(
         self, place: Any, part: Batch, terms: Terms, base: np.ndarray, effect: float
@@ -118,12 +133,16 @@ class JointCheck:
             return f"{next(iter(unused))!r} is read by another module than its own"
         return None
 
-    def _far(self, part: Batch, base: np.ndarray, by_row: bool = True) -> tuple[Terms, np.ndarray]:
-        """A shift whose effect is far beyond rounding, and the values there.
+    def _shifts(
+        self, part: Batch, base: np.ndarray, by_row: bool
+    ) -> Iterator[tuple[Terms, np.ndarray]]:
+        """Shifts at which to compare, and the values there.
 
-        No farther than that: where weights are huge, rounding itself changes the values.
+        In fp32 the nearest whose effect is far beyond rounding, and no farther: where weights are
+        huge, rounding itself changes the values. Of coarse weights all up to there, one after the
+        other: near ones drown in rounding, far ones make a deep model chaotic, and some between
+        them tell.
         """
-        beyond = 0.5 if _coarsest(self._view) > 1e-4 else 0.05
         best: tuple[Terms, np.ndarray] = (), base
         for power in range(TRIES):
             terms = (Term(CHECK_SEED, self._view.displacement * FARTHER**power),)
@@ -133,11 +152,19 @@ class JointCheck:
                 break
             if not np.isfinite(values).all():
                 break
+            if self._is_coarse:
+                yield terms, values
             if _rms(values - base) > _rms(best[1] - base):
                 best = terms, values
+            beyond = 0.5 if self._is_coarse else 0.05
             if _rms(values - base) >= beyond * max(_rms(values), _rms(base)):
                 break
-        return best
+        if not self._is_coarse:
+            yield best
+
+    @property
+    def _is_coarse(self) -> bool:
+        return _coarsest(self._view) > 1e-4
 
     def _one(self, part: Batch, terms: Terms, by_row: bool = True) -> np.ndarray:
         """The values at one point.
