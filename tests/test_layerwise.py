@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from families import FAMILIES, tokens
 from torch import Tensor, nn
 
-from zo_adapt import ParameterView, Term
+from objectives import CallableObjective
+from zo_adapt import MeZO, ParameterView, Term, minimize
 from zo_adapt.noise import philox
+from zo_adapt.trajectory.file import Reader
 
 TERMS = [Term(1, 0.05), Term(9, -0.02)]
 
@@ -165,7 +168,7 @@ def test_an_embedding_that_is_read_otherwise_is_made_whole(way: str) -> None:
 @torch.no_grad()
 def test_noise_is_made_for_the_rows_that_are_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Texts()
-    view = ParameterView.full(model, scratch="layer")
+    view = ParameterView.full(model, noise="gaussian", scratch="layer")
     made: list[int] = []
 
     def counting(words: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,3 +194,29 @@ def test_hooks_of_an_embedding_see_the_shifted_rows() -> None:
         expected = model(IDS)
     with ParameterView.full(model, scratch="layer").shifted(TERMS):
         assert torch.equal(model(IDS), expected)
+
+
+def test_a_direction_costs_its_noise_so_a_share_has_more_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was begun with four rows a share, as all were once, goes on with four."""
+    rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+
+    def run(steps: int, name: str = "whole", resume: bool = False) -> tuple[int, str]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        view = ParameterView.full(model, noise="gaussian", scratch="layer")
+        objective = CallableObjective(lambda x: (model(x) - 1).square().sum(1))
+        path = tmp_path / name
+        limits: Any = {"max_steps": steps, "progress": False, "batch_size": 32}
+        minimize(objective, view, rows, MeZO(1e-2), trajectory=path, resume=resume, **limits)
+        step, _ = next(Reader(path).steps())
+        return len(step.update.terms), view.hash()
+
+    assert run(2)[0] == 8 * 32 // 16
+    monkeypatch.setattr("zo_adapt.loops.kept_run.LEAST_SHARES", (4, 4))
+    former = run(4, "former")
+    assert former[0] == 8 * 32 // 4
+    run(2, "resumed")
+    monkeypatch.undo()
+    assert run(4, "resumed", resume=True) == former

@@ -12,12 +12,17 @@ from problems import bits, reference
 from test_candidates import asked, far, head_of, loss_of, source_of
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from objectives import Accuracy, CallableObjective, CausalLMLoss, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, minimize, replay
 from zo_adapt.data.sources import Batch, as_source
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import OptionError, TrajectoryError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe
@@ -378,3 +383,49 @@ def test_replay_and_resume(optimizer: str, dtype: torch.dtype, tmp_path: Path) -
     copy = ParameterView.full(models[2], noise="lowrank")
     assert replay(copy, tmp_path / "whole") == 6
     assert copy.hash() == whole.hash()
+
+
+# --- the usual noise of full views ----------------------------------------------------------------
+
+
+def test_it_is_usual_for_large_full_views_and_last_layers_and_what_is_chosen_counts() -> None:
+    torch.manual_seed(0)
+    config = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **config))
+    usual = ParameterView.full(model), ParameterView.last_layers(model, 2)
+    assert {view.noise.name for view in usual} == {LowRank().name}
+    assert ParameterView.full(model, noise="gaussian").noise is GAUSSIAN
+    assert ParameterView.trainable(model).noise is GAUSSIAN
+    assert ParameterView.full(tiny_model("bert")).noise is GAUSSIAN, "where noise costs little"
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "lowrank-2"])
+def test_a_run_of_another_noise_is_replayed_and_gone_on_with(noise: str, tmp_path: Path) -> None:
+    """As those that were begun when the usual noise was Gaussian."""
+    path, rows = tmp_path / "run.zot", torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).state_dict()
+
+    def run(steps: int, resume: bool, **options: str) -> ParameterView:
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        model.load_state_dict(start)
+        view = ParameterView.full(model, **options)
+        objective = CallableObjective(lambda x: (model(x) - 1).square().sum(1))
+        limits: Any = {"max_steps": steps, "progress": False, "batch_size": 4}
+        file = path if steps < 6 or resume else None
+        minimize(objective, view, rows, MeZO(1e-2), trajectory=file, resume=resume, **limits)
+        return view
+
+    run(3, False, noise=noise)
+    whole, resumed = run(6, False, noise=noise), run(6, True)
+    assert resumed.noise.name == whole.noise.name
+    assert resumed.hash() == whole.hash()
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model.load_state_dict(start)
+    replayed = ParameterView.full(model)
+    assert replay(replayed, path) == 6
+    assert replayed.hash() == whole.hash()
+    model.load_state_dict(start)
+    other = "gaussian" if noise != "gaussian" else "rademacher"
+    with pytest.raises(TrajectoryError, match="noise"):
+        replay(ParameterView.full(model, noise=other), path)

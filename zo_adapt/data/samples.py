@@ -33,6 +33,9 @@ class Samples:
         DataError: The data are shorter than a batch.
     """
 
+    least_share = 4
+    """Fewest rows of a share; more where every direction costs much, however few its rows."""
+
     def __init__(
         self,
         source: Source,
@@ -63,9 +66,9 @@ class Samples:
 
     @property
     def share(self) -> int:
-        """The smallest number of consecutive rows that is fair to every class, at least four."""
+        """The smallest number of consecutive rows that is fair to every class, of enough rows."""
         classes = 1 if self._classes is None else len(np.unique(self._classes))
-        return max(classes * -(-4 // classes), self.min_rows)
+        return max(classes * -(-self.least_share // classes), self.min_rows)
 
     @property
     def rows_of_a_value(self) -> int:

@@ -9,7 +9,15 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.loops.resume import LIMITS, check_budget, check_settings, run_settings, steps_until
+from zo_adapt.loops.resume import (
+    LEAST_SHARES,
+    LIMITS,
+    check_budget,
+    check_settings,
+    run_settings,
+    share_as_begun,
+    steps_until,
+)
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.schedule import Budget
@@ -46,6 +54,8 @@ class KeptRun:
     ) -> None:
         self.optimizer, self.evaluator = optimizer, evaluator
         self.samples, self.budget, self.seed, self.ranks = samples, budget, seed, ranks
+        view = evaluator.view
+        samples.least_share = LEAST_SHARES[view.by_layer and not view.has_factors]
         self.steps = 0
         self.last: Step | None = None
         self.logged: list[Step] = []
@@ -128,6 +138,7 @@ class KeptRun:
         file = OwnedFile(path)  # before it is read, so that it stays what was read
         try:
             reader = Reader(path)
+            view.follow_noise(reader.header["noise"])
             if reader.header["fingerprint"] != view.fingerprint():
                 raise TrajectoryError(f"{path} belongs to another view; choose another folder")
             check_origin(view, reader.header, path)
@@ -187,6 +198,7 @@ class KeptRun:
             check_header(view, reader.header, path)
             view.leave_at_rest(reader.header.get("at_rest", ()))
             self.evaluator.memory = reader.header["settings"].get("memory")
+            share_as_begun(self.samples, reader.header["settings"])
             self.logged = steps_until(reader, Position(*state["position"]))
         self.load_state_dict(state["run"])
         apply_checked(view, [step.update for step in self.logged], path)
@@ -246,7 +258,7 @@ class KeptRun:
         check_header(view, reader.header, path)
         view.leave_at_rest(reader.header.get("at_rest", ()))
         begun = reader.header["settings"]
-        check_settings(path, begun, settings)
+        check_settings(path, begun, {**settings, **share_as_begun(self.samples, begun)})
         self.evaluator.memory = begun.get("memory")  # whatever there is here: the same bits
         state = read_state(self._file.state)  # type: ignore[union-attr]
         budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})

@@ -16,6 +16,9 @@ from zo_adapt.trajectory.safe_file import as_json
 
 LIMITS = ("max_steps", "max_queries")
 """Settings that may grow."""
+LEAST_SHARES = (4, 16)
+"""Usual fewest rows of a share, and those where weights are shifted layer by layer: the noise of a
+direction costs as much as the forward of a few rows, so there are fewer directions."""
 
 
 def data_settings(samples: Samples) -> dict[str, Any]:
@@ -37,6 +40,25 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
         **data_settings(samples),
         "objective": described(evaluator.objective),
     }
+
+
+def share_as_begun(samples: Samples, begun: Mapping[str, Any]) -> dict[str, int]:
+    """Cut batches as a run has done so far, whatever is usual for its view by now.
+
+    Args:
+        samples: Of the run.
+        begun: Its settings.
+
+    Returns:
+        The setting as it is now.
+    """
+    usual = samples.least_share
+    for least in (usual, *LEAST_SHARES):
+        samples.least_share = least
+        if samples.share == begun.get("share", samples.share):
+            return {"share": samples.share}
+    samples.least_share = usual
+    return {"share": samples.share}
 
 
 def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

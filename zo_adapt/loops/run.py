@@ -71,6 +71,8 @@ class Run(KeptRun):
         line = (
             f"{type(optimizer).__name__} on {view.numel:,} scalars in {len(view.tensors)} tensors"
         )
+        if view.has_factors:
+            line += f", matrices along {view.noise.name}"
         if self.steps:
             line += f", from step {self.steps:,} on"
         if not isinstance(optimizer, ZerothOrder):

@@ -87,7 +87,8 @@ def check_header(
 ) -> None:
     """Refuse a trajectory of another view, noise or base checkpoint.
 
-    The view must be at the weights that the trajectory starts from.
+    The view must be at the weights that the trajectory starts from; it takes the file's noise where
+    nobody has chosen its own.
 
     Args:
         view: The view.
@@ -98,6 +99,7 @@ def check_header(
     Raises:
         TrajectoryError: Says what differs.
     """
+    view.follow_noise(header["noise"])
     if header["noise"] != view.noise.name:
         raise TrajectoryError(
             f"{path} was made with noise {header['noise']!r}, the view has {view.noise.name!r}; "

@@ -1,12 +1,13 @@
 """ParameterView: the tensors that may change, and the only code that changes them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zo_adapt.errors import OptionError
 from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.entries import tensor_key
 from zo_adapt.noise.gathered import Gathered
@@ -39,7 +40,9 @@ class ParameterView(TunedTensors):
         noise: "gaussian" (the paper's), "rademacher", or "lowrank": of every matrix z = a b^T, or
             "lowrank-4" a sum of four such products. A model's forward at a point then writes no
             weight, and full views are evaluated at several points together; see
-            ``noise/low_rank.py``.
+            ``noise/low_rank.py``. "auto", which ``full`` and ``last_layers`` take: "lowrank" of a
+            million scalars or more, "gaussian" of fewer; or the noise of a trajectory that is
+            replayed or gone on with.
         groups: Parts with their own step; the first that a tensor belongs to wins. "auto": LoRA's A
             factors rest and a new head goes further than pretrained weights (see ``defaults``); ()
             treats all alike.
@@ -95,6 +98,19 @@ class ParameterView(TunedTensors):
         at_rest = frozenset(names) & self.tensors.keys()
         if at_rest != self.at_rest:
             self.at_rest = at_rest
+            self._plan_moves()
+
+    def follow_noise(self, name: str) -> None:
+        """Move along the noise of a run that is gone on with, if none was chosen for the view.
+
+        Args:
+            name: As the run's file says it.
+        """
+        self.usage.check_free("follow_noise")
+        if self.noise_is_open and name != self.noise.name:
+            with suppress(OptionError):  # of a later version: what differs is said elsewhere
+                self._set_noise(name)
+            self.room = Room(self.tensors.values(), self.noise.largest)
             self._plan_moves()
 
     def _plan_moves(self) -> None:

@@ -21,6 +21,8 @@ from zo_adapt.view.tensors import finite_norm, tunable
 SMALL_BYTES, SMALL_SHARE = 64 * 2**20, 0.125
 """Up to one of these, the share of its model, a view is shifted by way of a copy; above both, layer
 by layer, so that a step needs little more memory than a forward."""
+MANY_SCALARS = 2**20
+"""From so many on "auto" is noise of low rank: below, noise is cheap however it is made."""
 Scratch = Literal["auto", "copy", "layer"]
 
 
@@ -47,9 +49,10 @@ class TunedTensors:
         self.model = model
         self.inspection = Inspection(self.tensors, model)
         """What is known of the view's memory, for all that must know."""
-        self.noise = noise_named(noise)
-        self.has_factors = any(self.noise.matrices(t.shape) for t in self.tensors.values())
-        """Whether some of its directions are products of low rank."""
+        self.noise_is_open = noise == "auto"
+        """Whether nobody has chosen the noise, so that a run which is gone on with says it."""
+        usual = "lowrank" if self.numel >= MANY_SCALARS else "gaussian"
+        self._set_noise(usual if self.noise_is_open else noise)
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.least_perturbation = 0.0
@@ -64,6 +67,11 @@ class TunedTensors:
         by_layer = scratch == "layer" or (scratch == "auto" and _is_large(self.nbytes, model))
         self.by_layer = by_layer
         """Whether it is shifted layer by layer, for want of room for a copy."""
+
+    def _set_noise(self, name: str) -> None:
+        self.noise = noise_named(name)
+        self.has_factors = any(self.noise.matrices(t.shape) for t in self.tensors.values())
+        """Whether some of its directions are products of low rank."""
 
     @classmethod
     def trainable(
@@ -118,7 +126,7 @@ class TunedTensors:
         n: int,
         head: bool = True,
         *,
-        noise: str = "gaussian",
+        noise: str = "auto",
         groups: Groups = "auto",
         scratch: Scratch = "auto",
     ) -> Self:
@@ -140,7 +148,7 @@ class TunedTensors:
         cls,
         model: nn.Module,
         *,
-        noise: str = "gaussian",
+        noise: str = "auto",
         groups: Groups = "auto",
         scratch: Scratch = "auto",
     ) -> Self:
