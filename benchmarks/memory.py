@@ -52,7 +52,7 @@ def peak(method: str, dtype: str, batch: int, tokens: int, size: str) -> float |
         else:
             minimize(
                 loss,
-                ParameterView.full(loss.model),
+                ParameterView.full(loss.model, noise="gaussian"),
                 data,
                 optimizer(method),
                 batch_size=batch,

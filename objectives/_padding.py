@@ -32,7 +32,10 @@ def right_padded(batch: Batch) -> Batch:
     neighbours' affair.
     """
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
+    if mask is None or mask.dim() != 2:
+        return batch
+    # To look would wait for a GPU; there a batch that needs no move is moved by nothing.
+    if not mask.is_cuda and bool(mask[:, 0].all()):
         return batch
     rows, length = mask.shape
     first = mask.long().argmax(1, keepdim=True)

@@ -15,6 +15,20 @@ from zo_adapt.errors import DataError, OptionError
 Reduction = Literal["example", "token", "sum"]
 
 
+MOST_LOGITS = 2**27
+"""So many are held in fp32 at a time: of half precision all together would be the peak of a run."""
+
+
+def negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log p of tokens (n,) by their logits (n, V), in at least fp32."""
+    count = max(1, MOST_LOGITS // logits.shape[-1])
+    parts = [
+        F.cross_entropy(at_least_float32(of), token, reduction="none")
+        for of, token in zip(logits.split(count), ids.split(count), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class LabelTokens(NamedTuple):
     """The label tokens of a batch, row by row.
 
@@ -46,7 +60,7 @@ class LabelTokens(NamedTuple):
         """-log p of each token, (n,), in at least fp32."""
         if self.losses is not None:
             return self.losses
-        return F.cross_entropy(at_least_float32(self.logits), self.ids, reduction="none")
+        return negative_log_likelihood(self.logits, self.ids)
 
 
 class TokenLoss(ModelObjective):
@@ -76,12 +90,16 @@ class TokenLoss(ModelObjective):
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
         tokens = self.label_tokens(batch)
-        sums = in_rows(tokens.nll(), tokens.places, 0.0).sum(1)
+        return self._reduced(in_rows(tokens.nll(), tokens.places, 0.0), tokens.places)
+
+    def _reduced(self, losses: Tensor, places: Tensor) -> Tensor:
+        """Those of the tokens at ``places``, zero elsewhere, as one for every example."""
+        sums = losses.sum(1)
         if self.reduction == "sum":
             return sums
         if self.reduction == "token":
-            return sums * (len(sums) / tokens.places.sum())
-        return sums / tokens.places.sum(1)
+            return sums * (len(sums) / places.sum())
+        return sums / places.sum(1)
 
     @abstractmethod
     def label_tokens(self, batch: object) -> LabelTokens:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from objectives._collate import IGNORED
 from objectives._fit import check_causal
@@ -12,9 +15,19 @@ from objectives._model import Batch
 from objectives._padding import right_padded, token_mask
 from objectives._served import scored
 from objectives._texts import TextEncoder
-from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
+from objectives._token_loss import (
+    LabelTokens,
+    Reduction,
+    TokenLoss,
+    check_labelled,
+    negative_log_likelihood,
+)
 from zo_adapt.errors import DataError
 from zo_adapt.serve.asking import elsewhere
+
+PLACES = "label_places"
+"""Field of a batch that was made for a GPU: where in each row labels are predicted, then -1."""
+NOT_FIRST = " after the first token"
 
 
 class CausalLMLoss(TokenLoss):
@@ -29,7 +42,8 @@ class CausalLMLoss(TokenLoss):
     "sum" does not matter. "token" makes the mean over a batch the mean over its tokens, the figure
     that Trainer logs; as |T| is the batch's own, the batch stays in one call.
 
-    Only the logits that a label token needs are computed.
+    Only the logits that a label token needs are computed; on a GPU as many for every row of a
+    batch, so that evaluations can be captured.
 
     Examples have ``input_ids`` and, if not every token is one, ``labels``, -100 where none is to be
     predicted. With a tokenizer they may be what TRL's data sets hold, encoded as TRL does:
@@ -67,6 +81,8 @@ class CausalLMLoss(TokenLoss):
     Reference: TRL, "Dataset formats and types" (SFTTrainer).
     """
 
+    capturable = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -93,10 +109,63 @@ class CausalLMLoss(TokenLoss):
         """A batch from examples of tokens or of text."""
         return super().collate([self.texts.encoded(example) for example in examples])
 
+    def __call__(self, batch: object) -> Tensor:
+        """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
+        prepared = self.prepare(batch)
+        is_fixed = PLACES in prepared or (self._is_on_gpu and "labels" not in prepared)
+        if elsewhere() is None and is_fixed:
+            return self._of_fixed_places(right_padded(prepared))
+        if self._is_on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("labels of a batch that collate() has not made; give examples")
+        return super().__call__(prepared)
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _checked(self, batch: Batch) -> Batch:
+        """As for every model; for a GPU the places of the labels are found while it is free."""
+        ids = batch.get("input_ids")
+        if self._is_on_gpu and ids is not None and not ids.is_cuda and "labels" in batch:
+            batch = right_padded(batch)
+            targets = self._targets(batch)
+            check_labelled(targets, NOT_FIRST)
+            rows = [(row != IGNORED).nonzero()[:, 0] for row in targets]
+            places = pad_sequence(rows, batch_first=True, padding_value=-1)
+            more = min(self._padded_length(places.shape[1]), targets.shape[1]) - places.shape[1]
+            batch = {**batch, PLACES: F.pad(places, (0, more), value=-1)}
+        return super()._checked(batch)
+
+    def _of_fixed_places(self, batch: Batch) -> Tensor:
+        """By kernels that depend on the batch's shapes alone; a row without labels has NaN."""
+        targets, places = self._targets(batch), batch.get(PLACES)
+        steps = targets.shape[1]
+        if places is not None:
+            at = places.clamp_min(0)
+            targets = targets.gather(1, at).masked_fill(places < 0, IGNORED)
+
+        def select(values: Tensor) -> Tensor:
+            values = values[:, -steps - 1 : -1]
+            if places is None:
+                return values
+            index = at.to(values.device)[..., None].expand(-1, -1, values.shape[-1])
+            return values.gather(1, index)
+
+        shown = {name: value for name, value in batch.items() if name != PLACES}
+        logits = narrow_logits(self.model, lambda: self.forward(shown), select)
+        targets = targets.to(logits.device)
+        counted = targets != IGNORED
+        ids = targets.masked_fill(~counted, 0)
+        losses = negative_log_likelihood(logits.flatten(0, 1), ids.flatten()).view_as(ids)
+        losses = losses.masked_fill(~counted, 0.0)
+        return self._reduced(losses, counted).masked_fill(~counted.any(1), torch.nan)
+
     def label_tokens(self, batch: object) -> LabelTokens:
         """The label tokens and the logits that predict them, computed at these places alone."""
         prepared = right_padded(self.prepare(batch))
+        prepared.pop(PLACES, None)
         targets = self._targets(prepared)
+        check_labelled(targets, NOT_FIRST)
         places = targets != IGNORED
         there = elsewhere()
         if there is not None:
@@ -116,9 +185,7 @@ class CausalLMLoss(TokenLoss):
                 "give one label per token, -100 where none is to be predicted"
             )
         # What follows padding is predicted by nothing.
-        targets = labels[:, 1:].masked_fill(~token_mask(batch)[:, :-1], IGNORED)
-        check_labelled(targets, " after the first token")
-        return targets
+        return labels[:, 1:].masked_fill(~token_mask(batch)[:, :-1], IGNORED)
 
     def _logits(self, batch: Batch, places: Tensor) -> Tensor:
         """Logits that predict the tokens at ``places``, in row-major order, (n, V)."""

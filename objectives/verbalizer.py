@@ -81,6 +81,8 @@ class VerbalizerLoss(ModelObjective):
         self._is_written = kind.is_encoder_decoder and mask_token_id is None
         # Some encoder-decoders add a bias for the whole vocabulary after their output layer.
         self._narrows = not kind.is_encoder_decoder
+        self.capturable = not self._is_written
+        self._ids = torch.tensor(self.label_ids)
         self._check_vocabulary()
 
     def __call__(self, batch: object) -> Tensor:
@@ -119,7 +121,7 @@ class VerbalizerLoss(ModelObjective):
             # From the end: peft's prompt tuning puts virtual tokens before the text.
             return values[:, -length:][rows.to(values.device), positions.to(values.device)][:, None]
 
-        ids = torch.tensor(self.label_ids, device=positions.device)
+        ids = self._ids = self._ids.to(positions.device)
         only = ids if self._narrows else None
         logits = narrow_logits(self.model, lambda: self.forward(batch), select, only)[:, 0]
         return at_least_float32(logits if self._narrows else logits[:, ids.to(logits.device)])
@@ -150,13 +152,25 @@ class VerbalizerLoss(ModelObjective):
         if self.mask_token_id is None:
             return last_positions(token_mask(batch))
         found = batch["input_ids"] == self.mask_token_id
+        if not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._check_masks(found)
+        return found.long().argmax(1)
+
+    def _checked(self, batch: Batch) -> Batch:
+        """As for every model; what a captured call cannot look at is looked at before."""
+        ids = batch.get("input_ids")
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and self.mask_token_id is not None and ids is not None and not ids.is_cuda:
+            self._check_masks(ids == self.mask_token_id)
+        return super()._checked(batch)
+
+    def _check_masks(self, found: Tensor) -> None:
         count = found.sum(1)
         if not bool((count == 1).all()):
             raise DataError(
                 f"the prompts of the batch have {count.tolist()} mask tokens (id "
                 f"{self.mask_token_id}); each needs exactly one"
             )
-        return found.long().argmax(1)
 
     def _check_vocabulary(self) -> None:
         size = self.configured("vocab_size")

@@ -1,16 +1,21 @@
 """CUDA graphs: off where they cannot be, and the same values where they are."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, token_rows
-from torch import Tensor
+from torch import Tensor, nn
 
-from objectives import ClassificationLoss
+from objectives import CausalLMLoss, ClassificationLoss, VerbalizerLoss
+from objectives.causal_lm import PLACES
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, Term, minimize
 from zo_adapt.data.sources import Batch, as_source
+from zo_adapt.errors import DataError
 from zo_adapt.evaluation.graphs import CALLS_BEFORE, Graphs
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -229,3 +234,101 @@ def test_points_of_one_step_are_all_captured_or_none(scratch: Any) -> None:
     assert without == [[False] * len(probes)] * len(without)
     assert steps[0] == without[0]
     assert steps[-1] == [], "replayed from the first point on"
+
+
+def completions(count: int) -> list[dict[str, Any]]:
+    """Of unlike lengths, each with a prompt of one to three tokens."""
+    rows = token_rows(count, 14)
+    return [
+        {"input_ids": ids, "labels": [-100] * (1 + i % 3) + ids[1 + i % 3 :]}
+        for i, ids in enumerate(ids for ids in rows if len(ids) > 4)
+    ]
+
+
+LOSSES: dict[str, Callable[[nn.Module], Any]] = {
+    "example": CausalLMLoss,
+    "sum": partial(CausalLMLoss, reduction="sum"),
+    "token": partial(CausalLMLoss, reduction="token"),
+    "verbalizer": partial(VerbalizerLoss, label_words=[7, 9]),
+}
+
+
+def data_of(loss: Any, labelled: bool = True) -> list[dict[str, Any]]:
+    found = completions(16)
+    if isinstance(loss, VerbalizerLoss):
+        return [{"input_ids": one["input_ids"], "label": i % 2} for i, one in enumerate(found)]
+    return found if labelled else [{"input_ids": one["input_ids"]} for one in found]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("reduction", ["example", "sum", "token"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_losses_at_fixed_places_are_those_of_the_label_tokens(
+    family: str, reduction: Any, labelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family, "causal")
+    loss = CausalLMLoss(model, reduction=reduction)
+    examples = data_of(loss, labelled)
+    with torch.no_grad():
+        expected = loss(examples)
+    monkeypatch.setattr(CausalLMLoss, "_is_on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    batch = loss.collate(examples)
+    assert (PLACES in batch) == labelled
+    with torch.no_grad():
+        assert torch.allclose(loss(batch), expected, rtol=1e-6)
+        if labelled:
+            short = {"input_ids": [5, 6], "labels": [5, 6]}
+            assert torch.isfinite(loss(loss.collate([*examples[:2], short]))).all()
+            with pytest.raises(DataError, match="no label token"):
+                loss.collate([{"input_ids": [5, 6], "labels": [-100, -100]}])
+
+
+def test_fixed_places_of_several_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", "causal")
+    loss = CausalLMLoss(model)
+    monkeypatch.setattr(CausalLMLoss, "_is_on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    view = ParameterView.full(model, noise="lowrank")
+    batch = Batch(as_source(completions(16), loss.collate), range(6))
+    probes = [Probe(Shift((Term(seed, 0.02),)), batch) for seed in range(4)]
+    together = LocalEvaluator(loss, view)
+    alone = LocalEvaluator(loss, view, EvaluationOptions(joint_rows="off"))
+    pairs = zip(together.evaluate(probes), alone.evaluate(probes), strict=True)
+    for one, other in pairs:
+        assert np.allclose(one.per_example, other.per_example, rtol=1e-5)
+    assert together.plan.candidates == 4
+
+
+@pytest.mark.cuda
+@ON_GPU
+@pytest.mark.parametrize("noise", ["gaussian", "lowrank"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_captured_decoders(name: str, noise: str) -> None:
+    runs = []
+    for graphs in ("off", "auto"):
+        model = tiny_model("llama", "causal").cuda()
+        loss = LOSSES[name](model)
+        view = ParameterView.full(model, noise=noise, scratch="layer")
+        evaluator = LocalEvaluator(loss, view, EvaluationOptions(cuda_graphs=graphs))
+        runs.append(values(evaluator, as_source(data_of(loss), loss.collate), range(6)))
+        assert (evaluator.plan.graphs > 0) == (graphs == "auto"), evaluator.plan
+    for plain, captured in zip(*runs, strict=True):
+        assert torch.allclose(plain, captured, rtol=1e-5)
+
+
+@pytest.mark.cuda
+@ON_GPU
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_decoder_is_not_waited_for(labelled: bool) -> None:
+    model = tiny_model("llama", "causal").cuda()
+    loss = CausalLMLoss(model)
+    batch = loss.collate(data_of(loss, labelled))
+    with torch.no_grad(), loss.evaluating():
+        expected = loss(batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = loss(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
