@@ -89,3 +89,10 @@ def prompts(args: Any, vocabulary: int) -> list[dict[str, Any]]:
     lengths = [args.prompt - (i % (args.prompt // 2 + 1)) for i in range(args.batch)]
     drawn = (torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths)
     return [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in drawn]
+
+
+def alike(one: list[list[int]], other: list[list[int]]) -> str:
+    """How many texts are the same to the token."""
+    same = sum(a == b for a, b in zip(one, other, strict=True))
+    first = sum(a[0] == b[0] for a, b in zip(one, other, strict=True))
+    return f"{same} of {len(one)} texts the same, {first} first tokens"

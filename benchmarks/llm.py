@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from decoders import SIZES, Size, Texts, decoder, free, prompts, word_tokenizer
+from decoders import SIZES, Size, Texts, alike, decoder, free, prompts, word_tokenizer
 
 from objectives import CausalLMLoss, GenerationReward
 from zo_adapt import MeZO, MeZOSVRG, ParameterView
@@ -46,20 +46,21 @@ WORKS = ("generation", "lora", "full", "full, Gaussian", "adamw")
 
 
 class Timed(NamedTuple):
-    """Median seconds of a call, and the peak of allocated memory in GiB (0 on a CPU)."""
+    """Seconds of a call, and the peak of allocated memory in GiB (0 on a CPU)."""
 
     seconds: float
     peak: float = 0.0
 
 
 def timed(call: Callable[[], object], args: argparse.Namespace, warm: int = 2) -> Timed:
-    """Calls in a row, as a run makes them."""
-    for _ in range(warm):
-        call()
+    """Calls in a row, as a run makes them; the peak is that of all, capturing included."""
     on_gpu, seconds = args.device == "cuda", []
     if on_gpu:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    for _ in range(warm):
+        call()
+    if on_gpu:
+        torch.cuda.synchronize()
     for _ in range(args.repeats):
         start = time.perf_counter()
         call()
@@ -67,7 +68,9 @@ def timed(call: Callable[[], object], args: argparse.Namespace, warm: int = 2) -
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    return Timed(statistics.median(seconds), peak)
+    # The steps of an optimizer may differ in their queries: the mean goes with the mean of these.
+    middle = statistics.fmean if isinstance(call, Steps) else statistics.median
+    return Timed(middle(seconds), peak)
 
 
 class Steps:
@@ -94,14 +97,16 @@ class Steps:
         self.evaluator = LocalEvaluator(objective, view, options, batch_size=batch)
         samples = Samples(as_source(data, objective.collate), batch, 0)
         self._run = Run(optimizer, self.evaluator, samples, Budget(10**9, None), 0)
+        self._made: list[int] = []
 
     def __call__(self) -> None:
+        before = self.evaluator.queries
         self._run.step()
+        self._made.append(self.evaluator.queries - before)
 
-    @property
-    def queries(self) -> int:
-        """Of a step."""
-        return self.evaluator.queries // self._run.steps
+    def queries(self, calls: int) -> float:
+        """Of each of the last so many steps; the first measures how far steps go, too."""
+        return statistics.fmean(self._made[-calls:])
 
 
 def generation(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,9 +116,10 @@ def generation(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     reward = GenerationReward(model, tokenizer, texts, max_new_tokens=args.new_tokens)
     view = ParameterView.trainable(model)
     data, rows = prompts(args, SIZES[name].vocabulary), []
-    step = Steps(reward, view, MeZOSVRG(), data, args.batch)
+    step = Steps(reward, view, MeZO(), data, args.batch)
     step()
-    batch = reward.collate(data * (step.queries // args.batch))
+    step()
+    batch = reward.collate(data * int(step.queries(1) // args.batch))
 
     def plain() -> Tensor:
         written: Tensor = model.generate(
@@ -128,7 +134,7 @@ def generation(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.no_grad():
         base = timed(plain, args)
     found = timed(step, args)
-    tokens = step.queries * args.new_tokens
+    tokens = step.queries(args.repeats) * args.new_tokens
     why_not = step.evaluator.plan.why_not.get("joint", "")
     rows.append(row(name, "generation, default step", found, base, 1, tokens, why_not))
     if name in args.alone:
@@ -158,13 +164,6 @@ def one_share(
     return row(name, work, seconds[1], seconds[0], 1, tokens, note)
 
 
-def alike(one: list[list[int]], other: list[list[int]]) -> str:
-    """How many texts are the same to the token."""
-    same = sum(a == b for a, b in zip(one, other, strict=True))
-    first = sum(a[0] == b[0] for a, b in zip(one, other, strict=True))
-    return f"{same} of {len(one)} texts the same, {first} first tokens"
-
-
 def tokens_of(args: argparse.Namespace, size: Size) -> dict[str, Tensor]:
     """Random tokens, no padding."""
     generator = torch.Generator().manual_seed(0)
@@ -188,10 +187,11 @@ def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any
     view = ParameterView.full(model, noise=noise) if is_full else ParameterView.trainable(model)
     optimizers: list[Optimizer] = [MeZO(), MeZOSVRG()]
     for optimizer in optimizers if work != "adamw" else ():
-        step = Steps(loss, view, optimizer, data, args.batch)
+        options = EvaluationOptions(cuda_graphs=args.graphs)
+        step = Steps(loss, view, optimizer, data, args.batch, options)
         found, label = timed(step, args), f"{work}, {type(optimizer).__name__}()"
-        count, why_not = step.queries / args.batch, step.evaluator.plan.why_not.get("joint", "")
-        tokens = step.queries * args.tokens
+        queries, why_not = step.queries(args.repeats), step.evaluator.plan.why_not.get("joint", "")
+        count, tokens = queries / args.batch, queries * args.tokens
         rows.append(row(name, label, found, base, count, tokens, why_not))
         del step
         free()
@@ -226,7 +226,7 @@ def row(
     found: Timed,
     base: Timed,
     count: float,
-    tokens: int,
+    tokens: float,
     note: str = "",
 ) -> dict[str, Any]:
     """One line of the table; ``count`` forwards are what the step needs."""
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=usual)
     parser.add_argument("--rows", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--alone", nargs="*", default=usual[:1], help="generation one at a time")
+    parser.add_argument("--graphs", choices=("auto", "on", "off"), default="auto", help="of losses")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256, help="of a text whose loss is taken")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the longest prompt")
@@ -274,8 +275,11 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     found = [each for name in args.sizes for each in measure(name, args)]
-    print("\n| model | step | s | / forwards | tokens/s | peak GiB | / forward's | |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "\n| model | step | s | / forwards | tokens/s | peak GiB | / forward's | |",
+        "|---" * 8,
+        sep="\n",
+    )
     for each in found:
         memory = each["memory ratio"]
         shown = f"{each['peak GiB']:.2f} | {memory:.2f}" if memory else "- | -"

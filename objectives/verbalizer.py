@@ -81,7 +81,6 @@ class VerbalizerLoss(ModelObjective):
         self._is_written = kind.is_encoder_decoder and mask_token_id is None
         # Some encoder-decoders add a bias for the whole vocabulary after their output layer.
         self._narrows = not kind.is_encoder_decoder
-        self.capturable = not self._is_written
         self._ids = torch.tensor(self.label_ids)
         self._check_vocabulary()
 

@@ -57,14 +57,25 @@ def linear(
         a, b = (rows_of.of(factor) for factor in pairs["weight"])
         columns.append(_projected(rows, a if turned else b, own))
         onto.append((b if turned else a).reshape(-1, (b if turned else a).shape[-1]))
+    if columns and "weight" not in stacks and not torch.is_autocast_enabled(x.device.type):
+        # The thin product first: the large one adds to it as it writes, with one rounding.
+        thin = _thin(columns, onto, rows.dtype)
+        out = torch.mm(*thin) if bias is None else torch.addmm(bias, *thin)
+        out.addmm_(rows, weight if turned else weight.T)
+        return out.view(*x.shape[:-1], -1)
     if "weight" in stacks:
         out = _each(rows, rows_of.of(stacks["weight"]), own, turned)
         out = out if bias is None else out + bias
     else:
         out = F.linear(rows, weight.T if turned else weight, bias)
     if columns:
-        out.addmm_(_joined(columns, 1).to(out.dtype), _joined(onto, 0).to(out.dtype))
+        out.addmm_(*_thin(columns, onto, out.dtype))
     return out.view(*x.shape[:-1], -1)
+
+
+def _thin(columns: list[Tensor], onto: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is multiplied for the points' own: (rows, k) and (k, out)."""
+    return _joined(columns, 1).to(dtype), _joined(onto, 0).to(dtype)
 
 
 def _joined(parts: list[Tensor], axis: int) -> Tensor:
