@@ -6,8 +6,8 @@ the same adapter stands beside (AdamW with checkpointing).
 
     python benchmarks/llm.py --sizes 135M 1B 3B 8B --output llm.json
 
-CUDA: decoders of Llama's kind in bf16, eager. CPU: a tiny one in fp32. Random weights, LoRA r=16 on
-every linear layer, random tokens; prompts are of unlike lengths, and nearly no text ends early.
+CUDA: decoders of Llama's kind in bf16, eager forwards. CPU: a tiny one, fp32. Random weights, LoRA
+r=16 on every linear layer, random tokens; prompts of unlike lengths, nearly no text ends early.
 """
 
 import argparse
@@ -160,8 +160,8 @@ def one_share(
     rows = share.content.select_rows([*range(4)] * 8)
     whole, parts = reward.generate(rows).ids, reward.generate(share.content).ids * 8
     note = f"{alike(*written)}; at one point, 32 rows or 4: {alike(whole, parts)}"
-    work, tokens = "generation, a share one at a time", len(rows) * args.new_tokens
-    return row(name, work, seconds[1], seconds[0], 1, tokens, note)
+    tokens = len(rows) * args.new_tokens
+    return row(name, "generation, a share alone", seconds[1], seconds[0], 1, tokens, note)
 
 
 def tokens_of(args: argparse.Namespace, size: Size) -> dict[str, Tensor]:
@@ -177,6 +177,7 @@ def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any
     is_full = work.startswith("full")
     model = decoder(SIZES[name], args.device, lora=not is_full)
     data, loss, rows = tokens_of(args, SIZES[name]), CausalLMLoss(model), []
+    options = EvaluationOptions(cuda_graphs=args.graphs)
 
     def forward() -> None:
         with torch.no_grad(), loss.evaluating():
@@ -187,7 +188,6 @@ def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any
     view = ParameterView.full(model, noise=noise) if is_full else ParameterView.trainable(model)
     optimizers: list[Optimizer] = [MeZO(), MeZOSVRG()]
     for optimizer in optimizers if work != "adamw" else ():
-        options = EvaluationOptions(cuda_graphs=args.graphs)
         step = Steps(loss, view, optimizer, data, args.batch, options)
         found, label = timed(step, args), f"{work}, {type(optimizer).__name__}()"
         queries, why_not = step.queries(args.repeats), step.evaluator.plan.why_not.get("joint", "")
@@ -230,9 +230,7 @@ def row(
     note: str = "",
 ) -> dict[str, Any]:
     """One line of the table; ``count`` forwards are what the step needs."""
-    made = {
-        "model": name,
-        "step": work,
+    made = {"model": name, "step": work} | {
         "seconds": found.seconds,
         "ratio": found.seconds / (count * base.seconds),
         "tokens/s": tokens / found.seconds,
