@@ -55,7 +55,7 @@ class KeptRun:
         self.optimizer, self.evaluator = optimizer, evaluator
         self.samples, self.budget, self.seed, self.ranks = samples, budget, seed, ranks
         view = evaluator.view
-        samples.least_share = LEAST_SHARES[view.by_layer and not view.has_factors]
+        samples.least_share = LEAST_SHARES[view.is_large and not view.has_factors]
         self.steps = 0
         self.last: Step | None = None
         self.logged: list[Step] = []

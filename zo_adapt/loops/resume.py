@@ -17,7 +17,7 @@ from zo_adapt.trajectory.safe_file import as_json
 LIMITS = ("max_steps", "max_queries")
 """Settings that may grow."""
 LEAST_SHARES = (4, 16)
-"""Usual fewest rows of a share, and those where weights are shifted layer by layer: the noise of a
+"""Usual fewest rows of a share, and those of large views without factors: there the noise of a
 direction costs as much as the forward of a few rows, so there are fewer directions."""
 
 

@@ -64,8 +64,9 @@ class TunedTensors:
             raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
         if scratch == "layer" and model is None:
             raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
-        by_layer = scratch == "layer" or (scratch == "auto" and _is_large(self.nbytes, model))
-        self.by_layer = by_layer
+        self.is_large = _is_large(self.nbytes, model)
+        """Whether a copy takes more room, and a direction's noise more time, than is spared."""
+        self.by_layer = scratch == "layer" or (scratch == "auto" and self.is_large)
         """Whether it is shifted layer by layer, for want of room for a copy."""
 
     def _set_noise(self, name: str) -> None:
