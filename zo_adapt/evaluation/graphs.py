@@ -9,8 +9,10 @@ model keeps their number small.
 Memory: the activations of the largest shape (all graphs share one pool), and each shape's inputs.
 """
 
+import gc
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,6 +111,7 @@ class Graphs:
         try:
             # Relaxed: tables of a layer's addresses are copied on a stream that is not captured.
             with (
+                _no_garbage_collected(),
                 self._view.recorded(),
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"),
             ):
@@ -119,6 +122,18 @@ class Graphs:
             raise RuntimeError(f"the objective returned {type(returned).__name__}, not a tensor")
         self._pool = self._pool or graph.pool()
         return _Graph(graph, inputs, returned, tables)
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Inside, no graph of another run is destroyed: torch lets that disturb the one captured."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Graph:
