@@ -275,7 +275,7 @@ def main() -> None:
     found = [each for name in args.sizes for each in measure(name, args)]
     print(
         "\n| model | step | s | / forwards | tokens/s | peak GiB | / forward's | |",
-        "|---" * 8,
+        "|---" * 8 + "|",
         sep="\n",
     )
     for each in found:

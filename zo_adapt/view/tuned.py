@@ -51,8 +51,9 @@ class TunedTensors:
         """What is known of the view's memory, for all that must know."""
         self.noise_is_open = noise == "auto"
         """Whether nobody has chosen the noise, so that a run which is gone on with says it."""
-        usual = "lowrank" if self.numel >= MANY_SCALARS else "gaussian"
-        self._set_noise(usual if self.noise_is_open else noise)
+        if self.noise_is_open:
+            noise = "lowrank" if self.numel >= MANY_SCALARS else "gaussian"
+        self._set_noise(noise)
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.least_perturbation = 0.0
