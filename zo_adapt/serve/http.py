@@ -123,6 +123,19 @@ class Connection:
             raise ServerReplyError(f"{self.url}{path} answered {reply.status}: {reply.words}")
         return reply.content
 
+    def models(self) -> list[dict[str, Any]]:
+        """What the server says it serves, at least one.
+
+        Raises:
+            ServerReplyError: It says nothing of the kind.
+        """
+        reply = self.send("GET", "/v1/models")
+        content = reply.content
+        found = content.get("data") if isinstance(content, dict) else None
+        if reply.status != 200 or not isinstance(found, list) or not found:
+            raise ServerReplyError(f"{self.url}/v1/models answered {reply.status}: {reply.words}")
+        return found
+
     def together(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
         """What calls return, made at once, in their order; all have ended when one has failed."""
         futures = [self._pool.submit(call) for call in calls]
