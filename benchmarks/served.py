@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
     folder = str(real_data.smollm2_folder())
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -39,6 +39,8 @@ from zo_adapt.serve.mixture import AdapterMixture as AdapterMixture
 from zo_adapt.serve.openai_server import OpenAIServer as OpenAIServer
 from zo_adapt.serve.peft_server import PeftServer as PeftServer
 from zo_adapt.serve.pool import ServerPool as ServerPool
+from zo_adapt.serve.protocol import Candidate as Candidate
+from zo_adapt.serve.protocol import ServedModel as ServedModel
 from zo_adapt.serve.rounds import answered_by as answered_by
 from zo_adapt.serve.skeleton import served_lora as served_lora
 from zo_adapt.serve.skeleton import served_prompt as served_prompt
@@ -65,6 +67,7 @@ __all__ = [
     "Annealing",
     "AskTell",
     "ByDistance",
+    "Candidate",
     "Data",
     "Diagnosis",
     "EvaluationOptions",
@@ -82,6 +85,7 @@ __all__ = [
     "Replay",
     "Result",
     "ServedEvaluator",
+    "ServedModel",
     "ServerPool",
     "SetObjective",
     "Shift",

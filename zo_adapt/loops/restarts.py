@@ -1,5 +1,6 @@
 """Runs of an optimizer on a plain function: one, or several from the best point so far."""
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ class Runs:
             self._optimizer,
             start,
             max_steps=None if steps is None else max(1, steps // runs),
-            max_queries=None if calls is None else calls // runs - 1,
+            max_queries=None if calls is None else max(0, calls // runs - 1),
             seed=self._loop["seed"] + count,
             noise=self._loop["noise"],
             bounds=self._bounds,
@@ -142,11 +143,11 @@ def _outcome(asker: AskTell, reason: StopReason, maxfev: int | None) -> tuple[in
 
 
 @contextmanager
-def mapping_over(workers: Any) -> Iterator[Mapped]:
+def mapping_over(workers: Any, fun: "Counted") -> Iterator[Mapped]:
     """A function like ``map``: as given, or over processes.
 
     Raises:
-        OptionError: Neither a number of processes nor such a function.
+        OptionError: Neither a number of processes nor such a function; or ``fun`` cannot be sent.
     """
     if callable(workers):
         yield workers
@@ -156,6 +157,7 @@ def mapping_over(workers: Any) -> Iterator[Mapped]:
     if workers == 1:
         yield map
         return
+    fun.check_sendable()
     # Not a fork of this process: it may have threads, torch's among them.
     with ProcessPoolExecutor(
         None if workers == -1 else workers, mp_context=get_context("spawn")
@@ -173,6 +175,20 @@ class Counted:
         """The value at one point."""
         self.calls += 1
         return number(self.fun(x, *self.args))
+
+    def check_sendable(self) -> None:
+        """Refuse what other processes cannot be given, before any work.
+
+        Raises:
+            OptionError: It cannot be pickled.
+        """
+        try:
+            pickle.dumps(_Bound(self.fun, self.args))
+        except Exception as error:
+            raise OptionError(
+                f"fun and its args cannot be sent to other processes ({error!r:.120}); define fun "
+                "at the top of a module, or give workers=1 or a function like map"
+            ) from error
 
     def all(self, points: Sequence[np.ndarray], mapping: Mapped) -> list[float]:
         """The values at several points, wherever they are computed."""

@@ -24,12 +24,32 @@ FEATURES: dict[str, str] = {
     "head": "an adapter of the output embedding (lm_head)",
     "embeddings": "an adapter of the input embedding",
     "init_lora_weights": "a start that has moved the base's weights",
+    "alora_invocation_tokens": "tokens that invoke it (aLoRA)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal factors",
+    "arrow_config": "a router (Arrow)",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "layers of the base once more",
 }
 """What an adapter may have that a server may not run, and what it is called."""
+REFUSED_BY_VLLM = frozenset(FEATURES)
+"""What vLLM refuses, or leaves out without a word."""
+REFUSED_BY_PEFT = REFUSED_BY_VLLM - {
+    "rank_pattern",
+    "alpha_pattern",
+    "head",
+    "embeddings",
+    "init_lora_weights",
+}
+"""What peft cannot run with another adapter for each row."""
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {}, ())
 _MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that take from the base what they give to the adapter."""
-_HEADS, _EMBEDDINGS = ("lm_head", "embed_out", "output"), ("embed_tokens", "wte", "word_embeddings")
+_HEADS, _EMBEDDINGS = (
+    ("lm_head", "embed_out", "output"),
+    ("embed_tokens", "embed_in", "wte", "word_embeddings"),
+)
 
 
 class ServedAdapter:

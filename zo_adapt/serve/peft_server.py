@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zo_adapt.errors import NotServableError, ServerReplyError
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.interrupt import gradients_off
+from zo_adapt.serve.adapter import REFUSED_BY_PEFT
 from zo_adapt.serve.forwards import (
     configuration_of,
     log_probs,
@@ -26,10 +27,6 @@ from zo_adapt.serve.soft_prompt import PROMPT
 
 TOKENS = {"cpu": 2048, "cuda": 16384}
 """Most tokens of one forward, by the kind of device."""
-REFUSED = frozenset(
-    {"use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters"}
-    | {"trainable_token_indices"}
-)
 
 
 class PeftServer(ServedModel):
@@ -67,7 +64,11 @@ class PeftServer(ServedModel):
         self._prompts: dict[str, Tensor] = {}
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         self._limits = Limits(
-            adapters, positions=positions, dtype=str(parameter.dtype), prompts=True, refuses=REFUSED
+            adapters,
+            positions=positions,
+            dtype=str(parameter.dtype),
+            prompts=True,
+            refuses=REFUSED_BY_PEFT,
         )
 
     @property

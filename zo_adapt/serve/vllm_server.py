@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
+from zo_adapt.serve.adapter import REFUSED_BY_VLLM
 from zo_adapt.serve.folders import Folders
 from zo_adapt.serve.http import Connection
 from zo_adapt.serve.protocol import Candidate, Limits, Scores, ServedModel, Texts, Writing
@@ -22,12 +23,6 @@ from zo_adapt.serve.replies import (
 )
 from zo_adapt.serve.soft_prompt import PROMPT
 
-REFUSED = frozenset(
-    {"use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters"}
-    | {"trainable_token_indices", "rank_pattern", "alpha_pattern", "head", "embeddings"}
-    | {"init_lora_weights"}
-)
-"""What vLLM refuses, or leaves out without a word."""
 ROWS = 32
 """Most texts of one request."""
 _LOAD, _UNLOAD, _WRITE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
@@ -95,7 +90,7 @@ class VLLMServer(ServedModel):
             modules,
             base[0].get("max_model_len"),
             prompts=embeddings is not None,
-            refuses=REFUSED,
+            refuses=REFUSED_BY_VLLM,
         )
         self._loaded: list[str] = []
         self._table, self._prompts = embeddings, dict[str, Tensor]()
