@@ -168,7 +168,19 @@ class TestNonFinite:
                 np.zeros(3),
                 method=scipy_method("mezo", maxfev=500, lr=1e-2, on_nonfinite=way),
             )
-            assert found.success is good or (good and not np.isfinite(found.fun))
+            assert found.success is (good and bool(np.isfinite(found.fun)))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("way", ["stop", "worst", "skip"])
+    def test_no_value_at_all_is_no_success(self, way: str, value: float) -> None:
+        method = scipy_method("mezo", maxfev=200, on_nonfinite=way)
+        found = minimize(lambda x: value, np.zeros(3), method=method)
+        assert not found.success and "finite" in found.message and (found.x == 0).all()
+
+    def test_a_last_point_without_a_value_is_no_success(self) -> None:
+        method = scipy_method("mezo", maxfev=200, on_nonfinite="worst")
+        found = minimize(lambda x: math.nan if x[0] > -1 else 1.0, np.zeros(1), method=method)
+        assert not found.success and not np.isfinite(found.fun)
 
 
 class TestPoints:

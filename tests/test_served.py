@@ -155,7 +155,9 @@ def objective_of(kind: str, model: Any) -> tuple[Any, list[dict[str, Any]]]:
     sampled = {"do_sample": True, "seed": 5} if kind == "sampled" else {}
     if kind == "stops":
         sampled = {"generation_kwargs": {"stop_strings": ["w7", "w9 w1"]}}
-    return GenerationReward(model, a_tokenizer(), reward, max_new_tokens=5, **sampled), prompts
+    tokenizer = a_tokenizer()
+    tokenizer.add_tokens("abcdef")  # transformers looks at how this text goes on with each token
+    return GenerationReward(model, tokenizer, reward, max_new_tokens=5, **sampled), prompts
 
 
 KINDS = ("loss", "token", "verbalizer", "match", "soft match", "sum", "greedy", "stops")

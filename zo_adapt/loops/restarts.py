@@ -80,10 +80,14 @@ class Runs:
             asker = self._asker(start, count)
             reason = _run(asker, self._fun, self._mapping, notify)
             status, message = _outcome(asker, reason, self._loop["maxfev"])
+            value = self._fun(asker.x)
             if status == 0 and np.array_equal(asker.x, start):
                 status = NOT_MOVED
                 message = "nothing moved: fun gave equal values, or none, wherever it was called"
-            self._ended.append(Ended(asker, asker.x, self._fun(asker.x), status, message))
+            elif status == 0 and not np.isfinite(value):
+                status = STATUS[StopReason.NON_FINITE]
+                message = f"fun is {value} at the last point; x_best and x_mean are others"
+            self._ended.append(Ended(asker, asker.x, value, status, message))
             if status != 0:
                 break
             start = self.best.x
@@ -136,7 +140,9 @@ def _run(
 def _outcome(asker: AskTell, reason: StopReason, maxfev: int | None) -> tuple[int, str]:
     """Status and message; a run that could not make one step is no success."""
     if reason is StopReason.MAX_QUERIES and asker.steps == 0:
-        return NO_STEP, f"maxfev={maxfev} is less than the calls of one step and of the answer"
+        few = f"maxfev={maxfev} is less than the calls of one step and of the answer"
+        failed = f"no step was made in {asker.queries} calls: values of fun were not finite"
+        return NO_STEP, few if asker.queries == 0 else failed
     # scipy's own words where it has some
     stopped = reason is StopReason.CALLBACK
     return STATUS[reason], "`callback` raised `StopIteration`." if stopped else str(reason)
