@@ -53,9 +53,8 @@ def main() -> None:
     places: dict[str, Any] = {"this process (peft)": PeftServer(base)}
     if given.url:
         places["vLLM"] = VLLMServer(given.url)
-    print(
-        f"SmolLM2-135M fp32, LoRA r={given.rank} q,v, {torch.get_num_threads()} threads, {given.texts} texts"
-    )
+    what = f"SmolLM2-135M fp32, LoRA r={given.rank} q,v, {given.texts} texts"
+    print(f"{what}, {torch.get_num_threads()} threads")
     for title, server in places.items():
         measure(title, server, model, rows, given.repeats)
     local(folder, lora, rows, given.repeats)
