@@ -43,8 +43,10 @@ def seen(kind: str, true: Function, size: int, seed: int) -> Function:
     return true
 
 
-def ours(function: Function, size: int, seed: int, answer: str = "x") -> np.ndarray:
-    method = scipy_method("mezo-svrg", maxfev=CALLS * size, seed=seed, displacement=0.5)
+def ours(
+    function: Function, size: int, seed: int, answer: str = "x", name: str = "mezo"
+) -> np.ndarray:
+    method = scipy_method(name, maxfev=CALLS * size, seed=seed, displacement=0.5)
     found: Any = minimize(function, np.full(size, 0.25), bounds=[(0.0, 1.0)] * size, method=method)
     answers: np.ndarray = found[answer]
     return answers
@@ -84,10 +86,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5, 20, 50])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="methods (default: all that are installed)")
     given = parser.parse_args()
     methods: dict[str, Any] = {
-        "mezo-svrg": ours,
-        "mezo-svrg, x_mean": lambda *a: ours(*a, answer="x_mean"),
+        "mezo": ours,
+        "mezo, x_mean": lambda *a: ours(*a, answer="x_mean"),
+        "mezo-svrg": lambda *a: ours(*a, name="mezo-svrg"),
         "COBYQA": of_scipy("COBYQA"),
         "Nelder-Mead": of_scipy("Nelder-Mead"),
         "Powell": of_scipy("Powell"),
@@ -97,6 +101,8 @@ def main() -> None:
             methods["NGOpt" if name == "nevergrad" else "CMA-ES"] = method
     print(f"{'':20}" + "".join(f"{f'{kind} d={d}':>14}" for d in given.sizes for kind in KINDS))
     for title, method in methods.items():
+        if given.only and title not in given.only:
+            continue
         cells = []
         for size in given.sizes:
             true = bowl(size)

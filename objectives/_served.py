@@ -1,14 +1,31 @@
 """The questions that losses put to a served model, which gives numbers for tokens, not logits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from objectives._model import Batch
 from objectives._padding import token_mask
+from zo_adapt.errors import NotServableError
 from zo_adapt.serve.asking import Elsewhere
 from zo_adapt.serve.protocol import Writing
+
+
+class Absent(nn.Module):
+    """Stands for a model of which nothing is here, not even its configuration."""
+
+    def generate(self, **_: Any) -> Any:
+        """Nothing.
+
+        Raises:
+            NotServableError: Always.
+        """
+        raise NotServableError(
+            "this objective was given no model: it is answered by a server alone; ask it inside "
+            "answered_by(server), or give it the model"
+        )
 
 
 def rows_of(batch: Batch) -> list[list[int]]:

@@ -17,6 +17,7 @@ from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
 from objectives._model import device_of
 from objectives._rewards import Rewarded, RewardFunction, Rewards
+from objectives._served import Absent
 from objectives._shared_text import SharedText
 from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
@@ -60,7 +61,8 @@ class GenerationReward(Mixable, SetObjective):
     The completions of a call come to the rewards in one list; each depends on its own alone.
 
     Args:
-        model: A causal or encoder-decoder language model with ``generate``, or a peft one.
+        model: A causal or encoder-decoder language model with ``generate``, or a peft one; None:
+            only a server writes (``zo_adapt.answered_by``).
         tokenizer: Of the model; its padding side does not matter.
         reward_funcs: One reward function or several.
         reward_weights: One for each; None: 1 each.
@@ -109,7 +111,7 @@ class GenerationReward(Mixable, SetObjective):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         tokenizer: Any,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         *,
@@ -126,6 +128,7 @@ class GenerationReward(Mixable, SetObjective):
     ) -> None:
         if not 0 <= seed < 2**64:
             raise OptionError(f"seed={seed} is outside 0 <= seed < 2**64")
+        model = Absent() if model is None else model
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.prompt_field = prompt_field
         self._evaluating = EvaluationMode(model)

@@ -50,6 +50,12 @@ class TestBounds:
         assert all((x >= low).all() and (x <= high).all() for x in seen)
         assert abs(asker.x - answer).max() < 0.2
 
+    def test_a_variable_between_equal_bounds_stays(self) -> None:
+        bounds = [(0.0, 0.0), (-1.0, 2.0), (None, None)]
+        asker = AskTell(MeZO(), np.zeros(3), max_queries=2000, bounds=bounds, units="auto")
+        assert {x[0] for x in drive(asker, bowl)} == {0.0}
+        assert abs(asker.x[1:] - [2.0, 3.0]).max() < 0.3
+
     def test_by_name_and_in_tensors(self) -> None:
         start = {"a": torch.zeros(2, dtype=torch.float64), "b": np.zeros(1)}
         asker = AskTell(MeZO(), start, max_queries=400, bounds={"a": (-1.0, 0.5)})
@@ -68,8 +74,8 @@ class TestBounds:
     @pytest.mark.parametrize(
         "bounds, said",
         [
-            ((1.0, -1.0), "below its high"),
-            ((math.nan, 1.0), "below its high"),
+            ((1.0, -1.0), "above its high"),
+            ((math.nan, 1.0), "above its high"),
             ((1.0, 2.0), "outside its bounds"),
             ([(0.0, 1.0)] * 4, "bounds of shape"),
             ("wide", "pairs"),
@@ -162,7 +168,19 @@ class TestNonFinite:
                 np.zeros(3),
                 method=scipy_method("mezo", maxfev=500, lr=1e-2, on_nonfinite=way),
             )
-            assert found.success is good or (good and not np.isfinite(found.fun))
+            assert found.success is (good and bool(np.isfinite(found.fun)))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("way", ["stop", "worst", "skip"])
+    def test_no_value_at_all_is_no_success(self, way: str, value: float) -> None:
+        method = scipy_method("mezo", maxfev=200, on_nonfinite=way)
+        found = minimize(lambda x: value, np.zeros(3), method=method)
+        assert not found.success and "finite" in found.message and (found.x == 0).all()
+
+    def test_a_last_point_without_a_value_is_no_success(self) -> None:
+        method = scipy_method("mezo", maxfev=200, on_nonfinite="worst")
+        found = minimize(lambda x: math.nan if x[0] > -1 else 1.0, np.zeros(1), method=method)
+        assert not found.success and not np.isfinite(found.fun)
 
 
 class TestPoints:
@@ -228,10 +246,21 @@ class TestScipy:
             ends.append((found.x.tolist(), found.nfev))
         assert ends[0] == ends[1] == ends[2]
 
-    @pytest.mark.parametrize("options", [{"workers": 0}, {"workers": "all"}, {"restarts": -1}])
+    @pytest.mark.parametrize(
+        "options", [{"workers": 0}, {"workers": "all"}, {"restarts": -1}, {"restarts": 0.5}]
+    )
     def test_refused(self, options: dict[str, Any]) -> None:
         with pytest.raises(OptionError):
             minimize(bowl, np.zeros(2), method=scipy_method("mezo", maxfev=20, **options))
+
+    def test_a_function_that_no_process_can_be_given(self) -> None:
+        with pytest.raises(OptionError, match="top of a module"):
+            minimize(lambda x: 0.0, np.zeros(2), method=scipy_method(maxfev=20, workers=2))
+
+    @pytest.mark.parametrize("maxfev", [1, 2, 8])
+    def test_too_few_calls_are_no_success(self, maxfev: int) -> None:
+        found = minimize(bowl, np.zeros(2), method=scipy_method("mezo", maxfev=maxfev, restarts=2))
+        assert not found.success and found.nfev == 1 and found.fun == bowl(np.zeros(2))
 
     @pytest.mark.filterwarnings("ignore::zo_adapt.errors.FlatObjectiveWarning")
     def test_no_success_where_nothing_was_done(self) -> None:

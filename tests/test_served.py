@@ -153,10 +153,14 @@ def objective_of(kind: str, model: Any) -> tuple[Any, list[dict[str, Any]]]:
         for i, row in enumerate(token_rows(8, 9))
     ]
     sampled = {"do_sample": True, "seed": 5} if kind == "sampled" else {}
-    return GenerationReward(model, a_tokenizer(), reward, max_new_tokens=5, **sampled), prompts
+    if kind == "stops":
+        sampled = {"generation_kwargs": {"stop_strings": ["w7", "w9 w1"]}}
+    tokenizer = a_tokenizer()
+    tokenizer.add_tokens("abcdef")  # transformers looks at how this text goes on with each token
+    return GenerationReward(model, tokenizer, reward, max_new_tokens=5, **sampled), prompts
 
 
-KINDS = ("loss", "token", "verbalizer", "match", "soft match", "sum", "greedy")
+KINDS = ("loss", "token", "verbalizer", "match", "soft match", "sum", "greedy", "stops")
 
 
 class TestInProcess:
@@ -259,6 +263,7 @@ class TestInProcess:
             ({"use_dora": True}, "DoRA"),
             ({"bias": "lora_only"}, "biases"),
             ({"modules_to_save": ["lm_head"]}, "saved beside|no matrix"),
+            ({"use_qalora": True}, "QA-LoRA"),
         ],
     )
     def test_refuses_adapters_it_cannot_run(self, options: dict[str, Any], said: str) -> None:
@@ -451,7 +456,16 @@ class TestServer:
             vllm("http://127.0.0.1:9")
 
     @pytest.mark.parametrize(
-        "url", ["http://example.com:8000", "ftp://127.0.0.1", "http://u:p@127.0.0.1", "127.0.0.1"]
+        "url",
+        [
+            "http://example.com:8000",
+            "http://0.0.0.0:8000",
+            "http://127.0.0.1.example.com",
+            "http://u:p@127.0.0.1",
+            "http://127.0.0.1/?key=secret",
+            "ftp://127.0.0.1",
+            "127.0.0.1",
+        ],
     )
     def test_is_of_this_machine(self, url: str) -> None:
         with pytest.raises(OptionError):
@@ -475,6 +489,14 @@ class TestPool:
             assert len(fake.ever) > before and other.ever
             assert [s.value for s in found.history] == [s.value for s in wanted.history]
             assert not fake.loaded and not other.loaded and other.most == 1
+
+    def test_unloads_what_it_can_reach(self, fake: Fake) -> None:
+        with fake_server() as other:
+            pool = ServerPool([vllm(fake.url, adapters=1), vllm(other.url, adapters=1)])
+            other.faults.dies_after = 0
+            with pytest.raises(ServedModelError):
+                tune(hollow(), pool)
+            assert not fake.loaded
 
     def test_writes_and_chooses(self, fake: Fake) -> None:
         with fake_server() as other:
@@ -617,6 +639,9 @@ class TestCommand:
             ({"r": 1024, "target_modules": ["q_proj"]}, "rank 1024"),
             ({"r": 2, "target_modules": "all-linear"}, "--targets"),
             ({"r": 2, "target_modules": ["lm_head"]}, "lm_head"),
+            ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA"),
+            ({"target_modules": ["q_proj"], "bias": "all"}, "biases"),
+            ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "saved beside"),
         ],
     )
     def test_refused(
@@ -666,6 +691,16 @@ def test_a_hollow_model_has_the_view_of_a_whole_one(tmp_path: Path) -> None:
     one, other = ParameterView.trainable(whole), ParameterView.trainable(empty)
     assert one.fingerprint() == other.fingerprint() and one.hash() == other.hash()
     assert one.displacement == other.displacement
+
+
+def test_a_start_that_moves_the_base_is_refused(fake: Fake) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(NotServableError, match="pissa"):
+        served_lora(tiny_config("llama"), lora)
+    model: Any = get_peft_model(tiny_model("llama", "causal"), lora).eval()
+    with pytest.raises(NotServableError, match="moved the base"):
+        tune(model, vllm(fake.url))
+    assert tune(model, PeftServer(model), steps=1).steps == 1
 
 
 def test_import_loads_no_http() -> None:

@@ -35,8 +35,13 @@ from zo_adapt.optimizers.step_size import Rate as Rate
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
 from zo_adapt.ranks.workers import Workers as Workers
 from zo_adapt.serve.evaluator import ServedEvaluator as ServedEvaluator
+from zo_adapt.serve.mixture import AdapterMixture as AdapterMixture
+from zo_adapt.serve.openai_server import OpenAIServer as OpenAIServer
 from zo_adapt.serve.peft_server import PeftServer as PeftServer
 from zo_adapt.serve.pool import ServerPool as ServerPool
+from zo_adapt.serve.protocol import Candidate as Candidate
+from zo_adapt.serve.protocol import ServedModel as ServedModel
+from zo_adapt.serve.rounds import answered_by as answered_by
 from zo_adapt.serve.skeleton import served_lora as served_lora
 from zo_adapt.serve.skeleton import served_prompt as served_prompt
 from zo_adapt.serve.vllm_server import VLLMServer as VLLMServer
@@ -58,9 +63,11 @@ __all__ = [
     "ZOSTORM",
     "ZOSVRG",
     "Adam",
+    "AdapterMixture",
     "Annealing",
     "AskTell",
     "ByDistance",
+    "Candidate",
     "Data",
     "Diagnosis",
     "EvaluationOptions",
@@ -71,12 +78,14 @@ __all__ = [
     "Metrics",
     "Objective",
     "OneSided",
+    "OpenAIServer",
     "ParameterView",
     "PeftServer",
     "Rate",
     "Replay",
     "Result",
     "ServedEvaluator",
+    "ServedModel",
     "ServerPool",
     "SetObjective",
     "Shift",
@@ -91,6 +100,7 @@ __all__ = [
     "ZOConfig",
     "ZOError",
     "ZOTrainer",
+    "answered_by",
     "diagnose",
     "follow",
     "initialise_lora",

@@ -265,7 +265,9 @@ class AskTell:
         fills = self._on_nonfinite == "worst" or self._optimizer.is_measuring
         if self._on_nonfinite != "stop" and fills and math.isfinite(worst):
             numbers[is_bad] = self._sign * worst
-        elif is_bad.any() and self._on_nonfinite != "skip" and not self._optimizer.is_measuring:
+        elif self._optimizer.is_measuring:
+            numbers[is_bad] = math.nan  # differences of infinities would warn
+        elif is_bad.any() and self._on_nonfinite != "skip":
             first = int(np.flatnonzero(is_bad)[0])
             raise NonFiniteObjectiveError(
                 f"value {first} is {numbers[first]}; tell finite values for the same candidates"

@@ -17,8 +17,8 @@ class Box:
 
     x = low + w T(u unit / w),  w = high - low,  T the triangle wave of period 2 with T(t) = t on
     [0, 1]: what would go beyond a bound comes back. With one bound x = low + |u unit - low|, with
-    none x = u unit. Reflection changes neither scales nor gradients inside, and an answer at
-    the very bound is reached.
+    none x = u unit; with two that are equal x = low. Reflection changes neither scales nor
+    gradients inside, and an answer at the very bound is reached.
 
     Args:
         tensors: x0 by name.
@@ -29,7 +29,7 @@ class Box:
             otherwise 1; None: 1.
 
     Raises:
-        OptionError: Bounds of another shape, low >= high, x0 outside, or units <= 0.
+        OptionError: Bounds of another shape, low > high, x0 outside, or units <= 0.
 
     Example:
         >>> box = Box({"x": torch.tensor([0.5, 3.0])}, bounds=[(0.0, 1.0), (None, None)])
@@ -71,7 +71,7 @@ class Box:
 
 def _reflected(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     has_low, has_high, width = low.isfinite(), high.isfinite(), high - low
-    distance = (x - low).remainder(2 * width)
+    distance = (x - low).remainder(2 * width.where(width > 0, torch.ones_like(width)))
     both = low + torch.minimum(distance, 2 * width - distance)
     inside = (x >= low) & (x <= high)  # and not a bit changed there
     one = torch.where(has_low, low + (x - low).abs(), high - (high - x).abs())
@@ -105,10 +105,8 @@ def _sides(name: str, x0: Tensor, bounds: Any) -> tuple[Tensor, Tensor]:
             "(low, high), or one for each variable"
         ) from error
     value = x0.double().numpy()
-    if np.isnan(pairs).any() or not (low < high).all():
-        raise OptionError(
-            f"bounds of {name!r}: every low must be below its high; got {bounds!r:.80}"
-        )
+    if np.isnan(pairs).any() or not (low <= high).all():
+        raise OptionError(f"bounds of {name!r}: no low may be above its high; got {bounds!r:.80}")
     if not ((low <= value) & (value <= high)).all():
         place = np.unravel_index(int(np.argmax((value < low) | (value > high))), value.shape)
         raise OptionError(
@@ -142,7 +140,7 @@ def _checked_units(name: str, given: Any, x0: Tensor, low: Tensor, high: Tensor)
             raise OptionError(f"units={given!r}; choose 'auto', numbers > 0 or None")
         width, size = high - low, x0.abs()
         usual = torch.where(size > 0, size, torch.ones_like(size))
-        return torch.where(width.isfinite(), width, usual)
+        return torch.where(width.isfinite() & (width > 0), width, usual)
     try:
         units = np.broadcast_to(np.asarray(given, dtype=np.float64), tuple(x0.shape))
     except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from zo_adapt.loops.ask_tell import AskTell
 from zo_adapt.loops.restarts import Counted, Runs, mapping_over
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.options import at_least_one
+from zo_adapt.options import at_least_one, integer
 
 LOOP: dict[str, Any] = {
     "maxiter": None,
@@ -89,7 +89,7 @@ class _Method:
         _refuse(constraints=constraints)
         _warn_unused(jac=jac, hess=hess, hessp=hessp)
         counted = Counted(fun, args)
-        with mapping_over(loop["workers"]) as mapping:
+        with mapping_over(loop["workers"], counted) as mapping:
             runs = Runs(optimizer, loop, bounds, counted, mapping)
             runs.all(x0, _notifier(callback, counted))
         best, found = runs.best, runs.best_candidate
@@ -115,7 +115,7 @@ class _Method:
         for name in ("maxiter", "maxfev"):
             if loop[name] is not None:
                 at_least_one(name, loop[name])
-        if not isinstance(loop["restarts"], int) or loop["restarts"] < 0:
+        if integer("restarts", loop["restarts"]) < 0:
             raise OptionError(f"restarts={loop['restarts']!r}; choose an integer >= 0")
         if isinstance(self.optimizer, str):
             return loop, optimizer_named(self.optimizer, given)

@@ -1,5 +1,6 @@
 """Runs of an optimizer on a plain function: one, or several from the best point so far."""
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -79,10 +80,14 @@ class Runs:
             asker = self._asker(start, count)
             reason = _run(asker, self._fun, self._mapping, notify)
             status, message = _outcome(asker, reason, self._loop["maxfev"])
+            value = self._fun(asker.x)
             if status == 0 and np.array_equal(asker.x, start):
                 status = NOT_MOVED
                 message = "nothing moved: fun gave equal values, or none, wherever it was called"
-            self._ended.append(Ended(asker, asker.x, self._fun(asker.x), status, message))
+            elif status == 0 and not np.isfinite(value):
+                status = STATUS[StopReason.NON_FINITE]
+                message = f"fun is {value} at the last point; x_best and x_mean are others"
+            self._ended.append(Ended(asker, asker.x, value, status, message))
             if status != 0:
                 break
             start = self.best.x
@@ -97,7 +102,7 @@ class Runs:
             self._optimizer,
             start,
             max_steps=None if steps is None else max(1, steps // runs),
-            max_queries=None if calls is None else calls // runs - 1,
+            max_queries=None if calls is None else max(0, calls // runs - 1),
             seed=self._loop["seed"] + count,
             noise=self._loop["noise"],
             bounds=self._bounds,
@@ -135,18 +140,20 @@ def _run(
 def _outcome(asker: AskTell, reason: StopReason, maxfev: int | None) -> tuple[int, str]:
     """Status and message; a run that could not make one step is no success."""
     if reason is StopReason.MAX_QUERIES and asker.steps == 0:
-        return NO_STEP, f"maxfev={maxfev} is less than the calls of one step and of the answer"
+        few = f"maxfev={maxfev} is less than the calls of one step and of the answer"
+        failed = f"no step was made in {asker.queries} calls: values of fun were not finite"
+        return NO_STEP, few if asker.queries == 0 else failed
     # scipy's own words where it has some
     stopped = reason is StopReason.CALLBACK
     return STATUS[reason], "`callback` raised `StopIteration`." if stopped else str(reason)
 
 
 @contextmanager
-def mapping_over(workers: Any) -> Iterator[Mapped]:
+def mapping_over(workers: Any, fun: "Counted") -> Iterator[Mapped]:
     """A function like ``map``: as given, or over processes.
 
     Raises:
-        OptionError: Neither a number of processes nor such a function.
+        OptionError: Neither a number of processes nor such a function; or ``fun`` cannot be sent.
     """
     if callable(workers):
         yield workers
@@ -156,6 +163,7 @@ def mapping_over(workers: Any) -> Iterator[Mapped]:
     if workers == 1:
         yield map
         return
+    fun.check_sendable()
     # Not a fork of this process: it may have threads, torch's among them.
     with ProcessPoolExecutor(
         None if workers == -1 else workers, mp_context=get_context("spawn")
@@ -173,6 +181,20 @@ class Counted:
         """The value at one point."""
         self.calls += 1
         return number(self.fun(x, *self.args))
+
+    def check_sendable(self) -> None:
+        """Refuse what other processes cannot be given, before any work.
+
+        Raises:
+            OptionError: It cannot be pickled.
+        """
+        try:
+            pickle.dumps(_Bound(self.fun, self.args))
+        except Exception as error:
+            raise OptionError(
+                f"fun and its args cannot be sent to other processes ({error!r:.120}); define fun "
+                "at the top of a module, or give workers=1 or a function like map"
+            ) from error
 
     def all(self, points: Sequence[np.ndarray], mapping: Mapped) -> list[float]:
         """The values at several points, wherever they are computed."""

@@ -23,10 +23,33 @@ FEATURES: dict[str, str] = {
     "alpha_pattern": "scales that differ from layer to layer",
     "head": "an adapter of the output embedding (lm_head)",
     "embeddings": "an adapter of the input embedding",
+    "init_lora_weights": "a start that has moved the base's weights",
+    "alora_invocation_tokens": "tokens that invoke it (aLoRA)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal factors",
+    "arrow_config": "a router (Arrow)",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "layers of the base once more",
 }
 """What an adapter may have that a server may not run, and what it is called."""
+REFUSED_BY_VLLM = frozenset(FEATURES)
+"""What vLLM refuses, or leaves out without a word."""
+REFUSED_BY_PEFT = REFUSED_BY_VLLM - {
+    "rank_pattern",
+    "alpha_pattern",
+    "head",
+    "embeddings",
+    "init_lora_weights",
+}
+"""What peft cannot run with another adapter for each row."""
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {}, ())
-_HEADS, _EMBEDDINGS = ("lm_head", "embed_out", "output"), ("embed_tokens", "wte", "word_embeddings")
+_MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that take from the base what they give to the adapter."""
+_HEADS, _EMBEDDINGS = (
+    ("lm_head", "embed_out", "output"),
+    ("embed_tokens", "embed_in", "wte", "word_embeddings"),
+)
 
 
 class ServedAdapter:
@@ -58,7 +81,7 @@ class ServedAdapter:
             )
         self._saved = {name: saved_name(name, adapter) for name in view.tensors}
         if outside := sorted(n for n in view.tensors if not _is_lora(self._saved[n])):
-            found = [FEATURES[name] for name in sorted(_features(self.config, []))]
+            found = [FEATURES[name] for name in sorted(features_of(self.config, []))]
             more = f"; the adapter has {', '.join(found)}" if found else ""
             raise NotServableError(
                 f"the view holds {outside[0]!r}, which is no matrix of a LoRA adapter "
@@ -118,23 +141,45 @@ class ServedAdapter:
         Raises:
             NotServableError: Names the feature, the rank or the layer.
         """
-        for feature in sorted(_features(self.config, self.modules) & limits.refuses):
-            raise NotServableError(
-                f"the adapter has {FEATURES[feature]}, which this server cannot run; make it "
-                "without, or tune in this process"
-            )
-        if limits.rank is not None and self.rank > limits.rank:
-            raise NotServableError(
-                f"the adapter has rank {self.rank}, the server takes up to {limits.rank}; start it "
-                f"with --max-lora-rank {self.rank}, or choose r={limits.rank}"
-            )
-        allowed = limits.target_modules
-        leaves = {module.rpartition(".")[2] for module in self.modules}
-        if allowed is not None and (more := sorted(leaves - allowed)):
-            raise NotServableError(
-                f"the adapter is on {more}, the server adapts {sorted(allowed)}; start it with "
-                f"--lora-target-modules {' '.join(sorted(leaves))}"
-            )
+        check_fits(self.config, self.modules, self.rank, limits)
+
+
+def check_fits(
+    config: Mapping[str, Any], modules: Sequence[str], rank: int, limits: Limits
+) -> None:
+    """Refuse, before any work, what a server would refuse or, worse, leave out.
+
+    Args:
+        config: Of the adapter.
+        modules: The layers that it is on.
+        rank: Its largest.
+        limits: What the server can do.
+
+    Raises:
+        NotServableError: Names the feature, the rank or the layer.
+    """
+    if limits.adapters < 1:
+        raise NotServableError(
+            "this server takes no adapters; only what it reads can be tuned: its prompts and the "
+            "sampling, through AskTell"
+        )
+    for feature in sorted(features_of(config, modules) & limits.refuses):
+        raise NotServableError(
+            f"the adapter has {FEATURES[feature]}, which this server cannot run; make it "
+            "without, or tune in this process"
+        )
+    if limits.rank is not None and rank > limits.rank:
+        raise NotServableError(
+            f"the adapter has rank {rank}, the server takes up to {limits.rank}; start it "
+            f"with a larger --max-lora-rank, or choose r={limits.rank}"
+        )
+    allowed = limits.target_modules
+    leaves = {module.rpartition(".")[2] for module in modules}
+    if allowed is not None and (more := sorted(leaves - allowed)):
+        raise NotServableError(
+            f"the adapter is on {more}, the server adapts {sorted(allowed)}; start it with "
+            f"--lora-target-modules {' '.join(sorted(leaves))}"
+        )
 
 
 def as_mapping(lora_config: Any) -> dict[str, Any]:
@@ -161,8 +206,11 @@ def _of_model(view: ParameterView) -> tuple[str, Any]:
     return (names[0], configs[names[0]]) if configs else ("default", None)
 
 
-def _features(config: Mapping[str, Any], modules: Sequence[str]) -> set[str]:
+def features_of(config: Mapping[str, Any], modules: Sequence[str] = ()) -> set[str]:
+    """What of FEATURES an adapter has."""
     found = {name for name in FEATURES if config.get(name) not in _OFF}
+    if not str(config.get("init_lora_weights")).lower().startswith(_MOVING):
+        found.discard("init_lora_weights")
     leaves = {module.rpartition(".")[2] for module in modules}
     found |= {"head"} if leaves & set(_HEADS) else set()
     return found | ({"embeddings"} if leaves & set(_EMBEDDINGS) else set())

@@ -106,18 +106,12 @@ def portions_of(token_ids: Texts, most: int, more: int = 0) -> list[list[int]]:
 
 
 def configuration_of(writing: Writing) -> Any:
-    """The same as transformers' ``GenerationConfig``.
+    """The same as transformers' ``GenerationConfig``; stop strings are left to the objective.
 
-    Raises:
-        NotServableError: It has stop strings, which only a tokenizer can find.
+    Only a tokenizer can find them: texts go on, and the objective cuts them.
     """
     from transformers import GenerationConfig
 
-    if writing.stops:
-        raise NotServableError(
-            f"stop strings {list(writing.stops)} need the tokenizer, which this server has not; "
-            "leave stop_strings out"
-        )
     draws = writing.temperature > 0
     sampling = {
         "temperature": writing.temperature,

@@ -123,6 +123,19 @@ class Connection:
             raise ServerReplyError(f"{self.url}{path} answered {reply.status}: {reply.words}")
         return reply.content
 
+    def models(self) -> list[dict[str, Any]]:
+        """What the server says it serves, at least one.
+
+        Raises:
+            ServerReplyError: It says nothing of the kind.
+        """
+        reply = self.send("GET", "/v1/models")
+        content = reply.content
+        found = content.get("data") if isinstance(content, dict) else None
+        if reply.status != 200 or not isinstance(found, list) or not found:
+            raise ServerReplyError(f"{self.url}/v1/models answered {reply.status}: {reply.words}")
+        return found
+
     def together(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
         """What calls return, made at once, in their order; all have ended when one has failed."""
         futures = [self._pool.submit(call) for call in calls]
@@ -154,13 +167,15 @@ def checked_url(url: str, remote: bool) -> str:
     """An address without a slash at its end.
 
     Raises:
-        OptionError: It is none, holds a password, or is of another machine.
+        OptionError: It is none, holds a password or a query, or is of another machine.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise OptionError(f"url={url!r}; give an address such as 'http://127.0.0.1:8000'")
     if parts.username or parts.password:
         raise OptionError(f"the url holds a password; put a token into the variable {TOKEN}")
+    if parts.query or parts.fragment:
+        raise OptionError(f"the url has more than a path; put a token into the variable {TOKEN}")
     if not remote and not _is_here(parts.hostname):
         raise OptionError(
             f"url={url!r} is not of this machine; adapters and texts would be sent there: pass "

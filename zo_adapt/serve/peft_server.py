@@ -1,6 +1,5 @@
 """A served model in this process: peft runs a batch whose rows have adapters of their own."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import NotServableError, ServerReplyError
-from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.serve.adapter import LORA, saved_name
+from zo_adapt.serve.adapter import REFUSED_BY_PEFT
 from zo_adapt.serve.forwards import (
     configuration_of,
     log_probs,
@@ -22,22 +20,16 @@ from zo_adapt.serve.forwards import (
     portions_of,
     sharing_weights,
     until_end,
-    unwrapped,
 )
-from zo_adapt.serve.protocol import BASE, Candidate, Limits, Scores, Texts, Writing
+from zo_adapt.serve.protocol import BASE, Candidate, Limits, Scores, ServedModel, Texts, Writing
+from zo_adapt.serve.slots import Slots
 from zo_adapt.serve.soft_prompt import PROMPT
 
-logger = logging.getLogger(__name__)
 TOKENS = {"cpu": 2048, "cuda": 16384}
 """Most tokens of one forward, by the kind of device."""
-_SLOT = "zo_slot_{}"
-REFUSED = frozenset(
-    {"use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters"}
-    | {"trainable_token_indices"}
-)
 
 
-class PeftServer:
+class PeftServer(ServedModel):
     """Serves a model in this process: exact, and with no other program to start.
 
     The adapters lie in a few slots of a copy of the module tree that shares all weights with the
@@ -65,20 +57,18 @@ class PeftServer:
             raise NotServableError(
                 f"{type(model).__name__} is an encoder-decoder; a served model goes on with a text"
             )
-        self._model: Any = sharing_weights(model)
-        self._mode = EvaluationMode(self._model)
+        self._slots = Slots(sharing_weights(model))
         parameter = next(model.parameters())
         self._device = parameter.device
         self._tokens = tokens or TOKENS.get(self._device.type, TOKENS["cuda"])
-        self._slots: dict[str, str] = {}
-        self._hooked: set[nn.Module] = set()
-        self._free: list[str] = []
         self._prompts: dict[str, Tensor] = {}
-        self._rows: list[str] = []
-        """The slot of every row of the forward that is being made."""
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         self._limits = Limits(
-            adapters, positions=positions, dtype=str(parameter.dtype), prompts=True, refuses=REFUSED
+            adapters,
+            positions=positions,
+            dtype=str(parameter.dtype),
+            prompts=True,
+            refuses=REFUSED_BY_PEFT,
         )
 
     @property
@@ -88,15 +78,9 @@ class PeftServer:
 
     def loaded(self) -> list[str]:
         """Names of the candidates."""
-        return [*self._slots, *self._prompts]
+        return [*self._slots.names(), *self._prompts]
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
-        """Write an adapter into a slot.
-
-        Raises:
-            ServerReplyError: The name is loaded already, all slots are taken, or the tensors are
-                not those of the layers that the configuration names.
-        """
         if candidate.name in self.loaded() or candidate.name == BASE:
             raise ServerReplyError(f"an adapter named {candidate.name!r} is loaded already")
         if len(self.loaded()) == self._limits.adapters:
@@ -105,13 +89,7 @@ class PeftServer:
             prompt = candidate.tensors[PROMPT]
             self._prompts[candidate.name] = prompt.to(self._device, copy=True)
             return
-        slot = self._free.pop() if self._free else self._new_slot(lora_config)
-        try:
-            self._write(slot, candidate.tensors)
-        except BaseException:
-            self._free.append(slot)
-            raise
-        self._slots[candidate.name] = slot
+        self._slots.write(candidate.name, candidate.tensors, lora_config)
 
     def score(
         self,
@@ -121,7 +99,6 @@ class PeftServer:
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
-        """See ``ServedModel``."""
         first = [1] * len(token_ids) if starts is None else list(starts)
         found: dict[int, Scores] = {}
         for rows in portions_of(token_ids, self._tokens):
@@ -144,7 +121,6 @@ class PeftServer:
         return [found[row] for row in range(len(token_ids))]
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
-        """See ``ServedModel``."""
         found = np.zeros((len(token_ids), len(choices)))
         ids = torch.tensor(choices, device=self._device)
         for rows in portions_of(token_ids, self._tokens):
@@ -161,7 +137,7 @@ class PeftServer:
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """See ``ServedModel``. Sampled texts are written one by one, each by its own seed."""
+        # Sampled texts are written one by one, each by its own seed.
         found: dict[int, list[int]] = {}
         draws = writing.temperature > 0
         portions = portions_of(token_ids, self._tokens, writing.max_new_tokens)
@@ -172,88 +148,19 @@ class PeftServer:
         return [found[row] for row in range(len(names))]
 
     def unload(self, names: Sequence[str]) -> None:
-        """Let the slots be written again."""
         for name in names:
             self._prompts.pop(name, None)
-        self._free += [self._slots.pop(name) for name in names if name in self._slots]
+        self._slots.free(names)
 
     def close(self) -> None:
-        """Unload everything."""
         self.unload(self.loaded())
-
-    def _new_slot(self, lora_config: Mapping[str, Any]) -> str:
-        import peft
-
-        known = {f.name for f in peft.LoraConfig.__dataclass_fields__.values() if f.init}
-        given = {n: v for n, v in lora_config.items() if n in known}
-        config = peft.LoraConfig(**given | {"inference_mode": True, "lora_dropout": 0.0})
-        slot = _SLOT.format(len(self._slots) + len(self._free))
-        # What the slot begins with is written over at once.
-        config.init_lora_weights = False
-        flags = {name: p.requires_grad for name, p in self._model.named_parameters()}
-        with randomness_kept(self._model):
-            if isinstance(self._model, peft.PeftModel):
-                self._model.add_adapter(slot, config)
-            else:
-                self._model = peft.get_peft_model(self._model, config, adapter_name=slot)
-        for name, parameter in self._model.named_parameters():
-            parameter.requires_grad_(flags.get(name, flags.get(unwrapped(name), False)))
-        self._mode = EvaluationMode(self._model)
-        self._hook_layers()
-        return slot
-
-    def _hook_layers(self) -> None:
-        """Tell every adapted layer whose rows it is given.
-
-        peft's own way refuses layers that see rows and positions flattened (OPT's fc1), and beams.
-        """
-        from peft.tuners.lora import LoraLayer
-
-        def tell(
-            module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            times, rest = divmod(len(inputs[0]), len(self._rows))
-            if rest:
-                raise NotServableError(
-                    f"a {type(module).__name__} is given {len(inputs[0])} rows for a batch of "
-                    f"{len(self._rows)}: whose they are is not known; choose other target_modules"
-                )
-            names = [slot for slot in self._rows for _ in range(times)]
-            return inputs, keywords | {"adapter_names": names}
-
-        layers: list[Any] = [m for m in self._model.modules() if isinstance(m, LoraLayer)]
-        for layer in layers:
-            if layer not in self._hooked:
-                self._hooked.add(layer)
-                layer.register_forward_pre_hook(tell, with_kwargs=True)
-
-    def _write(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
-        own = {
-            saved_name(name, slot): parameter
-            for name, parameter in self._model.named_parameters()
-            if slot in name.split(".") and any(f".{kind}." in name for kind in LORA)
-        }
-        if own.keys() != tensors.keys():
-            missing = sorted(own.keys() ^ tensors.keys())
-            raise ServerReplyError(
-                f"the adapter's tensors are not those of its configuration: {missing[0]!r} "
-                f"({len(missing)} differ)"
-            )
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise ServerReplyError(
-                    f"{name!r} has the shape {tuple(tensors[name].shape)}, by the configuration "
-                    f"it is {tuple(parameter.shape)}"
-                )
-            parameter.data = tensors[name].to(parameter.device, copy=True)
 
     def _read_under(self, names: Sequence[str]) -> None:
         """Say under which adapter each row of the next forwards is read."""
         if unknown := sorted(set(names) - {*self.loaded(), BASE}):
             raise ServerReplyError(f"no adapter named {unknown[0]!r} is loaded")
-        self._rows = [self._slots.get(name, "__base__") for name in names]
-        if not self._hooked:
-            self._hook_layers()
+        self._slots.rows = names
+        self._slots.hook_layers()
 
     def _inputs(
         self, names: Sequence[str], texts: Texts, *, left: bool = False
@@ -263,7 +170,7 @@ class PeftServer:
         if not self._prompts:
             ids, mask = padded(texts, self._device, left=left)
             return {"input_ids": ids}, mask, [0] * len(texts)
-        table = self._model.get_input_embeddings()
+        table = self._slots.model.get_input_embeddings()
         rows, shifts = [], []
         for name, text in zip(names, texts, strict=True):
             embedded = table(torch.tensor([text], device=self._device))[0]
@@ -281,8 +188,12 @@ class PeftServer:
         chosen = torch.zeros_like(mask)
         for row, (of, shift) in enumerate(zip(places, shifts, strict=True)):
             chosen[row, of.start + shift : of.stop + shift] = True
-        with gradients_off(), self._mode(), narrowing(self._model, chosen) as calls:
-            logits: Tensor = self._model(
+        with (
+            gradients_off(),
+            self._slots.evaluating(),
+            narrowing(self._slots.model, chosen) as calls,
+        ):
+            logits: Tensor = self._slots.model(
                 **inputs, attention_mask=mask.long(), use_cache=False
             ).logits
         logits = logits[0] if calls else logits[chosen]
@@ -293,12 +204,12 @@ class PeftServer:
     ) -> list[list[int]]:
         inputs, mask, _ = self._inputs(names, texts, left=True)
         config = configuration_of(writing)
-        with gradients_off(), self._mode(), randomness_kept(self._model):
+        with gradients_off(), self._slots.evaluating(), randomness_kept(self._slots.model):
             torch.default_generator.manual_seed(seed)
             if self._device.type == "cuda":
                 index = self._device.index or 0
                 torch.cuda.default_generators[index].manual_seed(seed)
-            output = self._model.generate(
+            output = self._slots.model.generate(
                 **inputs,
                 attention_mask=mask.long(),
                 generation_config=config,

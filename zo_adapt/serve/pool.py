@@ -1,17 +1,17 @@
 """Several servers of one model as one: each candidate is loaded on one of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from zo_adapt.errors import OptionError, ServerReplyError
+from zo_adapt.errors import OptionError, ServedModelError, ServerReplyError
 from zo_adapt.serve.protocol import BASE, Candidate, Limits, Scores, ServedModel, Texts, Writing
 
 
-class ServerPool:
+class ServerPool(ServedModel):
     """One replica for every url: ``ServerPool([VLLMServer(url) for url in urls])``.
 
     A candidate goes to the server that has the fewest, and all are asked at once. Replicas of one
@@ -64,7 +64,6 @@ class ServerPool:
         return list(self._place)
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
-        """Load it where there is most room."""
         held = list(self._place.values())
         room = [s.limits.adapters - held.count(i) for i, s in enumerate(self._servers)]
         place = max(range(len(room)), key=lambda index: room[index])
@@ -79,8 +78,6 @@ class ServerPool:
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
-        """See ``ServedModel``."""
-
         def ask(server: ServedModel, rows: list[int]) -> list[Scores]:
             first = None if starts is None else [starts[row] for row in rows]
             own, texts = [names[row] for row in rows], [token_ids[row] for row in rows]
@@ -89,8 +86,6 @@ class ServerPool:
         return self._asked(names, ask)
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
-        """See ``ServedModel``."""
-
         def ask(server: ServedModel, rows: list[int]) -> list[np.ndarray]:
             own, texts = [names[row] for row in rows], [token_ids[row] for row in rows]
             return list(server.choose(own, texts, choices))
@@ -104,8 +99,6 @@ class ServerPool:
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """See ``ServedModel``."""
-
         def ask(server: ServedModel, rows: list[int]) -> list[list[int]]:
             drawn = None if seeds is None else [seeds[row] for row in rows]
             own, texts = [names[row] for row in rows], [token_ids[row] for row in rows]
@@ -114,14 +107,17 @@ class ServerPool:
         return self._asked(names, ask)
 
     def unload(self, names: Sequence[str]) -> None:
-        """Forget candidates, wherever they are."""
-        for name in names:
-            place = self._place.pop(name, None)
-            if place is not None:
-                self._servers[place].unload([name])
+        places = {name: self._place.pop(name) for name in names if name in self._place}
+        errors = []
+        for place, server in enumerate(self._servers):
+            try:
+                server.unload([name for name, own in places.items() if own == place])
+            except ServedModelError as error:  # the others are there
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
-        """Close all servers."""
         self._threads.shutdown()
         for server in self._servers:
             server.close()
@@ -140,6 +136,7 @@ class ServerPool:
             place: self._threads.submit(ask, self._servers[place], own)
             for place, own in rows.items()
         }
+        wait(futures.values())  # nothing is asked any more when this is left
         found: dict[int, Any] = {}
         for place, future in futures.items():
             found.update(zip(rows[place], future.result(), strict=True))

@@ -1,6 +1,7 @@
 """Objectives that ask a served model, called in rounds: all questions of a round at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from zo_adapt.data.sources import Batch
@@ -8,7 +9,7 @@ from zo_adapt.errors import NotServableError, ServedModelError
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.serve.asking import Answers, Question, Unanswered, answering
-from zo_adapt.serve.protocol import ServedModel
+from zo_adapt.serve.protocol import BASE, ServedModel
 
 
 class Task(NamedTuple):
@@ -85,6 +86,30 @@ class AtOnce:
     def to(self, question: Question) -> Any:
         """The answer."""
         return ask(self._server, [(self._name, question)])[0]
+
+
+@contextmanager
+def answered_by(server: ServedModel, name: str = BASE) -> Iterator[None]:
+    """Inside, objectives of language models ask a server instead of the model that they were given.
+
+    For values outside a run: of an adapter that is loaded there, of a prompt, of sampling options.
+
+    Args:
+        server: Who answers.
+        name: Of a loaded adapter; "" is the base.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from objectives import CausalLMLoss
+        >>> from zo_adapt import PeftServer
+        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> with answered_by(PeftServer(model)):
+        ...     CausalLMLoss(model)([{"input_ids": [1, 2, 3]}]).shape
+        torch.Size([1])
+    """
+    with gradients_off(), answering(AtOnce(server, name)):
+        yield
 
 
 def first_question(objective: Objective, content: Any) -> Question:

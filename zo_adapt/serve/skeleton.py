@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import NotServableError, OptionError
+from zo_adapt.serve.adapter import features_of
 
 
 def served_lora(
@@ -53,6 +54,11 @@ def served_lora(
     lora: Any = peft.PeftConfig.from_pretrained(str(adapter)) if saved else adapter
     if not isinstance(lora, peft.LoraConfig):
         raise NotServableError(f"the adapter is a {type(lora).__name__}; servers run LoraConfig")
+    if "init_lora_weights" in features_of(lora.to_dict()):
+        raise NotServableError(
+            f"init_lora_weights={lora.init_lora_weights!r} takes what the adapter begins with from "
+            "the base's weights, which are not here; leave it out"
+        )
     lora.inference_mode = False
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(config)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.errors import NotServableError, OptionError, ZOError
+from zo_adapt.serve.adapter import FEATURES, REFUSED_BY_VLLM, features_of
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be started for."""
-HEADS = ("lm_head", "embed_tokens")
 USUAL = ("q_proj", "v_proj")
 
 
@@ -50,7 +50,7 @@ def command(
         prompts: For soft prompts as well.
 
     Raises:
-        NotServableError: What vLLM cannot run: no LoRA, layers named by a pattern, lm_head alone.
+        NotServableError: What vLLM cannot run: no LoRA, DoRA, biases, lm_head, layers by a pattern.
         OptionError: A rank beyond what it can be started for.
 
     Example:
@@ -63,11 +63,15 @@ def command(
         raise NotServableError(f"{place} is an adapter of type {config['peft_type']}; give LORA")
     if config is not None and not base and not config.get("base_model_name_or_path"):
         raise OptionError(f"the adapter in {place} does not name its base model; give --model")
+    layers = list(targets or _targets(config, place))
+    if refused := sorted(features_of(config or {}, layers) & REFUSED_BY_VLLM):
+        raise NotServableError(
+            f"the adapter in {place} has {FEATURES[refused[0]]}; vLLM serves none"
+        )
     wanted = rank or int((config or {}).get("r", 8))
     largest = next((each for each in RANKS if each >= wanted), None)
     if largest is None:
         raise OptionError(f"rank {wanted}; vLLM serves LoRA of rank 1..{RANKS[-1]}")
-    layers = list(targets or _targets(config, place))
     environment = ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"]
     if cpu:
         environment += ["VLLM_CPU_KVCACHE_SPACE=1"]
@@ -126,10 +130,7 @@ def _targets(config: Mapping[str, Any] | None, place: str | Path) -> list[str]:
             f"the adapter in {place} names its layers by {modules!r}; give their last names by "
             "--targets"
         )
-    leaves = sorted({module.rpartition(".")[2] for module in modules})
-    if refused := sorted(set(leaves) & set(HEADS)):
-        raise NotServableError(f"the adapter in {place} is on {refused}, which vLLM does not serve")
-    return leaves
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

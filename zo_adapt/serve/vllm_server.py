@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
+from zo_adapt.serve.adapter import REFUSED_BY_VLLM
 from zo_adapt.serve.folders import Folders
 from zo_adapt.serve.http import Connection
-from zo_adapt.serve.protocol import Candidate, Limits, Scores, Texts, Writing
+from zo_adapt.serve.protocol import Candidate, Limits, Scores, ServedModel, Texts, Writing
 from zo_adapt.serve.replies import (
     in_base64,
     next_of,
@@ -22,17 +23,12 @@ from zo_adapt.serve.replies import (
 )
 from zo_adapt.serve.soft_prompt import PROMPT
 
-REFUSED = frozenset(
-    {"use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters"}
-    | {"trainable_token_indices", "rank_pattern", "alpha_pattern", "head", "embeddings"}
-)
-"""What vLLM refuses, or leaves out without a word."""
 ROWS = 32
 """Most texts of one request."""
 _LOAD, _UNLOAD, _WRITE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
 
 
-class VLLMServer:
+class VLLMServer(ServedModel):
     """Serves a model by vLLM on this machine; ``python -m zo_adapt.serve`` prints how to start it.
 
     Adapters go through private folders (0700, safetensors alone) that are removed as soon as the
@@ -79,10 +75,9 @@ class VLLMServer:
     ) -> None:
         self._connection = Connection(url, timeout=timeout, concurrency=concurrency, remote=remote)
         try:
-            cards = self._models()
-            base = [card for card in cards if not card.get("parent")]
+            base = [card for card in self._connection.models() if not card.get("parent")]
             if not base:
-                raise ServerReplyError(f"{url} serves no base model: {cards!r:.200}")
+                raise ServerReplyError(f"{url} serves adapters alone, and no base model")
             self.model: str = base[0]["id"]
             self._folders = Folders(place)
         except BaseException:
@@ -95,7 +90,7 @@ class VLLMServer:
             modules,
             base[0].get("max_model_len"),
             prompts=embeddings is not None,
-            refuses=REFUSED,
+            refuses=REFUSED_BY_VLLM,
         )
         self._loaded: list[str] = []
         self._table, self._prompts = embeddings, dict[str, Tensor]()
@@ -107,10 +102,9 @@ class VLLMServer:
 
     def loaded(self) -> list[str]:
         """The adapters that the server says it has."""
-        return [card["id"] for card in self._models() if card.get("parent")]
+        return [card["id"] for card in self._connection.models() if card.get("parent")]
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
-        """Write an adapter where the server finds it, have it loaded, remove the files."""
         if PROMPT in candidate.tensors:
             self._prompts[candidate.name] = candidate.tensors[PROMPT]
             return
@@ -141,7 +135,7 @@ class VLLMServer:
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
-        """See ``ServedModel``; all tokens are scored, whatever ``starts`` says."""
+        # All tokens are scored, whatever starts says.
         asks = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 2 if others else 0}
         choices = self._completed(names, token_ids, asks)
         return [
@@ -149,7 +143,6 @@ class VLLMServer:
         ]
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
-        """See ``ServedModel``; a server that does not know ``logprob_token_ids`` is asked again."""
         asks = {
             "max_tokens": 1,
             "temperature": 0.0,
@@ -178,7 +171,6 @@ class VLLMServer:
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """See ``ServedModel``."""
         asks = {
             "max_tokens": writing.max_new_tokens,
             "temperature": writing.temperature,
@@ -200,7 +192,7 @@ class VLLMServer:
         return [token_ids_of(choice) for choice in found]
 
     def unload(self, names: Sequence[str]) -> None:
-        """Forget adapters; one that is not there is no error."""
+        refused = ""
         for name in names:
             if self._prompts.pop(name, None) is not None:
                 continue
@@ -208,7 +200,9 @@ class VLLMServer:
             if name in self._loaded:
                 self._loaded.remove(name)
             if reply.status not in (200, 404):
-                raise ServerReplyError(f"{name!r} was not unloaded: {reply.status} {reply.words}")
+                refused = f"{name!r} was not unloaded: {reply.status} {reply.words}"
+        if refused:
+            raise ServerReplyError(refused)
 
     def __enter__(self) -> Self:
         return self
@@ -217,7 +211,6 @@ class VLLMServer:
         self.close()
 
     def close(self) -> None:
-        """Unload what is loaded, remove the folder, close the connections."""
         try:
             self.unload(list(self._loaded))
         except ServedModelError:
@@ -225,15 +218,6 @@ class VLLMServer:
         finally:
             self._folders.close()
             self._connection.close()
-
-    def _models(self) -> list[dict[str, Any]]:
-        reply = self._connection.send("GET", "/v1/models")
-        content = reply.content
-        if reply.status != 200 or not isinstance(content, dict) or "data" not in content:
-            raise ServerReplyError(
-                f"{self._connection.url}/v1/models answered {reply.status}: {reply.words}"
-            )
-        return list(content["data"])
 
     def _completed(
         self,
