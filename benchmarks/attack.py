@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import broken_files
 from attacked_work import (
+    along_factors,
     applied,
     copied,
     joint,
@@ -70,6 +71,7 @@ def signalled(report: Report, folder: Path, quick: bool) -> None:
         (UNTOUCHED, "a probe by a copy", copied, EVERY),
         (UNTOUCHED, "a probe layer by layer", layerwise, 3000),
         (UNTOUCHED, "probes in one forward", joint, 2000),
+        (UNTOUCHED, "probes of low rank", along_factors, 1000),
         (UNTOUCHED, "probes above a trunk", trunk, 1000),
         (UNTOUCHED, "evaluation mode", modes, EVERY),
         ("an update whole or not begun", "apply", applied, EVERY),

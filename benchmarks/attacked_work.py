@@ -122,6 +122,12 @@ def joint() -> Subject:
     return probing(model, ParameterView.full(model, scratch="copy"), joint_rows=64)
 
 
+def along_factors() -> Subject:
+    """Several candidates along directions of low rank, for which no weight is written."""
+    model = net()
+    return probing(model, ParameterView.full(model, noise="lowrank"), joint_rows=64)
+
+
 def trunk() -> Subject:
     """A frozen trunk that is reused."""
     model = net()

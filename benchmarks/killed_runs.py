@@ -69,6 +69,7 @@ VIEWS: dict[str, Callable[[Any], ParameterView]] = {
     "bf16 LoRA": lambda model: lora(model, torch.bfloat16),
     "last layers": lambda model: ParameterView.last_layers(model, 1),
     "full": lambda model: ParameterView.full(model, scratch="layer"),
+    "low rank": lambda model: ParameterView.full(model, noise="lowrank"),
 }
 
 
@@ -181,6 +182,7 @@ def ways(source: Source) -> dict[str, Life]:
             run, view="last layers", evaluation=EvaluationOptions(reuse_trunk="on")
         ),
         "full, layer by layer": partial(run, view="full"),
+        "full, low rank": partial(run, view="low rank"),
         "bf16 LoRA": partial(run, view="bf16 LoRA"),
         "LoRA, F1 and metrics": partial(run, objective=F1, metrics=True, evaluation=apart),
         "generation reward": written,

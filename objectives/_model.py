@@ -179,6 +179,8 @@ class ModelRunner:
                 f"a text has {ids.shape[-1]} tokens and the model reads {longest}; cut texts with "
                 f"truncation=True, max_length={longest}"
             )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise DataError(f"the input_ids are of type {ids.dtype}; give integers")
         if self._vocabulary is None or ids.device.type != "cpu" or ids.numel() == 0:
             return
         smallest, largest = int(ids.min()), int(ids.max())

@@ -238,6 +238,8 @@ def _check_spans(start: Tensor, end: Tensor, mask: Tensor) -> None:
         DataError: Gives the first of them.
     """
     tokens = mask.shape[1]
+    if start.is_floating_point() or end.is_floating_point():
+        raise DataError(f"{START!r} and {END!r} are of type {start.dtype}; give integers")
     inside = (start >= 0) & (start <= end) & (end < tokens)
     at = torch.arange(len(mask))
     inside &= mask[at, start.clamp(0, tokens - 1)] & mask[at, end.clamp(0, tokens - 1)]

@@ -11,8 +11,11 @@ from torch import nn
 
 from objectives._ranking import RankingMetric, Undefined
 from objectives.scorers import Scorer
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import DataError, OptionError
 from zo_adapt.options import at_least_one
+
+LARGEST_EXPONENT = 512
+"""Of a gain 2^relevance: sums of these are exact enough in fp64, and finite."""
 
 
 class NDCG(RankingMetric):
@@ -64,6 +67,12 @@ class NDCG(RankingMetric):
         """One call of scikit-learn for all: ten times faster."""
         from sklearn.metrics import ndcg_score
 
+        largest = max(float(one.max()) for one in relevance)
+        if self.gain == "exponential" and largest > LARGEST_EXPONENT:
+            raise DataError(
+                f"a relevance of {largest:g} with gain='exponential', which is 2^relevance; choose "
+                f"at most {LARGEST_EXPONENT}, or gain='linear'"
+            )
         gains = [one if self.gain == "linear" else np.exp2(one) - 1 for one in relevance]
         return float(ndcg_score(*_padded(gains, scores), k=self.k))
 

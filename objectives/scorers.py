@@ -113,7 +113,14 @@ def _relevance(index: int, example: Any, documents: str) -> np.ndarray:
     count = len(given)
     if count == 0:
         raise DataError(f"query {index} of the batch has no documents; leave it out")
-    relevance = np.asarray(field(example, RELEVANCE), dtype=np.float64)
+    given = field(example, RELEVANCE)
+    try:
+        relevance = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"query {index} of the batch has the relevance {given!r:.80}; give one number for "
+            "every document"
+        ) from error
     if relevance.shape != (count,):
         raise DataError(
             f"query {index} of the batch has {count} {documents} and relevance of shape "

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,25 @@ def test_a_step_beyond_every_number_ends_the_run_where_it_was(row: str, huge: fl
     assert asker.ask() == []
 
 
+@pytest.mark.parametrize("moment", ["ask", "tell", "apply"])
+def test_ctrl_c_comes_after_what_was_begun(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    asker, twin = (AskTell(mezo(lr=0.1), np.ones(3), max_steps=4) for _ in range(2))
+    owner = asker._view if moment == "apply" else type(asker._optimizer)
+    method = getattr(owner, moment)
+
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return method(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, moment, interrupted)
+        asker.tell([(x**2).sum() for x in asker.ask()])
+    for one in (asker, twin):
+        while candidates := one.ask():
+            one.tell([(x**2).sum() for x in candidates])
+    assert (asker.x.tolist(), asker.queries) == (twin.x.tolist(), twin.queries)
+
+
 def test_tell_needs_ask() -> None:
     with pytest.raises(ObjectiveError, match="tell without ask"):
         AskTell(mezo(lr=0.1), start(), max_steps=3).tell([1.0, 2.0])
@@ -274,6 +294,8 @@ def test_no_global_generator_is_touched() -> None:
         (np.array([1j]), {"max_steps": 1}, ViewError, "complex"),
         (np.array([True]), {"max_steps": 1}, ViewError, "bool"),
         (np.zeros(0), {"max_steps": 1}, ViewError, "no elements"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), {"max_steps": 1}, ViewError, "masked"),
+        (torch.zeros(2, device="meta"), {"max_steps": 1}, ViewError, "meta"),
         ({}, {"max_steps": 1}, ViewError, "no tensors"),
     ],
 )

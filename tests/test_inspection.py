@@ -84,6 +84,8 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
         "a Scaled.*adapter",
     ),
     "class of its own": (lambda: Named(torch.ones(4)), "a Named"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "nested"),
+    "masked": (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "masked elements"),
     "lazy": (lambda: nn.LazyLinear(2).weight, "no shape yet"),
 }
 
@@ -351,6 +353,19 @@ def test_an_unused_pooler_rests_with_a_warning_also_resumed_and_replayed(tmp_pat
     assert results[0] == results[1]
 
 
+def test_plain_tensors_that_no_value_depends_on_are_named() -> None:
+    x, apart, spare, data = torch.zeros(2), np.zeros(2), torch.zeros(2), torch.ones(8, 1)
+
+    def loss(batch: Tensor) -> Tensor:
+        return (x.sum() - batch).square().sum(1) + float(apart.sum()) ** 2
+
+    view = ParameterView({"x": x, "apart": apart})  # numpy reads it where torch does not see it
+    minimize(loss, view, data, MeZO(displacement=0.1), batch_size=4, max_steps=1, **QUIET)
+    view = ParameterView({"x": x, "spare": spare})
+    with pytest.warns(UnreadTensorWarning, match="1 of 2 tensors.*noise alone: 'spare'"):
+        minimize(loss, view, data, MeZO(displacement=0.1), batch_size=4, max_steps=1, **QUIET)
+
+
 def test_a_view_moves_again_as_a_whole_where_another_objective_reads_it() -> None:
     model = encoder()
     view = ParameterView.full(model)
@@ -418,6 +433,21 @@ def test_an_objective_that_draws_is_noticed(draw: str) -> None:
     with pytest.warns(NoisyObjectiveWarning, match=r"differ by \d+\.\d%"):
         run(model, view, drawing)
     run(model, view, plain)  # where a warning would be an error
+
+
+def test_a_function_of_plain_tensors_that_draws_is_noticed() -> None:
+    x, data = torch.zeros(2), torch.ones(8, 1)
+
+    def loss(batch: Tensor) -> Tensor:
+        return (x.sum() - batch).square().sum(1) * (1 + 0.1 * torch.rand(len(batch)))
+
+    def in_batch(batch: Tensor) -> Tensor:  # no noise: a value depends on the others
+        return (x.sum() - batch).square().sum(1) / len(batch)
+
+    view, options = ParameterView({"x": x}), {"batch_size": 4, "max_steps": 1, **QUIET}
+    with pytest.warns(NoisyObjectiveWarning, match=r"differ by \d+\.\d%"):
+        minimize(loss, view, data, MeZO(displacement=0.1), **options)
+    minimize(in_batch, view, data, MeZO(displacement=0.1), **options)
 
 
 def test_a_look_is_not_a_query_and_draws_no_random_number() -> None:

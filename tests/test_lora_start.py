@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, ParameterView, Step, initialise_lora, minimize, replay
-from zo_adapt.errors import AdapterError, TrajectoryError
+from zo_adapt.errors import AdapterError, TrajectoryError, ViewError
 from zo_adapt.loops import moments
 from zo_adapt.loops.moments import Moment
 
@@ -58,6 +58,17 @@ def inputs_of(model: Any, layer: Any, ids: Tensor) -> Tensor:
         model(ids)
     handle.remove()
     return torch.cat(seen).reshape(-1, seen[0].shape[-1]).double()
+
+
+def test_a_model_that_computes_nan_is_named_and_left_as_it_was() -> None:
+    model = adapted()
+    model.base_model.model.table.weight.data[3] = float("nan")
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    with pytest.raises(ViewError, match=r"inputs of 'base_model\.model\.wide' hold NaN"):
+        initialise_lora(model, loss(model), rows())
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_what_b_sees_is_uncorrelated_and_of_the_usual_size() -> None:

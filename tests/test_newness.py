@@ -54,6 +54,7 @@ TUNERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "hira": (lambda: peft.HiraConfig(r=2, **Q), {"hira_A"}),
     "delora": (lambda: peft.DeloraConfig(r=2, **Q), {"delora_A"}),
     "vera": (lambda: peft.VeraConfig(r=2, **Q), set()),
+    "randlora": (lambda: peft.RandLoraConfig(r=2, **Q), set()),
     "ia3": (lambda: peft.IA3Config(feedforward_modules=[], **Q), set()),
     "miss": (lambda: peft.MissConfig(r=2, **Q), set()),
 }

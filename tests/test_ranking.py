@@ -332,6 +332,13 @@ def test_queries_without_a_value_are_named(name: str, relevance: list[float]) ->
         skipping.score([skipping.predict(queries[1:])])
 
 
+def test_a_gain_beyond_every_number_is_named() -> None:
+    query = {"features": torch.eye(3, 2), "relevance": [2000, 0, 1]}
+    with pytest.raises(DataError, match=r"relevance of 2000 .*at most 512"):
+        NDCG(nn.Linear(2, 1), gain="exponential")([query])
+    assert 0 < float(NDCG(nn.Linear(2, 1))([query])[0]) <= 1
+
+
 def test_an_error_inside_a_probe_leaves_the_weights() -> None:
     model, data = nn.Linear(4, 1), graded()
     data[7]["relevance"] = torch.zeros(len(data[7]["features"]))
@@ -349,6 +356,7 @@ def test_an_error_inside_a_probe_leaves_the_weights() -> None:
     [
         ({"features": torch.zeros(0, 4)}, "query 1 .* has no documents; leave it out"),
         ({"relevance": [1.0]}, r"query 1 .* 3 features and relevance of shape \(1,\)"),
+        ({"relevance": ["a", 0, 1]}, "query 1 .*'a'.*one number"),
         ({"relevance": [0, -1, 0]}, r"query 1 .*-1\.0.*choose finite"),
         ({"features": torch.zeros(3, 5)}, r"features of the shapes \[\(2, 4\), \(3, 5\)\]"),
         ({"features": None}, "a query needs 'features'"),

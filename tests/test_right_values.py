@@ -658,6 +658,8 @@ def test_tokens_outside_the_vocabulary_are_named(make: Any) -> None:
     objective = make(tiny_model("gpt2", "causal"))
     with pytest.raises(DataError, match=r"0\.\.63"):
         objective([{"input_ids": [5, 64, 7]}])
+    with pytest.raises(DataError, match=r"of type torch.float32; give integers"):
+        objective([{"input_ids": [5.5, 6.0]}])
     with pytest.raises(DataError, match=r"64 classes"):
         objective([{"input_ids": [5, 6, 7], "labels": [-100, 6, 70]}])
 

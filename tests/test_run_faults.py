@@ -364,6 +364,18 @@ def test_a_header_that_is_none_is_one_line(tmp_path: Path, name: str, command: s
     assert "\n" not in message
 
 
+def test_a_file_of_another_origin_sends_no_codes_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = good_header(tmp_path)
+    header["settings"] = {"optimizer": "\x1b[2Jred\rSGD", "a\nb": 1}
+    main(["info", str(crafted(tmp_path / "f", json.dumps(header).encode(), a_step()))])
+    printed = capsys.readouterr().out
+    assert r"\x1b[2Jred\rSGD" in printed
+    assert "\x1b" not in printed
+    assert "\nb" not in printed
+
+
 def test_a_start_that_is_no_tensors_is_one_line(tmp_path: Path) -> None:
     good_header(tmp_path)
     (tmp_path / "start").write_bytes(b"no tensors")

@@ -208,6 +208,10 @@ def test_a_span_outside_the_text_is_named(span: tuple[int, int]) -> None:
 
 
 def test_positions_and_models_that_are_missing_are_named() -> None:
+    with pytest.raises(DataError, match=r"of type torch.float32; give integers"):
+        QuestionAnsweringLoss(reader())(
+            [{"input_ids": [5, 6], "start_positions": 0.5, "end_positions": 1.0}]
+        )
     with pytest.raises(DataError, match="start_positions"):
         QuestionAnsweringLoss(reader())([{"input_ids": [5, 6, 7]}])
     with pytest.raises(ObjectiveError, match="AutoModelForQuestionAnswering"):

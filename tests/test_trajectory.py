@@ -148,6 +148,20 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["svrg", "zo-svrg"])
+def test_the_state_does_not_grow_with_the_way_back_to_a_snapshot(tmp_path: Path, name: str) -> None:
+    sizes: list[int] = []
+    kind = {"svrg": MeZOSVRG, "zo-svrg": ZOSVRG}[name]
+    optimizer = kind(1e-3, snapshot_interval=1000)
+
+    def looking(record: Any) -> None:
+        sizes.append((tmp_path / "f.state").stat().st_size)
+
+    run(tensors(), tmp_path / "f", optimizer, callback=looking, max_steps=40)
+    assert len(optimizer.snapshot.since.terms) > 30  # the way itself: a term for every step
+    assert max(sizes) - sizes[1] < 100
+
+
 def test_a_finished_run_is_not_begun_again(tmp_path: Path) -> None:
     live = tensors()
     first = run(live, tmp_path / "f", MeZO())

@@ -1,19 +1,17 @@
 """One evaluation before the first write: what it reads of the view, and what it changes.
 
 It is made on the first two examples, the same ones in every run and in one that is resumed, and not
-counted as queries: no optimizer sees it. Of tensors without a model (``AskTell``, scipy) nothing is
-looked at: there is no forward to follow.
+counted as queries: no optimizer sees it. Of tensors without a model values may be dear (a
+simulation): what is evaluated before the first step anyway is followed, and no more.
 """
 
 import logging
-import random
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from zo_adapt.data.sources import Source
@@ -24,7 +22,7 @@ from zo_adapt.errors import (
     ViewError,
 )
 from zo_adapt.evaluation.objective import Objective, SetObjective, ready
-from zo_adapt.evaluation.start_checks import randomness_kept
+from zo_adapt.evaluation.start_checks import randomness_kept, warn_of_noise
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
 from zo_adapt.view.buffers import Buffers
@@ -36,8 +34,6 @@ LOOK_SEED = 3
 FAR = 4.0
 """Shift of tensors that nothing seems to read, in displacements of the view."""
 OTHER = "not of the view: "
-NOISE = 1e-3
-"""Relative difference of two values at one place that is more than rounding."""
 
 
 def look_first(objective: Objective, source: Source, view: ParameterView) -> None:
@@ -77,6 +73,34 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
     _judge(unread, view)
 
 
+@contextmanager
+def naming_unread(objective: Objective, source: Source, view: ParameterView) -> Iterator[None]:
+    """Inside, an objective is called; where the view has no model, what it did not read is named.
+
+    That is all: a function of plain tensors may read others for other examples.
+    """
+    if view.model is not None:
+        yield
+        return
+    trace = Trace(view.tensors)
+    with trace.following():
+        yield
+    reached = trace.names(trace.reached)
+    unread = [name for name in view.tensors if name not in reached]
+    if not reached or not unread:
+        return
+    with gradients_off(), randomness_kept(None), ready(objective, None):
+        try:
+            content = source.take([0, 1])
+            if _moves(unread, view, lambda: objective(content), objective(content)):
+                return
+        except Exception as error:  # as above
+            if is_from_handler(error):
+                raise
+            return
+    _warn_of_unread(unread, view, " and are moved by noise alone")
+
+
 def _unread(
     call: Callable[[Any], Any], content: Any, view: ParameterView, model: nn.Module
 ) -> list[str]:
@@ -93,7 +117,7 @@ def _unread(
         found = value()
     trace.leave(found)
     _check_buffers(buffers, value)
-    _warn_of_noise(found, call, content)
+    warn_of_noise(found, call, content)
     reached = set(trace.names(trace.reached))
     items = _skipped_items(model, entered)
     unread = [
@@ -118,31 +142,6 @@ def _check_buffers(buffers: Buffers, value: Callable[[], Any]) -> None:
             f"every evaluation changes {drifting[0]!r} ({len(drifting)} buffers in all), so that "
             "no two points would see the same model; call model.eval() before tuning"
         )
-
-
-def _warn_of_noise(found: Any, call: Callable[[Any], Any], content: Any) -> None:
-    """Call again with other random numbers, of which the value should know nothing."""
-    random.random(), np.random.random(), torch.rand(())  # noqa: NPY002
-    pairs = zip(_numbers(found), _numbers(call(content)), strict=False)
-    apart = [
-        float(abs(one - other).max() / abs(one).max())
-        for one, other in pairs
-        if one.shape == other.shape and abs(one).max() > 0
-    ]
-    if apart and max(apart) > NOISE:
-        warnings.warn(
-            f"the objective gives values that differ by {max(apart):.1%} for the same examples at "
-            "the same weights: it draws random numbers or depends on something else, and what a "
-            "step learns is the rest of a difference; let it draw the same ones for all points "
-            "(of a generator of its own, seeded by the batch), or average them",
-            NoisyObjectiveWarning,
-            stacklevel=6,
-        )
-
-
-def _numbers(value: Any) -> list[Any]:
-    arrays = [np.asarray(_array(leaf)) for leaf in leaves_of(value)]
-    return [a.astype(float) for a in arrays if a.dtype.kind in "biuf" and a.size]
 
 
 def _moves(
@@ -201,17 +200,24 @@ def _skipped_items(model: nn.Module, entered: set[str]) -> list[str]:
 def _judge(unread: list[str], view: ParameterView) -> None:
     if not unread:
         return
-    listed = ", ".join(map(repr, unread[:3])) + (", ..." if len(unread) > 3 else "")
     if len(unread) == len(view.tensors):
         raise ViewError(
-            f"the objective's value depends on no tensor of the view ({listed}): is the adapter "
-            "active, and is this the model that the objective runs?"
+            f"the objective's value depends on no tensor of the view ({_listed(unread)}): is the "
+            "adapter active, and is this the model that the objective runs?"
         )
+    _warn_of_unread(unread, view, " and stay as they are")
+    view.leave_at_rest(unread)
+
+
+def _warn_of_unread(unread: list[str], view: ParameterView, also: str) -> None:
     warnings.warn(
         f"{len(unread)} of {len(view.tensors)} tensors of the view do not reach the objective's "
-        f"value on the first examples and stay as they are: {listed}. Leave them out of the view; "
+        f"value on the first examples{also}: {_listed(unread)}. Leave them out of the view; "
         "if other examples need them, put one of these first",
         UnreadTensorWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
-    view.leave_at_rest(unread)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -15,7 +15,7 @@ import torch
 from zo_adapt.data.rows import NoRowsError
 from zo_adapt.data.sources import Source
 from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, evaluations
-from zo_adapt.evaluation.first_look import look_first
+from zo_adapt.evaluation.first_look import look_first, naming_unread
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
@@ -246,7 +246,8 @@ class Locally:
 
     def resolved(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
         """The objective, saying whether its value is a mean over rows."""
-        return resolve_mean_over_rows(objective, source, view.model)
+        with naming_unread(objective, source, view):
+            return resolve_mean_over_rows(objective, source, view.model)
 
     def bound_to(
         self,

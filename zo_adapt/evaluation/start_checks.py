@@ -1,7 +1,8 @@
 """What is found out about an objective before the first step, so that no run finds it later."""
 
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from zo_adapt.data.labels import labels_to_check
 from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import NoisyObjectiveWarning, OptionError
 from zo_adapt.evaluation.objective import Objective, keeps_batch_whole, ready, with_attributes
 from zo_adapt.interrupt import Guard, gradients_off, is_from_handler
+from zo_adapt.view.trace import leaves_of
 
 SAME = 0.02
 """Relative difference up to which a row's value alone and beside another is rounding (fp16)."""
+NOISE = 1e-3
+"""Relative difference of two values at one place that is more than rounding."""
 
 
 def check_all_labels(objective: Objective, data: Any) -> None:
@@ -79,12 +83,15 @@ def resolve_mean_over_rows(
     is_mean = False
     if objective.independent_rows:
         with gradients_off(), randomness_kept(model), ready(objective, model):
-            is_mean = _gives_each_row_its_own(objective, source)
+            is_mean = _gives_each_row_its_own(objective, source, looked_at=model is not None)
     return with_attributes(objective, mean_over_rows=is_mean)
 
 
-def _gives_each_row_its_own(objective: Objective, source: Source) -> bool:
-    """Whether two rows have a value each, and the first has the same one alone."""
+def _gives_each_row_its_own(objective: Objective, source: Source, *, looked_at: bool) -> bool:
+    """Whether two rows have a value each, and the first has the same one alone.
+
+    Where it has not, an objective that was not looked at yet is asked once more: it may draw.
+    """
     try:
         two = source.take([0, 1])
         both = _array(objective(two))
@@ -96,19 +103,52 @@ def _gives_each_row_its_own(objective: Objective, source: Source) -> bool:
         except NoRowsError:
             first = source.take([0])
         alone = _array(objective(first))
+        difference = abs(alone.reshape(-1) - both[:1])
+        is_mean = alone.size == 1 and bool((difference <= SAME * abs(both).max()).all())
+        if not is_mean and not looked_at:
+            warn_of_noise(alone, objective, first)
+    except NoisyObjectiveWarning:  # where warnings are errors
+        raise
     # A metric may have no value on two rows. What is wrong with the data or the function says
     # itself again, where it counts, at the first step.
     except Exception as error:
         if is_from_handler(error):
             raise
         return False
-    difference = abs(alone.reshape(-1) - both[:1])
-    return alone.size == 1 and bool((difference <= SAME * abs(both).max()).all())
+    return is_mean
 
 
 def _array(returned: Any) -> np.ndarray:
     here = returned.detach().cpu() if isinstance(returned, Tensor) else returned
     return np.asarray(here, dtype=np.float64)
+
+
+def warn_of_noise(found: Any, call: Callable[[Any], Any], content: Any) -> None:
+    """Call again with other random numbers, of which the value should know nothing."""
+    random.random(), np.random.random(), torch.rand(())  # noqa: NPY002
+    pairs = zip(_numbers(found), _numbers(call(content)), strict=False)
+    apart = [
+        float(abs(one - other).max() / abs(one).max())
+        for one, other in pairs
+        if one.shape == other.shape and abs(one).max() > 0
+    ]
+    if apart and max(apart) > NOISE:
+        warnings.warn(
+            f"the objective gives values that differ by {max(apart):.1%} for the same examples at "
+            "the same weights: it draws random numbers or depends on something else, and what a "
+            "step learns is the rest of a difference; let it draw the same ones for all points "
+            "(of a generator of its own, seeded by the batch), or average them",
+            NoisyObjectiveWarning,
+            stacklevel=7,
+        )
+
+
+def _numbers(value: Any) -> list[Any]:
+    arrays = [
+        np.asarray(leaf.detach().float().cpu() if isinstance(leaf, Tensor) else leaf)
+        for leaf in leaves_of(value)
+    ]
+    return [a.astype(float) for a in arrays if a.dtype.kind in "biuf" and a.size]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor, from_numpy, nn
 
 from zo_adapt.errors import ArgumentTypeError, ViewError
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.tensors import check_whole
 
 
 class Form:
@@ -64,6 +65,7 @@ def _copied(name: str, value: Any) -> Tensor:
     """Integers and lists become float64, as scipy has it; other dtypes stay."""
     if isinstance(value, Tensor):
         return value.detach().clone()
+    check_whole(name, value)
     array = np.asarray(value)
     native = np.float64 if array.dtype.kind in "iu" else array.dtype.newbyteorder("=")
     try:

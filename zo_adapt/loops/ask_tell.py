@@ -18,6 +18,7 @@ from zo_adapt.errors import (
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import as_float64
+from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.arguments import check_optimizer
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.box import Box, Units
@@ -158,7 +159,8 @@ class AskTell:
     def ask(self) -> list[Any]:
         """The candidates of the next step, the same ones until ``tell``; empty at the end."""
         if not self._asked and self.stop_reason is None:
-            self._asked = self._next()
+            with uninterrupted():  # seeds are drawn and probes kept, or neither
+                self._asked = self._next()
         return [self._candidate(probe) for probe in self._asked]
 
     def tell(self, values: Sequence[Any] | np.ndarray | Tensor) -> Step:
@@ -174,6 +176,11 @@ class AskTell:
                 the run ends with the variables as they were.
         """
         evaluations = self._checked(values)
+        with uninterrupted():  # the optimizer, the counts and the variables are those of one step
+            return self._taken(evaluations)
+
+    def _taken(self, evaluations: Sequence[Evaluation]) -> Step:
+        """The step that follows from values, made."""
         if self._on_nonfinite == "skip" and not self._optimizer.is_measuring:
             bad = [e.value for e in evaluations if not math.isfinite(e.value)]
             if bad:

@@ -267,19 +267,22 @@ class KeptRun:
             at = Position(*state["position"])
             self.logged = steps_until(reader, at)
             self.load_state_dict(state["run"])
+            updates = [step.update for step in self.logged]
+            self.optimizer.load_brief_state(state["run"]["optimizer"], updates)  # type: ignore[attr-defined]
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptTrajectoryError(
                 f"the state beside {path} is none of this run ({error!r})"
             ) from error
-        apply_checked(view, [step.update for step in self.logged], path)
+        apply_checked(view, updates, path)
         self._writer = Writer(path, reader.header, at, file=owned)
 
     def _save_state(self) -> None:
-        file, writer = self._file, self._writer
-        if file is not None and writer is not None:
+        file, writer, optimizer = self._file, self._writer, self.optimizer
+        if file is not None and writer is not None and isinstance(optimizer, ZerothOrder):
             state = {
                 "position": writer.position,
                 "budget": self.budget._asdict(),
-                "run": self.state_dict(),
+                # What the records say as well is left out: it would grow from step to step.
+                "run": self.state_dict() | {"optimizer": optimizer.brief_state()},
             }
             write_state(file.state, state, fsync=file.fsync)

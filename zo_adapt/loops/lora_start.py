@@ -18,14 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import AdapterError
+from zo_adapt.errors import AdapterError, ViewError
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, ready
+from zo_adapt.interrupt import gradients_off, undone, uninterrupted
 from zo_adapt.loops.moments import Moment
 from zo_adapt.options import at_least_one
 from zo_adapt.view.adapters import adapted_modules
@@ -73,6 +73,7 @@ def initialise_lora(
 
     Raises:
         AdapterError: No LoRA on a linear layer, or one that has been tuned.
+        ViewError: The layers see NaN or infinity. As with the other, nothing is changed.
 
     Example:
         >>> import torch
@@ -94,14 +95,20 @@ def start_on(model: nn.Module, objective: Objective, parts: Sequence[Batch]) -> 
     """``initialise_lora`` on batches that there are already."""
     layers, left = _lora_layers(model)
     moments = {name: _moment_for(layer) for name, layer in layers.items()}
-    with torch.no_grad(), ready(objective, model), _watched(layers, moments) as masks:
+    with gradients_off(), ready(objective, model), _watched(layers, moments) as masks:
         for part in parts:
             masks.append(_mask(part.content))
             objective(part.content)
-    for name, layer in layers.items():
-        if moments[name].count:  # a layer may not be on the way of these examples
-            for a in _factors(layer):
-                _align(a, moments[name])
+    # All are found before the first is written. A layer may not be on the way of these examples.
+    starts = [
+        (a, _aligned(name, a, moments[name]))
+        for name, layer in layers.items()
+        if moments[name].count
+        for a in _factors(layer)
+    ]
+    with uninterrupted():
+        for a, rows in starts:
+            a[: len(rows)] = rows
     return LoraStart(tuple(layers), tuple(left), sum(map(len, parts)))
 
 
@@ -143,14 +150,16 @@ def _moment_for(layer: nn.Module) -> Moment:
     return Moment(factors[0].shape[1], max(map(len, factors)), factors[0].device)
 
 
-def _align(a: Tensor, moment: Moment) -> None:
-    """Write the leading directions into A; its last rows stay where there are too few."""
+def _aligned(name: str, a: Tensor, moment: Moment) -> Tensor:
+    """The leading directions, as the first rows of A; the others stay where there are too few."""
+    if not math.isfinite(moment.mean_square):
+        raise ViewError(f"the inputs of {name!r} hold NaN or infinity; load finite weights first")
     values, vectors = moment.leading(len(a))
     # An eigenvector has no sign: the largest part positive, so that machines agree.
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     # peft draws A from +-1/sqrt(d), evenly: of mean square 1 / (3 d).
     usual = math.sqrt(moment.mean_square / (3 * a.shape[1]))
-    a[: len(values)] = (usual * signs * vectors / values.sqrt()).T.to(a)
+    return (usual * signs * vectors / values.sqrt()).T.to(a)
 
 
 def _mask(content: Any) -> Tensor | None:
@@ -175,9 +184,6 @@ def _watched(
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    hooks = (layer.register_forward_pre_hook(watch(name)).remove for name, layer in layers.items())
+    with undone(hooks):
         yield masks
-    finally:
-        for handle in handles:
-            handle.remove()

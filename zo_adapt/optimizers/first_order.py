@@ -1,9 +1,10 @@
 """First-order baselines: backpropagation under the same loop and the same count of queries."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.interrupt import uninterrupted
+from zo_adapt.interrupt import undone, uninterrupted
 from zo_adapt.optimizers.schedule import Budget, Schedule, described, schedule_named
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.options import finite, positive
@@ -179,15 +180,14 @@ def backpropagated(evaluator: Evaluator, batch: Batch) -> tuple[Tensor, Sequence
 @contextmanager
 def _differentiable(tensors: list[Tensor]) -> Iterator[None]:
     """``requires_grad`` on the view inside, as it was afterwards."""
-    before = [tensor.requires_grad for tensor in tensors]
-    try:
+
+    def changes() -> Iterator[Callable[[], Any]]:
         for tensor in tensors:
+            yield partial(tensor.requires_grad_, tensor.requires_grad)
             tensor.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for tensor, flag in zip(tensors, before, strict=True):
-            tensor.requires_grad_(flag)
+
+    with undone(changes()), torch.enable_grad():
+        yield
 
 
 def _check_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:

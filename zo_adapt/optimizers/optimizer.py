@@ -31,7 +31,7 @@ from zo_adapt.optimizers.run_state import RunState
 from zo_adapt.optimizers.schedule import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.optimizers.step_size import Descent, StepSize
-from zo_adapt.term import MEASUREMENT, Step, Terms
+from zo_adapt.term import MEASUREMENT, Shift, Step, Terms
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import (
     check_resolution,
@@ -107,11 +107,7 @@ class ZerothOrder(Settings, ABC):
 
     @property
     def state(self) -> RunState:
-        """That of the last run.
-
-        Raises:
-            OptionError: None was started.
-        """
+        """That of the last run; an ``OptionError`` before any."""
         state: RunState | None = vars(self).get("_state")
         if state is None:
             raise OptionError(f"{type(self).__name__} has no run yet; call start(view, seed) first")
@@ -210,6 +206,14 @@ class ZerothOrder(Settings, ABC):
         """Go on from a state; ``start`` comes first."""
         self.state.load_state_dict(state)
 
+    def brief_state(self) -> dict[str, Any]:
+        """``state_dict`` for a loop that also keeps all updates: without what these say."""
+        return self.state_dict()
+
+    def load_brief_state(self, state: Mapping[str, Any], updates: Sequence[Shift]) -> None:
+        """Go on from a brief state and the updates of all steps so far."""
+        self.load_state_dict(state)
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters in force, for a log and to compare on resuming."""
         own = super().settings()
@@ -241,11 +245,7 @@ class ZerothOrder(Settings, ABC):
 
     @property
     def asked(self) -> Directions:
-        """The directions of the step that was asked about.
-
-        Raises:
-            OptionError: None was.
-        """
+        """The directions of the step that was asked about; an ``OptionError`` where none was."""
         if self.state.asked is None:
             raise OptionError("tell without ask; call ask(samples) for the probes first")
         return self.state.asked

@@ -61,6 +61,11 @@ class Recursive(VarianceReduced, ABC):
         snapshot.gradient, snapshot.since, snapshot.directions = terms, HERE, 1.0 / noise
         super().remember(terms, update, noise)
 
+    @property
+    def steps_since(self) -> int:
+        """The last step alone."""
+        return min(self.steps, 1)
+
     def _build(
         self,
         lr: float | None,

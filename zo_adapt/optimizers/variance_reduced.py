@@ -49,9 +49,9 @@ class VarianceReduced(ZerothOrder):
     Args:
         estimate: Of the large batch; minibatch steps take its differences along one direction.
         apply: How an estimate is applied.
-        snapshot_interval: q >= 1, steps from one snapshot to the next. The way back to theta_bar is
-            one term for every step since, so that the time of a step and the state that a
-            trajectory keeps beside it grow with q: choose tens, not thousands.
+        snapshot_interval: q >= 1, steps from one snapshot to the next. With one copy of the weights
+            the way back to theta_bar is one term for every step since, and a minibatch step draws
+            up to q + K directions for each of its probes there: choose tens, not thousands.
         snapshot_size: Rows of the large batch; "auto": of four minibatches, or the whole set where
             that is smaller; "batch": of a minibatch; "all": the whole set.
         snapshot_lr: Rate of the snapshot steps; None: as of the others.
@@ -216,6 +216,22 @@ class VarianceReduced(ZerothOrder):
             "directions_of_snapshot": snapshot.directions,
             "since": snapshot.since,
         }
+
+    def brief_state(self) -> dict[str, Any]:
+        """Without the way back to theta_bar, which has a term for every step since."""
+        return self.state_dict() | {"since": HERE}
+
+    def load_brief_state(self, state: Mapping[str, Any], updates: Sequence[Shift]) -> None:
+        """Go on from a brief state, or from a whole one of a former version."""
+        self.load_state_dict(state)
+        if self.snapshot.since == HERE:
+            for update in updates[len(updates) - self.steps_since :]:
+                self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
+
+    @property
+    def steps_since(self) -> int:
+        """How many updates lie between theta_bar and here."""
+        return (self.steps - 1) % self.snapshot_interval + 1 if self.steps else 0
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; ``start`` comes first."""

@@ -39,7 +39,12 @@ def info(path: Path) -> str:
     if steps:
         rows["queries"] = f"{steps[-1].queries:,}"
         rows["value"] = f"{steps[0].value:.4g} -> {steps[-1].value:.4g}"
-    return "\n".join(f"{name:20} {value}" for name, value in rows.items())
+    return "\n".join(shown(f"{name:20} {value}") for name, value in rows.items())
+
+
+def shown(text: str) -> str:
+    """Text of a file of another origin in one line, without codes that a terminal obeys."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def verify(path: Path) -> str:
@@ -150,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         print(_run(args))
     except (ZOError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(shown(f"{type(error).__name__}: {error}"))
 
 
 def _run(args: argparse.Namespace) -> str:

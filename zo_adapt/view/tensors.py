@@ -88,6 +88,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     """Refuse what cannot be shifted or, worse, can be shifted and not restored."""
     if not isinstance(tensor, Tensor):
         raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
+    if tensor.is_nested:
+        raise ViewError(f"{name!r} is a nested tensor; give the view the tensors that it holds")
     if nn.parameter.is_lazy(tensor):
         raise ViewError(f"{name!r} has no shape yet; call the model once on an example first")
     if tensor.is_meta:
@@ -143,6 +145,16 @@ def _check_writable(name: str, tensor: Tensor) -> None:
         raise ViewError(f"{name!r} cannot be written to: {error}") from error
 
 
+def check_whole(name: str, array: np.ndarray) -> None:
+    """Refuse masked elements, which torch would take for numbers.
+
+    Raises:
+        ViewError: There are some.
+    """
+    if np.ma.is_masked(array):
+        raise ViewError(f"{name!r} has masked elements; give it .compressed() or .filled(number)")
+
+
 def _shared(name: str, value: Any) -> Any:
     """A writable numpy array as a tensor that shares its memory; anything else as it is.
 
@@ -151,6 +163,7 @@ def _shared(name: str, value: Any) -> Any:
     """
     if not isinstance(value, np.ndarray):
         return value
+    check_whole(name, value)
     if not value.flags.writeable:
         raise ViewError(f"{name!r} is read-only; give the view its own .copy()")
     try:
