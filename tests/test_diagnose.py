@@ -293,7 +293,7 @@ def test_a_smooth_function_keeps_the_default_scale() -> None:
     rows = gradients(64, 0.5, 1.0)
     view = ParameterView({"x": x})
     found = diagnose(lambda b: (b @ x - 1).square(), view, rows, batch_size=8)
-    assert found.perturbation_scale == pytest.approx(0.01)
+    assert found.perturbation_scale == pytest.approx(found.displacement / 25)
     assert [scale.equal for scale in found.scales] == [0.0] * 5
     assert all(scale.agreement == pytest.approx(1.0) for scale in found.scales)
     curvatures = [scale.curvature for scale in found.scales]
@@ -337,7 +337,10 @@ def test_a_scale_where_the_objective_is_not_finite_is_not_advised() -> None:
     def fragile(batch: Tensor) -> Tensor:
         return batch @ x if float(x.abs().max()) < 0.1 else batch @ x * math.inf
 
-    found = diagnose(fragile, ParameterView({"x": x}), gradients(64, 0.5, 1.0), batch_size=8)
+    found = diagnose(
+        fragile, ParameterView({"x": x}), gradients(64, 0.5, 1.0), batch_size=8,
+        perturbation_scales=[0.01, 0.02, 0.5],
+    )  # fmt: skip
     assert math.isnan(found.scales[-1].signal)
     assert found.perturbation_scale < 0.1
     assert "nan" in str(found)
@@ -441,3 +444,22 @@ def test_batches_are_fair_to_the_classes_as_those_of_minimize() -> None:
     objective.mean_over_rows = True  # type: ignore[attr-defined]
     diagnose(objective, ParameterView({"x": x}), rows, batch_size=16)
     assert set(seen) == {2}
+
+
+def test_the_scales_are_about_what_suits_the_displacement_found() -> None:
+    for unit in (1.0, 1e3):
+        x = torch.zeros(20, dtype=torch.float64)
+        found = diagnose(
+            lambda _, x=x, unit=unit: float((x / unit - 0.2).square().sum()),
+            ParameterView({"x": x}),
+        )
+        middle = found.scales[2].perturbation_scale
+        assert middle == pytest.approx(found.displacement / 25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_straight_line_bounds_nothing_and_the_displacement_is_the_views(dtype: Any) -> None:
+    view = ParameterView({"x": torch.zeros(50, dtype=dtype)})
+    found = diagnose(lambda _: float(view.tensors["x"].sum()) + 3.0, view)
+    assert found.displacement == view.displacement
+    assert "straight line" in found.reasons["displacement"]

@@ -53,6 +53,8 @@ def test_noise_of_a_quadratic_is_what_it_is() -> None:
     spread = float((a - a.mean(0)).square().sum(1).mean()) * N / (N - 1)
     assert result.metrics["noise_direction_noise"] == pytest.approx(gradient, rel=0.5)
     assert result.metrics["noise_data_noise"] == pytest.approx(spread, rel=0.2)
+    shares = spread / (spread + gradient)
+    assert result.metrics["noise_data_share"] == pytest.approx(shares, rel=0.2)
 
 
 def test_the_control_variate_explains_much_near_its_snapshot_and_less_far_away() -> None:
@@ -103,7 +105,7 @@ def test_a_run_is_the_same_when_it_is_watched() -> None:
 def test_each_is_measured_at_its_own_steps() -> None:
     result, _ = run(MeZO(lr=1e-9), TrackVariance(2))
     seen = {step.step: sorted(step.metrics) for step in result.history if step.metrics}
-    noise = ["noise_data_noise", "noise_direction_noise"]
+    noise = ["noise_data_noise", "noise_data_share", "noise_direction_noise"]
     assert seen == {
         2: noise, 3: ["loss"], 4: noise, 6: ["loss", *noise], 8: noise, 9: ["loss"],
     }  # fmt: skip

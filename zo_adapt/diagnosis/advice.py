@@ -50,6 +50,12 @@ class Noise(NamedTuple):
         """Rows on which data noise is as large as direction noise; NaN if G is not visible."""
         return self.data / self.direction if self.direction > self.error else math.nan
 
+    @property
+    def data_share(self) -> float:
+        """sigma^2 / (G + sigma^2): the data's share in the noise of one example."""
+        total = self.data + max(self.direction, 0.0)
+        return self.data / total if total > 0.0 else math.nan
+
 
 class Diagnosis(NamedTuple):
     """What ``diagnose`` found. ``print`` it.
@@ -94,7 +100,8 @@ class Diagnosis(NamedTuple):
         ]
         noise = (
             f"direction noise G = {self.noise.direction:.3g} +- {self.noise.error:.1g}, "
-            f"data noise sigma^2 = {self.noise.data:.3g} an example"
+            f"data noise sigma^2 = {self.noise.data:.3g} an example, "
+            f"{_percent(self.noise.data_share)} of both"
         )
         advice = [
             textwrap.fill(f"{name}: {reason}", 100, subsequent_indent="    ")

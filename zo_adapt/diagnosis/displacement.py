@@ -68,6 +68,12 @@ def _reason(found: float, usual: float, looks: list[tuple[float, Response]]) -> 
             f"{found:.3g}, what the view assumes: no value changed as far as {farthest:.3g} away, "
             "so the objective does not see the view, or counts what the weights hardly move"
         )
+    if all(seen.is_straight for _, seen in looks):
+        farthest = max(at for at, _ in looks)
+        return (
+            f"{found:.3g}, what the view assumes: as far as {farthest:.3g} away the value changes "
+            "in a straight line, so nothing bounds it; add what the weights are to cost"
+        )
     at, seen = min(looks, key=lambda look: abs(math.log(look[0] / found)))
     if not math.isfinite(seen.ratio):
         return f"{found:.3g} or less: at {at:.3g} the objective is not finite"

@@ -78,7 +78,7 @@ def diagnose(
             the objective needs.
         num_directions: K; the relative error of G is about sqrt(2 / K).
         perturbation_scales: mu to try, at least two; "auto": 1/16, 1/4, 1, 4 and 16 times what
-            suits the displacement that the view assumes.
+            suits the displacement that was found.
         seed: Of directions and rows.
         evaluation: As for ``minimize``.
 
@@ -123,7 +123,7 @@ def diagnose(
     view.check_adapters()
     searching = LocalEvaluator(objective, view, evaluation, batch_size=rows)
     far = find_displacement(searching, samples, seed)
-    usual, scales = _scales(view, objective.step_like, perturbation_scales)
+    usual, scales = _scales(view, far.displacement, objective.step_like, perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
     ranks = find_ranks(Workers())
@@ -170,12 +170,15 @@ def _auto(name: str, value: Any) -> Any:
 
 
 def _scales(
-    view: ParameterView, step_like: bool, given: Sequence[float] | Literal["auto"]
+    view: ParameterView,
+    displacement: float,
+    step_like: bool,
+    given: Sequence[float] | Literal["auto"],
 ) -> tuple[float, list[float]]:
-    """What suits the view's own displacement, and the scales to try, in ascending order."""
+    """What suits a displacement, and the scales to try, in ascending order."""
     finest = finest_perturbation(view)
     least = max(finest, view.least_perturbation / 4)
-    usual = usual_perturbation(view.displacement, least, step_like)
+    usual = usual_perturbation(displacement, least, step_like)
     if isinstance(given, str):
         return usual, [usual * factor for factor in FACTORS if usual * factor >= finest]
     scales = sorted({positive("perturbation_scales", mu) for mu in given})

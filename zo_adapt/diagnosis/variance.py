@@ -39,6 +39,7 @@ class TrackVariance:
     Goes where objectives go in ``metrics``, and reports under its name there:
         direction_noise: G, the squared norm of the gradient.
         data_noise: sigma^2 of one example.
+        data_share: sigma^2 / (G + sigma^2), the data's share in the noise of one example.
         explained: 1 - E(p_k - q_k)^2 / E p_k^2 on minibatches, q at the snapshot: the share of a
             minibatch estimate that the control variate takes out. Optimizers with snapshots only.
         distance: |theta - theta_bar|, as expected of the directions between. The same.
@@ -63,8 +64,8 @@ class TrackVariance:
         ...     MeZOSVRG(), batch_size=16, max_steps=20, progress=False,
         ...     metrics={"variance": TrackVariance(every=10)})
         >>> sorted(result.metrics)
-        ['variance_data_noise', 'variance_direction_noise', 'variance_distance', \
-'variance_explained']
+        ['variance_data_noise', 'variance_data_share', 'variance_direction_noise', \
+'variance_distance', 'variance_explained']
 
     Reference: arXiv 2404.08080, Section 5 (what the snapshot is for).
     """
@@ -137,7 +138,11 @@ class VarianceMonitor:
         mu = _perturbation(optimizer, view)
         here = survey.at(mu)
         noise = anova(here, self._rows, self._size)
-        found = {"direction_noise": noise.direction, "data_noise": noise.data}
+        found = {
+            "direction_noise": noise.direction,
+            "data_noise": noise.data,
+            "data_share": noise.data_share,
+        }
         if isinstance(optimizer, VarianceReduced):
             since = optimizer.snapshot.since
             found["explained"] = _explained(here, survey.at(mu, since.inverse()))

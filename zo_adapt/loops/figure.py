@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 SMOOTHED_SHARE = 1 / 20
 """Of a run's steps: how many the value is averaged over."""
-DIRECTION, DATA = "_direction_noise", "_data_noise"
-"""How the names of what ``TrackVariance`` reports end."""
+SHARE, NOISES = "_data_share", ("_direction_noise", "_data_noise")
+"""How the names of what ``TrackVariance`` reports end: drawn as the share that the data have."""
 Points = list[tuple[int, float]]
 
 
@@ -25,19 +25,18 @@ def draw(history: Sequence[Step]) -> "Figure":
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for step in history for name in step.metrics or ()))
-    noises = [name.removesuffix(DIRECTION) for name in names if name.endswith(DIRECTION)]
-    shares = {name: noise_shares(history, name) for name in noises if name + DATA in names}
-    parts = {name + end for name in shares for end in (DIRECTION, DATA)}
+    shares = [name for name in names if name.endswith(SHARE)]
+    parts = {name.removesuffix(SHARE) + end for name in shares for end in (SHARE, *NOISES)}
     plain = [name for name in names if name not in parts]
     panels = 1 + len(plain) + len(shares)
     figure = Figure(figsize=(7, 3 + 2 * (panels - 1)), layout="constrained")
     first, *others = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
     _values(first, history)
-    for axes, name in zip(others, plain, strict=False):
+    for axes, name in zip(others, plain + shares, strict=True):
         _line(axes, measured(history, name), name)
-    for axes, (name, points) in zip(others[len(plain) :], shares.items(), strict=True):
-        _line(axes, points, f"{name}: share of data noise")
-        axes.set_ylim(0, 1)
+        if name in shares:
+            axes.set_ylabel(f"{name.removesuffix(SHARE)}: share of data noise")
+            axes.set_ylim(0, 1)
     figure.axes[-1].set_xlabel("queries")
     return figure
 
@@ -45,19 +44,6 @@ def draw(history: Sequence[Step]) -> "Figure":
 def measured(history: Sequence[Step], name: str) -> Points:
     """Where a metric was measured, and what it was."""
     return [(s.queries, s.metrics[name]) for s in history if s.metrics and name in s.metrics]
-
-
-def noise_shares(history: Sequence[Step], name: str) -> Points:
-    """sigma^2 / (G + sigma^2) of one example, the rest of the noise being that of directions.
-
-    Example:
-        >>> noise = {"n_direction_noise": 1.0, "n_data_noise": 3.0}
-        >>> noise_shares([Step(1, 8, 0.5, 0.1, 1.0, metrics=noise)], "n")
-        [(8, 0.75)]
-    """
-    direction, data = dict(measured(history, name + DIRECTION)), measured(history, name + DATA)
-    found = [(at, sigma2, max(direction.get(at, math.nan), 0.0)) for at, sigma2 in data]
-    return [(at, sigma2 / (sigma2 + g)) for at, sigma2, g in found if sigma2 + g > 0]
 
 
 def _values(axes: Any, history: Sequence[Step]) -> None:

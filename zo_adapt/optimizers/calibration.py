@@ -37,9 +37,11 @@ USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
 """Of the queries: beyond the first nothing is refined, beyond the second nothing is asked."""
 UNSEEN_FACTOR, MOST_LEAP = 1 / 8, 2.0
 """Of the view's displacement where the budget allows no look, and beyond what was looked at."""
-MOST_ROUNDS, MOST_FAILURES, MOST_FLAT = 12, 4, 4
+MOST_ROUNDS, MOST_FAILURES, MOST_FLAT, MOST_STRAIGHT = 12, 4, 4, 6
 FLAT_FACTOR = 8.0
 """How much further to look where nothing responds."""
+RESOLUTION = 1e-6
+"""Of the values: even responses below it are rounding."""
 
 
 class Response(NamedTuple):
@@ -48,10 +50,17 @@ class Response(NamedTuple):
     Args:
         even: Mean of the even responses, in the objective's unit.
         odd: Root mean square of the odd ones.
+        rounding: Even responses up to this may be none.
     """
 
     even: float
     odd: float
+    rounding: float = 0.0
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether values change, and in a straight line: no distance does any damage."""
+        return self.odd > 0.0 and abs(self.even) <= self.rounding
 
     @property
     def ratio(self) -> float:
@@ -74,6 +83,7 @@ class Calibration:
             None: none was.
         last: Displacement and odd response of the round before.
         alone: Whether rows are asked about one at a time.
+        begun: The displacement that the search began with.
     """
 
     displacement: float
@@ -84,6 +94,10 @@ class Calibration:
     high: float | None = None
     last: tuple[float, float] | None = None
     alone: bool = False
+    begun: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.begun = self.begun or self.displacement
 
     def probes(
         self,
@@ -117,7 +131,7 @@ class Calibration:
         if self.rounds == 0:
             self.displacement *= UNSEEN_FACTOR
         elif self.last is not None and self.last[1] == 0.0 and self.high is None:
-            self.displacement /= FLAT_FACTOR**self.rounds  # back to where it began
+            self.displacement = self.begun
         elif self.low is not None:
             self.displacement = min(self.displacement, MOST_LEAP * self.low)
 
@@ -162,7 +176,11 @@ class Calibration:
             return
         if seen.odd == 0.0 and self.high is None and self.rounds == MOST_FLAT:
             # Nothing responds at any distance: the steps say so, from where they would be.
-            self.displacement, self.finished = here / FLAT_FACTOR ** (self.rounds - 1), True
+            self.displacement, self.finished = self.begun, True
+            return
+        if seen.is_straight and self.high is None and self.rounds == MOST_STRAIGHT:
+            # Nothing bends at any distance, and so nothing bounds it.
+            self.displacement, self.finished = self.begun, True
             return
         too_far = ratio >= RATIO or self._saturates(seen)
         if too_far:
@@ -226,7 +244,8 @@ def response(batches: Sequence[Batch], evaluations: Sequence[Evaluation]) -> Res
         even.append((plus + minus) / 2 - base[id(batch)])
         odd.append((plus - minus) / 2)
     rms = float(np.sqrt(np.square(np.concatenate(odd)).mean()))
-    return Response(float(np.concatenate(even).mean()), rms)
+    largest = max(float(np.abs(values(one)).max()) for one in evaluations)
+    return Response(float(np.concatenate(even).mean()), rms, RESOLUTION * largest)
 
 
 def values(evaluation: Evaluation) -> np.ndarray:
