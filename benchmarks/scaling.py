@@ -83,8 +83,11 @@ def work(jobs: list[str], device: str) -> None:
         rows, length, part = map(int, sizes)
         found = seconds_a_step(model, view, kind, rows, length, part)
         ranks = find_ranks(Workers())
+        found["devices"] = [str(where(model))]
         if ranks is not None:
             found["exchange"] = exchange_seconds(ranks, 2 * rows)
+            found["devices"] *= ranks.size
+            torch.distributed.all_gather_object(found["devices"], str(where(model)))
         if ranks is None or ranks.is_first:
             digest = hashlib.sha256(view.hash().encode()).hexdigest()[:12]
             print("RESULT " + json.dumps({"job": job, "weights": digest, **found}), flush=True)
@@ -123,6 +126,12 @@ def seconds_a_step(
         progress=False,
     )  # fmt: skip
     return {"seconds": statistics.median(np.diff(times)[WARM - 1 :]), "value": result.value}
+
+
+def where(model: Any) -> torch.device:
+    """The device of a model."""
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def exchange_seconds(ranks: Any, numbers: int) -> float:
@@ -172,22 +181,28 @@ def compare(gpus: int, kinds: list[str]) -> None:
     alone = dict(zip(kinds, measured(1, device, strong), strict=True))
     shared = measured(most, device, strong + weak)
     print(f"{name}, torch {torch.__version__}, {'8B bf16' if gpus else 'small fp32'} Llama, LoRA")
-    print("| objective | processes | rows | s a step | speed-up | exchange | weights |")
+    print("| objective | on | rows | s a step | speed-up | exchange | weights |")
     print("|---|---|---|---|---|---|---|")
-    rows = [(kind, "alone", 1, 1, alone[kind]) for kind in kinds]
+    rows = [(kind, "alone", 1, alone[kind]) for kind in kinds]
     rows += [
-        (kind, way, most, more, found)
+        (kind, way, more, found)
         for (way, more, kind), found in zip(
             [("strong", 1, kind) for kind in kinds] + [("weak", most, kind) for kind in kinds],
             shared, strict=True,
         )
     ]  # fmt: skip
-    for kind, way, processes, more, found in sorted(rows, key=lambda row: kinds.index(row[0])):
+    for kind, way, more, found in sorted(rows, key=lambda row: kinds.index(row[0])):
         gain = alone[kind]["seconds"] / found["seconds"] * more
-        print(
-            f"| {kind}, {way} | {processes} | {shapes[kind][0] * more} | {found['seconds']:.3f} | "
-            f"{gain:.2f} | {1e6 * found.get('exchange', 0):.0f} us | {found['weights']} |"
-        )
+        cells = [
+            f"{kind}, {way}",
+            ", ".join(found["devices"]),
+            str(shapes[kind][0] * more),
+            f"{found['seconds']:.3f}",
+            f"{gain:.2f}",
+            f"{1e6 * found.get('exchange', 0):.0f} us",
+            found["weights"],
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 def simulate(latency: float, bandwidth: float, block: float) -> None:
