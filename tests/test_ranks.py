@@ -137,7 +137,7 @@ def test_processes_that_a_launcher_starts_anew_go_on_by_themselves(
     place = done / "restarted"
     assert (place / "found.json").exists(), (done / "output").read_text()[-4000:]
     whole = Least()
-    whole.run(trajectory=tmp_path / "whole.zot")
+    whole.run(trajectory=tmp_path / "whole.zot", **in_step(whole, 0, None))
     for own in json.loads((place / "found.json").read_text()).values():
         made = {"steps": 12, "made": list(range(6, 13)), "start": "1"}
         assert own == {"weights": whole.view.hash(), **made}

@@ -23,6 +23,12 @@ class Candidate(NamedTuple):
         name: Never used before and never again: a server that keeps anything by name (its prefix
             cache, a file on its disk) cannot answer with what it remembers of another point.
         tensors: By the names that peft saves them under.
+
+    Example:
+        >>> import torch
+        >>> key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+        >>> Candidate("zo-1", {key: torch.zeros(16, 2)}).name
+        'zo-1'
     """
 
     name: str
@@ -124,6 +130,15 @@ class ServedModel(Protocol):
 
     Attributes:
         limits: What it can do.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from zo_adapt import PeftServer
+        >>> config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        >>> server: ServedModel = PeftServer(GPT2LMHeadModel(config).eval())
+        >>> (scores,) = server.score([BASE], [[3, 1, 4, 1]])
+        >>> scores.log_probs.shape
+        (4,)
     """
 
     @property
