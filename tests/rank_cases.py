@@ -29,6 +29,7 @@ from zo_adapt import (
     MeZOSVRG,
     ParameterView,
     Result,
+    TrackVariance,
     diagnose,
     minimize,
 )
@@ -139,6 +140,17 @@ def whole_model(folder: Path) -> dict[str, Any]:
         progress=False,
     )  # fmt: skip
     return outcome(result, view)
+
+
+def along_low_rank(folder: Path) -> dict[str, Any]:
+    model = tiny_model("llama", "causal")
+    view = ParameterView.full(model, noise="lowrank")
+    rows = [{"input_ids": ids} for ids in token_rows(16)]
+    result = minimize(
+        CausalLMLoss(model), view, rows, MeZOSVRG(), batch_size=8, max_steps=3, progress=False,
+        metrics={"noise": TrackVariance(every=2)}, trajectory=folder / "low.zot",
+    )  # fmt: skip
+    return outcome(result, view, folder / "low.zot")
 
 
 def a_function(folder: Path) -> dict[str, Any]:
@@ -279,9 +291,10 @@ CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
         mezo, svrg_1, svrg_4, a_direction_for_every_sample, in_micro_batches, f1, metrics_beside,
-        generation, sampled_generation, whole_model, a_function, a_budget_that_ends_within_a_step,
-        a_callback_stops, a_value_that_is_not_finite, an_error_of_the_objective, resumed, diagnosis,
-        training, resumed_training, training_on_a_stream,
+        generation, sampled_generation, whole_model, along_low_rank, a_function,
+        a_budget_that_ends_within_a_step, a_callback_stops, a_value_that_is_not_finite,
+        an_error_of_the_objective, resumed, diagnosis, training, resumed_training,
+        training_on_a_stream,
     )
 }  # fmt: skip
 FEW = {
