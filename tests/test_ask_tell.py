@@ -3,7 +3,7 @@
 import math
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -224,6 +224,15 @@ def test_a_step_beyond_every_number_ends_the_run_where_it_was(row: str, huge: fl
     assert asker.ask() == []
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", ["ask", "tell", "apply"])
 def test_ctrl_c_comes_after_what_was_begun(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     asker, twin = (AskTell(mezo(lr=0.1), np.ones(3), max_steps=4) for _ in range(2))
