@@ -66,6 +66,7 @@ class OpenAIServer(ServedModel):
         return Limits(adapters=0, scores=False)
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
+        """See ``ServedModel``."""
         raise self._refused("takes no adapters")
 
     def score(
@@ -76,9 +77,11 @@ class OpenAIServer(ServedModel):
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
+        """See ``ServedModel``."""
         raise self._refused("gives no scores of a text's tokens")
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
+        """See ``ServedModel``."""
         raise self._refused("gives no scores of given tokens")
 
     def generate(
@@ -88,6 +91,7 @@ class OpenAIServer(ServedModel):
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
+        """See ``ServedModel``."""
         if unknown := sorted(set(names) - {BASE}):
             raise ServerReplyError(f"no adapter named {unknown[0]!r} is loaded")
         asks: dict[str, Any] = {
@@ -108,9 +112,10 @@ class OpenAIServer(ServedModel):
         return self._connection.together(calls)
 
     def unload(self, names: Sequence[str]) -> None:
-        pass
+        """See ``ServedModel``."""
 
     def close(self) -> None:
+        """See ``ServedModel``."""
         self._connection.close()
 
     def __enter__(self) -> Self:

@@ -81,6 +81,7 @@ class PeftServer(ServedModel):
         return [*self._slots.names(), *self._prompts]
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
+        """See ``ServedModel``."""
         if candidate.name in self.loaded() or candidate.name == BASE:
             raise ServerReplyError(f"an adapter named {candidate.name!r} is loaded already")
         if len(self.loaded()) == self._limits.adapters:
@@ -99,6 +100,7 @@ class PeftServer(ServedModel):
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
+        """See ``ServedModel``."""
         first = [1] * len(token_ids) if starts is None else list(starts)
         found: dict[int, Scores] = {}
         for rows in portions_of(token_ids, self._tokens):
@@ -121,6 +123,7 @@ class PeftServer(ServedModel):
         return [found[row] for row in range(len(token_ids))]
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
+        """See ``ServedModel``."""
         found = np.zeros((len(token_ids), len(choices)))
         ids = torch.tensor(choices, device=self._device)
         for rows in portions_of(token_ids, self._tokens):
@@ -137,6 +140,7 @@ class PeftServer(ServedModel):
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
+        """See ``ServedModel``."""
         # Sampled texts are written one by one, each by its own seed.
         found: dict[int, list[int]] = {}
         draws = writing.temperature > 0
@@ -148,11 +152,13 @@ class PeftServer(ServedModel):
         return [found[row] for row in range(len(names))]
 
     def unload(self, names: Sequence[str]) -> None:
+        """See ``ServedModel``."""
         for name in names:
             self._prompts.pop(name, None)
         self._slots.free(names)
 
     def close(self) -> None:
+        """See ``ServedModel``."""
         self.unload(self.loaded())
 
     def _read_under(self, names: Sequence[str]) -> None:

@@ -64,6 +64,7 @@ class ServerPool(ServedModel):
         return list(self._place)
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
+        """See ``ServedModel``."""
         held = list(self._place.values())
         room = [s.limits.adapters - held.count(i) for i, s in enumerate(self._servers)]
         place = max(range(len(room)), key=lambda index: room[index])
@@ -78,6 +79,8 @@ class ServerPool(ServedModel):
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
+        """See ``ServedModel``."""
+
         def ask(server: ServedModel, rows: list[int]) -> list[Scores]:
             first = None if starts is None else [starts[row] for row in rows]
             own, texts = [names[row] for row in rows], [token_ids[row] for row in rows]
@@ -86,6 +89,8 @@ class ServerPool(ServedModel):
         return self._asked(names, ask)
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
+        """See ``ServedModel``."""
+
         def ask(server: ServedModel, rows: list[int]) -> list[np.ndarray]:
             own, texts = [names[row] for row in rows], [token_ids[row] for row in rows]
             return list(server.choose(own, texts, choices))
@@ -99,6 +104,8 @@ class ServerPool(ServedModel):
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
+        """See ``ServedModel``."""
+
         def ask(server: ServedModel, rows: list[int]) -> list[list[int]]:
             drawn = None if seeds is None else [seeds[row] for row in rows]
             own, texts = [names[row] for row in rows], [token_ids[row] for row in rows]
@@ -107,6 +114,7 @@ class ServerPool(ServedModel):
         return self._asked(names, ask)
 
     def unload(self, names: Sequence[str]) -> None:
+        """See ``ServedModel``."""
         places = {name: self._place.pop(name) for name in names if name in self._place}
         errors = []
         for place, server in enumerate(self._servers):
@@ -118,6 +126,7 @@ class ServerPool(ServedModel):
             raise errors[0]
 
     def close(self) -> None:
+        """See ``ServedModel``."""
         self._threads.shutdown()
         for server in self._servers:
             server.close()

@@ -105,6 +105,7 @@ class VLLMServer(ServedModel):
         return [card["id"] for card in self._connection.models() if card.get("parent")]
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
+        """See ``ServedModel``."""
         if PROMPT in candidate.tensors:
             self._prompts[candidate.name] = candidate.tensors[PROMPT]
             return
@@ -135,6 +136,7 @@ class VLLMServer(ServedModel):
         starts: Sequence[int] | None = None,
         others: bool = False,
     ) -> list[Scores]:
+        """See ``ServedModel``."""
         # All tokens are scored, whatever starts says.
         asks = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 2 if others else 0}
         choices = self._completed(names, token_ids, asks)
@@ -143,6 +145,7 @@ class VLLMServer(ServedModel):
         ]
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
+        """See ``ServedModel``."""
         asks = {
             "max_tokens": 1,
             "temperature": 0.0,
@@ -171,6 +174,7 @@ class VLLMServer(ServedModel):
         writing: Writing,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
+        """See ``ServedModel``."""
         asks = {
             "max_tokens": writing.max_new_tokens,
             "temperature": writing.temperature,
@@ -192,6 +196,7 @@ class VLLMServer(ServedModel):
         return [token_ids_of(choice) for choice in found]
 
     def unload(self, names: Sequence[str]) -> None:
+        """See ``ServedModel``."""
         refused = ""
         for name in names:
             if self._prompts.pop(name, None) is not None:
@@ -211,6 +216,7 @@ class VLLMServer(ServedModel):
         self.close()
 
     def close(self) -> None:
+        """See ``ServedModel``."""
         try:
             self.unload(list(self._loaded))
         except ServedModelError:
