@@ -43,7 +43,7 @@ class CausalLMLoss(TokenLoss):
     that Trainer logs; as |T| is the batch's own, the batch stays in one call.
 
     Only the logits that a label token needs are computed; on a GPU as many for every row of a
-    batch, so that the loss waits for none of them and ``cuda_graphs="on"`` can capture it.
+    batch, so that the loss waits for none of them and can be captured in a CUDA graph.
 
     Examples have ``input_ids`` and, if not every token is one, ``labels``, -100 where none is to be
     predicted. With a tokenizer they may be what TRL's data sets hold, encoded as TRL does:
@@ -80,6 +80,8 @@ class CausalLMLoss(TokenLoss):
 
     Reference: TRL, "Dataset formats and types" (SFTTrainer).
     """
+
+    capturable = True
 
     def __init__(
         self,

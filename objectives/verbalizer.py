@@ -53,6 +53,8 @@ class VerbalizerLoss(ModelObjective):
         (torch.Size([2]), torch.Size([2, 2]))
     """
 
+    capturable = True
+
     def __init__(
         self,
         model: nn.Module,

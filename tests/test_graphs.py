@@ -306,12 +306,12 @@ def test_fixed_places_of_several_points(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", LOSSES)
 def test_captured_decoders(name: str, noise: str) -> None:
     runs = []
-    for graphs in ("off", "on"):
+    for graphs in ("off", "auto"):
         model = tiny_model("llama", "causal").cuda()
         loss = LOSSES[name](model)
         view = ParameterView.full(model, noise=noise, scratch="layer")
         evaluator = LocalEvaluator(loss, view, EvaluationOptions(cuda_graphs=graphs))
         runs.append(values(evaluator, as_source(data_of(loss), loss.collate), range(6)))
-        assert (evaluator.plan.graphs > 0) == (graphs == "on"), evaluator.plan
+        assert (evaluator.plan.graphs > 0) == (graphs == "auto"), evaluator.plan
     for plain, captured in zip(*runs, strict=True):
         assert torch.allclose(plain, captured, rtol=1e-5)
