@@ -17,12 +17,27 @@ from torch import nn
 
 from objectives._set_metric import Classifier, SetMetric, check_labels, predicted
 from zo_adapt.errors import DataError, OptionError, UndefinedMetricError
+from zo_adapt.options import check_installed
 
 Average = Literal["macro", "micro", "binary", "weighted"]
 MultiClass = Literal["ovr", "ovo"]
 
 
-class F1(SetMetric):
+class Computed(SetMetric):
+    """Base of the metrics that scikit-learn computes.
+
+    Raises:
+        MissingPackageError: scikit-learn is not installed.
+    """
+
+    def __init__(
+        self, model: nn.Module | Classifier, *, min_rows: int | Literal["all"] = "all"
+    ) -> None:
+        check_installed("sklearn", "metrics")
+        super().__init__(model, min_rows=min_rows)
+
+
+class F1(Computed):
     """The harmonic mean of precision and recall.
 
     F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c);  macro: the mean over the classes that occur among the
@@ -35,6 +50,7 @@ class F1(SetMetric):
         min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
+        MissingPackageError: scikit-learn is not installed.
         OptionError: Another ``average``, or "binary" with more than two classes (when called).
         DataError: (when called) Labels missing or of a wrong shape.
 
@@ -74,7 +90,7 @@ class F1(SetMetric):
         return float(np.nan_to_num(value))
 
 
-class MatthewsCorrelation(SetMetric):
+class MatthewsCorrelation(Computed):
     """The correlation of predicted and true classes, -1..1; 0 where one of them is constant.
 
     Args:
@@ -82,6 +98,7 @@ class MatthewsCorrelation(SetMetric):
         min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
+        MissingPackageError: scikit-learn is not installed.
         DataError: (when called) Labels missing or of a wrong shape.
 
     Example:
@@ -106,7 +123,7 @@ class MatthewsCorrelation(SetMetric):
             return float(matthews_corrcoef(labels, predicted(logits, labels)))
 
 
-class ROCAUC(SetMetric):
+class ROCAUC(Computed):
     """The probability that an example of a class scores higher in it than one of another class.
 
     The score is the difference of two logits, or a single one; with more classes their softmax.
@@ -119,6 +136,7 @@ class ROCAUC(SetMetric):
         min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
+        MissingPackageError: scikit-learn is not installed.
         OptionError: Another ``multi_class`` or ``average``.
         UndefinedMetricError: (when called) A class has no example, or all of them.
         DataError: (when called) Labels missing or of a wrong shape.

@@ -12,7 +12,7 @@ from torch import nn
 from objectives._ranking import RankingMetric, Undefined
 from objectives.scorers import Scorer
 from zo_adapt.errors import DataError, OptionError
-from zo_adapt.options import at_least_one
+from zo_adapt.options import at_least_one, check_installed
 
 LARGEST_EXPONENT = 512
 """Of a gain 2^relevance: sums of these are exact enough in fp64, and finite."""
@@ -32,6 +32,7 @@ class NDCG(RankingMetric):
         min_rows: Fewest queries that one direction sees; "all": the whole batch.
 
     Raises:
+        MissingPackageError: scikit-learn is not installed.
         OptionError: k below 1, another gain or rule.
         UndefinedMetricError: (when called) A query has no relevant document.
         DataError: (when called) A query has no documents, or not one relevance for each.
@@ -53,6 +54,7 @@ class NDCG(RankingMetric):
         undefined: Undefined = "error",
         min_rows: int | Literal["all"] = 1,
     ) -> None:
+        check_installed("sklearn", "metrics")
         super().__init__(model, undefined=undefined, min_rows=min_rows)
         if gain not in ("linear", "exponential"):
             raise OptionError(f"gain={gain!r}; choose 'linear' or 'exponential'")

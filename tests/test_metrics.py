@@ -1,5 +1,6 @@
 """Metrics of a classifier: scikit-learn's on the whole set, however it is cut, and climbed."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForTokenClassification, EvalPrediction, Traini
 
 from objectives import (
     F1,
+    NDCG,
     ROCAUC,
     Accuracy,
     ExactMatch,
@@ -37,6 +39,7 @@ from zo_adapt import (
 from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import (
     DataError,
+    MissingPackageError,
     NonFiniteObjectiveError,
     ObjectiveError,
     OptionError,
@@ -501,3 +504,13 @@ def test_what_compute_metrics_must_not_return(returned: Any, error: Any, message
 def test_options_out_of_range(make: Callable[[], Any]) -> None:
     with pytest.raises(OptionError, match=r"choose|cannot be called"):
         make()
+
+
+@pytest.mark.parametrize("metric", [F1, ROCAUC, MatthewsCorrelation, NDCG])
+def test_without_its_package_a_metric_is_refused_when_it_is_made(
+    metric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingPackageError, match=r"scikit-learn .*'zo_adapt\[metrics\]'"):
+        metric(nn.Identity())
+    assert Accuracy(nn.Identity())({"input": torch.eye(2), "labels": torch.tensor([0, 0])}) == 0.5
