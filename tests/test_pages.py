@@ -98,7 +98,7 @@ def test_every_link_to_a_file_leads_to_one() -> None:
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-LONGER = {"tune_lora", "generation_reward", "distributed", "served_task"}
+LONGER = {"tune_lora", "generation_reward", "served_task"}
 """The demo, and those with a command line or a server to talk to."""
 
 
