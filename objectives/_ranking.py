@@ -10,10 +10,10 @@ import numpy as np
 from torch import nn
 
 from objectives.mixture import Mixable
-from objectives.scorers import QueryBatch, Scorer
+from objectives.scorers import RELEVANCE, QueryBatch, Scorer, checked_relevance
 from objectives.text_scorers import scorer_of
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, UndefinedMetricError
-from zo_adapt.evaluation.objective import SetObjective, checked_min_rows
+from zo_adapt.evaluation.objective import ColumnOf, SetObjective, checked_min_rows
 
 Undefined = Literal["error", "skip"]
 
@@ -70,6 +70,18 @@ class RankingMetric(Mixable, SetObjective):
         """Evaluation mode of the model."""
         return self.scorer.evaluating()
 
+    def check_columns(self, column: ColumnOf) -> None:
+        """Refuse queries whose relevance is no list of numbers >= 0, or leaves them no value.
+
+        Raises:
+            DataError: Gives the first of them.
+            UndefinedMetricError: A query has no value and the rule is "error".
+        """
+        given = column(RELEVANCE)
+        each = enumerate(() if given is None else given)
+        found = [checked_relevance(one, f"query {index} of the data") for index, one in each]
+        self._used(found, "data")
+
     def __call__(self, batch: Any) -> np.ndarray:
         """One value for every query, (b,)."""
         ranked = self.predict(batch)
@@ -114,12 +126,12 @@ class RankingMetric(Mixable, SetObjective):
         """Whether the metric is defined: a document is relevant."""
         return bool((relevance > 0).any())
 
-    def _used(self, relevance: list[np.ndarray]) -> np.ndarray:
-        used = np.array([self.has_value(one) for one in relevance])
+    def _used(self, relevance: list[np.ndarray], where: str = "batch") -> np.ndarray:
+        used = np.array([self.has_value(one) for one in relevance], bool)
         if self.undefined == "error" and not used.all():
             index = int(np.flatnonzero(~used)[0])
             raise UndefinedMetricError(
-                f"{type(self).__name__} is not defined for query {index} of the batch, whose "
+                f"{type(self).__name__} is not defined for query {index} of the {where}, whose "
                 f"{len(relevance[index])} documents have the relevance "
                 f"{sorted(set(relevance[index].tolist()))[:8]}; leave it out, or choose "
                 "undefined='skip'"

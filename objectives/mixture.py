@@ -14,6 +14,7 @@ and a sum whose parts pull in opposite ways (``loss + reward``) is an error.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -103,8 +104,9 @@ class Mixture(Mixable, Objective):
         # None where no part has one, so that the loop does what it does for a bare function.
         if any(part.collate is not None for part in each):
             self.collate = self._collate
-        if any(part.check_labels is not None for part in each):
-            self.check_labels = self._check_labels
+        for name in ("check_labels", "check_columns"):
+            if any(getattr(part, name) is not None for part in each):
+                setattr(self, name, partial(self._check_with_all, name))
         if any(part.evaluating is not None for part in each):
             self.evaluating = self._evaluating
         if any(part.stand_in is not None for part in each):
@@ -146,10 +148,10 @@ class Mixture(Mixable, Objective):
                 for (_, part), one in pairs
             ]
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def _check_with_all(self, name: str, given: Any) -> None:
         for _, part in self.parts:
-            if part.check_labels is not None:
-                part.check_labels(labels)
+            if (check := getattr(part, name)) is not None:
+                check(given)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

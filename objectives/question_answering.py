@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from objectives._set_metric import array, check_finite
 from objectives.matches import ROWS_OF_A_COUNT
 from objectives.mixture import Mixable
 from zo_adapt.errors import DataError, ObjectiveError
-from zo_adapt.evaluation.objective import SetObjective, checked_min_rows
+from zo_adapt.evaluation.objective import ColumnOf, SetObjective, checked_min_rows
 from zo_adapt.options import at_least_one
 
 START, END = "start_positions", "end_positions"
@@ -94,6 +95,22 @@ class QuestionAnsweringLoss(ModelObjective):
             raise DataError(f"the batch has no {missing}, only {sorted(prepared)}; name them so")
         return prepared
 
+    def check_columns(self, column: ColumnOf) -> None:
+        """Refuse answers that are no spans of their texts.
+
+        Raises:
+            DataError: Gives the first of them.
+        """
+        starts, ends, texts = column(START), column(END), column("attention_mask")
+        if texts is None and (texts := column("input_ids")) is not None:
+            texts = [[1] * len(tokens) for tokens in texts]
+        if starts is None or ends is None or texts is None:
+            return
+        for row, (start, end, mask) in enumerate(zip(starts, ends, texts, strict=True)):
+            first, last = (_position(row, one) for one in (start, end))
+            if not (0 <= first <= last < len(mask) and mask[first] and mask[last]):
+                raise _no_span(f"example {row} of the data", first, last, int(sum(mask)))
+
     def _checked(self, batch: Batch) -> Batch:
         start, end = batch.get(START), batch.get(END)
         # On the host this is free; on a GPU every look at a value would wait for the queue.
@@ -109,8 +126,7 @@ class SpanMetric(Mixable, SetObjective):
 
     Args:
         model: A model that marks answers, or ``QuestionAnsweringLoss``.
-        max_answer_length: m, in tokens.
-        max_answer_length: Longest answer that is considered, in tokens.
+        max_answer_length: m, the longest answer that is considered, in tokens.
         min_rows: Fewest rows of the part of a batch that one direction sees; "all": all of it.
 
     Raises:
@@ -132,6 +148,7 @@ class SpanMetric(Mixable, SetObjective):
         )
         self.max_answer_length = at_least_one("max_answer_length", max_answer_length)
         self.min_rows = checked_min_rows(min_rows)
+        self.check_columns = self.loss.check_columns
 
     @property
     def model(self) -> nn.Module:
@@ -245,8 +262,23 @@ def _check_spans(start: Tensor, end: Tensor, mask: Tensor) -> None:
     inside &= mask[at, start.clamp(0, tokens - 1)] & mask[at, end.clamp(0, tokens - 1)]
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
+        where = f"example {row} of the batch"
+        raise _no_span(where, int(start[row]), int(end[row]), int(mask[row].sum()))
+
+
+def _position(row: int, value: Any) -> int:
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise DataError(
-            f"the answer of example {row} of the batch is {int(start[row])}..{int(end[row])} in a "
-            f"text of {int(mask[row].sum())} tokens; mark a span of it, or the first token where "
-            "the answer was cut off"
+            f"example {row} of the data has the position {value!r:.80}; give {START!r} and {END!r} "
+            "as integers"
         )
+    return int(value)
+
+
+def _no_span(where: str, start: int, end: int, tokens: int) -> DataError:
+    return DataError(
+        f"the answer of {where} is {start}..{end} in a text of {tokens} tokens; mark a span of it, "
+        "or the first token where the answer was cut off"
+    )

@@ -106,30 +106,46 @@ class FeatureScorer(Scorer):
 
 def _relevance(index: int, example: Any, documents: str) -> np.ndarray:
     """The relevance of an example's documents, after a check that there is one for each."""
+    where = f"query {index} of the batch"
     if not isinstance(example, Mapping):
-        raise DataError(f"query {index} of the batch is a {type(example).__name__}; give a mapping")
+        raise DataError(f"{where} is a {type(example).__name__}; give a mapping")
     if isinstance(given := field(example, documents), str | bytes):
         raise DataError(f"{documents!r} of a query is {given!r:.80}; give a list, one a document")
     count = len(given)
     if count == 0:
-        raise DataError(f"query {index} of the batch has no documents; leave it out")
-    given = field(example, RELEVANCE)
+        raise DataError(f"{where} has no documents; leave it out")
+    relevance = checked_relevance(field(example, RELEVANCE), where)
+    if len(relevance) != count:
+        raise DataError(
+            f"{where} has {count} {documents} and relevance of shape {relevance.shape}; give one "
+            "number for every document"
+        )
+    return relevance
+
+
+def checked_relevance(given: Any, where: str) -> np.ndarray:
+    """The relevance of the documents of a query, (n,).
+
+    Args:
+        given: A list of numbers.
+        where: Which query it is, for the message.
+
+    Raises:
+        DataError: It is something else.
+    """
     try:
         relevance = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"query {index} of the batch has the relevance {given!r:.80}; give one number for "
-            "every document"
+            f"{where} has the relevance {given!r:.80}; give one number for every document"
         ) from error
-    if relevance.shape != (count,):
+    if relevance.ndim != 1 or relevance.size == 0:
         raise DataError(
-            f"query {index} of the batch has {count} {documents} and relevance of shape "
-            f"{relevance.shape}; give one number for every document"
+            f"{where} has relevance of shape {relevance.shape}; give one number for every document"
         )
     if not (np.isfinite(relevance).all() and (relevance >= 0).all()):
         raise DataError(
-            f"query {index} of the batch has the relevance {relevance[:8].tolist()}; choose finite "
-            "numbers >= 0"
+            f"{where} has the relevance {relevance[:8].tolist()}; choose finite numbers >= 0"
         )
     return relevance
 

@@ -1,7 +1,7 @@
 """The classes of examples, where the data say which they have."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset, TensorDataset
 
-from zo_adapt.data.forms import Columns
+from zo_adapt.data.stored import is_transformed, stored_column
 from zo_adapt.errors import DataError
 
 IGNORED = -100
@@ -37,8 +37,7 @@ def labels_to_check(data: Any) -> Tensor | None:
     Raises:
         DataError: Some examples have a label and one has none, or text.
     """
-    # What a transform makes of the stored labels would be known after every row was made.
-    if getattr(data, "format", None) and data.format.get("type") == "custom":
+    if is_transformed(data):
         return None
     for column in _columns(data):
         if labels := _integers(column):
@@ -90,12 +89,9 @@ def _columns(data: Any) -> list[list[Any]]:
 
 def _stored(data: Any) -> list[Any]:
     """Columns of labels, as they are stored."""
-    if isinstance(data, Columns):
-        data = data.columns
-    if hasattr(data, "iloc"):  # a DataFrame, as Trainer may hold one
-        data = {field: data[field].tolist() for field in data.columns if field in FIELDS}
-    if isinstance(data, Mapping):
-        return [data[field] for field in FIELDS if field in data]
+    named = [stored_column(data, field) for field in FIELDS]
+    if any(column is not None for column in named):
+        return [column for column in named if column is not None]
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Subset):
@@ -103,20 +99,8 @@ def _stored(data: Any) -> list[Any]:
         return [[column[row] for row in data.indices] for column in columns]
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor | np.ndarray):
         return [data[1]]  # (x, y)
-    if hasattr(data, "column_names"):
-        # As it is stored: a transform would decode every image for the sake of its label. A stream
-        # can be read once.
-        names = (data.column_names or ()) if hasattr(data, "__len__") else ()
-        return [data.with_format(None)[field][:] for field in FIELDS if field in names]
-    return _of_examples(data) if isinstance(data, list | tuple) else []
-
-
-def _of_examples(rows: Sequence[Any]) -> list[Any]:
-    """Labels of mappings, or the second of pairs (x, y)."""
-    if all(isinstance(row, Mapping) for row in rows):
-        return [[row[f] for row in rows] for f in FIELDS if all(f in row for row in rows)]
-    if all(isinstance(row, tuple) and len(row) == 2 for row in rows):
-        return [[row[1] for row in rows]]
+    if isinstance(data, list | tuple) and all(isinstance(r, tuple) and len(r) == 2 for r in data):
+        return [[row[1] for row in data]]
     return []
 
 

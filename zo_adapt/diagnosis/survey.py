@@ -25,7 +25,7 @@ from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator, look_for_signal
 from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.start_checks import check_all_labels, resolve_mean_over_rows
+from zo_adapt.evaluation.start_checks import check_all_examples, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import check_data, check_evaluation, check_view, checked_objective
 from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
@@ -110,7 +110,7 @@ def diagnose(
     check_run(at_least_one("num_directions", num_directions), None, seed)
     examples = as_data(data)
     source = examples.source(objective.collate)
-    check_all_labels(objective, examples.examples)
+    check_all_examples(objective, examples.examples, as_stored=examples.collate is None)
     look_first(objective, source, view)
     objective = resolve_mean_over_rows(objective, source, view.model)
     signal = look_for_signal(objective, source, view)

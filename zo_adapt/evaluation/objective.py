@@ -3,7 +3,7 @@
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,9 @@ from zo_adapt.data.forms import Collate
 from zo_adapt.errors import ArgumentTypeError
 from zo_adapt.evaluation.model_state import check_dropout
 from zo_adapt.options import at_least_one, renamed
+
+ColumnOf = Callable[[str], Sequence[Any] | None]
+"""Gives the values of a field, one an example."""
 
 
 class Objective(ABC):
@@ -43,6 +46,8 @@ class Objective(ABC):
             direction sees the whole batch.
         check_labels: Called with a tensor of labels, raises where one cannot be. With all labels at
             the start, where the data hold one integer an example. None: any will do.
+        check_columns: Called at the start with a function, name of a field -> its values of all
+            examples (None where they would have to be made first); raises where one cannot be.
         capturable: A call on a GPU does the same kernels for every batch of one shape and never
             waits for their results, so that a CUDA graph can replay them.
         row_bytes: Called with a batch, the memory that one of its rows takes while it is evaluated;
@@ -74,6 +79,7 @@ class Objective(ABC):
     mean_over_rows: bool | Literal["auto"] = "auto"
     min_rows: int | Literal["all"] = 1
     check_labels: Callable[[Tensor], None] | None = None
+    check_columns: Callable[[ColumnOf], None] | None = None
     capturable: bool = False
     row_bytes: Callable[[Any], int] | None = None
     stand_in: Callable[[Any], Any] | None = None
@@ -160,6 +166,7 @@ ATTRIBUTES = (
     "mean_over_rows",
     "min_rows",
     "check_labels",
+    "check_columns",
     "capturable",
     "row_bytes",
     "stand_in",

@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from zo_adapt.data.labels import labels_to_check
 from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
+from zo_adapt.data.stored import is_transformed, stored_column
 from zo_adapt.errors import NoisyObjectiveWarning, OptionError
 from zo_adapt.evaluation.objective import Objective, keeps_batch_whole, ready, with_attributes
 from zo_adapt.interrupt import Guard, gradients_off, is_from_handler
@@ -24,17 +26,22 @@ NOISE = 1e-3
 """Relative difference of two values at one place that is more than rounding."""
 
 
-def check_all_labels(objective: Objective, data: Any) -> None:
-    """Look at all labels at once, so that a bad one is not found in the middle of a run.
+def check_all_examples(objective: Objective, data: Any, *, as_stored: bool = True) -> None:
+    """Look at all examples at once, so that a bad one is not found in the middle of a run.
+
+    Args:
+        objective: Says what is to be looked at: ``check_labels``, ``check_columns``.
+        data: The examples.
+        as_stored: Whether their fields mean to the objective what is stored: no collate function of
+            another origin makes something else of them.
 
     Raises:
         DataError: (usually) The objective has no use for one of them.
     """
-    if objective.check_labels is None:
-        return
-    labels = labels_to_check(data)
-    if labels is not None:
+    if objective.check_labels is not None and (labels := labels_to_check(data)) is not None:
         objective.check_labels(labels)
+    if objective.check_columns is not None and as_stored and not is_transformed(data):
+        objective.check_columns(partial(stored_column, data))
 
 
 def check_micro_batch_size(

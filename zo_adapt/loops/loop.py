@@ -17,7 +17,7 @@ from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
-from zo_adapt.evaluation.start_checks import check_all_labels
+from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import (
     check_data,
@@ -194,7 +194,7 @@ def minimize(
     examples, watched = as_data(data), as_metrics(metrics)
     ranks = find_ranks(workers)
     evaluation = options_of(evaluation, ranks)
-    check_all_labels(objective, examples.examples)
+    check_all_examples(objective, examples.examples, as_stored=examples.collate is None)
     view.check_adapters()
     source = examples.source(objective.collate)
     way = Locally() if evaluator is None else evaluator

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
+from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops.arguments import check_data, checked_objective
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
@@ -233,6 +235,8 @@ def _prepared(
 ) -> tuple[Evaluator, Source]:
     """A metric's evaluator and rows; one that is cut has to be a mean over rows."""
     source = examples.source(metric.collate)
+    with suppress(UndefinedMetricError):  # it is NaN, as where the model leaves it undefined
+        check_all_examples(metric, examples.examples, as_stored=examples.collate is None)
     if most is not None and len(source) > most:
         metric = way.resolved(metric, source, view)
     return shared(way.bound_to(metric, view, options, batch_size=most), ranks), source

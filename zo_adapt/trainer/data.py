@@ -48,11 +48,15 @@ class Batching:
         trainer: Whose batches they are.
         objective: Its ``collate``, if it has one, is used unless there is another collator.
         collator: What the trainer was given, or None.
+
+    Attributes:
+        is_usual: No collator was given.
     """
 
     def __init__(self, trainer: Any, objective: Objective | None, collator: Collate | None) -> None:
         own = None if objective is None else objective.collate
-        self._trainer, self._own = trainer, own if collator in (None, own) else None
+        self.is_usual = collator in (None, own)
+        self._trainer, self._own = trainer, own if self.is_usual else None
 
     @contextmanager
     def loading(self) -> Iterator[None]:

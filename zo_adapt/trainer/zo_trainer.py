@@ -20,7 +20,7 @@ from zo_adapt.evaluation.local import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, rows_needed
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
-from zo_adapt.evaluation.start_checks import check_all_labels
+from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import check_evaluator, checked_objective
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
@@ -230,7 +230,8 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
         source = self._batching.training(loader)
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
-            check_all_labels(objective, loader.dataset)
+            as_stored = self._batching.is_usual
+            check_all_examples(objective, loader.dataset, as_stored=as_stored)
             objective = self._way.prepared(as_objective(objective), source, self.view)
         if self.args.lora_start_rows and self._checkpoint is None:
             start_adapters(self, as_objective(objective), source)
