@@ -50,6 +50,13 @@ def without_memory() -> Tensor:
     return tensor
 
 
+def wrapped() -> Tensor:
+    """What vmap hands over, kept beyond its end."""
+    kept: list[Tensor] = []
+    torch.func.vmap(lambda x: (kept.append(x), x)[1])(torch.ones(3, 2))
+    return kept[0]
+
+
 class Scaled(Tensor):
     """Says float32 and holds int8 and a scale, as the weights of optimum-quanto and torchao do."""
 
@@ -86,6 +93,7 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
     "class of its own": (lambda: Named(torch.ones(4)), "a Named"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "nested"),
     "masked": (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "masked elements"),
+    "of torch.func": (wrapped, "torch.func"),
     "lazy": (lambda: nn.LazyLinear(2).weight, "no shape yet"),
 }
 
@@ -106,6 +114,56 @@ def test_a_model_made_in_inference_mode_is_refused_and_untouched() -> None:
     with torch.inference_mode(), pytest.raises(ViewError, match="inference mode"):
         ParameterView.full(model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def converted(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model.half()
+
+
+def replaced(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model.classifier.weight.data = model.classifier.weight.clone()  # type: ignore[union-attr, operator]
+
+
+def freed(model: nn.Module) -> None:
+    model.classifier.weight.untyped_storage().resize_(0)  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("scratch", ["copy", "layer"])
+@pytest.mark.parametrize("change", [converted, replaced])
+def test_what_was_made_anew_in_inference_mode_since_is_refused_before_a_write(
+    change: Callable[[nn.Module], None], scratch: Any
+) -> None:
+    model = FAMILIES["roberta"]().eval()
+    model.classifier = nn.Linear(8, 2)  # last of all: the others would be written before
+    view = ParameterView.full(model, scratch=scratch)
+    change(model)
+    before = [bits(p).clone() for p in model.parameters()]
+    for act in (
+        lambda: run(model, view),
+        lambda: view.apply(Shift((Term(1, 0.1),))),
+        lambda: view.shifted(TERMS).__enter__(),
+    ):
+        with pytest.raises(ViewError, match="inference mode"):
+            act()
+    assert all(torch.equal(bits(p), b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_memory_that_was_freed_since_is_refused_when_a_run_starts() -> None:
+    model = FAMILIES["bert"]().eval()
+    view = ParameterView.full(model)
+    freed(model)
+    with pytest.raises(ViewError, match=r"classifier\.weight.*no memory now"):
+        run(model, view)
+
+
+def test_a_frozen_base_may_be_of_inference_mode() -> None:
+    with torch.inference_mode():
+        base = FAMILIES["distilbert"]().eval()
+    config = peft.LoraConfig(r=2, target_modules=["q_lin"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(base, config).eval()
+    assert run(model, ParameterView.trainable(model)).steps == 4
 
 
 def test_odd_strides_that_overlap_nothing_are_fine() -> None:

@@ -29,6 +29,7 @@ from zo_adapt.errors import (
     OptionError,
     TrajectoryError,
     UnreadTensorWarning,
+    ViewError,
 )
 from zo_adapt.trainer.state import MOMENTS, STATE, TRAJECTORY
 
@@ -70,8 +71,29 @@ def test_a_first_order_run_is_resumed_bit_for_bit(tmp_path: Path, optimizer: Any
         make(tmp_path / "parts", **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_a_step_that_no_dtype_holds_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Adam's eps is 0 in float16; a huge rate leaves the range of any dtype."""
+    model = tiny_model("bert", dtype=torch.float16)
+    trainer = trainer_of(
+        tmp_path, model, zo_optimizer=Adam(1e-2), objective=ClassificationLoss(model), max_steps=1
+    )
+    with pytest.raises(ViewError, match=r"is float16.*eps of 1e-8 is 0"):
+        trainer.train()
+    for optimizer in (SGD(1e38), Adam(1e38)):
+        model = lora_model()
+        trainer = trainer_of(
+            tmp_path, model, zo_optimizer=optimizer, objective=ClassificationLoss(model),
+            max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.stop_reason is StopReason.STEP_TOO_LARGE
+        assert trainer.view.hash() == ParameterView.trainable(lora_model()).hash()
+
+
 MODELS = {
     "full": lambda: tiny_model("bert"),
+    # the perturbation that bf16 resolves is one of the weights as the run began
+    "full in bf16": lambda: tiny_model("distilbert", dtype=torch.bfloat16),
     "frozen but for the last layer": lambda: ends_of(tiny_model("bert")),
 }
 
@@ -169,6 +191,52 @@ def test_another_view_is_named(tmp_path: Path) -> None:
             trainer_of(tmp_path, model, view=view, **SAVING).train(
                 resume_from_checkpoint=checkpoint
             )
+
+
+def adapted(config: peft.PeftConfig) -> nn.Module:
+    torch.manual_seed(1)
+    return peft.get_peft_model(tiny_model("bert"), config)
+
+
+def lora(**options: Any) -> nn.Module:
+    usual = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
+    return adapted(peft.LoraConfig(**usual | options))
+
+
+OTHERS: dict[str, tuple[Any, Any, str]] = {
+    "another rank": (lora, lambda: lora(r=8), "does not take"),
+    "another scale": (lora, lambda: lora(lora_alpha=32), "lora_alpha"),
+    "scaled by the root": (lora, lambda: lora(use_rslora=True), "lora_alpha"),
+    "no adapter": (lora, lambda: tiny_model("bert"), "does not take"),
+    "another adapter": (
+        lora,
+        lambda: adapted(
+            peft.IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[])
+        ),
+        "another view, whose groups are not here",
+    ),
+    "another dtype": (
+        lambda: tiny_model("distilbert"),
+        lambda: tiny_model("distilbert", dtype=torch.bfloat16),
+        "belongs to another view",
+    ),
+    "prompts": (
+        lambda: adapted(peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)),
+        lora,
+        "does not take|belongs to another view",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_checkpoint_of_another_model_or_adapter_is_named(tmp_path: Path, case: str) -> None:
+    make, other, words = OTHERS[case]
+    options = SAVING | {"max_steps": 2, "save_steps": 2, "zo_optimizer": MeZO(displacement=0.1)}
+    trainer_of(tmp_path, make(), **options).train()
+    with pytest.raises(TrajectoryError, match=words):
+        trainer_of(tmp_path, other(), **options | {"max_steps": 4}).train(
+            resume_from_checkpoint=True
+        )
 
 
 def test_other_data_are_named(tmp_path: Path) -> None:

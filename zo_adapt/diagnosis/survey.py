@@ -120,7 +120,7 @@ def diagnose(
     rows = samples.batch_size
     if rows < 2 and not isinstance(source, NoData):
         raise OptionError(f"batch_size={rows}; choose at least 2, to tell the rows' noise")
-    view.check_adapters()
+    view.check_ready()
     searching = LocalEvaluator(objective, view, evaluation, batch_size=rows)
     far = find_displacement(searching, samples, seed)
     usual, scales = _scales(view, far.displacement, objective.step_like, perturbation_scales)

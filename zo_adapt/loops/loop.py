@@ -195,7 +195,7 @@ def minimize(
     ranks = find_ranks(workers)
     evaluation = options_of(evaluation, ranks)
     check_all_examples(objective, examples.examples, as_stored=examples.collate is None)
-    view.check_adapters()
+    view.check_ready()
     source = examples.source(objective.collate)
     way = Locally() if evaluator is None else evaluator
     objective = way.prepared(objective, source, view)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError
+from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, StepTooLargeError, ViewError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import undone, uninterrupted
 from zo_adapt.optimizers.schedule import Budget, Schedule, described, schedule_named
@@ -44,6 +44,7 @@ class FirstOrder(Settings):
         OptionError: A number outside its range.
         ObjectiveError: The objective has no gradient (raised by the first step).
         NonFiniteObjectiveError: The loss or its gradient is not finite; nothing was changed.
+        StepTooLargeError: A weight might leave its dtype's range; nothing was changed.
     """
 
     lr: float
@@ -61,9 +62,10 @@ class FirstOrder(Settings):
         """Begin a run on a view.
 
         Raises:
-            ViewError: The weights are not finite.
+            ViewError: The weights are not finite, or of a dtype that the optimizer cannot step in.
         """
         view.norms()
+        self._check_dtypes(view)
         # Detached, they share the view's memory, and the view's tensors never hold a gradient.
         tensors = {name: tensor.detach() for name, tensor in view.tensors.items()}
         groups = [
@@ -77,6 +79,9 @@ class FirstOrder(Settings):
         optimizer = self.kind([g for g in groups if g["params"]], **options)
         self._set(_run=_Run(tensors, optimizer))
 
+    def _check_dtypes(self, view: ParameterView) -> None:
+        """Refuse dtypes that the optimizer's own numbers do not fit; for subclasses."""
+
     def step(self, evaluator: Evaluator, samples: Samples, budget: Budget) -> Step:
         """One gradient step on one minibatch."""
         run: _Run = vars(self)["_run"]
@@ -86,6 +91,7 @@ class FirstOrder(Settings):
         loss, gradients = backpropagated(evaluator, batch)
         # Before anything is written: the weights stay those of the last good step.
         _check_finite(loss, gradients)
+        _check_room(run, gradients, self.lr * factor, self.weight_decay)
         for shadow, gradient in zip(run.tensors.values(), gradients, strict=True):
             shadow.grad = gradient
         for group in run.optimizer.param_groups:
@@ -164,6 +170,14 @@ class Adam(FirstOrder):
 
     kind = torch.optim.AdamW
 
+    def _check_dtypes(self, view: ParameterView) -> None:
+        for name, tensor in view.tensors.items():
+            if tensor.dtype == torch.float16:
+                raise ViewError(
+                    f"{name!r} is float16, in which Adam's eps of 1e-8 is 0, so that its first "
+                    "step is infinite; make the view float32 or bfloat16, or use SGD or MeZO"
+                )
+
 
 def backpropagated(evaluator: Evaluator, batch: Batch) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The loss of a batch and its gradient by the view's tensors; None of one that is not read.
@@ -197,6 +211,25 @@ def _check_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
             f"the loss {float(loss.detach())} or its gradient is not finite; "
             "a smaller lr keeps it finite"
         )
+
+
+def _check_room(
+    run: _Run, gradients: Sequence[Tensor | None], lr: float, weight_decay: float
+) -> None:
+    """Refuse a step after which a weight might be infinite."""
+    for (name, tensor), gradient in zip(run.tensors.items(), gradients, strict=True):
+        if gradient is None or not tensor.numel():
+            continue
+        weight, slope = (float(torch.linalg.vector_norm(t, math.inf)) for t in (tensor, gradient))
+        factor = lr * max(group["factor"] for group in run.optimizer.param_groups)
+        # AdamW's own step is at most (1 - beta1) / sqrt(1 - beta2) < 4 times the rate.
+        farthest = factor * (max(slope, 4.0) + weight_decay * weight)
+        limit = torch.finfo(tensor.dtype).max
+        if not weight + farthest <= limit:
+            raise StepTooLargeError(
+                f"a step of up to {farthest:.3g} from weights of up to {weight:.3g} in {name!r} "
+                f"does not fit {tensor.dtype} (at most {limit:.3g}); use a smaller lr"
+            )
 
 
 def _mean_loss(returned: object) -> Tensor:

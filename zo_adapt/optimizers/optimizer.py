@@ -87,11 +87,13 @@ class ZerothOrder(Settings, ABC):
         """
         displacement = self.apply.displacement_on(view.displacement)
         finest = finest_perturbation(view)
-        usual_scale = partial(
-            usual_perturbation, finest=max(finest, view.least_perturbation / 4), step_like=step_like
-        )
+        resolved = view.resolved_at_start
+        if resolved is None:
+            resolved = max(finest, view.least_perturbation / 4)
+        usual_scale = partial(usual_perturbation, finest=resolved, step_like=step_like)
         mu = self.estimate.perturbation_scale or usual_scale(displacement)
-        check_resolution(view, mu, finest)
+        if view.resolved_at_start is None:
+            check_resolution(view, mu, finest)
         # Of a count, noise of few rows drowns both what a distance damages and what it gains.
         finds = self.apply.finds_displacement and not step_like
         self._set(
@@ -102,6 +104,7 @@ class ZerothOrder(Settings, ABC):
                 Descent(self.apply, displacement),
                 usual_scale if self.estimate.perturbation_scale is None else None,
                 Finder(displacement, view.numel) if finds else None,
+                resolved,
             )
         )
 

@@ -92,6 +92,7 @@ class RunState:
         descent: The running scale and the annealing.
         usual_scale: The mu that suits a displacement; None: mu was given.
         finder: Finds the displacement; None: it was given.
+        resolved: The smallest mu that the weights told from rounding as the run began.
         steps: Done so far.
         drawn: Seeds drawn so far.
         flat: Watches for an objective that does not change.
@@ -107,6 +108,7 @@ class RunState:
     descent: Descent
     usual_scale: Callable[[float], float] | None = None
     finder: Finder | None = None
+    resolved: float = 0.0
     steps: int = 0
     drawn: int = 0
     flat: FlatWatch = field(default_factory=FlatWatch)

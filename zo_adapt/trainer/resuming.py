@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from zo_adapt.errors import TrajectoryError
 from zo_adapt.loops.origin import described
 from zo_adapt.loops.resume import data_settings
 from zo_adapt.loops.run import Run
@@ -90,13 +91,20 @@ class WholeCheckpoints:
             save_state(self._run, Path(output_dir), self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.view.resolved_at_start = None
         if self._checkpoint is not None:
             self._checkpoint.fit(self.view)
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
         with _parameters_kept(model or self.model):
-            super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
+            try:
+                super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise TrajectoryError(
+                    f"{folder} holds weights that this model does not take ({error!s:.200}); "
+                    "resume with the model, the adapter and its options that it was saved from"
+                ) from error
 
     def _load_best_model(self) -> None:
         with _parameters_kept(self.model):

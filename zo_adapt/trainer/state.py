@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
         return "auto" if kept is None else [Group(*group) for group in kept["groups"][:-1]]
 
     def fit(self, view: ParameterView) -> None:
-        """Give a view the displacement of the one that was tuned, if it is the same otherwise.
+        """Give a view what the one that was tuned began with, if it is the same otherwise.
 
         Raises:
             TrajectoryError: It is another view, or on another base model.
@@ -85,9 +85,11 @@ class Checkpoint(NamedTuple):
             )
         if None not in (kept["base"], view.base_hash()) and kept["base"] != view.base_hash():
             raise TrajectoryError(
-                f"{self.folder} was made on another base model; load the one that it was made on"
+                f"{self.folder} was made on another base model, or with adapters that are scaled "
+                "otherwise (lora_alpha); load what it was made on"
             )
         view.displacement = kept["displacement"]
+        view.resolved_at_start = kept.get("resolved")
 
     def moments(self) -> dict[str, Any]:
         """The tensors of a first-order optimizer.
@@ -122,6 +124,7 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
             "scalars": view.numel,
             "groups": [group.as_list() for group in view.groups],
             "displacement": view.displacement,
+            "resolved": optimizer.state.resolved if isinstance(optimizer, ZerothOrder) else None,
             "base": view.base_hash(),
             "at_rest": sorted(view.at_rest),
         },

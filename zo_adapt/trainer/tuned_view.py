@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo_adapt.errors import NoMatchingParameterError, TrajectoryError
 from zo_adapt.trainer.state import Checkpoint
 from zo_adapt.view.group import Group, Groups
 from zo_adapt.view.parameters import ParameterView
@@ -38,7 +39,14 @@ class TunedView:
             # not what suited them at the start.
             groups: Groups = "auto" if kept is None else kept.groups
             noise = self.args.noise or "gaussian"
-            view = ParameterView.trainable(self.model, noise=noise, groups=groups)
+            try:
+                view = ParameterView.trainable(self.model, noise=noise, groups=groups)
+            except NoMatchingParameterError as error:
+                if kept is None:
+                    raise
+                raise TrajectoryError(
+                    f"{kept.folder} belongs to another view, whose groups are not here: {error}"
+                ) from error
         if self.args.weight_decay and self._given[2] is None and view.model is not None:
             decaying = self.get_decay_parameter_names(view.model)  # type: ignore[attr-defined]
             view = without_decay(view, view.tensors.keys() - set(decaying))

@@ -48,7 +48,7 @@ def hash_of_frozen(model: nn.Module | None, inspection: Inspection) -> str | Non
     Names, shapes, dtypes and the elements of every parameter and saved buffer outside the view:
     all elements where these are ``WHOLE_BYTES`` at most; of a larger model ``SAMPLED`` evenly
     spaced ones of every tensor, which tell one checkpoint from another and may miss a change of
-    single numbers.
+    single numbers. The factors that adapters are scaled by belong to it.
     """
     if model is None:
         return None
@@ -59,6 +59,8 @@ def hash_of_frozen(model: nn.Module | None, inspection: Inspection) -> str | Non
     for name, tensor in frozen:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(bits(tensor, None if is_small else SAMPLED))
+    for text in _scalings(model):
+        digest.update(text.encode())
     return digest.hexdigest() if frozen else None
 
 
@@ -68,6 +70,14 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 yield name, buffer
+
+
+def _scalings(model: nn.Module) -> Iterator[str]:
+    """What adapters are multiplied by (alpha / r), which no tensor says."""
+    for path, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, Mapping):
+            yield from (f"{path} {name} {factor}" for name, factor in sorted(scaling.items()))
 
 
 def bits(tensor: Tensor, most: int | None = SAMPLED) -> bytes:

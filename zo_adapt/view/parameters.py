@@ -18,6 +18,7 @@ from zo_adapt.view.group import Groups
 from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.moved import Stacks, Updates
 from zo_adapt.view.precision import Room
+from zo_adapt.view.tensors import check_mode
 from zo_adapt.view.tuned import Scratch, TunedTensors
 from zo_adapt.view.usage import Usage
 
@@ -138,6 +139,7 @@ class ParameterView(TunedTensors):
         Raises:
             TermError: A seed, coefficient or group outside its range.
         """
+        check_mode(self.tensors)
         sums = self._sums_of_shift(terms, decay)
         with self.usage.shifting(), nullcontext() if sums is None else self._way.shifted(sums):
             yield
@@ -222,6 +224,7 @@ class ParameterView(TunedTensors):
     def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
         """Apply terms one after the other; a direction may come more than once."""
         self.usage.check_free("apply")
+        check_mode(self.tensors)
         if terms or decay != 1.0:
             self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
             self.room.moved(terms)

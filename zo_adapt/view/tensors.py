@@ -55,7 +55,7 @@ def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
         )
     given = {name: _shared(name, value) for name, value in tensors.items()}
     for name, tensor in given.items():
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     distinct = _distinct({name: tensor for name, tensor in given.items() if tensor.numel()})
     if not distinct:
         raise ViewError(
@@ -84,10 +84,19 @@ def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return distinct
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse what cannot be shifted or, worse, can be shifted and not restored."""
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what cannot be shifted or, worse, can be shifted and not restored.
+
+    Raises:
+        ViewError: It is such a tensor.
+    """
     if not isinstance(tensor, Tensor):
         raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ViewError(
+            f"{name!r} is a tensor of torch.func (vmap, grad), which stands for others; make the "
+            "view of a model or of plain tensors, outside of it"
+        )
     if tensor.is_nested:
         raise ViewError(f"{name!r} is a nested tensor; give the view the tensors that it holds")
     if nn.parameter.is_lazy(tensor):
@@ -117,11 +126,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         raise ViewError(f"{name!r} has no memory now (sharded or offloaded); gather it first")
-    if tensor.is_inference():
-        raise ViewError(
-            f"{name!r} was made in inference mode and cannot be changed outside of it; make or "
-            "load the model outside of torch.inference_mode()"
-        )
+    check_mode({name: tensor})
     if tensor.is_neg() or tensor.is_conj():
         raise ViewError(f"{name!r} is a negated view (.imag of a conjugate); give the view a copy")
     if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -129,6 +134,20 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if overlaps_itself(tensor):
         raise ViewError(f"{name!r} has elements that share memory; give the view its own .clone()")
     _check_writable(name, tensor)
+
+
+def check_mode(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of inference mode: torch writes some of them, and raises at the next.
+
+    Raises:
+        ViewError: Names the first.
+    """
+    if any(map(Tensor.is_inference, tensors.values())):
+        name = next(name for name, tensor in tensors.items() if tensor.is_inference())
+        raise ViewError(
+            f"{name!r} was made in inference mode and cannot be changed outside of it; make, load "
+            "or convert the model outside of torch.inference_mode()"
+        )
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:

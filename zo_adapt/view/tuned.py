@@ -16,7 +16,7 @@ from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
 from zo_adapt.view.identity import fingerprint_of, hash_of, hash_of_frozen
 from zo_adapt.view.inspection import Inspection
 from zo_adapt.view.summary import in_one_line, summary_of
-from zo_adapt.view.tensors import finite_norm, tunable
+from zo_adapt.view.tensors import check_tensor, finite_norm, tunable
 
 SMALL_BYTES, SMALL_SHARE = 64 * 2**20, 0.125
 """Up to one of these, the share of its model, a view is shifted by way of a copy; above both, layer
@@ -58,6 +58,9 @@ class TunedTensors:
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.least_perturbation = 0.0
         """The smallest usual mu that was found to be more than the model's own rounding."""
+        self.resolved_at_start: float | None = None
+        """The smallest mu that the weights resolved as a run began which is gone on with at the
+        weights that it has reached; None: they are looked at."""
         self.groups, self._group_of = assign_groups(
             list(self.tensors), checked_groups(groups, usual)
         )
@@ -196,6 +199,17 @@ class TunedTensors:
         """
         if self.model is not None:
             check_adapters(self.model, self.inspection.holding())
+
+    def check_ready(self) -> None:
+        """Refuse what no run can begin with: the model may have been changed since.
+
+        Raises:
+            ViewError: A tensor that cannot be tuned any more.
+            AdapterError: As for ``check_adapters``.
+        """
+        for name, tensor in self.tensors.items():
+            check_tensor(name, tensor)
+        self.check_adapters()
 
     def norms(self) -> dict[str, float]:
         """The Euclidean norm of every tensor, from one look at the weights.
