@@ -311,6 +311,18 @@ def test_buffers_that_every_forward_changes_are_named(
         )
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("pattern", ["^1", "^0"])
+def test_an_embedding_that_a_forward_shortens_is_named(kind: Any, pattern: str) -> None:
+    """Frozen or tuned: the forward of a probe would write to it."""
+    model = nn.Sequential(kind(9, 4, max_norm=0.5), nn.Linear(4, 2))
+    view, before = ParameterView.matching(model, pattern), model[0].weight.clone()
+    data = torch.randint(0, 9, (8, 3))
+    with pytest.raises(ChangingBufferError, match=r"'0'.*max_norm=0\.5"):
+        minimize(loss_of(model), view, data, MeZO(), batch_size=4, max_steps=2, **QUIET)
+    assert torch.equal(model[0].weight, before)
+
+
 def test_a_buffer_that_is_filled_once_is_fine() -> None:
     model = Caching()
     result = minimize(

@@ -179,6 +179,28 @@ def saving(model: Any, module: str) -> Any:
     return peft.get_peft_model(model, config)
 
 
+@pytest.mark.parametrize("family", HEADS)
+def test_a_new_head_is_new_also_under_an_adapter(family: str, tmp_path: Path) -> None:
+    """Many families call their base "model", as peft calls the model that it adapts."""
+    kind, base, config, _ = HEADS[family]
+
+    def adapted(model: Any) -> Any:
+        targets = ["query", "q_proj"]
+        return peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS")
+        )
+
+    for checkpoint in (loaded(kind, base, config_of(config), tmp_path), kind(config_of(config))):
+        model = adapted(checkpoint)
+        copies = {name for name, _ in model.named_parameters() if "modules_to_save" in name}
+        assert copies
+        assert copies <= new_names(model)
+        view = ParameterView.trainable(model)
+        assert all(view.group_of(name).perturbation_scale == 1.0 for name in copies)
+    old = adapted(trained(kind(config_of(config))))
+    assert not {name for name in new_names(old) if "modules_to_save" in name}
+
+
 def test_a_saved_copy_is_what_its_original_is(tmp_path: Path) -> None:
     kind, base, config, head = HEADS["bert"]
     fresh = saving(loaded(kind, base, config_of(config), tmp_path), head)

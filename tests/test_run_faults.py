@@ -23,6 +23,7 @@ from trajectories import OPTIMIZERS, STEPS, copies, equal, run, tensors
 from objectives import CallableObjective
 from zo_adapt import (
     AskTell,
+    Data,
     MeZO,
     MeZOSVRG,
     ParameterView,
@@ -460,6 +461,48 @@ def test_resuming_on_something_else_is_refused(
     with pytest.raises(TrajectoryError, match=name):
         tune(tmp_path / "f", **options)
     assert (tmp_path / "f").read_bytes() == before
+
+
+def scaled_by(factor: float, model: nn.Module) -> Any:
+    return lambda batch: factor * (model(batch) - 1).square().mean(1)
+
+
+def with_default(factor: float, model: nn.Module) -> Any:
+    return lambda batch, factor=factor: factor * (model(batch) - 1).square().mean(1)
+
+
+def counting(calls: float, model: nn.Module) -> Any:
+    def loss(batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return (model(batch) - 1).square().mean(1)
+
+    return loss
+
+
+def first_columns(count: int) -> Any:
+    return lambda rows: torch.stack(rows) * (torch.arange(6) < count)
+
+
+@pytest.mark.parametrize("make", [scaled_by, with_default, counting, first_columns])
+def test_what_a_function_has_from_around_it_is_a_part_of_it(tmp_path: Path, make: Any) -> None:
+    """But for what it changes itself; of the collate function as of the objective."""
+
+    def tuned(factor: Any, steps: int) -> int:
+        model, data = Two(), Data(list(DATA))
+        objective = make(factor, model) if make is not first_columns else scaled_by(1.0, model)
+        if make is first_columns:
+            data = Data(list(DATA), collate=first_columns(factor))
+        return minimize(
+            objective, ParameterView.trainable(model), data, MeZO(displacement=0.1), batch_size=8,
+            max_steps=steps, trajectory=tmp_path / "f", resume=True, **QUIET,
+        ).steps  # fmt: skip
+
+    assert tuned(2, 2) == 2
+    if make is not counting:
+        with pytest.raises(TrajectoryError, match=r"begun with (objective|collate)="):
+            tuned(3, 4)
+    assert tuned(2 if make is not counting else 7, 4) == 4
 
 
 def test_stratification_is_a_part_of_the_order(tmp_path: Path) -> None:

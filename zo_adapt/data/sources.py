@@ -81,6 +81,11 @@ class Examples:
         self._examples, self._collate = examples, collate
 
     @property
+    def collate(self) -> Collate:
+        """What makes a batch of them, as the caller knows it."""
+        return self._collate
+
+    @property
     def examples(self) -> Any:
         """What it was made of."""
         return self._examples

@@ -25,7 +25,7 @@ from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept, warn_of_noise
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
-from zo_adapt.view.buffers import Buffers
+from zo_adapt.view.buffers import Buffers, check_max_norm
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.trace import Trace, leaves_of
 
@@ -50,13 +50,14 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
         view: What is tuned. Tensors that the value does not depend on are left at rest.
 
     Raises:
-        ChangingBufferError: Every evaluation changes a buffer of the model.
+        ChangingBufferError: Every evaluation changes a buffer or a weight of the model.
         ViewError: The value depends on no tensor of the view.
         DropoutError: The model is not in evaluation mode.
     """
     view.leave_at_rest(())
     if view.model is None:
         return
+    check_max_norm(view.model)
     call = objective.predict if isinstance(objective, SetObjective) else objective
     with gradients_off(), randomness_kept(view.model), ready(objective, view.model):
         try:

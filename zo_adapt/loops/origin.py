@@ -5,12 +5,14 @@ and compared on resuming. Large things are looked at in places: enough to tell o
 data set from another, not to prove that no number differs.
 """
 
+import dis
 import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from types import CodeType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -88,7 +90,8 @@ def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
 def described(objective: Any, depth: int = _DEPTH) -> Any:
     """An objective as JSON: its class, and those arguments it was made with that are plain.
 
-    A function is its name and a hash of its code, which is comparable within one version of Python.
+    A function is its name and a hash of its code, its defaults and the plain values that it has
+    from around it, which is comparable within one version of Python.
     Attributes that no argument has the name of are left out: they may change as it is called.
     """
     if isinstance(objective, float | np.floating):
@@ -108,7 +111,7 @@ def described(objective: Any, depth: int = _DEPTH) -> Any:
     if inspect.ismethod(objective):
         return [described(objective.__func__), _kind(type(objective.__self__))]
     if inspect.isfunction(objective):
-        return [_kind(objective), *_version(), _code(objective.__code__)]
+        return [_kind(objective), *_version(), _code(objective)]
     if depth and (isinstance(objective, Objective) or depth == _DEPTH):
         return {"class": _kind(type(objective)), **_arguments(objective, depth - 1)}
     return _kind(type(objective))  # models, tokenizers
@@ -137,10 +140,36 @@ def _version() -> list[str]:
     return [f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"]
 
 
-def _code(code: CodeType) -> str:
+def collate_described(source: Source) -> Any:
+    """A caller's own collate function; None for those of this package and of torch."""
+    collate = getattr(source, "collate", None)
+    owner = getattr(collate, "__func__", collate)
+    module = str(getattr(owner, "__module__", None) or type(owner).__module__)
+    return None if module.partition(".")[0] in _NOT_OWN else described(collate)
+
+
+_NOT_OWN = ("zo_adapt", "objectives", "torch", "transformers", "builtins")
+
+
+def _code(function: FunctionType) -> str:
     digest = hashlib.sha256()
-    _feed_code(digest.update, code)
+    _feed_code(digest.update, function.__code__)
+    for name, value in _bound(function):
+        if isinstance(value, _PLAIN):
+            digest.update(repr((name, value)).encode())
     return digest.hexdigest()[:16]
+
+
+def _bound(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Defaults, and values from around the function, of those that it does not assign to itself."""
+    for index, value in enumerate(function.__defaults__ or ()):
+        yield f"default {index}", value
+    yield from sorted((function.__kwdefaults__ or {}).items())
+    assigned = {i.argval for i in dis.get_instructions(function) if i.opname == "STORE_DEREF"}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if name not in assigned:
+            with suppress(ValueError):  # not bound yet
+                yield name, cell.cell_contents
 
 
 def _feed_code(update: Callable[[bytes], None], code: CodeType) -> None:

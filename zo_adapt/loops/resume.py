@@ -8,7 +8,13 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.loops.origin import described, labels_hash, rows_hash, same_description
+from zo_adapt.loops.origin import (
+    collate_described,
+    described,
+    labels_hash,
+    rows_hash,
+    same_description,
+)
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Position, Reader
@@ -26,6 +32,7 @@ def data_settings(samples: Samples) -> dict[str, Any]:
     return {
         "rows": len(samples.source),
         "data": rows_hash(samples.source),
+        "collate": collate_described(samples.source),
         "classes": labels_hash(samples.classes),
     }
 

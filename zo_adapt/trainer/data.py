@@ -87,7 +87,7 @@ class Batching:
         """The rows of the whole training set."""
         prepare, collate = self._trainer._prepare_inputs, loader.collate_fn
         own = self._own or (lambda examples: prepare(collate(examples)))
-        return TrainingRows(loader.dataset, own)
+        return TrainingRows(loader.dataset, own, self._own or collate)
 
 
 def _uncollated(examples: list[Any]) -> dict[str, list[Any]]:
@@ -202,11 +202,21 @@ class TrainingRows(Examples):
     """Rows of examples through a collator, collated once a step.
 
     A collator may draw (masks, crops): all points of an estimate must see the same draw.
+
+    Args:
+        examples, collate: As for ``Examples``.
+        given: The collate function as the caller knows it.
     """
 
-    def __init__(self, examples: Any, collate: Collate) -> None:
+    def __init__(self, examples: Any, collate: Collate, given: Collate | None = None) -> None:
         super().__init__(examples, collate)
+        self._given = collate if given is None else given
         self._collated: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def collate(self) -> Collate:
+        """As the caller knows it."""
+        return self._given
 
     def take(self, rows: Sequence[int]) -> Any:
         """The collated batch of these rows, the same one until ``forget``."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from zo_adapt.errors import ChangingBufferError
+
 
 class Buffers:
     """Copies of a model's buffers: running statistics, tables, caches.
@@ -53,6 +55,20 @@ class Buffers:
         module, attribute = self._owners[name]
         found: Tensor | None = module._buffers.get(attribute)
         return found
+
+
+def check_max_norm(model: nn.Module) -> None:
+    """Refuse embeddings that every forward shortens in place, also where they are frozen.
+
+    Raises:
+        ChangingBufferError: Names the first.
+    """
+    for path, module in model.named_modules():
+        if getattr(module, "max_norm", None) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise ChangingBufferError(
+                f"every evaluation rewrites the weights of {path!r}, an embedding with max_norm="
+                f"{module.max_norm}; set max_norm=None on it, after shortening its rows once"
+            )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

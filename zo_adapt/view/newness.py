@@ -50,11 +50,13 @@ def _own(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _outside_the_base(model: nn.Module) -> set[int]:
     """The parameters that may be new: none where it is not known what the base model is."""
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    if not isinstance(base, nn.Module) or base is model:
+    # Of peft's own modules, one has the name that many families give their base: "model".
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    prefix = getattr(whole, "base_model_prefix", "")
+    base = getattr(whole, prefix, None) if prefix else None
+    if not isinstance(base, nn.Module) or base is whole:
         return set()
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = getattr(whole, "get_output_embeddings", lambda: None)()
     pretrained = [*base.parameters()]
     if isinstance(embeddings, nn.Module):
         pretrained += embeddings.parameters()
