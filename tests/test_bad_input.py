@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from zo_adapt import (
     SGD,
     ZOSVRG,
+    Adam,
     Annealing,
     Data,
+    EvaluationOptions,
+    Group,
     MeZO,
     MeZOSVRG,
     ParameterView,
+    Shift,
     StopReason,
+    Term,
     minimize,
 )
 from zo_adapt.errors import (
@@ -30,6 +35,7 @@ from zo_adapt.errors import (
     ObjectiveError,
     OptionError,
     PerturbationError,
+    TermError,
     ZOError,
 )
 
@@ -81,6 +87,47 @@ HYPER = {
     "K true": lambda: MeZO(1e-3, num_directions=True),
     "K whole float": lambda: MeZO(1e-3, num_directions=2.0),  # type: ignore[arg-type]
 }
+
+
+KINDS: list[Any] = [np.float32(0.25), np.array(0.25), Fraction(1, 4), Decimal("0.25")]
+NO_FACTORS: list[Any] = [True, "0.25", math.nan, math.inf, 1j, [0.25], 10**400, Decimal("NaN"), -1]
+
+
+def test_factors_of_a_group_are_numbers_of_any_library() -> None:
+    for value in KINDS:
+        group = Group("x", lr=value, perturbation_scale=value)
+        assert (group.lr, group.perturbation_scale) == (0.25, 0.25)
+        assert type(group.lr) is float
+    for value in NO_FACTORS:
+        for name in ("lr", "perturbation_scale"):
+            with pytest.raises(OptionError, match=f"{name}="):
+                Group("x", **{name: value})
+        for kind in (SGD, Adam):
+            with pytest.raises(OptionError, match="weight_decay="):
+                kind(1e-2, weight_decay=value)
+
+
+def test_terms_are_numbers_of_any_library() -> None:
+    def moved(term: Any) -> Tensor:
+        view = ParameterView({"x": torch.zeros(4)})
+        view.apply(Shift((term,)))
+        return view.tensors["x"]
+
+    expected = moved(Term(2, 0.25))
+    for seed in (np.int64(2), torch.tensor(2), np.uint8(2)):
+        for coefficient in KINDS:
+            assert torch.equal(moved(Term(seed, coefficient)), expected)
+    wrong: list[Any] = [(2.0, 0.1), (True, 0.1), ("2", 0.1), (Fraction(2), 0.1), (2, "1"), (2, 1j)]
+    for term in [*wrong, (2, None), (2, 0.1, 0.0), (2, 0.1, True), (2, True)]:
+        with pytest.raises(TermError):
+            moved(Term(*term))
+
+
+def test_rows_of_a_joint_call_are_an_integer_of_any_library() -> None:
+    assert EvaluationOptions(joint_rows=np.int64(2)).joint_rows == 2  # type: ignore[arg-type]
+    for rows in (0, True, 2.0, "2", None):
+        with pytest.raises(OptionError, match="joint_rows="):
+            EvaluationOptions(joint_rows=rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", HYPER)

@@ -597,6 +597,19 @@ def test_a_step_that_would_overflow_fp16_changes_nothing(coefficient: float) -> 
         view.apply(Shift((Term(1, 1e-3),)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_factor_that_would_overflow_changes_nothing(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    x = torch.full((10,), 0.6 * most, dtype=dtype)
+    view, before = ParameterView({"x": x}), x.clone()
+    with pytest.raises(StepTooLargeError):
+        view.apply(Shift((), 2.0))
+    assert torch.equal(x, before)
+    view.apply(Shift((), 1.5))
+    with pytest.raises(StepTooLargeError):
+        view.apply(Shift((), 1.5))
+
+
 def test_many_small_steps_reach_the_edge_and_stop_there() -> None:
     x = torch.zeros(64).half()
     view = ParameterView({"x": x}, noise="rademacher")

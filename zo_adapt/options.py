@@ -46,6 +46,18 @@ def positive(name: str, value: float) -> float:
     return found
 
 
+def not_negative(name: str, value: float) -> float:
+    """``value`` if it is a finite number >= 0, of any kind.
+
+    Raises:
+        OptionError: It is not.
+    """
+    found = finite(name, value, "a finite number >= 0")
+    if found < 0:
+        raise OptionError(f"{name}={value}; choose a finite number >= 0")
+    return found
+
+
 def finite(name: str, value: Any, range_: str = "a finite number") -> float:
     """``value`` as a float, if it is one finite number: no text, no truth value.
 

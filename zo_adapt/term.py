@@ -1,8 +1,9 @@
 """What a run is made of: directions with coefficients, shifts of weights, steps."""
 
 import math
+import operator
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zo_adapt.errors import TermError
 
@@ -95,15 +96,33 @@ def check_directions(terms: Iterable[Term], groups: int) -> Terms:
     """Return the terms as a tuple after checking what they name, whatever their coefficients.
 
     Raises:
-        TermError: A seed outside [0, 2**64), an unknown group.
+        TermError: A seed outside [0, 2**64), an unknown group, or something else than numbers.
     """
-    checked = tuple(term if type(term) is Term else Term(*term) for term in terms)
+    checked = tuple(map(_as_term, terms))
     for term in checked:
         if not 0 <= term.seed < SEED_LIMIT:
             raise TermError(f"seed {term.seed} is outside 0 <= seed < 2**64")
         if term.group is not None and not 0 <= term.group < groups:
             raise TermError(f"group {term.group} is not one of the view's groups 0..{groups - 1}")
     return checked
+
+
+def _as_term(given: Iterable[Any]) -> Term:
+    """A term of Python's own numbers, whatever library they are of."""
+    term = given if type(given) is Term else Term(*given)
+    if type(term.seed) is int and type(term.coefficient) is float and term.group is None:
+        return term
+    try:
+        if bool in (type(term.seed), type(term.group), type(term.coefficient)):
+            raise TypeError("a truth value")
+        if isinstance(term.coefficient, str | bytes):
+            raise TypeError("text")
+        group = None if term.group is None else operator.index(term.group)
+        return Term(operator.index(term.seed), float(term.coefficient), group)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TermError(
+            f"{term!r:.120} ({error}): a seed and a group are integers, a coefficient is a number"
+        ) from error
 
 
 def check_terms(terms: Iterable[Term], groups: int) -> Terms:

@@ -52,10 +52,12 @@ class EvaluationOptions:
         if self.micro_batch_size is not None:
             size = at_least_one("micro_batch_size", self.micro_batch_size)
             object.__setattr__(self, "micro_batch_size", size)
-        rows = self.joint_rows
-        whole = isinstance(rows, int) and not isinstance(rows, bool) and rows >= 1
-        if not whole and rows not in ("auto", "off"):
-            raise OptionError(f"joint_rows={rows!r}; choose an integer >= 1, 'auto' or 'off'")
+        if not isinstance(self.joint_rows, str):
+            object.__setattr__(self, "joint_rows", at_least_one("joint_rows", self.joint_rows))
+        elif self.joint_rows not in ("auto", "off"):
+            raise OptionError(
+                f"joint_rows={self.joint_rows!r}; choose an integer >= 1, 'auto' or 'off'"
+            )
         choices = ("auto", "on", "off")
         if self.reuse_trunk not in choices and not isinstance(self.reuse_trunk, FrozenTrunk):
             raise OptionError(

@@ -17,7 +17,7 @@ from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import undone, uninterrupted
 from zo_adapt.optimizers.schedule import Budget, Schedule, described, schedule_named
 from zo_adapt.optimizers.settings import Settings
-from zo_adapt.options import finite, positive
+from zo_adapt.options import not_negative, positive
 from zo_adapt.term import Step
 from zo_adapt.view.parameters import ParameterView
 
@@ -55,7 +55,7 @@ class FirstOrder(Settings):
 
     def __post_init__(self) -> None:
         schedule_named(self.schedule)
-        decay = finite("weight_decay", self.weight_decay)
+        decay = not_negative("weight_decay", self.weight_decay)
         self._set(lr=positive("lr", self.lr), weight_decay=decay)
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:

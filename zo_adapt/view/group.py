@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zo_adapt.errors import ArgumentTypeError, OptionError
+from zo_adapt.options import not_negative
 from zo_adapt.view.selection import names_listed, names_matching
 
 DISPLACEMENT = 0.25
@@ -26,7 +27,7 @@ class Group:
         names: The names themselves, instead of a pattern.
 
     Raises:
-        OptionError: Neither a pattern nor names, or both; a negative factor.
+        OptionError: Neither a pattern nor names, or both; a factor that is no number >= 0.
 
     Example:
         >>> Group(r"classifier", lr=10.0)
@@ -60,10 +61,8 @@ class Group:
         if pattern is None:
             # Files and fingerprints know patterns alone: one that finds just these names.
             pattern = f"^({'|'.join(map(re.escape, sorted(listed)))})$"
-        if not (lr >= 0 and perturbation_scale >= 0):
-            raise OptionError(
-                f"a group with lr={lr}, perturbation_scale={perturbation_scale}; both must be >= 0"
-            )
+        lr = not_negative("lr", lr)
+        perturbation_scale = not_negative("perturbation_scale", perturbation_scale)
         for name, value in (
             ("pattern", pattern),
             ("lr", lr),

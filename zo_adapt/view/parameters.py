@@ -218,7 +218,7 @@ class ParameterView(TunedTensors):
             StepTooLargeError: The dtype cannot hold the result, or a coefficient is not finite.
         """
         terms = coalesced(check_directions(update.terms, len(self.groups)))
-        self.room.check(terms)
+        self.room.check(terms, update.decay)
         return terms
 
     def apply_in_order(self, terms: Sequence[Term], decay: float = 1.0) -> None:
@@ -227,7 +227,7 @@ class ParameterView(TunedTensors):
         check_mode(self.tensors)
         if terms or decay != 1.0:
             self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
-            self.room.moved(terms)
+            self.room.moved(terms, decay)
 
     def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
         return Accumulation(self.noise, self._places(outs, sources).values())

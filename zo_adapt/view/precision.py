@@ -30,28 +30,28 @@ class Room:
         """Bounds of the weights; empty where nothing is known."""
         self._version = 0
 
-    def check(self, terms: Sequence[Term]) -> None:
+    def check(self, terms: Sequence[Term], decay: float = 1.0) -> None:
         """Refuse a step that might leave the range of a dtype.
 
         Raises:
             StepTooLargeError: It might, or a coefficient is not finite.
         """
-        farthest = self._farthest(terms)
+        farthest, growth = self._farthest(terms), max(decay, 1.0)
         # Weights at the edge are rounded up at random: not even a small step is safe unseen.
-        if self._version != self._versions() or not self._holds(farthest):
+        if self._version != self._versions() or not self._holds(farthest, growth):
             self._look()
         for dtype, most in self._most.items():
             limit = torch.finfo(dtype).max
-            if not most + farthest <= limit:
+            if not growth * most + farthest <= limit:
                 raise StepTooLargeError(
                     f"a step of up to {farthest:.3g} from weights of up to {most:.3g} does not fit "
                     f"{dtype} (at most {limit:.3g}); use a smaller lr"
                 )
 
-    def moved(self, terms: Sequence[Term]) -> None:
+    def moved(self, terms: Sequence[Term], decay: float = 1.0) -> None:
         """Take note of a step that was made."""
-        farthest = self._farthest(terms)
-        self._most = {dtype: most + farthest for dtype, most in self._most.items()}
+        farthest, growth = self._farthest(terms), max(decay, 1.0)
+        self._most = {dtype: growth * most + farthest for dtype, most in self._most.items()}
         self._version = self._versions()
 
     def forget(self) -> None:
@@ -74,9 +74,9 @@ class Room:
                     return False
         return True
 
-    def _holds(self, farthest: float) -> bool:
+    def _holds(self, farthest: float, growth: float) -> bool:
         return bool(self._most) and all(
-            most + farthest <= torch.finfo(dtype).max for dtype, most in self._most.items()
+            growth * most + farthest <= torch.finfo(dtype).max for dtype, most in self._most.items()
         )
 
     def _look(self) -> None:
