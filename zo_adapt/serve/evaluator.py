@@ -156,7 +156,9 @@ class ServedEvaluator(CountingEvaluator):
         with gradients_off(), self.ready():
             for points in _in_portions(probes, self.server.limits.adapters):
                 found += self._at(points, probes, self._served)
-        return evaluations([answer.checked() for answer in found], self.sign)
+        finite = self.on_nonfinite == "stop"
+        checked = [answer.checked(finite=finite) for answer in found]
+        return evaluations(checked, self.sign)
 
     def _at(
         self, points: Mapping[Shift, Sequence[int]], probes: Sequence[Probe], adapter: Tuned
