@@ -44,6 +44,7 @@ class Faults:
         lies: "tokens": other tokens are scored; "positive": numbers that are no log-probabilities;
             "short": too few; "nan".
         refuses: Every load is refused, with these words.
+        keeps: It does not unload.
         old: Its version does not know logprob_token_ids.
         no_runtime: There is no route to load adapters.
     """
@@ -62,6 +63,7 @@ class Faults:
     swaps: bool = False
     lies: str = ""
     refuses: str = ""
+    keeps: bool = False
     old: bool = False
     no_runtime: bool = False
 
@@ -168,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload(self, name: str) -> tuple[int, Any]:
+        if self.fake.faults.keeps:
+            return 500, {"error": {"message": "the adapter is in use"}}
         found = self.fake.loaded.pop(name, None)
         if found is None:
             return 404, {"error": {"message": f"The lora adapter '{name}' cannot be found."}}

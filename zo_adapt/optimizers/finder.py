@@ -5,7 +5,7 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.calibration import Calibration
+from zo_adapt.optimizers.calibration import Calibration, target_ratio
 from zo_adapt.optimizers.look_ahead import LookAhead
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift
@@ -18,10 +18,11 @@ class Finder:
     Args:
         displacement: Where the search begins.
         numel: Of the view.
+        is_soft_prompt: Whether the view is one of virtual tokens.
     """
 
-    def __init__(self, displacement: float, numel: int) -> None:
-        self.numel = numel
+    def __init__(self, displacement: float, numel: int, is_soft_prompt: bool = False) -> None:
+        self.numel, self.is_soft_prompt = numel, is_soft_prompt
         self.displacement = displacement
         """That of the steps from now on."""
         self.calibration = Calibration(displacement)
@@ -53,6 +54,9 @@ class Finder:
         """
         found: list[Probe] = []
         if self.is_calibrating:
+            self.calibration.target = target_ratio(
+                samples, budget, self.numel, is_soft_prompt=self.is_soft_prompt
+            )
             found = self.calibration.probes(samples, groups, new_seeds, budget)
             self.displacement = self.calibration.displacement
         elif self.look_ahead.is_due(done):

@@ -24,7 +24,7 @@ from zo_adapt.serve.asking import Answers, answering
 from zo_adapt.serve.protocol import Candidate, ServedModel, Tuned
 from zo_adapt.serve.rounds import AtOnce, Task, answered, first_question
 from zo_adapt.serve.self_test import Report, SelfTest
-from zo_adapt.serve.soft_prompt import SoftPrompt, is_soft_prompt
+from zo_adapt.serve.soft_prompt import SoftPrompt
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
 
@@ -203,7 +203,7 @@ class ServedEvaluator(CountingEvaluator):
         self.server.unload(names)
 
     def _adapter(self, view: ParameterView) -> Tuned:
-        prompt = self._lora_config is None and is_soft_prompt(view)
+        prompt = self._lora_config is None and view.is_soft_prompt
         adapter: Tuned = SoftPrompt(view) if prompt else ServedAdapter(view, self._lora_config)
         adapter.check(self.server.limits)
         return adapter
