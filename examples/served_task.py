@@ -21,7 +21,7 @@ from zo_adapt.term import HERE
 TEMPLATE, WORDS = "{text} It was", [" terrible", " great"]
 
 
-def arguments(description: str, output: str) -> argparse.ArgumentParser:
+def arguments(description: str, output: str, **defaults: Any) -> argparse.ArgumentParser:
     """The command line that the examples have in common."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -36,6 +36,7 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
     add("--max-length", type=int, default=32, help="tokens of a prompt that are read")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path(output), help="folder for what was tuned")
+    parser.set_defaults(**defaults)
     return parser
 
 

@@ -22,9 +22,8 @@ INSTRUCTION = "Say whether this film review is great or terrible:"
 
 def main() -> None:
     """Fetch, serve, tune, save."""
-    parser = arguments("Tune a soft prompt of a served language model.", "runs/soft_prompt")
+    parser = arguments("Tune a served soft prompt.", "runs/soft_prompt", max_length=24)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.set_defaults(max_length=24)
     args = parser.parse_args()
     quiet()
     source = args.model or str(real_data.smollm2_folder())

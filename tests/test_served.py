@@ -439,6 +439,72 @@ class TestServer:
         with pytest.raises(NotServableError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             tune(hollow(), vllm(fake.url))
 
+    @pytest.mark.parametrize("kind", ["loss", "greedy"])
+    def test_nothing_is_asked_after_a_refused_load(self, fake: Fake, kind: str) -> None:
+        fake.faults.refuses, fake.faults.spins = "rank 4 is greater", 60.0
+        model = hollow()
+        loss, rows = objective_of(kind, model)
+        with pytest.raises(ServerReplyError, match="rank 4 is greater"):
+            minimize(
+                loss,
+                ParameterView.trainable(model),
+                rows,
+                MeZO(lr=1e-3),
+                max_steps=1,
+                evaluator=ServedEvaluator(vllm(fake.url), self_test=False),
+                **QUIET,
+            )
+        assert not any(path.endswith("completions") for path, _ in fake.requests)
+
+    @pytest.mark.parametrize("replicas", [2, 3])
+    @pytest.mark.parametrize("self_test", [True, False])
+    def test_a_data_parallel_server_is_named(
+        self, fake: Fake, replicas: int, self_test: bool
+    ) -> None:
+        fake.faults.replicas = replicas
+        with pytest.raises(SelfTestError if self_test else ServerReplyError, match="one replica"):
+            tune(hollow(), vllm(fake.url), self_test=self_test)
+        assert not fake.loaded
+
+    @pytest.mark.parametrize("tokens, is_found", [(192, True), (256, True), (257, False)])
+    def test_a_cache_that_knows_no_adapters_is_found(
+        self, fake: Fake, tokens: int, is_found: bool
+    ) -> None:
+        fake.faults.caches, fake.faults.positions = tokens, 512
+        if is_found:
+            with pytest.raises(SelfTestError, match="not applied"):
+                tune(hollow(), vllm(fake.url), self_test=True)
+        else:  # no text of this run is as long
+            tune(hollow(), vllm(fake.url), self_test=True)
+        assert not fake.loaded
+
+    def test_other_names_of_the_base_are_no_adapters(self, fake: Fake) -> None:
+        fake.faults.aliases = ("toy-latest", "gpt-4")
+        fake.loaded["of another"] = np.zeros((64, 64))
+        server = vllm(fake.url)
+        assert server.model == "toy" and server.loaded() == ["of another"]
+        aliased = tune(hollow(), server, self_test=True)
+        server.close()
+        assert set(fake.loaded) == {"of another"}
+        with fake_server() as plain:
+            assert aliased.value == tune(hollow(), vllm(plain.url)).value
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_base_in_bf16_is_perturbed_further(self, family: str) -> None:
+        model = seeded_lora(family)
+        view = ParameterView.trainable(model)
+        base = model.to(torch.bfloat16)
+        for parameter in view.tensors.values():
+            parameter.data = parameter.data.float()
+        evaluator = ServedEvaluator(PeftServer(base))
+        optimizer = MeZO(lr=1e-3)
+        minimize(
+            CausalLMLoss(model), view, texts(), optimizer, max_steps=1, evaluator=evaluator, **QUIET
+        )
+        report = evaluator.report
+        assert report is not None and report.signal >= 0.9
+        assert optimizer.perturbation_scale >= report.perturbation_scale > 0
+
     @pytest.mark.parametrize(
         "options, said",
         [({"rank": 2}, "rank 4.*up to 2"), ({"target_modules": ["q_proj"]}, "v_proj")],

@@ -288,7 +288,16 @@ class VLLMServer(ServedModel):
 
     def _choices(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The choices of one request, put into the order of its texts by their own numbers."""
-        content = self._connection.post(_WRITE, body)
+        try:
+            content = self._connection.post(_WRITE, body)
+        except ServerReplyError as error:
+            if body["model"] in self._loaded and " answered 404" in str(error):
+                raise ServerReplyError(
+                    f"{error}; it was loaded a moment ago. A data-parallel server loads an adapter "
+                    "on one replica alone: start one for each url, and give "
+                    "ServerPool([VLLMServer(url) for url in urls])"
+                ) from error
+            raise
         choices, count = content.get("choices"), len(body.get("prompt") or body["prompt_embeds"])
         is_whole = isinstance(choices, list) and all(isinstance(c, dict) for c in choices)
         if not is_whole or sorted(c.get("index", -1) for c in choices) != list(range(count)):
