@@ -99,7 +99,9 @@ class Mixture(Mixable, Objective):
         self.step_like = all(part.step_like for part in each)
         self.independent_rows = all(part.independent_rows for part in each)
         failing = {part.on_nonfinite for part in each}
-        self.on_nonfinite = next((way for way in ("skip", "worst") if way in failing), "stop")  # type: ignore[assignment]
+        self.on_nonfinite = (
+            "skip" if "skip" in failing else "worst" if "worst" in failing else "stop"
+        )
         said = {part.mean_over_rows for part in each}
         self.mean_over_rows = all(said) if False in said or "auto" not in said else "auto"
         # None where no part has one, so that the loop does what it does for a bare function.

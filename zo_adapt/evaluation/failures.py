@@ -142,4 +142,5 @@ def _filled(one: Evaluation, worst: float, worst_row: float) -> Evaluation:
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
+    finite: np.ndarray = values[np.isfinite(values)]
+    return finite
