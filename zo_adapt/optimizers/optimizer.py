@@ -172,7 +172,9 @@ class ZerothOrder(Settings, ABC):
             except BudgetExhausted:
                 self.skip_measurement()
         done = budget.used(state.steps, before)
-        evaluations = with_values(evaluator.evaluate(probes), evaluator.on_nonfinite)
+        evaluations = with_values(
+            evaluator.evaluate(probes), getattr(evaluator, "on_nonfinite", "stop")
+        )
         share = budget.used(state.steps + 1, evaluator.queries) - done
         step = self.tell(evaluations, Progress(done, share))
         self.observe(step, samples, budget, evaluator.queries - before)
