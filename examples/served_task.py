@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from objectives import Accuracy, VerbalizerLoss
 from support import real_data
-from zo_adapt import Data, EvaluationOptions, ParameterView, ServedEvaluator, minimize
+from zo_adapt import Data, EvaluationOptions, MeZO, ParameterView, ServedEvaluator, minimize
 from zo_adapt.data.sources import Batch, Source
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve.protocol import ServedModel
@@ -34,6 +34,7 @@ def arguments(description: str, output: str, **defaults: Any) -> argparse.Argume
     add("--train-size", type=int, default=512)
     add("--test-size", type=int, default=128)
     add("--max-length", type=int, default=32, help="tokens of a prompt that are read")
+    add("--displacement", type=float, help="how far the run may go (default: measured)")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path(output), help="folder for what was tuned")
     parser.set_defaults(**defaults)
@@ -70,6 +71,7 @@ def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Name
         loss,
         view,
         rows_of(split.train_texts, split.train_labels),
+        MeZO(displacement=args.displacement),
         batch_size=args.batch_size,
         max_queries=args.max_queries,
         seed=args.seed,

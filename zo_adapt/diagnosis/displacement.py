@@ -44,7 +44,7 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
             "half of it",
             0,
         )
-    target = target_ratio(samples, NO_LIMIT, view.numel, is_soft_prompt=view.is_soft_prompt)
+    target = target_ratio(samples, NO_LIMIT, view.numel)
     search = Calibration(view.displacement, target=target)
     looks: list[tuple[float, Response]] = []
 

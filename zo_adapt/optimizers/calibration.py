@@ -9,11 +9,10 @@ the responses of single examples to a direction z of that length,
 rho is right where mean(even) / rms(odd) = 0.2: where the damage of noise alone is a fifth of what
 there is to win along a direction. The ratio has no unit, neither the objective's nor the weights'.
 
-Two kinds of views go further. A function without data has one value, all of it signal and none the
-scatter of rows: N directions win rho sqrt(N) |g|, all noise together damages rho^2 tr(H) / 2, and
-the best ratio is sqrt(N) / 2, where N counts no further than to d. (A quarter of that, and twice as
-much, are worse on most functions of benchmarks/black_box.py.) Soft prompts, whose rows have much of
-their gradient in common, learn at 1.2.
+A function without data goes further: it has one value, all of it signal and none the scatter of
+rows. N directions win rho sqrt(N) |g|, all noise together damages rho^2 tr(H) / 2, and the best
+ratio is sqrt(N) / 2, where N counts no further than to d. (A quarter of that, and twice as much,
+are worse on most functions of benchmarks/black_box.py.)
 
 Measured on MiniLM (BBC topics, 7,680 queries, one seed matched): of eleven views, LoRA of rank 1, 8
 and 32 on query and value and on all linear layers among them, eight end within 0.03 of the accuracy
@@ -36,7 +35,7 @@ from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
-RATIO, OF_PROMPTS, WITHOUT_DATA = 0.2, 1.2, 0.5
+RATIO, WITHOUT_DATA = 0.2, 0.5
 """Of the even to the odd response, where the displacement is right; see ``target_ratio``."""
 ROWS, MOST_ROWS, LEAST_ROWS, LEAST_DIRECTIONS = 16, 64, 4, 4
 USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
@@ -241,21 +240,18 @@ class Calibration:
         return cls(**known | {"last": None if last is None else tuple(last)})
 
 
-def target_ratio(
-    samples: Samples, budget: Budget, numel: int, *, is_soft_prompt: bool = False
-) -> float:
+def target_ratio(samples: Samples, budget: Budget, numel: int) -> float:
     """The ratio of damage to signal at which the displacement is right.
 
     Args:
         samples: Where rows come from.
         budget: Of the run.
         numel: Numbers that are tuned.
-        is_soft_prompt: Whether these are virtual tokens.
     """
     if isinstance(samples.source, NoData):
         limit = math.inf if budget.max_queries is None else budget.max_queries
         return max(RATIO, WITHOUT_DATA * math.sqrt(min(numel, limit)))
-    return OF_PROMPTS if is_soft_prompt else RATIO
+    return RATIO
 
 
 def response(batches: Sequence[Batch], evaluations: Sequence[Evaluation]) -> Response:

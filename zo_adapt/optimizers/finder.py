@@ -18,11 +18,10 @@ class Finder:
     Args:
         displacement: Where the search begins.
         numel: Of the view.
-        is_soft_prompt: Whether the view is one of virtual tokens.
     """
 
-    def __init__(self, displacement: float, numel: int, is_soft_prompt: bool = False) -> None:
-        self.numel, self.is_soft_prompt = numel, is_soft_prompt
+    def __init__(self, displacement: float, numel: int) -> None:
+        self.numel = numel
         self.displacement = displacement
         """That of the steps from now on."""
         self.calibration = Calibration(displacement)
@@ -54,9 +53,7 @@ class Finder:
         """
         found: list[Probe] = []
         if self.is_calibrating:
-            self.calibration.target = target_ratio(
-                samples, budget, self.numel, is_soft_prompt=self.is_soft_prompt
-            )
+            self.calibration.target = target_ratio(samples, budget, self.numel)
             found = self.calibration.probes(samples, groups, new_seeds, budget)
             self.displacement = self.calibration.displacement
         elif self.look_ahead.is_due(done):

@@ -102,7 +102,7 @@ class ZerothOrder(Settings, ABC):
                 mu,
                 Descent(self.apply, displacement),
                 usual_scale if self.estimate.perturbation_scale is None else None,
-                Finder(displacement, view.numel, view.is_soft_prompt) if finds else None,
+                Finder(displacement, view.numel) if finds else None,
             )
         )
 

@@ -57,7 +57,7 @@ class TunedTensors:
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.is_soft_prompt = is_soft_prompt(model, self.tensors)
-        """Whether it is virtual tokens before every text, which may go further than weights."""
+        """Whether it is virtual tokens before every text."""
         self.least_perturbation = 0.0
         """The smallest usual mu that was found to be more than the model's own rounding."""
         self.groups, self._group_of = assign_groups(
