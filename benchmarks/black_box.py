@@ -1,18 +1,22 @@
-"""Which method for which function of 5 to 50 variables: ours beside SciPy's own.
+"""Which method for which function of 5 to 100 variables: ours beside SciPy's, CMA-ES and NGOpt.
 
-    python benchmarks/black_box.py
+    python benchmarks/black_box.py --output benchmarks/results/black_box.json
 
-A bowl with axes of unlike curvature (condition 10) in a box, x0 half its width from the answer, 60
-calls a variable; exact, with noise of a tenth of the start's value, and with steps. Printed is the
-value without noise at the answer, as a share of the start's, the median of five seeds. nevergrad
-and cma are asked where they are installed.
+Four functions in a box, begun at a random point of it: Rosenbrock's valley, a quadratic with axes
+in random directions (condition 1000), a bowl (condition 10) with additive noise of a tenth of the
+start's value, and the same bowl in steps of a fiftieth of it. Every method may make the same number
+of calls, 20 or 200 for each variable, and has its own defaults, CMA-ES its step of a fifth of the
+box. Kept is the value without noise at the answer, as a share of the start's; a run that is not
+done after --seconds of processor time is stopped. nevergrad and cma are asked where they are
+installed. What lies in --output already is not run again.
 """
 
 import argparse
-import importlib.util
+import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,100 +27,171 @@ from scipy.optimize import minimize
 
 from zo_adapt import scipy_method
 
-CALLS, CONDITION = 60, 10.0
 Function = Callable[[np.ndarray], float]
+BOX = 2.0
+KINDS = ("valley", "ill", "noisy", "steps")
+STOPPED = -1.0
+"""In place of a value: the run took too long."""
 
 
-def bowl(size: int) -> Function:
-    """A quadratic with its answer at 0.75."""
-    curvature = np.geomspace(1.0, CONDITION, size)
-    return lambda x: float((curvature * (np.asarray(x) - 0.75) ** 2).mean())
+class Stopped(Exception):
+    """A method is not done in time."""
 
 
-def seen(kind: str, true: Function, size: int, seed: int) -> Function:
-    """The function as the method sees it."""
-    random, scale = np.random.default_rng(seed), true(np.full(size, 0.25))
-    if kind == "noisy":
-        return lambda x: true(x) + 0.1 * scale * random.normal()
-    if kind == "steps":
-        return lambda x: round(true(x) / (0.02 * scale)) * 0.02 * scale
-    return true
+def problem(kind: str, size: int, seed: int) -> tuple[Function, np.ndarray]:
+    """A function without its noise, and where to begin."""
+    random = np.random.default_rng([seed, size])
+    start, answer = random.uniform(-1, 1, size), random.uniform(-1, 1, size)
+    if kind == "valley":
+        return rosenbrock, start
+    turn = np.linalg.qr(random.normal(size=(size, size)))[0] if kind == "ill" else np.eye(size)
+    curvature = np.geomspace(1.0, 1e3 if kind == "ill" else 10.0, size)
+    return lambda x: float((curvature * (turn @ (np.asarray(x) - answer)) ** 2).mean()), start
 
 
-def ours(
-    function: Function, size: int, seed: int, answer: str = "x", name: str = "mezo"
-) -> np.ndarray:
-    method = scipy_method(name, maxfev=CALLS * size, seed=seed, displacement=0.5)
-    found: Any = minimize(function, np.full(size, 0.25), bounds=[(0.0, 1.0)] * size, method=method)
-    answers: np.ndarray = found[answer]
-    return answers
+def rosenbrock(x: np.ndarray) -> float:
+    """Smallest at ones, along a curved valley."""
+    x = np.asarray(x)
+    return float((100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum())
 
 
-def of_scipy(name: str) -> Callable[[Function, int, int], np.ndarray]:
-    def run(function: Function, size: int, seed: int) -> np.ndarray:
-        found = minimize(
-            function,
-            np.full(size, 0.25),
-            bounds=[(0.0, 1.0)] * size,
-            method=name,
-            options={"maxfev": CALLS * size},
-        )
+class Seen:
+    """The function as the method sees it, for so many calls and so many seconds."""
+
+    def __init__(
+        self, kind: str, true: Function, start: np.ndarray, seed: int, seconds: float
+    ) -> None:
+        self.kind, self.true, self.scale = kind, true, true(start)
+        self.random, self.calls = np.random.default_rng(seed), 0
+        self.end = time.process_time() + seconds
+
+    def __call__(self, x: np.ndarray) -> float:
+        if time.process_time() > self.end:
+            raise Stopped
+        self.calls += 1
+        value = self.true(x)
+        if self.kind == "noisy":
+            return value + 0.1 * self.scale * self.random.normal()
+        step = 0.02 * self.scale
+        return round(value / step) * step if self.kind == "steps" else value
+
+
+def ours(name: str, answer: str = "x") -> Callable[..., np.ndarray]:
+    def run(function: Seen, start: np.ndarray, calls: int, seed: int) -> np.ndarray:
+        key = (name, function.kind, start.size, calls, seed)
+        if key not in _FOUND:  # both answers are of one run
+            method = scipy_method(name, maxfev=calls, seed=seed)
+            bounds = [(-BOX, BOX)] * start.size
+            _FOUND[key] = minimize(function, start, bounds=bounds, method=method)
+        return np.asarray(_FOUND[key][answer])
+
+    return run
+
+
+_FOUND: dict[Any, Any] = {}
+
+
+def of_scipy(name: str) -> Callable[..., np.ndarray]:
+    def run(function: Seen, start: np.ndarray, calls: int, seed: int) -> np.ndarray:
+        bounds = [(-BOX, BOX)] * start.size
+        found = minimize(function, start, bounds=bounds, method=name, options={"maxfev": calls})
         return np.asarray(found.x)
 
     return run
 
 
-def of_nevergrad(function: Function, size: int, seed: int) -> np.ndarray:
+def of_nevergrad(function: Seen, start: np.ndarray, calls: int, seed: int) -> np.ndarray:
     import nevergrad
 
-    space = nevergrad.p.Array(init=np.full(size, 0.25)).set_bounds(0.0, 1.0)
+    space = nevergrad.p.Array(init=start).set_bounds(-BOX, BOX)
     space.random_state.seed(seed)
-    method = nevergrad.optimizers.NGOpt(parametrization=space, budget=CALLS * size)
+    method = nevergrad.optimizers.NGOpt(parametrization=space, budget=calls)
     return np.asarray(method.minimize(function).value)
 
 
-def of_cma(function: Function, size: int, seed: int) -> np.ndarray:
+def of_cma(function: Seen, start: np.ndarray, calls: int, seed: int) -> np.ndarray:
     import cma
 
-    options = {"bounds": [0, 1], "maxfevals": CALLS * size, "seed": seed + 1, "verbose": -9}
-    return np.asarray(cma.fmin2(function, np.full(size, 0.25), 0.2, options)[1].result.xfavorite)
+    options = {"bounds": [-BOX, BOX], "maxfevals": calls, "seed": seed + 1, "verbose": -9}
+    return np.asarray(cma.fmin2(function, start, 0.4 * BOX, options)[1].result.xfavorite)
+
+
+METHODS: dict[str, Callable[..., np.ndarray]] = {
+    "mezo": ours("mezo"),
+    "mezo, x_mean": ours("mezo", "x_mean"),
+    "mezo-svrg": ours("mezo-svrg"),
+    "COBYQA": of_scipy("COBYQA"),
+    "Powell": of_scipy("Powell"),
+    "NGOpt": of_nevergrad,
+    "CMA-ES": of_cma,
+}
+
+
+def share_left(name: str, kind: str, size: int, calls: int, seed: int, seconds: float) -> float:
+    """The true value at a method's answer, as a share of the start's."""
+    true, start = problem(kind, size, seed)
+    function = Seen(kind, true, start, seed, seconds)
+    try:
+        found = METHODS[name](function, start, calls * size, seed)
+    except Stopped:
+        return STOPPED
+    return true(found) / true(start)
+
+
+def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, int, int, int]]:
+    for size in given.sizes:
+        for calls in given.calls:
+            for kind in given.kinds:
+                for name in given.only:
+                    for seed in range(given.seeds):
+                        yield name, kind, size, calls, seed
+
+
+def table(found: dict[str, float], given: argparse.Namespace) -> str:
+    """Medians over the seeds, as a table of Markdown for each budget."""
+    lines = []
+    for calls in given.calls:
+        heads = [f"{kind}, d = {' / '.join(map(str, given.sizes))}" for kind in given.kinds]
+        lines += [f"{calls} calls a variable", "| |" + " | ".join(heads) + " |"]
+        for name in given.only:
+            row = []
+            for kind in given.kinds:
+                ends = []
+                for size in given.sizes:
+                    keys = [f"{name}|{kind}|{size}|{calls}|{s}" for s in range(given.seeds)]
+                    each = [found[key] for key in keys if key in found]
+                    bad = not each or STOPPED in each
+                    ends.append("-" if bad else f"{statistics.median(each):.2g}")
+                row.append(" / ".join(ends))
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[5, 20, 50])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="methods (default: all that are installed)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[5, 20, 100])
+    parser.add_argument("--calls", type=int, nargs="+", default=[20, 200], help="for each variable")
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(METHODS), help="methods")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    methods: dict[str, Any] = {
-        "mezo": ours,
-        "mezo, x_mean": lambda *a: ours(*a, answer="x_mean"),
-        "mezo-svrg": lambda *a: ours(*a, name="mezo-svrg"),
-        "COBYQA": of_scipy("COBYQA"),
-        "Nelder-Mead": of_scipy("Nelder-Mead"),
-        "Powell": of_scipy("Powell"),
-    }
-    for name, method in {"nevergrad": of_nevergrad, "cma": of_cma}.items():
-        if importlib.util.find_spec(name):
-            methods["NGOpt" if name == "nevergrad" else "CMA-ES"] = method
-    print(f"{'':20}" + "".join(f"{f'{kind} d={d}':>14}" for d in given.sizes for kind in KINDS))
-    for title, method in methods.items():
-        if given.only and title not in given.only:
+    is_there = given.output is not None and given.output.exists()
+    found: dict[str, float] = json.loads(given.output.read_text()) if is_there else {}
+    for cell in cells(given):
+        key = "|".join(map(str, cell))
+        if key in found:
             continue
-        cells = []
-        for size in given.sizes:
-            true = bowl(size)
-            start = true(np.full(size, 0.25))
-            for kind in KINDS:
-                ends = [
-                    true(method(seen(kind, true, size, seed), size, seed)) / start
-                    for seed in range(given.seeds)
-                ]
-                cells.append(f"{statistics.median(ends):>14.2g}")
-        print(f"{title:20}" + "".join(cells), flush=True)
+        try:
+            found[key] = share_left(*cell, given.seconds)
+        except ModuleNotFoundError as error:
+            print(f"{cell[0]}: {error}", file=sys.stderr)
+            continue
+        if given.output is not None:
+            given.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found, given))
 
-
-KINDS = ("exact", "noisy", "steps")
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from objectives import Accuracy, VerbalizerLoss
 from support import real_data
-from zo_adapt import Data, EvaluationOptions, ParameterView, ServedEvaluator, minimize
+from zo_adapt import Data, EvaluationOptions, MeZO, ParameterView, ServedEvaluator, minimize
 from zo_adapt.data.sources import Batch, Source
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve.protocol import ServedModel
@@ -21,7 +21,7 @@ from zo_adapt.term import HERE
 TEMPLATE, WORDS = "{text} It was", [" terrible", " great"]
 
 
-def arguments(description: str, output: str) -> argparse.ArgumentParser:
+def arguments(description: str, output: str, **defaults: Any) -> argparse.ArgumentParser:
     """The command line that the examples have in common."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -34,8 +34,10 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
     add("--train-size", type=int, default=512)
     add("--test-size", type=int, default=128)
     add("--max-length", type=int, default=32, help="tokens of a prompt that are read")
+    add("--displacement", type=float, help="how far the run may go (default: measured)")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path(output), help="folder for what was tuned")
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -69,6 +71,7 @@ def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Name
         loss,
         view,
         rows_of(split.train_texts, split.train_labels),
+        MeZO(displacement=args.displacement),
         batch_size=args.batch_size,
         max_queries=args.max_queries,
         seed=args.seed,

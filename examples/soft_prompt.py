@@ -1,8 +1,7 @@
-"""Tune a soft prompt of a language model that is served: 8 x width numbers before every text.
+"""Tune a soft prompt of a language model that is served: 24 x width numbers before every text.
 
-They begin as the embeddings of an instruction. The base is served in this process by default
-(SmolLM2-135M, fetched once), or by a vLLM started with --enable-prompt-embeds (--url). What
-is learned is the sentiment of film reviews, read off the word that the model goes on with.
+They begin as an instruction, repeated. The base is served here (SmolLM2-135M, fetched once), or by
+a vLLM started with --enable-prompt-embeds (--url). Learned is the sentiment of film reviews.
 
     python examples/soft_prompt.py
     python examples/soft_prompt.py --url http://127.0.0.1:8000
@@ -22,8 +21,9 @@ INSTRUCTION = "Say whether this film review is great or terrible:"
 
 def main() -> None:
     """Fetch, serve, tune, save."""
-    parser = arguments("Tune a soft prompt of a served language model.", "runs/soft_prompt")
-    parser.add_argument("--tokens", type=int, default=8)
+    usual = {"max_length": 24, "test_size": 96, "displacement": 0.06}  # half the embeddings' size
+    parser = arguments("Tune a served soft prompt.", "runs/soft_prompt", **usual)
+    parser.add_argument("--tokens", type=int, default=24)
     args = parser.parse_args()
     quiet()
     source = args.model or str(real_data.smollm2_folder())

@@ -99,6 +99,10 @@ class Mixture(Mixable, Objective):
         # One smooth part gives a signal at the usual perturbation.
         self.step_like = all(part.step_like for part in each)
         self.independent_rows = all(part.independent_rows for part in each)
+        failing = {part.on_nonfinite for part in each}
+        self.on_nonfinite = (
+            "skip" if "skip" in failing else "worst" if "worst" in failing else "stop"
+        )
         said = {part.mean_over_rows for part in each}
         self.mean_over_rows = all(said) if False in said or "auto" not in said else "auto"
         # None where no part has one, so that the loop does what it does for a bare function.

@@ -44,6 +44,12 @@ class Faults:
         lies: "tokens": other tokens are scored; "positive": numbers that are no log-probabilities;
             "short": too few; "nan".
         refuses: Every load is refused, with these words.
+        keeps: It does not unload.
+        spins: After a refused load every completion takes so many seconds.
+        caches: Texts of so many tokens are answered from a cache that knows no adapters; 0: none.
+        replicas: Requests go to one after the other, and each knows the adapters it was sent.
+        aliases: More names of the base.
+        positions: Longest text.
         old: Its version does not know logprob_token_ids.
         no_runtime: There is no route to load adapters.
     """
@@ -62,6 +68,12 @@ class Faults:
     swaps: bool = False
     lies: str = ""
     refuses: str = ""
+    keeps: bool = False
+    spins: float = 0.0
+    caches: int = 0
+    replicas: int = 1
+    aliases: tuple[str, ...] = ()
+    positions: int = 128
     old: bool = False
     no_runtime: bool = False
 
@@ -81,6 +93,9 @@ class Fake:
     completions: int = 0
     forgotten: dict[str, np.ndarray] = field(default_factory=dict)
     first: np.ndarray | None = None
+    was_refused: bool = False
+    place: dict[str, int] = field(default_factory=dict)
+    cache: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
 
 def table() -> np.ndarray:
@@ -119,7 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         adapters = [{"id": name, "parent": "toy"} for name in self.fake.loaded]
-        self._reply(200, {"data": [{"id": "toy", "max_model_len": 128}, *adapters]})
+        positions = self.fake.faults.positions
+        names = ("toy", *self.fake.faults.aliases)
+        bases = [{"id": name, "max_model_len": positions, "parent": None} for name in names]
+        self._reply(200, {"data": [*bases, *adapters]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -152,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.no_runtime:
             return 404, {"detail": "Not Found"}
         if faults.refuses:
+            fake.was_refused = True
             return 400, {"error": {"message": faults.refuses}}
         if name in fake.loaded:
             return 400, {
@@ -162,12 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
         fake.modes.append(path.stat().st_mode & 0o777)
         found = folded(path)
         fake.first = found if fake.first is None else fake.first
+        fake.place[name] = len(fake.requests) % faults.replicas
         fake.loaded[name] = fake.first if faults.stale else found
         fake.ever.append(name)
         fake.most = max(fake.most, len(fake.loaded))
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload(self, name: str) -> tuple[int, Any]:
+        if self.fake.faults.keeps:
+            return 500, {"error": {"message": "the adapter is in use"}}
         found = self.fake.loaded.pop(name, None)
         if found is None:
             return 404, {"error": {"message": f"The lora adapter '{name}' cannot be found."}}
@@ -181,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return 500, {"error": {"message": "EngineCore encountered an issue: out of memory"}}
         fake.completions += 1
-        time.sleep(faults.slow)
+        time.sleep(faults.slow + faults.spins * fake.was_refused)
         adapter = self._adapter(body["model"])
         if adapter is None:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
@@ -197,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
             choices = [self._of_embeddings(i, e, body) for i, e in enumerate(body["prompt_embeds"])]
         else:
             texts = enumerate(body["prompt"])
-            choices = [self._choice(i, text, logs, body) for i, text in texts]
+            choices = [self._kept(i, text, logs, body) for i, text in texts]
         if faults.swaps and len(choices) > 1:
             choices[0], choices[1] = (
                 {**choices[1], "index": 0},
@@ -228,10 +250,19 @@ class _Handler(BaseHTTPRequestHandler):
         return said | {"index": 0, "finish_reason": "stop" if ended else "length"}
 
     def _adapter(self, name: str) -> np.ndarray | None:
-        if name == "toy":
+        if name in ("toy", *self.fake.faults.aliases):
             return np.zeros((VOCABULARY, VOCABULARY))
+        replica = len(self.fake.requests) % self.fake.faults.replicas
+        if self.fake.place.get(name, replica) != replica:
+            return None
         found = self.fake.loaded.get(name)
         return self.fake.forgotten.get(name) if found is None and self.fake.faults.sticky else found
+
+    def _kept(self, index: int, text: list[int], logs: np.ndarray, body: Any) -> dict[str, Any]:
+        found = self._choice(index, text, logs, body)
+        if 0 < self.fake.faults.caches <= len(text):
+            found = {**self.fake.cache.setdefault(tuple(text), found), "index": index}
+        return found
 
     def _choice(self, index: int, text: list[int], logs: np.ndarray, body: Any) -> dict[str, Any]:
         lies = self.fake.faults.lies

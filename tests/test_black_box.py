@@ -1,9 +1,14 @@
 """Plain functions of few variables: bounds, units, failing simulations, restarts, best points."""
 
 import copy
+import itertools
 import math
 import pickle
+import signal
+import time
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +16,15 @@ import pytest
 import torch
 from scipy.optimize import Bounds, minimize
 
-from zo_adapt import AskTell, MeZO, MeZOSVRG, scipy_method
-from zo_adapt.errors import NonFiniteObjectiveError, OptionError
+from objectives import CallableObjective
+from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, StopReason, scipy_method
+from zo_adapt import minimize as tune
+from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, OptionError
+from zo_adapt.evaluation.failures import with_values
+from zo_adapt.evaluation.protocol import Evaluation
 
 
-def bowl(x: Any, at: float = 3.0) -> float:
+def bowl(x: Any, at: Any = 3.0) -> float:
     return float(((np.asarray(x) - at) ** 2).sum())
 
 
@@ -183,6 +192,203 @@ class TestNonFinite:
         assert not found.success and not np.isfinite(found.fun)
 
 
+WAYS = pytest.mark.parametrize("way", ["worst", "skip"])
+
+
+class Solver:
+    """A simulation that raises an error at about one point in ten, the same ones every time."""
+
+    def __init__(self, error: BaseException | None = None, *, always: bool = False) -> None:
+        self.error = error or RuntimeError("the solver did not converge")
+        self.always, self.calls = always, 0
+
+    def __call__(self, x: Any) -> float:
+        self.calls += 1
+        if self.always or zlib.crc32(np.asarray(x).tobytes()) % 10 == 0:
+            raise self.error
+        return bowl(x, 0.5)
+
+
+class Awkward(Exception):
+    """One that cannot be made of its message alone, and so not be sent between processes."""
+
+    def __init__(self, code: int, where: str) -> None:
+        super().__init__(f"{code} at {where}")
+
+
+def solved(x: np.ndarray) -> float:
+    return Solver(Awkward(3, "mesh"))(x)
+
+
+class TestRaises:
+    @WAYS
+    @pytest.mark.parametrize("optimizer", [MeZO(), MeZOSVRG(displacement=0.5), MeZO(lr=1e-2)])
+    @pytest.mark.parametrize("error", [RuntimeError("diverged"), None], ids=["error", "none"])
+    def test_ask_and_tell(self, optimizer: Any, way: Any, error: Any) -> None:
+        asker = AskTell(optimizer, np.zeros(4), max_queries=2000, on_nonfinite=way)
+        solver = Solver()
+        while candidates := asker.ask():
+            values: list[Any] = []
+            for x in candidates:
+                try:
+                    values.append(solver(x))
+                except RuntimeError:
+                    values.append(error)
+            asker.tell(values)
+        assert asker.steps > 20 and asker.queries == solver.calls <= 2000
+        assert bowl(asker.x, 0.5) < 0.5 * bowl(np.zeros(4), 0.5)
+
+    @pytest.mark.parametrize("value", [None, RuntimeError("diverged")])
+    def test_no_value_stops_unless_told_otherwise(self, value: Any) -> None:
+        asker = AskTell(MeZO(lr=1e-2), np.zeros(2), max_steps=4)
+        values = [value, *[1.0] * (len(asker.ask()) - 1)]
+        with pytest.raises(ObjectiveError, match="number"):
+            asker.tell(values)
+        assert asker.queries == 0 and asker.tell([1.0, 2.0] * (len(values) // 2)).step == 1
+
+    @WAYS
+    @pytest.mark.parametrize("workers", [1, map, lambda f, xs: [f(x) for x in xs]])
+    def test_by_scipy(self, way: str, workers: Any) -> None:
+        solver = Solver()
+        method = scipy_method("mezo", maxfev=900, on_nonfinite=way, workers=workers)
+        found = minimize(solver, np.zeros(4), bounds=[(-1, 1)] * 4, method=method)
+        assert found.nfev == solver.calls <= 900 and found.nit > 10
+        assert found.fun_best < 0.1 and bowl(found.x, 0.5) < 0.5
+
+    @pytest.mark.parametrize("way", ["stop", "worst", "skip"])
+    def test_one_that_always_raises_is_a_mistake_and_raised(self, way: Any) -> None:
+        solver = Solver(NameError("no such name"), always=True)
+        with pytest.raises(NameError, match="no such name"):
+            minimize(solver, np.zeros(2), method=scipy_method(maxfev=999, on_nonfinite=way))
+        assert solver.calls < 40
+        view = ParameterView({"x": np.zeros(2)})
+        objective = CallableObjective(lambda batch: solver(0.0), on_nonfinite=way)
+        with pytest.raises(NameError, match="no such name"):
+            tune(objective, view, max_queries=999, progress=False)
+
+    @pytest.mark.parametrize("way", ["stop", "worst", "skip"])
+    @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+    def test_an_interrupt_is_never_a_failure(self, way: Any, kind: Any) -> None:
+        with pytest.raises(kind):
+            method = scipy_method(maxfev=999, on_nonfinite=way)
+            minimize(Solver(kind()), np.zeros(2), method=method)
+        x = np.zeros(2)
+        solver = Solver(kind())
+        objective = CallableObjective(lambda batch: solver(x), on_nonfinite=way)
+        with pytest.raises(kind):
+            tune(objective, ParameterView({"x": x}), max_queries=999, progress=False)
+
+    @WAYS
+    def test_a_timeout_of_the_caller_is_never_a_failure(self, way: Any) -> None:
+        def alarm(*_: Any) -> None:
+            raise TimeoutError("of the caller")
+
+        def slow(x: Any) -> float:
+            if np.any(x):
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                time.sleep(5.0)
+            return 0.0
+
+        before = signal.signal(signal.SIGALRM, alarm)
+        try:
+            with pytest.raises(TimeoutError, match="of the caller"):
+                minimize(slow, np.zeros(2), method=scipy_method(maxfev=99, on_nonfinite=way))
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
+class TestMinimize:
+    """The same by ``zo_adapt.minimize``, where the objective says it."""
+
+    @staticmethod
+    def run(way: Any, optimizer: Any = None, value: float | None = None, **more: Any) -> Any:
+        x, solver = np.zeros(4), Solver()
+
+        def function(batch: Any) -> Any:
+            try:
+                return solver(x)
+            except RuntimeError:
+                if value is None:
+                    raise
+                return value
+
+        objective = CallableObjective(function, on_nonfinite=way)
+        view = ParameterView({"x": x})
+        result = tune(objective, view, None, optimizer, progress=False, **more)
+        return x, result, solver
+
+    @WAYS
+    @pytest.mark.parametrize("value", [None, math.nan, math.inf])
+    @pytest.mark.parametrize(
+        "optimizer", [None, MeZOSVRG(displacement=0.5), MeZO(lr=1e-2, one_sided=False)]
+    )
+    def test_a_failing_simulation_ends_nothing(self, way: Any, value: Any, optimizer: Any) -> None:
+        x, result, solver = self.run(way, optimizer, value, max_queries=1500)
+        assert result.stop_reason is StopReason.MAX_QUERIES
+        assert result.queries == solver.calls <= 1500 and result.steps > 20
+        assert bowl(x, 0.5) < 0.5 * bowl(np.zeros(4), 0.5)
+
+    def test_stops_unless_told_otherwise(self) -> None:
+        with pytest.raises(RuntimeError, match="did not converge"):
+            self.run("stop", max_queries=1500)
+        assert self.run("stop", None, math.nan, max_queries=1500)[1].stop_reason.is_fault
+
+    @WAYS
+    def test_resumed_it_is_the_uninterrupted_run(self, way: Any, tmp_path: Path) -> None:
+        optimizer = MeZO(displacement=0.5)
+        whole, result, _ = self.run(way, optimizer, max_queries=800, trajectory=tmp_path / "a.zot")
+        path = tmp_path / "b.zot"
+        stopped = itertools.count()
+
+        def callback(_: Any) -> None:
+            if next(stopped) == 20:
+                raise StopIteration
+
+        self.run(way, optimizer, max_queries=800, trajectory=path, callback=callback)
+        x, again, _ = self.run(way, optimizer, max_queries=800, trajectory=path, resume=True)
+        assert np.array_equal(x, whole)
+        assert (again.steps, again.queries) == (result.steps, result.queries)
+        assert again.history == result.history
+
+    def test_no_value_at_any_other_point_ends_it(self) -> None:
+        x = np.zeros(2)
+
+        def function(batch: Any) -> float:
+            return 1.0 if not x.any() else math.nan
+
+        for way in ("worst", "skip"):
+            objective = CallableObjective(function, on_nonfinite=way)  # type: ignore[arg-type]
+            result = tune(
+                objective, ParameterView({"x": x}), None, MeZO(lr=1e-2), max_steps=9, progress=False
+            )
+            assert result.stop_reason is StopReason.NON_FINITE and not x.any()
+            assert "100 steps in a row" in result.message
+
+    def test_rows_without_a_value_get_the_worst_of_the_others(self) -> None:
+        nan = math.nan
+        found = with_values(
+            [
+                Evaluation(nan, np.array([1.0, nan])),
+                Evaluation(2.5, np.array([2.0, 3.0])),
+                Evaluation(nan),
+            ],
+            "worst",
+        )
+        assert [one.value for one in found] == [2.0, 2.5, 2.5]
+        assert found[0].per_example is not None and found[0].per_example.tolist() == [1.0, 3.0]
+        with pytest.raises(NonFiniteObjectiveError):
+            with_values([Evaluation(nan), Evaluation(1.0)], "skip")
+
+    def test_refused(self) -> None:
+        with pytest.raises(OptionError, match="on_nonfinite"):
+            CallableObjective(bowl, on_nonfinite="ignore")  # type: ignore[arg-type]
+
+    def test_a_sum_keeps_it(self) -> None:
+        part = CallableObjective(bowl, on_nonfinite="skip")
+        assert (0.5 * part).on_nonfinite == "skip"
+        assert (part + CallableObjective(bowl)).on_nonfinite == "skip"
+
+
 class TestPoints:
     def test_the_best_and_the_averaged(self) -> None:
         random = np.random.default_rng(0)
@@ -211,6 +417,30 @@ class TestPoints:
         drive(asker, function)
         assert asker.best is not None and asker.best.value == max(values)
 
+    @pytest.mark.parametrize("units", [None, "auto", {"a": [0.5, 2.0], "b": 10.0}])
+    @pytest.mark.parametrize("maximize", [False, True])
+    def test_both_lie_within_bounds(self, maximize: bool, units: Any) -> None:
+        start = {"a": np.full(2, 0.5), "b": torch.full((1,), 20.0, dtype=torch.float64)}
+        bounds = {"a": [(0.0, 1.0), (0.0, 4.0)], "b": (0.0, 40.0)}
+        asker = AskTell(
+            MeZO(), start, max_queries=800, bounds=bounds, units=units, maximize=maximize
+        )
+        sign = -1.0 if maximize else 1.0
+        seen = []
+
+        def function(x: Any) -> float:  # its best point is the corner (1, 2), 40
+            at = bowl(x["a"], [3.0, 2.0]) + bowl(x["b"] / 10, 6.0)
+            seen.append((at, x))
+            return sign * at
+
+        drive(asker, function)
+        value, best = min(seen, key=lambda pair: pair[0])
+        assert asker.best is not None and asker.best.value == sign * value
+        assert np.array_equal(asker.best.x["a"], best["a"])
+        for x in (asker.best.x, asker.averaged, asker.x):
+            assert (x["a"] >= 0).all() and (x["a"] <= [1.0, 4.0]).all() and 0 <= x["b"] <= 40
+        assert sign * function(asker.averaged) < sign * function(start)
+
     def test_survive_copies(self) -> None:
         asker = AskTell(MeZO(lr=1e-2), np.zeros(2), max_steps=8, bounds=(-1, 1), units="auto")
         drive_some = [asker.tell([bowl(x) for x in asker.ask()]) for _ in range(4)]
@@ -235,16 +465,37 @@ class TestScipy:
         assert found.success and found.nfev == len(calls) <= 900 and found.fun < 0.2
         assert found.fun_best <= found.fun and found.x_mean.shape == (3,)
 
+    @pytest.mark.parametrize("units", ["auto", [1.0, 100.0]])
+    def test_restarts_within_bounds_and_in_units(self, units: Any) -> None:
+        calls = []
+
+        def function(x: np.ndarray) -> float:  # its best point within is (1, 70)
+            calls.append(x)
+            return bowl(x / [1.0, 100.0], [2.0, 0.7])
+
+        ends = []
+        for restarts in (0, 2):
+            calls.clear()
+            found = minimize(
+                function,
+                [0.5, 0.0],
+                bounds=[(0, 1), (-100, 100)],
+                method=scipy_method("mezo", maxfev=900, restarts=restarts, units=units),
+            )
+            assert found.nfev == len(calls) <= 900 and found.success
+            for x in (*calls, found.x, found.x_best, found.x_mean):
+                assert 0 <= x[0] <= 1 and -100 <= x[1] <= 100
+            assert function(found.x_best) == found.fun_best <= found.fun
+            ends.append(found.x)
+        assert not np.array_equal(*ends) and abs(ends[1] - [1.0, 70.0])[0] < 0.1
+
     def test_workers(self) -> None:
         ends = []
         for workers in (1, 2, map):
-            found = minimize(
-                bowl,
-                np.zeros(2),
-                method=scipy_method("mezo", maxfev=41, lr=1e-2, workers=workers),
-            )
-            ends.append((found.x.tolist(), found.nfev))
-        assert ends[0] == ends[1] == ends[2]
+            method = scipy_method("mezo", maxfev=90, lr=1e-2, on_nonfinite="skip", workers=workers)
+            found = minimize(solved, np.zeros(3), method=method)
+            ends.append((found.x.tolist(), found.nfev, found.nit))
+        assert ends[0] == ends[1] == ends[2] and ends[0][2] > 0
 
     @pytest.mark.parametrize(
         "options", [{"workers": 0}, {"workers": "all"}, {"restarts": -1}, {"restarts": 0.5}]

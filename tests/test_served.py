@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +439,72 @@ class TestServer:
         with pytest.raises(NotServableError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             tune(hollow(), vllm(fake.url))
 
+    @pytest.mark.parametrize("kind", ["loss", "greedy"])
+    def test_nothing_is_asked_after_a_refused_load(self, fake: Fake, kind: str) -> None:
+        fake.faults.refuses, fake.faults.spins = "rank 4 is greater", 60.0
+        model = hollow()
+        loss, rows = objective_of(kind, model)
+        with pytest.raises(ServerReplyError, match="rank 4 is greater"):
+            minimize(
+                loss,
+                ParameterView.trainable(model),
+                rows,
+                MeZO(lr=1e-3),
+                max_steps=1,
+                evaluator=ServedEvaluator(vllm(fake.url), self_test=False),
+                **QUIET,
+            )
+        assert not any(path.endswith("completions") for path, _ in fake.requests)
+
+    @pytest.mark.parametrize("replicas", [2, 3])
+    @pytest.mark.parametrize("self_test", [True, False])
+    def test_a_data_parallel_server_is_named(
+        self, fake: Fake, replicas: int, self_test: bool
+    ) -> None:
+        fake.faults.replicas = replicas
+        with pytest.raises(SelfTestError if self_test else ServerReplyError, match="one replica"):
+            tune(hollow(), vllm(fake.url), self_test=self_test)
+        assert not fake.loaded
+
+    @pytest.mark.parametrize("tokens, is_found", [(192, True), (256, True), (257, False)])
+    def test_a_cache_that_knows_no_adapters_is_found(
+        self, fake: Fake, tokens: int, is_found: bool
+    ) -> None:
+        fake.faults.caches, fake.faults.positions = tokens, 512
+        if is_found:
+            with pytest.raises(SelfTestError, match="not applied"):
+                tune(hollow(), vllm(fake.url), self_test=True)
+        else:  # no text of this run is as long
+            tune(hollow(), vllm(fake.url), self_test=True)
+        assert not fake.loaded
+
+    def test_other_names_of_the_base_are_no_adapters(self, fake: Fake) -> None:
+        fake.faults.aliases = ("toy-latest", "gpt-4")
+        fake.loaded["of another"] = np.zeros((64, 64))
+        server = vllm(fake.url)
+        assert server.model == "toy" and server.loaded() == ["of another"]
+        aliased = tune(hollow(), server, self_test=True)
+        server.close()
+        assert set(fake.loaded) == {"of another"}
+        with fake_server() as plain:
+            assert aliased.value == tune(hollow(), vllm(plain.url)).value
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_base_in_bf16_is_perturbed_further(self, family: str) -> None:
+        model = seeded_lora(family)
+        view = ParameterView.trainable(model)
+        base = model.to(torch.bfloat16)
+        for parameter in view.tensors.values():
+            parameter.data = parameter.data.float()
+        evaluator = ServedEvaluator(PeftServer(base))
+        optimizer = MeZO(lr=1e-3)
+        minimize(
+            CausalLMLoss(model), view, texts(), optimizer, max_steps=1, evaluator=evaluator, **QUIET
+        )
+        report = evaluator.report
+        assert report is not None and report.signal >= 0.9
+        assert optimizer.perturbation_scale >= report.perturbation_scale > 0
+
     @pytest.mark.parametrize(
         "options, said",
         [({"rank": 2}, "rank 4.*up to 2"), ({"target_modules": ["q_proj"]}, "v_proj")],
@@ -675,6 +741,78 @@ class TestFolders:
         assert (found[0].parent.stat().st_mode & 0o777) == 0o700
         assert json.loads((found[0].parent / "adapter_config.json").read_text()) == {"r": 1}
         living.close()
+
+    def test_adapters_of_a_killed_client_are_unloaded_at_the_next_start(
+        self, fake: Fake, tmp_path: Path
+    ) -> None:
+        code = (
+            "import os, signal, sys\n"
+            "from peft import LoraConfig\n"
+            "from zo_adapt import VLLMServer, ParameterView, served_lora\n"
+            "from zo_adapt.serve.adapter import ServedAdapter\n"
+            "from zo_adapt.serve.protocol import Candidate\n"
+            "from zo_adapt.term import HERE\n"
+            "from tiny_models import tiny_config\n"
+            "lora = LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM')\n"
+            "view = ParameterView.trainable(served_lora(tiny_config('llama'), lora))\n"
+            "adapter = ServedAdapter(view)\n"
+            "server = VLLMServer(sys.argv[1], place=sys.argv[2])\n"
+            "for name in ('a', 'b', 'c'):\n"
+            "    server.load(Candidate(name, adapter.at([HERE])[0]), adapter.config)\n"
+            "server.unload(['b'])\n"
+            "print('loaded', flush=True)\n"
+            "sys.stdin.read()\n"
+        )
+        folder = str(Path(__file__).parent)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, fake.url, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])},
+        )
+        try:
+            assert child.stdout is not None and child.stdout.readline() == b"loaded\n"
+            vllm(fake.url, place=tmp_path)
+            assert set(fake.loaded) == {"a", "c"}  # of a client that lives
+        finally:
+            child.kill()
+            child.communicate()
+        with fake_server() as other:
+            vllm(other.url, place=tmp_path)
+        assert set(fake.loaded) == {"a", "c"}  # of another server nothing is asked
+        vllm(fake.url, place=tmp_path)
+        assert not fake.loaded and not list(tmp_path.rglob("*.loaded"))
+
+    def left(self, fake: Fake, tmp_path: Path, names: Sequence[str]) -> Path:
+        """The list of a client that is dead, and what it has left on the server."""
+        Folders(tmp_path).close()
+        (root,) = tmp_path.iterdir()
+        file = root / "999999999-1-abc.loaded"
+        file.write_text("\n".join([fake.url, *names]))
+        fake.loaded |= dict.fromkeys([*names, "of another"], np.zeros(()))
+        return file
+
+    def test_a_server_that_does_not_unload_is_asked_at_the_start_after(
+        self, fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        file = self.left(fake, tmp_path, ["a", "b"])
+        fake.faults.keeps = True
+        vllm(fake.url, place=tmp_path)
+        assert file.exists() and "was not unloaded" in caplog.text
+        fake.faults.keeps = False
+        vllm(fake.url, place=tmp_path)
+        assert set(fake.loaded) == {"of another"} and not file.exists()
+
+    def test_what_a_new_server_does_not_have_is_forgotten(self, fake: Fake, tmp_path: Path) -> None:
+        file = self.left(fake, tmp_path, ["a", "b"])
+        fake.loaded.clear()
+        vllm(fake.url, place=tmp_path)
+        assert not file.exists() and not fake.requests
+
+    def test_a_run_leaves_no_list(self, fake: Fake, tmp_path: Path) -> None:
+        server = vllm(fake.url, place=tmp_path)
+        tune(hollow(), server)
+        assert not list(tmp_path.rglob("*.loaded")) and not fake.loaded
 
     def test_nothing_but_safetensors(self, tmp_path: Path) -> None:
         folders = Folders(tmp_path)

@@ -7,7 +7,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise import philox
-from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
+from zo_adapt.optimizers.calibration import Calibration, Response, target_ratio
 from zo_adapt.optimizers.schedule import NO_LIMIT
 
 SEARCH_STREAM = 6
@@ -44,7 +44,8 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
             "half of it",
             0,
         )
-    search = Calibration(view.displacement)
+    target = target_ratio(samples, NO_LIMIT, view.numel)
+    search = Calibration(view.displacement, target=target)
     looks: list[tuple[float, Response]] = []
 
     def new_seeds(count: int) -> list[int]:
@@ -57,11 +58,12 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
             looks.append((at, search.take(evaluator.evaluate(probes))))
         except NonFiniteObjectiveError:
             looks.append((at, search.take_failure()))
-    reason = _reason(search.displacement, view.displacement, looks)
+    reason = _reason(search, view.displacement, looks)
     return Found(search.displacement, reason, evaluator.queries - before)
 
 
-def _reason(found: float, usual: float, looks: list[tuple[float, Response]]) -> str:
+def _reason(search: Calibration, usual: float, looks: list[tuple[float, Response]]) -> str:
+    found = search.displacement
     if all(seen.odd == 0.0 for _, seen in looks):
         farthest = max(at for at, _ in looks)
         return (
@@ -80,5 +82,6 @@ def _reason(found: float, usual: float, looks: list[tuple[float, Response]]) -> 
     return (
         f"{found:.3g} (the view assumes {usual:.3g}): noise of {at:.3g} in every weight adds "
         f"{seen.even:.3g} to the value, {seen.ratio:.0%} of the {seen.odd:.3g} that single values "
-        f"gain or lose along a direction; {RATIO:.0%} is right, more is damage, less is time lost"
+        f"gain or lose along a direction; {search.target:.0%} is right, more is damage, less is "
+        "time lost"
     )

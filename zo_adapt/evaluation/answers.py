@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zo_adapt.evaluation.failures import Failures, OnNonFinite
 from zo_adapt.evaluation.objective import (
     Objective,
     ObjectiveLike,
@@ -70,13 +71,16 @@ class Answer(NamedTuple):
     rows: int
     returned: Any
 
-    def checked(self) -> "Answer":
+    def checked(self, *, finite: bool = True) -> "Answer":
         """The same with numbers.
+
+        Args:
+            finite: Whether NaN and infinity are errors.
 
         Raises:
             ObjectiveError: See ``checked_values``.
         """
-        return self._replace(returned=checked_values(self.returned, self.rows))
+        return self._replace(returned=checked_values(self.returned, self.rows, finite=finite))
 
 
 def evaluations(answers: Sequence[Answer], sign: float) -> list[Evaluation]:
@@ -136,6 +140,12 @@ class CountingEvaluator:
         self._score: Callable[[list[Any]], Any] | None = None
         if isinstance(self.objective, SetObjective):
             self._function, self._score = self.objective.predict, self.objective.score
+        self.failures = Failures()
+        """Errors of the objective that stand for missing values."""
+        self.on_nonfinite: OnNonFinite = "stop"
+        """Other than "stop", values may be NaN: set by a run that knows what to make of them."""
+        if self.objective.on_nonfinite != "stop" and self._score is None:
+            self._function = self.failures.forgiven(self._function)
 
     def reserve(self, queries: int) -> None:
         """Count queries that are about to be made.

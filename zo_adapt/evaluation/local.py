@@ -94,7 +94,9 @@ class LocalEvaluator(CountingEvaluator):
             ObjectiveError: The objective returned something that is not a loss.
         """
         self.reserve(sum(len(probe.batch) for probe in probes))
-        return evaluations([answer.checked() for answer in self.answers(probes)], self.sign)
+        finite = self.on_nonfinite == "stop"
+        checked = [answer.checked(finite=finite) for answer in self.answers(probes)]
+        return evaluations(checked, self.sign)
 
     def answers(
         self,

@@ -58,6 +58,10 @@ class Objective(ABC):
             what the objective returns, which will not do where that jumps.
         uneven: Calls take times that their rows do not say, as texts do that end where
             they will: several processes then take them from a queue, one by one.
+        on_nonfinite: What a run makes of points without a value, where a call raised an error or
+            gave NaN or infinity: "stop" ends it; "worst" takes them for the worst other value of
+            the step; "skip" gives the step up, and the next one has other points. See
+            ``CallableObjective``.
 
     Example:
         >>> import torch
@@ -84,6 +88,7 @@ class Objective(ABC):
     row_bytes: Callable[[Any], int] | None = None
     stand_in: Callable[[Any], Any] | None = None
     uneven: bool = False
+    on_nonfinite: Literal["stop", "worst", "skip"] = "stop"
 
     @abstractmethod
     def __call__(self, batch: Any, /) -> Any:
@@ -171,6 +176,7 @@ ATTRIBUTES = (
     "row_bytes",
     "stand_in",
     "uneven",
+    "on_nonfinite",
 )
 """All that an objective says of itself."""
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -58,6 +58,8 @@ class Evaluator(Protocol):
         memory: Bytes that candidates may take together; None where none do.
         micro_batch_size: Most rows in one call of the objective; None is no limit.
         plan: How probes are evaluated, and why not faster.
+        on_nonfinite: Other than "stop", values may be NaN, which are errors otherwise; set by a run
+            that knows what to make of them.
     """
 
     objective: Any
@@ -66,6 +68,7 @@ class Evaluator(Protocol):
     queries: int
     micro_batch_size: int | None
     memory: int | None
+    on_nonfinite: Literal["stop", "worst", "skip"]
 
     @property
     def plan(self) -> Plan:

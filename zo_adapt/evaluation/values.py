@@ -54,8 +54,13 @@ def _read(value: Any, here: Mapping[int, np.ndarray]) -> Any:
     return here.get(id(value), value)
 
 
-def checked_values(returned: Any, rows: int) -> np.ndarray:
+def checked_values(returned: Any, rows: int, *, finite: bool = True) -> np.ndarray:
     """What the objective returned, as float64 of shape () or (rows,).
+
+    Args:
+        returned: By a call.
+        rows: Of its batch.
+        finite: Whether NaN and infinity are errors.
 
     Raises:
         ObjectiveError: It requires grad, has another shape, or is not a number.
@@ -72,7 +77,7 @@ def checked_values(returned: Any, rows: int) -> np.ndarray:
             f"the objective returned shape {values.shape} for {rows} examples; return a float "
             f"or shape ({rows},)"
         )
-    if not np.isfinite(values).all():
+    if finite and not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(np.atleast_1d(values)))
         raise NonFiniteObjectiveError(
             f"the objective returned {np.atleast_1d(values)[bad[0]]} for {len(bad)} of "

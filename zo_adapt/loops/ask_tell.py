@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,12 @@ from zo_adapt.errors import (
     ObjectiveError,
     OptionError,
     StepTooLargeError,
+)
+from zo_adapt.evaluation.failures import (
+    MOST_SKIPPED,
+    OnNonFinite,
+    checked_on_nonfinite,
+    tried,
 )
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import as_float64
@@ -30,9 +36,6 @@ from zo_adapt.term import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
 
-OnNonFinite = Literal["stop", "worst", "skip"]
-MOST_SKIPPED = 100
-"""Steps in a row: more are no accident."""
 AVERAGED = 0.75
 """From this share of the budget on, the variables are averaged."""
 SKIPPED = "skipped"
@@ -70,10 +73,12 @@ class AskTell:
             What would go beyond comes back by reflection, so that every candidate is within.
         units: Numbers > 0, one for each variable: steps are alike when measured in these. "auto":
             the width of the bounds, or |x0| where there are not two. None: 1.
-        on_nonfinite: What ``tell`` makes of NaN and infinity: "stop" raises; "worst" takes them for
-            the worst other value of the step, or of the last step that had one (the worst ever
-            would be divided by a small perturbation); "skip" gives the step up, and the next one
-            has other candidates.
+        on_nonfinite: What ``tell`` makes of a simulation that failed: of NaN and infinity and, but
+            for "stop", of None and of the error that it raised (given in the value's place).
+            "stop" raises; "worst" takes them for the worst other value of the step, or of the last
+            step that had one (the worst ever would be divided by a small perturbation); "skip"
+            gives the step up, and the next one has other candidates. After eight such steps in a
+            row it is "worst" for one: the present point may have no value itself.
 
     Attributes:
         queries: Values received so far.
@@ -114,8 +119,7 @@ class AskTell:
         units: Units = None,
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
-        if on_nonfinite not in ("stop", "worst", "skip"):
-            raise OptionError(f"on_nonfinite={on_nonfinite!r}; choose 'stop', 'worst' or 'skip'")
+        checked_on_nonfinite(on_nonfinite)
         check_optimizer(optimizer)
         if not isinstance(optimizer, ZerothOrder):
             raise OptionError(
@@ -168,10 +172,11 @@ class AskTell:
 
         Raises:
             ObjectiveError: Not one number for every candidate, or nothing was asked.
-            NonFiniteObjectiveError: NaN or infinity, unless ``on_nonfinite`` says otherwise (and
-                even then where no value was finite so far, or 100 steps in a row were skipped).
-                As with the others, nothing has changed and `tell` can be called again for the same
-                candidates.
+            NonFiniteObjectiveError: NaN or infinity, unless ``on_nonfinite`` says otherwise. Even
+                then where there is nothing to go by: "worst" and no value was finite so far, every
+                candidate raised an error and none had a value before, 100 steps in a row were
+                skipped. As with the others, nothing has changed and `tell` can be called again for
+                the same candidates.
             StepTooLargeError: The step would leave the range of the dtype. It is not made, and
                 the run ends with the variables as they were.
         """
@@ -181,11 +186,11 @@ class AskTell:
 
     def _taken(self, evaluations: Sequence[Evaluation]) -> Step:
         """The step that follows from values, made."""
+        self._note(evaluations)
         if self._on_nonfinite == "skip" and not self._optimizer.is_measuring:
             bad = [e.value for e in evaluations if not math.isfinite(e.value)]
             if bad:
                 return self._skip(len(evaluations), bad[0])
-        self._note(evaluations)
         done = self._budget.used(self.steps, self.queries)
         self.queries += len(evaluations)
         share = self._budget.used(self.steps + 1, self.queries) - done
@@ -251,6 +256,11 @@ class AskTell:
         now = {n: t.double() for n, t in self._box.outer(self._view.tensors).items()}
         self._sum = count + 1, {n: t + sums.get(n, 0.0) for n, t in now.items()}
 
+    def _number(self, value: Any) -> float:
+        """A value as one float; NaN where a simulation had none and that is no reason to stop."""
+        failed = value is None or isinstance(value, Exception)
+        return math.nan if failed and self._on_nonfinite != "stop" else number(value)
+
     def _checked(self, values: Any) -> list[Evaluation]:
         if not self._asked:
             raise ObjectiveError("tell without ask; call ask() for the candidates first")
@@ -260,7 +270,12 @@ class AskTell:
             raise ObjectiveError(
                 f"tell({values!r:.80}); give a list of one number for each candidate"
             )
-        numbers = np.array([number(value) for value in values])
+        errors = [value for value in values if isinstance(value, Exception)]
+        if len(errors) == len(self._asked) and self.best is None and self._on_nonfinite != "stop":
+            raise NonFiniteObjectiveError(
+                f"the function raised an error at every candidate, the last {errors[-1]!r:.120}"
+            ) from errors[-1]
+        numbers = np.array([self._number(value) for value in values])
         if len(numbers) != len(self._asked):
             raise ObjectiveError(
                 f"{len(numbers)} values for {len(self._asked)} candidates; give one for each"
@@ -269,8 +284,9 @@ class AskTell:
         own = self._sign * numbers[~is_bad]
         worst = float(own.max()) if own.size else self._worst
         # A measurement is not given up for one bad value: how far steps may go would be cut by it.
-        fills = self._on_nonfinite == "worst" or self._optimizer.is_measuring
-        if self._on_nonfinite != "stop" and fills and math.isfinite(worst):
+        way = tried(self._on_nonfinite, self._skipped if own.size else 0)
+        fills = way == "worst" or self._optimizer.is_measuring
+        if way != "stop" and fills and math.isfinite(worst):
             numbers[is_bad] = self._sign * worst
         elif self._optimizer.is_measuring:
             numbers[is_bad] = math.nan  # differences of infinities would warn

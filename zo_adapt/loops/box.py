@@ -70,10 +70,12 @@ class Box:
 
 
 def _reflected(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    inside = (x >= low) & (x <= high)  # and not a bit changed there
+    if inside.all():
+        return x
     has_low, has_high, width = low.isfinite(), high.isfinite(), high - low
     distance = (x - low).remainder(2 * width.where(width > 0, torch.ones_like(width)))
     both = low + torch.minimum(distance, 2 * width - distance)
-    inside = (x >= low) & (x <= high)  # and not a bit changed there
     one = torch.where(has_low, low + (x - low).abs(), high - (high - x).abs())
     found = torch.where(has_low & has_high, both, torch.where(has_low | has_high, one, x))
     return torch.where(inside, x, found)

@@ -88,7 +88,7 @@ class _Method:
         loop, optimizer = self._settings(options)
         _refuse(constraints=constraints)
         _warn_unused(jac=jac, hess=hess, hessp=hessp)
-        counted = Counted(fun, args)
+        counted = Counted(fun, args, forgives=loop["on_nonfinite"] != "stop")
         with mapping_over(loop["workers"], counted) as mapping:
             runs = Runs(optimizer, loop, bounds, counted, mapping)
             runs.all(x0, _notifier(callback, counted))

@@ -1,5 +1,6 @@
 """Runs of an optimizer on a plain function: one, or several from the best point so far."""
 
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
+from zo_adapt.evaluation.failures import Failures, is_failed_simulation
 from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best, number
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
@@ -122,7 +124,9 @@ def _run(
         values = fun.all(candidates, mapping)
         try:
             record = asker.tell(values)
-        except NonFiniteObjectiveError:
+        except NonFiniteObjectiveError as error:
+            if isinstance(error.__cause__, Exception) and asker.best is None:
+                raise error.__cause__ from None  # it has no value anywhere: a mistake, more likely
             return StopReason.NON_FINITE
         except StepTooLargeError:
             return StopReason.STEP_TOO_LARGE
@@ -172,15 +176,25 @@ def mapping_over(workers: Any, fun: "Counted") -> Iterator[Mapped]:
 
 
 class Counted:
-    """``fun`` with its ``args``, counted."""
+    """``fun`` with its ``args``, counted.
 
-    def __init__(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.fun, self.args, self.calls = fun, args, 0
+    Args:
+        fun: As given to scipy.
+        args: More arguments of it.
+        forgives: Whether an error that it raises is given in the place of its value.
+    """
+
+    def __init__(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], *, forgives: bool = False
+    ) -> None:
+        self.calls = 0
+        self._forgives, self._failures = forgives, Failures()
+        self._bound = _Bound(fun, args, forgives)
 
     def __call__(self, x: np.ndarray) -> float:
-        """The value at one point."""
-        self.calls += 1
-        return number(self.fun(x, *self.args))
+        """The value at one point; NaN where there is none."""
+        (value,) = self.all([x], map)
+        return math.nan if value is None or isinstance(value, Exception) else value
 
     def check_sendable(self) -> None:
         """Refuse what other processes cannot be given, before any work.
@@ -189,19 +203,26 @@ class Counted:
             OptionError: It cannot be pickled.
         """
         try:
-            pickle.dumps(_Bound(self.fun, self.args))
+            pickle.dumps(self._bound)
         except Exception as error:
             raise OptionError(
                 f"fun and its args cannot be sent to other processes ({error!r:.120}); define fun "
                 "at the top of a module, or give workers=1 or a function like map"
             ) from error
 
-    def all(self, points: Sequence[np.ndarray], mapping: Mapped) -> list[float]:
-        """The values at several points, wherever they are computed."""
-        if mapping is map:  # which would take a StopIteration of ``fun`` for its own end
-            return [self(x) for x in points]
+    def all(self, points: Sequence[np.ndarray], mapping: Mapped) -> list[float | Exception | None]:
+        """The values at several points, wherever they are computed; errors where it forgives."""
         self.calls += len(points)
-        return [number(value) for value in mapping(_Bound(self.fun, self.args), points)]
+        # map would take a StopIteration of ``fun`` for its own end.
+        bound = self._bound
+        found = [bound.value(x) for x in points] if mapping is map else mapping(bound, points)
+        return [self._read(value) for value in found]
+
+    def _read(self, value: Any) -> float | Exception | None:
+        if self._forgives and isinstance(value, Exception):
+            self._failures.add(value)
+            return value
+        return None if self._forgives and value is None else number(value)
 
 
 @dataclass
@@ -210,6 +231,23 @@ class _Bound:
 
     fun: Callable[..., Any]
     args: tuple[Any, ...]
+    forgives: bool = False
+
+    def value(self, x: np.ndarray) -> Any:
+        """The value, or the error where it forgives."""
+        try:
+            return self.fun(x, *self.args)
+        except Exception as error:
+            if not self.forgives or not is_failed_simulation(error):
+                raise
+            return error
 
     def __call__(self, x: np.ndarray) -> Any:
-        return self.fun(x, *self.args)
+        """The same as another process can send it back: some errors cannot be pickled."""
+        found = self.value(x)
+        if isinstance(found, Exception):
+            try:
+                pickle.loads(pickle.dumps(found))
+            except Exception:
+                return RuntimeError(repr(found))
+        return found

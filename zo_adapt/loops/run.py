@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
+from zo_adapt.errors import NonFiniteObjectiveError
+from zo_adapt.evaluation.failures import MOST_SKIPPED, NoValueError, tried
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.kept_run import KeptRun
@@ -57,6 +59,7 @@ class Run(KeptRun):
     ) -> None:
         super().__init__(optimizer, evaluator, samples, budget, seed, ranks)
         optimizer.start(evaluator.view, seed, step_like=evaluator.objective.step_like)
+        evaluator.on_nonfinite = evaluator.objective.on_nonfinite
         if ranks is not None:
             check_views(ranks, evaluator.view)
             settings: dict[str, Any] = getattr(optimizer, "settings", dict)()
@@ -96,7 +99,7 @@ class Run(KeptRun):
             if is_first and self._writer is not None:
                 self._check_record()
             with view.updates.fixed_addresses():
-                step = self.optimizer.step(self.evaluator, self.samples, self.budget)
+                step = self._evaluated(before)
                 applied = step.update._replace(terms=view.checked(step.update))
                 step = step._replace(
                     step=self.steps + 1,
@@ -120,6 +123,36 @@ class Run(KeptRun):
             cost = self.budget.planned(spent)
             logger.info("%s", "; ".join(filter(None, (str(self.evaluator.plan), cost))))
         return step
+
+    def _evaluated(self, before: dict[str, Any]) -> Step:
+        """The next step whose points have values.
+
+        Where the objective says so, a step without them is given up and other points are asked
+        about. Its queries stay counted: ``before``, what to go back to, is moved on.
+        """
+        way = self.evaluator.objective.on_nonfinite
+        try:
+            for skipped in range(MOST_SKIPPED):
+                self.evaluator.on_nonfinite = tried(way, skipped)
+                try:
+                    return self.optimizer.step(self.evaluator, self.samples, self.budget)
+                except NonFiniteObjectiveError as error:
+                    self._check_skips(error)
+                    before.update(self._progress())
+        finally:
+            self.evaluator.on_nonfinite = way
+        raise NonFiniteObjectiveError(
+            f"{MOST_SKIPPED} steps in a row had no value; begin nearer to where the objective has "
+            "values"
+        )
+
+    def _check_skips(self, error: NonFiniteObjectiveError) -> None:
+        """Raise what ends the run: an error where none may be passed over, or all points raise."""
+        if self.evaluator.objective.on_nonfinite == "stop":
+            raise error
+        failures = getattr(self.evaluator, "failures", None)
+        if isinstance(error, NoValueError) and not self.steps and failures is not None:
+            failures.raise_last()
 
     def _take(self, step: Step) -> None:
         """Write a step down and apply it, both or neither."""

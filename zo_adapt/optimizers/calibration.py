@@ -9,6 +9,11 @@ the responses of single examples to a direction z of that length,
 rho is right where mean(even) / rms(odd) = 0.2: where the damage of noise alone is a fifth of what
 there is to win along a direction. The ratio has no unit, neither the objective's nor the weights'.
 
+A function without data goes further: it has one value, all of it signal and none the scatter of
+rows. N directions win rho sqrt(N) |g|, all noise together damages rho^2 tr(H) / 2, and the best
+ratio is sqrt(N) / 2, where N counts no further than to d. (A quarter of that, and twice as much,
+are worse on most functions of benchmarks/black_box.py.)
+
 Measured on MiniLM (BBC topics, 7,680 queries, one seed matched): of eleven views, LoRA of rank 1, 8
 and 32 on query and value and on all linear layers among them, eight end within 0.03 of the accuracy
 of the best of a sweep over seven displacements. Film reviews agree less well. Measured again later
@@ -23,15 +28,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Batch
+from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import direction
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
-RATIO = 0.2
-"""Of the even to the odd response, where the displacement is right."""
+RATIO, WITHOUT_DATA = 0.2, 0.5
+"""Of the even to the odd response, where the displacement is right; see ``target_ratio``."""
 ROWS, MOST_ROWS, LEAST_ROWS, LEAST_DIRECTIONS = 16, 64, 4, 4
 USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
 """Of the queries: beyond the first nothing is refined, beyond the second nothing is asked."""
@@ -84,6 +89,7 @@ class Calibration:
         last: Displacement and odd response of the round before.
         alone: Whether rows are asked about one at a time.
         begun: The displacement that the search began with.
+        target: The ratio that is right.
     """
 
     displacement: float
@@ -95,6 +101,7 @@ class Calibration:
     last: tuple[float, float] | None = None
     alone: bool = False
     begun: float = 0.0
+    target: float = RATIO
 
     def __post_init__(self) -> None:
         self.begun = self.begun or self.displacement
@@ -182,7 +189,7 @@ class Calibration:
             # Nothing bends at any distance, and so nothing bounds it.
             self.displacement, self.finished = self.begun, True
             return
-        too_far = ratio >= RATIO or self._saturates(seen)
+        too_far = ratio >= self.target or self._saturates(seen)
         if too_far:
             self.high = here if self.high is None else min(self.high, here)
         else:
@@ -205,8 +212,8 @@ class Calibration:
         if seen.odd == 0.0:
             return FLAT_FACTOR
         # Far below the target the ratio is mostly noise: only that it is far below is known.
-        most = 32.0 if seen.ratio < RATIO / 20 and self.rounds < 7 else 4.0
-        return min(max(RATIO / max(seen.ratio, 1e-9), 1 / 32), most)
+        most = 32.0 if seen.ratio < self.target / 20 and self.rounds < 7 else 4.0
+        return min(max(self.target / max(seen.ratio, 1e-9), 1 / 32), most)
 
     def _saturates(self, seen: Response) -> bool:
         """Whether the signal no longer grows with the displacement: values are anything there."""
@@ -231,6 +238,20 @@ class Calibration:
         last = state["last"]
         known = {name: state[name] for name in state if name in cls.__dataclass_fields__}
         return cls(**known | {"last": None if last is None else tuple(last)})
+
+
+def target_ratio(samples: Samples, budget: Budget, numel: int) -> float:
+    """The ratio of damage to signal at which the displacement is right.
+
+    Args:
+        samples: Where rows come from.
+        budget: Of the run.
+        numel: Numbers that are tuned.
+    """
+    if isinstance(samples.source, NoData):
+        limit = math.inf if budget.max_queries is None else budget.max_queries
+        return max(RATIO, WITHOUT_DATA * math.sqrt(min(numel, limit)))
+    return RATIO
 
 
 def response(batches: Sequence[Batch], evaluations: Sequence[Evaluation]) -> Response:

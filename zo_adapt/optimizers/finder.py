@@ -5,7 +5,7 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.calibration import Calibration
+from zo_adapt.optimizers.calibration import Calibration, target_ratio
 from zo_adapt.optimizers.look_ahead import LookAhead
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift
@@ -53,6 +53,7 @@ class Finder:
         """
         found: list[Probe] = []
         if self.is_calibrating:
+            self.calibration.target = target_ratio(samples, budget, self.numel)
             found = self.calibration.probes(samples, groups, new_seeds, budget)
             self.displacement = self.calibration.displacement
         elif self.look_ahead.is_due(done):

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
+from zo_adapt.evaluation.failures import with_values
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator, Probe
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
@@ -166,14 +167,17 @@ class ZerothOrder(Settings, ABC):
             probes = self.ask(samples, budget, before)
             if not self.is_measuring or state.finder is None:
                 break
+            # A measurement is not given up for one bad value: how far steps may go would be cut.
             try:
-                self.tell(evaluator.evaluate(probes))
+                self.tell(with_values(evaluator.evaluate(probes), "worst"))
             except NonFiniteObjectiveError:
                 state.finder.take_failure()
             except BudgetExhausted:
                 self.skip_measurement()
         done = budget.used(state.steps, before)
-        evaluations = evaluator.evaluate(probes)
+        evaluations = with_values(
+            evaluator.evaluate(probes), getattr(evaluator, "on_nonfinite", "stop")
+        )
         share = budget.used(state.steps + 1, evaluator.queries) - done
         step = self.tell(evaluations, Progress(done, share))
         self.observe(step, samples, budget, evaluator.queries - before)

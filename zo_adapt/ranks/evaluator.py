@@ -16,6 +16,7 @@ import numpy as np
 
 from zo_adapt.errors import OptionError, ReplicaError
 from zo_adapt.evaluation.answers import Answer, Block, evaluations, merged
+from zo_adapt.evaluation.failures import OnNonFinite
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.plan import Plan
@@ -65,6 +66,15 @@ class RankEvaluator:
     def plan(self) -> Plan:
         """How probes are evaluated here."""
         return replace(self._local.plan, ranks=self._ranks.size)
+
+    @property
+    def on_nonfinite(self) -> OnNonFinite:
+        """See ``Evaluator``."""
+        return self._local.on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, way: OnNonFinite) -> None:
+        self._local.on_nonfinite = way
 
     def reserve(self, queries: int) -> None:
         """See ``Evaluator``."""
@@ -120,7 +130,7 @@ class RankEvaluator:
         if any(own.weights != found[0].weights for own in found):
             check_weights(self._ranks, self.view)
         for rank, own in enumerate(found):
-            if not np.array_equal(own.compared, found[0].compared):
+            if not np.array_equal(own.compared, found[0].compared, equal_nan=True):
                 raise ReplicaError(_unlike(rank, own.compared, found[0].compared))
 
 
@@ -183,7 +193,7 @@ class _Share:
         answers = []
         for answer in self._local.answers(probes, lambda blocks: self._chosen(blocks, probes)):
             self.at = len(self._all) + answer.probe
-            answers.append(answer.checked())
+            answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
         if not self._compares or not self._all:
             return _Values(np.empty(0), answers)
         last = [answer for answer in answers if self._all[-1].holds(answer)]
@@ -266,7 +276,7 @@ def _asked(probes: Sequence[Probe]) -> int:
 def _unlike(rank: int, theirs: np.ndarray, first: np.ndarray) -> str:
     shown = f"{len(theirs)} values, not {len(first)}"
     if len(theirs) == len(first):
-        place = int(np.flatnonzero(theirs != first)[0])
+        place = int(np.flatnonzero((theirs != first) & ~(np.isnan(theirs) & np.isnan(first)))[0])
         shown = f"{float(theirs[place])!r} for value {place}, not {float(first[place])!r}"
     return (
         f"the same probe has other values on rank {rank} than on rank 0 ({shown}): the objective "

@@ -24,7 +24,7 @@ from zo_adapt.serve.asking import Answers, answering
 from zo_adapt.serve.protocol import Candidate, ServedModel, Tuned
 from zo_adapt.serve.rounds import AtOnce, Task, answered, first_question
 from zo_adapt.serve.self_test import Report, SelfTest
-from zo_adapt.serve.soft_prompt import SoftPrompt, is_soft_prompt
+from zo_adapt.serve.soft_prompt import SoftPrompt
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.parameters import ParameterView
 
@@ -156,7 +156,9 @@ class ServedEvaluator(CountingEvaluator):
         with gradients_off(), self.ready():
             for points in _in_portions(probes, self.server.limits.adapters):
                 found += self._at(points, probes, self._served)
-        return evaluations([answer.checked() for answer in found], self.sign)
+        finite = self.on_nonfinite == "stop"
+        checked = [answer.checked(finite=finite) for answer in found]
+        return evaluations(checked, self.sign)
 
     def _at(
         self, points: Mapping[Shift, Sequence[int]], probes: Sequence[Probe], adapter: Tuned
@@ -201,7 +203,7 @@ class ServedEvaluator(CountingEvaluator):
         self.server.unload(names)
 
     def _adapter(self, view: ParameterView) -> Tuned:
-        prompt = self._lora_config is None and is_soft_prompt(view)
+        prompt = self._lora_config is None and view.is_soft_prompt
         adapter: Tuned = SoftPrompt(view) if prompt else ServedAdapter(view, self._lora_config)
         adapter.check(self.server.limits)
         return adapter

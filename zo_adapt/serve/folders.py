@@ -6,20 +6,21 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-_ROOT = "zo_adapt-{user}"
+_ROOT, _LIST = "zo_adapt-{user}", ".loaded"
 _OWNED = re.compile(r"(\d+)-(\d+)-[0-9a-z_]+")
 
 
 class Folders:
     """One private folder of this process, in memory (/dev/shm) where there is such a place.
 
-    What a killed process has left behind is removed when the next one begins.
+    What a killed process has left behind is removed when the next one begins, and what it has left
+    on a server is known: beside the folder lies a list of what was loaded there.
 
     Args:
         place: Where; None: /dev/shm, or else the folder for temporary files.
@@ -33,6 +34,7 @@ class Folders:
         prefix = f"{os.getpid()}-{_started(os.getpid())}-"
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=self._root))  # 0700
         self._remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._list = self.path.with_suffix(_LIST)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
         """An adapter as peft saves it, in a new folder of 0700."""
@@ -50,6 +52,36 @@ class Folders:
         """Remove one adapter; servers have read it whole when they say that it is loaded."""
         shutil.rmtree(self.path / name, ignore_errors=True)
 
+    def note_loaded(self, url: str, names: Sequence[str]) -> None:
+        """Write down what is on a server, in place of what was: for the next client, after a kill.
+
+        Args:
+            url: Of the server.
+            names: Of the adapters; none: the list is removed.
+        """
+        if not names:
+            self._list.unlink(missing_ok=True)
+            return
+        scratch = self._list.with_suffix(".new")
+        scratch.write_text("\n".join((url, *names)))  # in a folder of 0700
+        scratch.replace(self._list)  # a kill leaves the old list or the new one
+
+    def left_on(self, url: str) -> dict[Path, list[str]]:
+        """What processes that are gone have left on a server: the names, by the file they are in.
+
+        Args:
+            url: Of the server.
+        """
+        left = {}
+        for file in self._root.glob(f"*{_LIST}"):
+            try:
+                there, *names = file.read_text().splitlines()
+            except (OSError, ValueError):  # another client has just removed it
+                continue
+            if there == url and _is_orphan(file.stem):
+                left[file] = names
+        return left
+
     def close(self) -> None:
         """Remove all of them; at the latest when this process ends."""
         self._remove()
@@ -59,12 +91,17 @@ def remove_orphans(root: Path) -> list[str]:
     """Remove folders whose process is gone; their names."""
     gone = []
     for folder in root.iterdir():
-        found = _OWNED.fullmatch(folder.name)
-        # A number may belong to another process by now: that began at another time.
-        if found and _started(int(found[1])) != int(found[2]):
+        if _is_orphan(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
             gone.append(folder.name)
     return gone
+
+
+def _is_orphan(name: str) -> bool:
+    """Whether a folder's process is gone."""
+    found = _OWNED.fullmatch(name)
+    # A number may belong to another process by now: that began at another time.
+    return found is not None and _started(int(found[1])) != int(found[2])
 
 
 def _usual_place() -> Path:

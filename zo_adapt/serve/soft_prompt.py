@@ -1,8 +1,7 @@
 """Virtual tokens before every text, at any point: a few thousand numbers, and no file to load."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,13 +60,6 @@ class SoftPrompt:
                 "this server reads no embeddings; start it with --enable-prompt-embeds, and give "
                 "VLLMServer(url, embeddings=embedding_table(folder))"
             )
-
-
-def is_soft_prompt(view: ParameterView) -> bool:
-    """Whether a view is one of virtual tokens."""
-    configs: Mapping[str, Any] = getattr(view.model, "peft_config", None) or {}
-    kinds = {str(getattr(config.peft_type, "value", "")) for config in configs.values()}
-    return kinds == {KIND} or set(view.tensors) in ({PROMPT}, {"soft_prompt"})
 
 
 def embedding_table(folder: str | Path) -> Tensor:

@@ -1,6 +1,7 @@
 """A served model behind vLLM's server of the OpenAI interface, with adapters loaded at run time."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from zo_adapt.serve.replies import (
 )
 from zo_adapt.serve.soft_prompt import PROMPT
 
+logger = logging.getLogger(__name__)
 ROWS = 32
 """Most texts of one request."""
 _LOAD, _UNLOAD, _WRITE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
@@ -32,9 +34,10 @@ class VLLMServer(ServedModel):
     """Serves a model by vLLM on this machine; ``python -m zo_adapt.serve`` prints how to start it.
 
     Adapters go through private folders (0700, safetensors alone) that are removed as soon as the
-    server has read them. Requests are repeated with growing pauses; a server that is gone for good
-    raises with its last words. A data-parallel server loads an adapter on one replica alone: start
-    one replica for every url.
+    server has read them. What a client of this machine that was killed has left, on disk and on the
+    server, goes when the next one starts. Requests are repeated with growing pauses; a server that
+    is gone for good raises with its last words. A data-parallel server loads an adapter on one
+    replica alone: start one replica for every url.
 
     A token is read from the environment variable ZO_ADAPT_SERVER_TOKEN.
 
@@ -94,6 +97,7 @@ class VLLMServer(ServedModel):
         )
         self._loaded: list[str] = []
         self._table, self._prompts = embeddings, dict[str, Tensor]()
+        self._unload_left()
 
     @property
     def limits(self) -> Limits:
@@ -112,6 +116,7 @@ class VLLMServer(ServedModel):
         folder = self._folders.write(candidate.name, candidate.tensors, lora_config)
         body = {"lora_name": candidate.name, "lora_path": str(folder)}
         self._loaded.append(candidate.name)
+        self._note()  # before the server knows it: a kill may come at any moment
         try:
             reply = self._connection.send("POST", _LOAD, body)
         finally:
@@ -121,6 +126,7 @@ class VLLMServer(ServedModel):
         if reply.status == 200 or is_there:
             return
         self._loaded.remove(candidate.name)
+        self._note()
         if reply.status == 404 and "lora_path" not in reply.words:
             raise NotServableError(
                 f"{self._connection.url} loads no adapters at run time ({reply.words}); start it "
@@ -202,12 +208,27 @@ class VLLMServer(ServedModel):
             if self._prompts.pop(name, None) is not None:
                 continue
             reply = self._connection.send("POST", _UNLOAD, {"lora_name": name})
-            if name in self._loaded:
-                self._loaded.remove(name)
-            if reply.status not in (200, 404):
+            if reply.status in (200, 404):
+                self._loaded = [other for other in self._loaded if other != name]
+            else:
                 refused = f"{name!r} was not unloaded: {reply.status} {reply.words}"
+        self._note()
         if refused:
             raise ServerReplyError(refused)
+
+    def _note(self) -> None:
+        self._folders.note_loaded(self._connection.url, self._loaded)
+
+    def _unload_left(self) -> None:
+        """Unload what clients of this machine have left that were killed, or did not close."""
+        for file, names in self._folders.left_on(self._connection.url).items():
+            try:
+                there = set(self.loaded())
+                self.unload([name for name in names if name in there])
+            except ServedModelError as error:  # the next client tries again
+                logger.warning("what a dead client has left was not unloaded: %s", error)
+                continue
+            file.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -267,7 +288,16 @@ class VLLMServer(ServedModel):
 
     def _choices(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The choices of one request, put into the order of its texts by their own numbers."""
-        content = self._connection.post(_WRITE, body)
+        try:
+            content = self._connection.post(_WRITE, body)
+        except ServerReplyError as error:
+            if body["model"] in self._loaded and " answered 404" in str(error):
+                raise ServerReplyError(
+                    f"{error}; it was loaded a moment ago. A data-parallel server loads an adapter "
+                    "on one replica alone: start one for each url, and give "
+                    "ServerPool([VLLMServer(url) for url in urls])"
+                ) from error
+            raise
         choices, count = content.get("choices"), len(body.get("prompt") or body["prompt_embeds"])
         is_whole = isinstance(choices, list) and all(isinstance(c, dict) for c in choices)
         if not is_whole or sorted(c.get("index", -1) for c in choices) != list(range(count)):

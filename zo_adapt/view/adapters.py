@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -72,6 +72,18 @@ def originals(model: nn.Module) -> dict[str, str]:
         for kind, _, *more in [_parts(path, name)]
         if (original := COPIES.get(kind))
     }
+
+
+def is_soft_prompt(model: nn.Module | None, names: Collection[str]) -> bool:
+    """Whether tensors are virtual tokens before every text: peft's prompt tuning, or so named.
+
+    Args:
+        model: Of the tensors; None: there is none.
+        names: Of the tensors.
+    """
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    kinds = {str(getattr(config.peft_type, "value", "")) for config in configs.values()}
+    return kinds == {"PROMPT_TUNING"} or set(names) in ({"prompt_embeddings"}, {"soft_prompt"})
 
 
 def resting_factors(model: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ from zo_adapt.errors import OptionError, ViewError
 from zo_adapt.noise.distributions import noise_named
 from zo_adapt.options import renamed
 from zo_adapt.view import selection
-from zo_adapt.view.adapters import adapter_names, check_adapters
+from zo_adapt.view.adapters import adapter_names, check_adapters, is_soft_prompt
 from zo_adapt.view.defaults import displacement_and_groups
 from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
 from zo_adapt.view.identity import fingerprint_of, hash_of, hash_of_frozen
@@ -56,6 +56,8 @@ class TunedTensors:
         self._set_noise(noise)
         self.displacement, usual = displacement_and_groups(self.tensors, model)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
+        self.is_soft_prompt = is_soft_prompt(model, self.tensors)
+        """Whether it is virtual tokens before every text."""
         self.least_perturbation = 0.0
         """The smallest usual mu that was found to be more than the model's own rounding."""
         self.resolved_at_start: float | None = None
