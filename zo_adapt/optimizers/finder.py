@@ -34,6 +34,11 @@ class Finder:
         """Whether the first step is still to come."""
         return not self.calibration.finished
 
+    @property
+    def looks_along(self) -> bool:
+        """Whether the run looks along its updates often enough to find how long steps should be."""
+        return self.look_ahead.acts
+
     def probes(
         self,
         samples: Samples,
@@ -88,7 +93,7 @@ class Finder:
         """Remember an update; the first step says how many measurements there will be."""
         if not self.look_ahead.rows:
             directions = len({term.seed for term in update.terms})
-            self.look_ahead.plan(samples, budget, step_queries, directions / self.numel)
+            self.look_ahead.plan(samples, budget, step_queries, directions, self.numel)
         self.look_ahead.observe(update)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Three ways, s(t) the schedule at progress t, r the running scale of the projecte
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,8 @@ class StepSize(Settings, ABC):
     """Base of the ways to apply an estimate.
 
     Args:
-        schedule: "constant", "linear", "cosine" or a callable of the progress.
+        schedule: "constant", "linear", "cosine", "cooldown" (constant, and linearly to zero in the
+            last eighth) or a callable of the progress.
         weight_decay: Decoupled, as in AdamW.
         scale_memory: beta of the running scale.
         annealing: Algorithm 4 of MeZO-SVRG, or None.
@@ -55,7 +56,7 @@ class StepSize(Settings, ABC):
     annealing: Annealing | None = None
 
     def __post_init__(self) -> None:
-        schedule_named(self.schedule)
+        schedule_named(self.schedule_in_force)
         self._set(
             weight_decay=finite("weight_decay", self.weight_decay),
             scale_memory=finite("scale_memory", self.scale_memory),
@@ -80,6 +81,16 @@ class StepSize(Settings, ABC):
             share: Of the budget, which the step uses.
         """
 
+    @property
+    def schedule_in_force(self) -> str | Schedule:
+        """That of a run whose steps are not looked at on the way."""
+        return self.schedule
+
+    @property
+    def while_looking(self) -> "StepSize":
+        """That of a run that looks along its updates, and makes steps longer or shorter by it."""
+        return self
+
     def displacement_on(self, usual: float) -> float:
         """How far a weight may go on a view that lets it go as far as ``usual``."""
         return usual
@@ -91,7 +102,7 @@ class StepSize(Settings, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON can hold it."""
-        own = super().settings() | {"schedule": described(self.schedule)}
+        own = super().settings() | {"schedule": described(self.schedule_in_force)}
         if self.annealing is not None:
             own["annealing"] = list(self.annealing.settings().values())
         return own
@@ -111,7 +122,9 @@ class ByDistance(StepSize):
             directions, 5% later; see ``calibration``, ``look_ahead``. Then no step goes further
             than 1.5 rho along the gradient. Of an objective that counts (``step_like``) it is what
             the view assumes.
-        schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
+        schedule: See ``StepSize``. "auto": "linear", and "cooldown" in a run that looks along its
+            updates (``look_ahead``), which then find the length at which steps gain the most.
+        weight_decay, scale_memory, annealing: See ``StepSize``.
 
     Raises:
         OptionError: A number outside its range.
@@ -122,10 +135,22 @@ class ByDistance(StepSize):
     """
 
     displacement: float | None = None
+    _: KW_ONLY
+    schedule: str | Schedule = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(displacement=positive_or_none("displacement", self.displacement))
+
+    @property
+    def schedule_in_force(self) -> str | Schedule:
+        """Linear, unless another is given."""
+        return "linear" if self.schedule == "auto" else self.schedule
+
+    @property
+    def while_looking(self) -> StepSize:
+        """Constant to the last eighth, unless another is given."""
+        return replace(self, schedule="cooldown") if self.schedule == "auto" else self
 
     @property
     def normalized(self) -> bool:
@@ -153,7 +178,7 @@ class ByDistance(StepSize):
     @cached_property
     def _power(self) -> float:
         """The integral of s(t)^2 over a run; 1 for a schedule that is zero throughout."""
-        schedule = schedule_named(self.schedule)
+        schedule = schedule_named(self.schedule_in_force)
         squares = (schedule((k + 0.5) / 256) ** 2 for k in range(256))
         return math.fsum(squares) / 256 or 1.0
 
@@ -226,7 +251,7 @@ class Descent:
         """
         if lr is None:
             lr = self.step_size.full_rate(self.displacement, directions, progress.share)
-        schedule = schedule_named(self.step_size.schedule)
+        schedule = schedule_named(self.step_size.schedule_in_force)
         return lr * self.annealed.factor * schedule(progress.done)
 
     def update(
@@ -248,6 +273,12 @@ class Descent:
             # must the steps; where it rises they stay, for noise does as much damage there.
             self.least_scale = KEPT_SCALE * scale
         return scale
+
+    @property
+    def slope(self) -> float:
+        """The scale as a multiple of that of the first directions, at most 1."""
+        first = self.least_scale / KEPT_SCALE
+        return min(self.scale.value / first, 1.0) if first > 0.0 else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step."""
