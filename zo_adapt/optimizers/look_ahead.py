@@ -19,7 +19,7 @@ lies in the d numbers of the view. Steps become
 
     1 - (b / c) v / (v + e^2)
 
-times as long, and 1 / v grows by 1 / e^2. So a look that can tell little changes little, and many of
+times as long, and 1 / v grows by 1 / e^2. So a look that can tell little changes little; many of
 them add up. They come often at first, when the length is least known.
 
 Only where a run draws more directions N than the view has numbers d, and no further than
@@ -46,9 +46,11 @@ from zo_adapt.optimizers.former_looks import Evidence
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift, Term, scaled
 
-SHARE, FORMER_SHARE = 0.035, 0.05
-"""Of the queries, for all looks together."""
-MOST_LOOKS, LEAST_LOOKS, LEAST_ROWS, MOST_ROWS, MOST_TERMS = 32, 4, 32, 128, 512
+SHARE, LEAST_ROWS = 0.035, 12
+"""Of the queries, for all looks together; of a look."""
+FORMER_SHARE, FORMER_LEAST_ROWS = 0.05, 32
+"""In runs of the first version."""
+MOST_LOOKS, LEAST_LOOKS, MOST_ROWS, MOST_TERMS = 32, 4, 128, 512
 LAST, POWER = 0.85, 1.5
 """Progress at the last look, and how the looks before it crowd towards the start."""
 LARGEST_FACTOR, STEEPEST, MOST_GROWTH = 3.0, 4.0, 64.0
@@ -99,9 +101,10 @@ class LookAhead:
             numel: Of the view.
         """
         total = budget.max_queries or (budget.max_steps or 0) * step_queries
-        least = min(max(LEAST_ROWS, samples.rows_of_a_value), len(samples.source))
+        is_former = self.former is not None
+        share, least = (FORMER_SHARE, FORMER_LEAST_ROWS) if is_former else (SHARE, LEAST_ROWS)
+        least = min(max(least, samples.rows_of_a_value), len(samples.source))
         points = len(_points(least, samples))
-        share = SHARE if self.former is None else FORMER_SHARE
         self.numel, self.looks = numel, int(min(share * total / (points * least), MOST_LOOKS))
         most = min(MOST_ROWS, len(samples.source))
         # sqrt(N / d): by how much N steps in the slope's direction outgrow their noise.
@@ -123,7 +126,7 @@ class LookAhead:
             return False
         if self.former is not None:
             return done * (self.looks + 1) >= self.taken + 1
-        return done >= LAST * ((self.taken + 1) / self.looks) ** POWER
+        return bool(self.window) and done >= LAST * ((self.taken + 1) / self.looks) ** POWER
 
     def observe(self, update: Shift) -> None:
         """Add an update to the window."""
