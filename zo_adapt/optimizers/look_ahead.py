@@ -23,10 +23,11 @@ times as long, and 1 / v grows by 1 / e^2. So a look that can tell little change
 them add up. They come often at first, when the length is least known.
 
 Only where a run draws more directions N than the view has numbers d, and no further than
-sqrt(N / d) times the first displacement. With fewer, the larger part is one that a parabola along
-the last updates does not show: the noise of all directions, which stays. Looks there cost LoRA of
-an encoder 0.04 to 0.28 of accuracy on 40,000 and 100,000 queries, and gave LayerNorm 0.03
-(benchmarks/defaults.py, two seeds).
+sqrt(N / d) times the first displacement, or 4 times. With fewer, the larger part is one that a
+parabola along the last updates does not show: the noise of all directions, which stays. Looks (of
+the first version) there cost LoRA of an encoder 0.04 to 0.28 of accuracy on 40,000 and 100,000
+queries, and gave LayerNorm 0.03 (benchmarks/defaults.py, two seeds). Weights that nobody trained
+have nothing to lose by noise: they are looked at from N = 0.36 d on.
 
 So a run with more queries than it needs (least squares, a function of a few variables) takes the
 steps of the steepest descent that noise allows, whatever its first displacement was.
@@ -53,8 +54,10 @@ FORMER_SHARE, FORMER_LEAST_ROWS = 0.05, 32
 MOST_LOOKS, LEAST_LOOKS, MOST_ROWS, MOST_TERMS = 32, 4, 128, 512
 LAST, POWER = 0.85, 1.5
 """Progress at the last look, and how the looks before it crowd towards the start."""
-LARGEST_FACTOR, STEEPEST, MOST_GROWTH = 3.0, 4.0, 64.0
+LARGEST_FACTOR, STEEPEST, LEAST_GROWTH, MOST_GROWTH = 3.0, 4.0, 4.0, 64.0
 """Of a look, of a slope beside its curvature, and of all looks."""
+FEWER_OF_NEW = 0.6
+"""sqrt(N / d) from which on weights that nobody has trained are looked at."""
 MOST_DOUBT, DRIFT = 4.0, 0.01
 """Variance of the best length, in squares of the present one: at first, and added by every look."""
 POINTS, POINTS_OF_ONE = (-1.0, 0.0, 1.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -89,7 +92,14 @@ class LookAhead:
     former: Evidence | None = None
 
     def plan(
-        self, samples: Samples, budget: Budget, step_queries: int, directions: int, numel: int
+        self,
+        samples: Samples,
+        budget: Budget,
+        step_queries: int,
+        directions: int,
+        numel: int,
+        *,
+        is_new: bool = False,
     ) -> None:
         """Share out the queries for looks; there are none where directions are few.
 
@@ -99,6 +109,7 @@ class LookAhead:
             step_queries: Of one step.
             directions: Of one step.
             numel: Of the view.
+            is_new: Whether it may be of a model that nobody has trained.
         """
         total = budget.max_queries or (budget.max_steps or 0) * step_queries
         is_former = self.former is not None
@@ -109,9 +120,10 @@ class LookAhead:
         most = min(MOST_ROWS, len(samples.source))
         # sqrt(N / d): by how much N steps in the slope's direction outgrow their noise.
         outgrown = math.sqrt(directions / numel * total / step_queries)
-        if outgrown < 1.0:
+        if outgrown < (FEWER_OF_NEW if is_new and not is_former else 1.0):
             self.looks = 0
-        self.most_growth = min(max(outgrown, 1.0), MOST_GROWTH)
+        least_growth = 1.0 if is_former else LEAST_GROWTH
+        self.most_growth = min(max(outgrown, least_growth), MOST_GROWTH)
         wanted = share * total / (points * max(self.looks, 1))
         self.rows = max(least, int(min(wanted, most)))
 

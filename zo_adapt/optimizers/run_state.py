@@ -10,10 +10,10 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.noise.entries import Seeds
+from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions
 from zo_adapt.optimizers.finder import Finder
 from zo_adapt.optimizers.schedule import Budget
-from zo_adapt.optimizers.step_size import Descent
 from zo_adapt.term import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 
