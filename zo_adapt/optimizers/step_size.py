@@ -111,7 +111,7 @@ class ByDistance(StepSize):
     Args:
         displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
             of the queries before the first step and, in views that are small beside the run's
-            directions, 5% later; see ``calibration``, ``look_ahead``. Then no step goes further
+            directions, 3.5% later; see ``calibration``, ``look_ahead``. Then no step goes further
             than 1.5 rho along the gradient. Of an objective that counts (``step_like``) it is what
             the view assumes.
         schedule: See ``StepSize``. "auto": "linear", and "cooldown" in a run that looks along its
