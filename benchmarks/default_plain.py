@@ -123,12 +123,13 @@ def least_squares(view: str, name: str, seed: int, assets: str | None) -> Proble
 
 
 def variables(view: str, name: str, seed: int, assets: str | None) -> Problem:
-    """20 variables, 0.2 units from where they should be, no data."""
-    unit = unit_of(name)
-    x = torch.zeros(20, dtype=torch.float64)
+    """20 variables 0.2 units from where they should be, or 3 a hundred units from it; no data."""
+    unit, few = unit_of(name), view.startswith("3")
+    x = torch.zeros(3 if few else 20, dtype=torch.float64)
+    target = 100.0 if few else 0.2
 
     def objective(batch: None) -> float:
-        return float((x / unit - 0.2).square().sum())
+        return float((x / unit - target).square().sum())
 
     def measure(most: int | None) -> Measured:
         return {"loss": objective(None), "excess": objective(None)}

@@ -35,7 +35,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from default_problems import LANGUAGE, LANGUAGE_ADAPTERS, VIEWS, WHITE, problem
 from default_tables import SWEPT, best_multiple, load, report, save
 
-from zo_adapt import MeZO, minimize
+from zo_adapt import MeZO, MeZOSVRG, minimize
 from zo_adapt.optimizers import look_ahead
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
@@ -71,6 +71,11 @@ PLAIN = [
         for unit in ("1", "1e3", "1e-3")
     ),
     *(Cell("20 of them", f"variables, 1,000 steps, unit {unit}") for unit in ("1", "1e4")),
+    Cell("3 of them, from 0 to 100", "variables, 1,000 steps, unit 1", sweep=False),
+]
+SVRG = " by MeZOSVRG"
+PLAIN += [
+    cell._replace(view=cell.view + SVRG, sweep=False) for cell in PLAIN if "MNIST" not in cell.task
 ]
 CELLS = [
     *(Cell(view, task, sweep=False) for task in LONG for view in VIEWS if view.endswith(WHITE)),
@@ -119,11 +124,10 @@ class Job(NamedTuple):
         return queries * tokens * (1.0 if self.multiple else 2.5) * (not self.cell.steps)
 
 
-def optimizer_of(displacement: float | None) -> MeZO:
+def optimizer_of(view: str, displacement: float | None) -> MeZO | MeZOSVRG:
     """The default, or a displacement in place of the one it finds."""
-    if displacement is None and MeZO().apply.finds_displacement:
-        return MeZO()
-    return MeZO(num_directions=8, one_sided=True, displacement=displacement or "measured")
+    kind = MeZOSVRG if view.endswith(SVRG) else MeZO
+    return kind(displacement=displacement)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.share < 1.0:
         budget = {name: max(1, int(number * job.share)) for name, number in budget.items()}
     multiple = job.multiple
-    optimizer = optimizer_of(multiple and multiple * at.centre)
+    optimizer = optimizer_of(cell.view, multiple and multiple * at.centre)
     most = None if job.share == 1.0 else 64
     look_ahead.SHARE = LOOKS if job.looks else 0.0
     before, started = at.measure(most), time.perf_counter()

@@ -15,8 +15,10 @@ from torch import Tensor
 from objectives import CallableObjective
 from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, Step, minimize, replay
 from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
-from zo_adapt.optimizers.look_ahead import Evidence, parabola
+from zo_adapt.optimizers.former_looks import Evidence
+from zo_adapt.optimizers.look_ahead import LookAhead, narrowed, parabola
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.term import Shift, Term
 
 QUIET: dict[str, Any] = {"progress": False}
 OPTIMIZERS = pytest.mark.parametrize("make", [MeZO, MeZOSVRG])
@@ -257,7 +259,7 @@ def test_a_parabola_is_found_with_its_error() -> None:
     assert parabola(five, (five**2 + five)[:, None])[:2] == pytest.approx((1.0, 2.0))
 
 
-@pytest.mark.parametrize(("numbers", "looks"), [(4, True), (2_000, False)])
+@pytest.mark.parametrize(("numbers", "looks"), [(4, True), (2_000, True), (5_000, False)])
 def test_runs_look_ahead_where_directions_outnumber_the_view(numbers: int, looks: bool) -> None:
     x, optimizer = torch.zeros(numbers, dtype=torch.float64), MeZO()
     minimize(
@@ -267,18 +269,119 @@ def test_runs_look_ahead_where_directions_outnumber_the_view(numbers: int, looks
     finder = optimizer.state.finder
     assert finder is not None
     assert (finder.look_ahead.taken > 0) is looks
-    assert finder.look_ahead.growth <= (1_000 / numbers) ** 0.5 or not looks
+    assert finder.look_ahead.growth <= max(4.0, (1_000 / numbers) ** 0.5)
 
 
-def test_looks_act_on_what_is_certain() -> None:
-    assert Evidence().verdict() == (0.0, 1.0)
-    unsure, sure, long = Evidence(), Evidence(), Evidence()
-    unsure.add(-1.0, 1.0, 1.0)
-    assert unsure.verdict() == (0.0, 1.0)
-    sure.add(-1.0, 1.0, 0.1)  # smallest at twice the way
-    assert sure.verdict() == (1.0, pytest.approx(2.0))
-    long.add(1.0, 2.0, 0.1)  # smallest at half of it
-    assert long.verdict() == (1.0, pytest.approx(0.5))
-    for _ in range(20):  # what one look does not show, many do
-        unsure.add(-1.0, 1.0, 1.0)
-    assert unsure.verdict()[1] == pytest.approx(2.0)
+@OPTIMIZERS
+def test_steps_whose_best_length_is_known_go_on_for_as_long_as_there_is_a_slope(make: Make) -> None:
+    x = torch.zeros(10, dtype=torch.float64)
+
+    def bowl(_: object) -> float:
+        return float((x - 0.2).square().sum())
+
+    optimizer = make()
+    minimize(bowl, ParameterView({"x": x}), None, optimizer, max_steps=400, **QUIET)
+    assert bowl(None) < 1e-9
+    # Probes come nearer as the minimum does.
+    assert optimizer.perturbation_scale < 0.05 * found(optimizer) / 25
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("factor", [0.3, 4.0])
+def test_looks_find_the_length_of_steps_wherever_they_begin(
+    make: Make, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first displacement that is three times too short or four times too long is mended."""
+    monkeypatch.setattr("zo_adapt.optimizers.calibration.RATIO", 0.2 * factor)
+    rows, x = regression(200, 5), torch.zeros(5, dtype=torch.float64)
+    at_first = float(squares(x, rows).mean())
+    minimize(
+        lambda batch: squares(x, batch), ParameterView({"x": x}), rows, make(),
+        batch_size=16, max_queries=10_000, **QUIET,
+    )  # fmt: skip
+    best = torch.linalg.lstsq(rows[:, :-1], rows[:, -1:]).solution[:, 0]
+    assert float((squares(x, rows) - squares(best, rows)).mean()) < 0.02 * at_first
+
+
+def test_looks_come_early_and_end_before_the_steps_get_short() -> None:
+    looks = LookAhead(rows=32, looks=32, window=[Shift((Term(1, 1.0),))])
+    due = list[float]()
+    for done in np.linspace(0, 1, 1_001):
+        while looks.is_due(done):
+            due.append(done)
+            looks.taken += 1
+    assert len(due) == 32
+    assert due[0] < 0.01
+    assert due[-1] == pytest.approx(0.85)
+    assert sum(done < 0.25 for done in due) > 12
+
+
+@pytest.mark.parametrize(("schedule", "cools"), [("auto", True), ("linear", False)])
+def test_a_run_that_looks_keeps_its_rate_unless_a_schedule_is_given(
+    schedule: str, cools: bool
+) -> None:
+    x, optimizer = torch.zeros(4, dtype=torch.float64), MeZO(schedule=schedule)
+    minimize(
+        lambda _: float((x - 3.0).square().sum()), ParameterView({"x": x}), None, optimizer,
+        max_steps=200, **QUIET,
+    )  # fmt: skip
+    assert (optimizer.state.descent.step_size.schedule == "cooldown") is cools
+    assert optimizer.settings()["schedule"] == "linear"
+
+
+def test_a_look_changes_as_much_as_it_knows() -> None:
+    certain, many = 0.0, 1_000_000
+    assert narrowed(4.0, -1.0, 1.0, certain, many)[0] == pytest.approx(2.0, rel=1e-4)
+    assert narrowed(4.0, 0.5, 1.0, certain, many)[0] == pytest.approx(0.5, rel=1e-4)
+    assert narrowed(4.0, -9.0, 1.0, certain, many)[0] == 3.0  # at most, of one look
+    assert narrowed(4.0, -1.0, -1.0, certain, many)[0] == 3.0  # it bends the other way
+    assert narrowed(4.0, 0.0, 0.0, 1.0, many) == (1.0, 4.0)  # nothing changes
+    assert narrowed(4.0, -1.0, 1.0, 1e9, many) == (pytest.approx(1.0), pytest.approx(4.0))
+    assert narrowed(4.0, -1.0, 1.0, certain, 1)[0] < 1.9  # so few directions are chance
+
+
+def test_what_one_look_does_not_show_many_do() -> None:
+    length, doubt = 1.0, 4.0
+    for _ in range(40):  # the best length is twice that of the start
+        bend = length**2
+        factor, doubt = narrowed(doubt, bend - 2 * length, bend, bend, 1_000)
+        length *= factor
+    assert length == pytest.approx(2.0, rel=0.15)
+    assert doubt < 0.2
+
+
+def begins_as_in_version_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let searches begin as they did before looks had a doubt."""
+    init = LookAhead.__init__
+
+    def former(self: LookAhead, *values: Any, **named: Any) -> None:
+        init(self, *values, **({"former": Evidence()} | named))
+
+    monkeypatch.setattr(LookAhead, "__init__", former)
+
+
+@OPTIMIZERS
+def test_a_run_of_the_first_version_goes_on_as_it_was_begun(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(file: Path, stop: int | None = None, resume: bool = False) -> tuple[Tensor, Any]:
+        def callback(step: Step) -> None:
+            if step.step == stop:
+                raise StopIteration
+
+        optimizer, x = make(), torch.zeros(4, dtype=torch.float64)
+        minimize(
+            lambda _: float((x - 3.0).square().sum()), ParameterView({"x": x}), None, optimizer,
+            max_steps=60, callback=callback, trajectory=file, resume=resume, **QUIET,
+        )  # fmt: skip
+        return x, optimizer.state
+
+    with monkeypatch.context() as patch:
+        begins_as_in_version_1(patch)
+        whole, state = run(tmp_path / "whole.zot")
+        run(tmp_path / "part.zot", stop=20)
+    again, resumed = run(tmp_path / "part.zot", resume=True)
+    assert torch.equal(bits(whole), bits(again))
+    assert resumed.finder.look_ahead.taken == state.finder.look_ahead.taken >= 4
+    assert resumed.descent.step_size.schedule_in_force == "linear"
+    assert resumed.perturbation_scale == resumed.descent.displacement / 25

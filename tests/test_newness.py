@@ -12,7 +12,7 @@ from families import FAMILIES, tokens
 from torch import Tensor, nn
 
 from zo_adapt import MeZO, ParameterView, minimize
-from zo_adapt.view.newness import new_names
+from zo_adapt.view.newness import may_be_untrained, new_names
 
 # peft 0.21 still reads a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -239,3 +239,13 @@ def test_copies_of_norms_and_rows_are_not_new() -> None:
     )
     tuned = {name for name, p in rows.named_parameters() if p.requires_grad}
     assert tuned - new_names(rows) == {n for n in tuned if "token_adapter" in n}
+
+
+def test_a_model_that_nothing_says_was_trained_may_be_untrained() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert may_be_untrained(None)
+    assert may_be_untrained(plain)
+    tuned = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["0"]))
+    model = hf.BertModel(hf.BertConfig(**ENCODER))
+    for known in (tuned, model, nn.ModuleDict({"wrapped": model})):
+        assert not may_be_untrained(known)

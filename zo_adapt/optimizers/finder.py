@@ -18,10 +18,11 @@ class Finder:
     Args:
         displacement: Where the search begins.
         numel: Of the view.
+        is_new: Whether the view may be of a model that nobody has trained.
     """
 
-    def __init__(self, displacement: float, numel: int) -> None:
-        self.numel = numel
+    def __init__(self, displacement: float, numel: int, is_new: bool = False) -> None:
+        self.numel, self.is_new = numel, is_new
         self.displacement = displacement
         """That of the steps from now on."""
         self.calibration = Calibration(displacement)
@@ -33,6 +34,11 @@ class Finder:
     def is_calibrating(self) -> bool:
         """Whether the first step is still to come."""
         return not self.calibration.finished
+
+    @property
+    def looks_along(self) -> bool:
+        """Whether the run looks along its updates often enough to find how long steps should be."""
+        return self.look_ahead.acts
 
     def probes(
         self,
@@ -89,7 +95,9 @@ class Finder:
         """Remember an update; the first step says how many measurements there will be."""
         if not self.look_ahead.rows:
             directions = len({term.seed for term in update.terms})
-            self.look_ahead.plan(samples, budget, step_queries, directions / self.numel)
+            self.look_ahead.plan(
+                samples, budget, step_queries, directions, self.numel, is_new=self.is_new
+            )
         self.look_ahead.observe(update)
 
     def state_dict(self) -> dict[str, Any]:

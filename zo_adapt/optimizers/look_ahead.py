@@ -4,16 +4,30 @@ With u the last updates, on rows of which no step has made use, at the weights t
 
     f(theta - u), f(theta), f(theta + u)
 
-A parabola through the three says where along u the mean is smallest: at s u from where the updates
-began, s = 1 being here. The slope's standard error over the rows says whether that is known. Steps
-become s times as long, or a part of that where it is not certain; on short runs of noisy
-objectives, where it never is, nothing happens.
+A parabola through the three, of slope b and curvature c here, is smallest at s u from where the
+updates began, s = 1 - b / c, 1 being here. Steps of the length at which each gains the most have
+s = 1 on average, whatever their noise: E[-g.u] = E[u.Hu] for a step u of that length, and sums of
+such steps have it as well. Steps of half that length have s = 2.
+
+What is known of s is a mean and a variance v, as in a Kalman filter. Before a look the mean is 1; a
+look has the variance
+
+    e^2 = (error of b over the rows / c)^2 (1 + rows / d) + 1 / N
+
+the rows of the look in the first part, and beside it the N directions of the updates, whose noise
+lies in the d numbers of the view. Steps become
+
+    1 - (b / c) v / (v + e^2)
+
+times as long, and 1 / v grows by 1 / e^2. So a look that can tell little changes little; many of
+them add up. They come often at first, when the length is least known.
 
 Only where a run draws more directions N than the view has numbers d, and no further than
-sqrt(N / d) times the first displacement. With fewer, the larger part is one that a parabola along
-the last updates does not show: the noise of all directions, which stays. Looks there cost LoRA of
-an encoder 0.04 to 0.28 of accuracy on 40,000 and 100,000 queries, and gave LayerNorm 0.03
-(benchmarks/defaults.py, two seeds).
+sqrt(N / d) times the first displacement, or 4 times. With fewer, the larger part is one that a
+parabola along the last updates does not show: the noise of all directions, which stays. Looks (of
+the first version) there cost LoRA of an encoder 0.04 to 0.28 of accuracy on 40,000 and 100,000
+queries, and gave LayerNorm 0.03 (benchmarks/defaults.py, two seeds). Weights that nobody trained
+have nothing to lose by noise: they are looked at from N = 0.36 d on.
 
 So a run with more queries than it needs (least squares, a function of a few variables) takes the
 steps of the steepest descent that noise allows, whatever its first displacement was.
@@ -29,62 +43,30 @@ import numpy as np
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.calibration import values
+from zo_adapt.optimizers.former_looks import Evidence
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift, Term, scaled
 
-SHARE = 0.05
-"""Of the queries, for all looks together."""
-MOST_LOOKS, LEAST_ROWS, MOST_ROWS, MOST_TERMS = 32, 32, 128, 512
-SURE, LEAST_SURE = 3.5, 2.0
-"""Standard errors of the slope from zero: followed in full, and not at all."""
-TRUST, LARGEST_FACTOR, MOST_GROWTH = 1.0, 3.0, 64.0
-MEMORY = 0.9
-"""Share of the evidence that the next look finds."""
+SHARE, LEAST_ROWS = 0.035, 12
+"""Of the queries, for all looks together; of a look."""
+FORMER_SHARE, FORMER_LEAST_ROWS = 0.05, 32
+"""In runs of the first version."""
+MOST_LOOKS, LEAST_LOOKS, MOST_ROWS, MOST_TERMS = 32, 4, 128, 512
+LAST, POWER = 0.85, 1.5
+"""Progress at the last look, and how the looks before it crowd towards the start."""
+LARGEST_FACTOR, STEEPEST, LEAST_GROWTH, MOST_GROWTH = 3.0, 4.0, 4.0, 64.0
+"""Of a look, of a slope beside its curvature, and of all looks."""
+FEWER_OF_NEW = 0.6
+"""sqrt(N / d) from which on weights that nobody has trained are looked at."""
+MOST_DOUBT, DRIFT = 4.0, 0.01
+"""Variance of the best length, in squares of the present one: at first, and added by every look."""
 POINTS, POINTS_OF_ONE = (-1.0, 0.0, 1.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
 """Along the updates; five where a point has but one value, whose misfit is then its error."""
 
 
 @dataclass
-class Evidence:
-    """Parabolas of several looks, weighted by their certainty and by how recent they are.
-
-    Args:
-        weight: Sum of 1 / error^2.
-        slope, curvature: Sums weighted so.
-    """
-
-    weight: float = 0.0
-    slope: float = 0.0
-    curvature: float = 0.0
-
-    def add(self, slope: float, curvature: float, error: float) -> None:
-        """Take one look in."""
-        certainty = 1.0 / max(error, 1e-12 * abs(slope), 1e-150) ** 2
-        self.weight += certainty
-        self.slope += certainty * slope
-        self.curvature += certainty * curvature
-
-    def verdict(self) -> tuple[float, float]:
-        """How certain the slope's sign is, 0..1, and the factor on the length of steps."""
-        if self.slope == 0.0:
-            return 0.0, 1.0
-        sure = abs(self.slope) / math.sqrt(self.weight)
-        weight = min(max((sure - LEAST_SURE) / (SURE - LEAST_SURE), 0.0), 1.0)
-        flat = self.curvature <= 0.0
-        best = math.copysign(math.inf, -self.slope) if flat else 1 - self.slope / self.curvature
-        bounded = min(max(best, 1.0 / LARGEST_FACTOR), LARGEST_FACTOR)
-        return weight, float(bounded ** (TRUST * weight))
-
-    def fade(self, factor: float) -> None:
-        """Forget a part."""
-        self.weight *= factor
-        self.slope *= factor
-        self.curvature *= factor
-
-
-@dataclass
 class LookAhead:
-    """Looks at equal distances over a run.
+    """Looks over a run, more of them early than late.
 
     Args:
         rows: Of a look; 0 before the first step, which says how many there will be.
@@ -92,8 +74,11 @@ class LookAhead:
         taken: Done so far.
         growth: Product of all factors.
         most_growth: What it may come to.
+        numel: Of the view.
+        doubt: Variance of the best length of steps, in squares of the present length.
         window: The last updates, at most ``MOST_TERMS`` terms of them.
-        evidence: Of the looks so far.
+        former: What the looks of a run have said that was begun by the first version; None: this
+            one's.
     """
 
     rows: int = 0
@@ -101,34 +86,59 @@ class LookAhead:
     taken: int = 0
     growth: float = 1.0
     most_growth: float = MOST_GROWTH
+    numel: int = 1
+    doubt: float = MOST_DOUBT
     window: list[Shift] = field(default_factory=list)
-    evidence: Evidence = field(default_factory=Evidence)
+    former: Evidence | None = None
 
-    def plan(self, samples: Samples, budget: Budget, step_queries: int, directions: float) -> None:
+    def plan(
+        self,
+        samples: Samples,
+        budget: Budget,
+        step_queries: int,
+        directions: int,
+        numel: int,
+        *,
+        is_new: bool = False,
+    ) -> None:
         """Share out the queries for looks; there are none where directions are few.
 
         Args:
             samples: How many rows there are, and how many have a value.
             budget: Of the run.
             step_queries: Of one step.
-            directions: Of one step, for each number of the view.
+            directions: Of one step.
+            numel: Of the view.
+            is_new: Whether it may be of a model that nobody has trained.
         """
         total = budget.max_queries or (budget.max_steps or 0) * step_queries
-        least = min(max(LEAST_ROWS, samples.rows_of_a_value), len(samples.source))
+        is_former = self.former is not None
+        share, least = (FORMER_SHARE, FORMER_LEAST_ROWS) if is_former else (SHARE, LEAST_ROWS)
+        least = min(max(least, samples.rows_of_a_value), len(samples.source))
         points = len(_points(least, samples))
-        self.looks = int(min(SHARE * total / (points * least), MOST_LOOKS))
+        self.numel, self.looks = numel, int(min(share * total / (points * least), MOST_LOOKS))
         most = min(MOST_ROWS, len(samples.source))
         # sqrt(N / d): by how much N steps in the slope's direction outgrow their noise.
-        outgrown = math.sqrt(directions * total / step_queries)
-        if outgrown < 1.0:
+        outgrown = math.sqrt(directions / numel * total / step_queries)
+        if outgrown < (FEWER_OF_NEW if is_new and not is_former else 1.0):
             self.looks = 0
-        self.most_growth = min(max(outgrown, 1.0), MOST_GROWTH)
-        wanted = SHARE * total / (points * max(self.looks, 1))
+        least_growth = 1.0 if is_former else LEAST_GROWTH
+        self.most_growth = min(max(outgrown, least_growth), MOST_GROWTH)
+        wanted = share * total / (points * max(self.looks, 1))
         self.rows = max(least, int(min(wanted, most)))
+
+    @property
+    def acts(self) -> bool:
+        """Whether there are looks enough to find the length at which steps gain the most."""
+        return self.former is None and self.looks >= LEAST_LOOKS
 
     def is_due(self, done: float) -> bool:
         """Whether it is time for the next look, at a share of the budget."""
-        return self.taken < self.looks and done * (self.looks + 1) >= self.taken + 1
+        if self.taken >= self.looks:
+            return False
+        if self.former is not None:
+            return done * (self.looks + 1) >= self.taken + 1
+        return bool(self.window) and done >= LAST * ((self.taken + 1) / self.looks) ** POWER
 
     def observe(self, update: Shift) -> None:
         """Add an update to the window."""
@@ -142,12 +152,13 @@ class LookAhead:
     def probes(self, samples: Samples) -> list[Probe]:
         """The points of a look; none where nothing has moved."""
         self.taken += 1
-        updates, self.window = HERE, self.window
+        updates = HERE
         for update in self.window:
             updates = updates.then(update)
         self.window = []
         if not updates.terms:
             return []
+        self._directions = len({term.seed for term in updates.terms})
         batch = samples.aside(self.rows)
         parts = batch.split(max(1, len(batch) // samples.share))
         self._points = _points(len(batch), samples)
@@ -165,27 +176,63 @@ class LookAhead:
         if not np.isfinite(rows).all():
             return 1.0
         slope, curvature, error = parabola(np.array(self._points), rows)
-        self.evidence.add(slope, curvature, error)
-        weight, factor = self.evidence.verdict()
+        if self.former is not None:
+            self.former.add(slope, curvature, error)
+            weight, factor = self.former.verdict()
+            self.former.fade(weight)
+        else:
+            noise = error**2 * (1.0 + rows.shape[1] / self.numel)
+            factor, self.doubt = narrowed(self.doubt, slope, curvature, noise, self._directions)
         if factor > 1.0:
             factor = max(1.0, min(factor, self.most_growth / self.growth))
         self.growth *= factor
-        self.evidence.fade(MEMORY * (1.0 - weight))
         return factor
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as JSON can hold it."""
-        names = ("rows", "looks", "taken", "growth", "most_growth", "window")
-        numbers = {name: getattr(self, name) for name in names}
+        names = ("rows", "looks", "taken", "growth", "most_growth", "numel", "doubt")
         # A copy: what the run goes back to, where a step fails, must not change with it.
-        numbers["window"] = list(self.window)
-        return numbers | {"evidence": list(vars(self.evidence).values())}
+        state = {name: getattr(self, name) for name in names} | {"window": list(self.window)}
+        if self.former is not None:
+            state["evidence"] = list(vars(self.former).values())
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """Go on from a state."""
+        """Go on from a state; one of the first version has evidence."""
         window = [Shift(tuple(Term(*term) for term in terms), d) for terms, d in state["window"]]
-        return cls(**{**state, "window": window, "evidence": Evidence(*state["evidence"])})
+        former = Evidence(*state["evidence"]) if "evidence" in state else None
+        known = {name: state[name] for name in state if name != "evidence"}
+        return cls(**{**known, "window": window, "former": former})
+
+
+def narrowed(
+    doubt: float, slope: float, curvature: float, noise: float, directions: int
+) -> tuple[float, float]:
+    """The factor on the length of steps after a look, and the doubt that is left.
+
+    Args:
+        doubt: Variance of the best length before, in squares of the present length.
+        slope: Of the parabola along the last updates, here.
+        curvature: Of the same.
+        noise: Variance of the slope.
+        directions: In the updates.
+
+    Example:
+        >>> narrowed(4.0, -1.0, 1.0, 0.0, 1_000_000)  # smallest at twice the way
+        (2.0, 0.01)
+        >>> narrowed(4.0, -1.0, 1.0, 1e6, 1_000_000)  # rows that differ by far more
+        (1.0, 4.0)
+    """
+    # Where it bends little, or the other way, the minimum is far, and not known to be further.
+    bend = max(curvature, abs(slope) / STEEPEST)
+    if bend <= 0.0:
+        return 1.0, doubt
+    variance = noise / bend**2 + 1.0 / directions
+    gain = doubt / (doubt + variance)
+    factor = min(max(1.0 - slope / bend * gain, 1.0 / LARGEST_FACTOR), LARGEST_FACTOR)
+    left = gain * variance / factor**2 + DRIFT
+    return factor, min(left, MOST_DOUBT)
 
 
 def parabola(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, float]:

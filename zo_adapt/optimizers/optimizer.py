@@ -25,14 +25,16 @@ from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.failures import with_values
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator, Probe
+from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
 from zo_adapt.optimizers.finder import Finder
 from zo_adapt.optimizers.run_state import RunState
 from zo_adapt.optimizers.schedule import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.settings import Settings
-from zo_adapt.optimizers.step_size import Descent, StepSize
+from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.term import MEASUREMENT, Shift, Step, Terms
+from zo_adapt.view.newness import may_be_untrained
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import (
     check_resolution,
@@ -104,7 +106,7 @@ class ZerothOrder(Settings, ABC):
                 mu,
                 Descent(self.apply, displacement),
                 usual_scale if self.estimate.perturbation_scale is None else None,
-                Finder(displacement, view.numel) if finds else None,
+                Finder(displacement, view.numel, may_be_untrained(view.model)) if finds else None,
                 resolved,
             )
         )

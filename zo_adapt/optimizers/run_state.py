@@ -10,10 +10,10 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.noise.entries import Seeds
+from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions
 from zo_adapt.optimizers.finder import Finder
 from zo_adapt.optimizers.schedule import Budget
-from zo_adapt.optimizers.step_size import Descent
 from zo_adapt.term import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 
@@ -21,6 +21,9 @@ FLAT_STEPS = 20
 """Steps after which the user is warned, if none of them saw any difference."""
 FLAT_SHARE, FLAT_DIRECTIONS, FEWEST_STEPS = 0.9, 100, 3
 """Or this share of zeros, judged on so many directions of so many steps at least."""
+
+LEAST_SLOPE = 1e-3
+"""Of the first slope: probes come no nearer where it falls further."""
 
 
 class FlatWatch:
@@ -115,6 +118,7 @@ class RunState:
     asked: Directions | None = None
 
     def __post_init__(self) -> None:
+        self._apply = self.descent.step_size
         self.at_start = (self.descent.displacement, self.perturbation_scale)
 
     def new_seeds(self, count: int) -> list[int]:
@@ -146,9 +150,15 @@ class RunState:
 
     def _follow(self, finder: Finder) -> None:
         """Let steps and probes go as far as was found."""
-        self.descent.displacement = finder.displacement
+        descent = self.descent
+        descent.displacement = finder.displacement
+        descent.step_size = self._apply.while_looking if finder.looks_along else self._apply
         if self.usual_scale is not None:
-            self.perturbation_scale = self.usual_scale(finder.displacement)
+            far = finder.displacement
+            if finder.looks_along:
+                # As near as the minimum is: where the slope has fallen by ten, so has the distance.
+                far = finder.calibration.displacement * max(descent.slope, LEAST_SLOPE)
+            self.perturbation_scale = self.usual_scale(far)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, as JSON can hold it exactly; between two steps only."""

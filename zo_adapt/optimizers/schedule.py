@@ -26,8 +26,17 @@ def _cosine(progress: float) -> float:
     return (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
+def _cooldown(progress: float) -> float:
+    return min(1.0, 8.0 * (1.0 - progress))
+
+
 # Functions with a name, unlike lambdas, survive a pickle of the optimizer that holds them.
-SCHEDULES: dict[str, Schedule] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
+SCHEDULES: dict[str, Schedule] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "cooldown": _cooldown,
+}
 
 
 def schedule_named(schedule: str | Schedule) -> Schedule:

@@ -9,28 +9,20 @@ Three ways, s(t) the schedule at progress t, r the running scale of the projecte
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.schedule import (
-    Annealed,
     Annealing,
-    Progress,
-    RunningScale,
     Schedule,
     described,
     schedule_named,
 )
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.options import finite, positive, positive_or_none
-from zo_adapt.term import HERE, Shift, Terms, scaled
-from zo_adapt.view.group import Group
 
-FIRST_DIRECTIONS, KEPT_SCALE = 24, 0.7
-"""Where the displacement is found: after so many directions the scale may fall so far at most."""
 FARTHEST = 1.5
 """Of a displacement that was measured: how far one step may go along the gradient."""
 
@@ -40,7 +32,8 @@ class StepSize(Settings, ABC):
     """Base of the ways to apply an estimate.
 
     Args:
-        schedule: "constant", "linear", "cosine" or a callable of the progress.
+        schedule: "constant", "linear", "cosine", "cooldown" (constant, and linearly to zero in the
+            last eighth) or a callable of the progress.
         weight_decay: Decoupled, as in AdamW.
         scale_memory: beta of the running scale.
         annealing: Algorithm 4 of MeZO-SVRG, or None.
@@ -55,7 +48,7 @@ class StepSize(Settings, ABC):
     annealing: Annealing | None = None
 
     def __post_init__(self) -> None:
-        schedule_named(self.schedule)
+        schedule_named(self.schedule_in_force)
         self._set(
             weight_decay=finite("weight_decay", self.weight_decay),
             scale_memory=finite("scale_memory", self.scale_memory),
@@ -80,6 +73,16 @@ class StepSize(Settings, ABC):
             share: Of the budget, which the step uses.
         """
 
+    @property
+    def schedule_in_force(self) -> str | Schedule:
+        """That of a run whose steps are not looked at on the way."""
+        return self.schedule
+
+    @property
+    def while_looking(self) -> "StepSize":
+        """That of a run that looks along its updates, and makes steps longer or shorter by it."""
+        return self
+
     def displacement_on(self, usual: float) -> float:
         """How far a weight may go on a view that lets it go as far as ``usual``."""
         return usual
@@ -91,7 +94,7 @@ class StepSize(Settings, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON can hold it."""
-        own = super().settings() | {"schedule": described(self.schedule)}
+        own = super().settings() | {"schedule": described(self.schedule_in_force)}
         if self.annealing is not None:
             own["annealing"] = list(self.annealing.settings().values())
         return own
@@ -108,10 +111,12 @@ class ByDistance(StepSize):
     Args:
         displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
             of the queries before the first step and, in views that are small beside the run's
-            directions, 5% later; see ``calibration``, ``look_ahead``. Then no step goes further
+            directions, 3.5% later; see ``calibration``, ``look_ahead``. Then no step goes further
             than 1.5 rho along the gradient. Of an objective that counts (``step_like``) it is what
             the view assumes.
-        schedule, weight_decay, scale_memory, annealing: See ``StepSize``.
+        schedule: See ``StepSize``. "auto": "linear", and "cooldown" in a run that looks along its
+            updates (``look_ahead``), which then find the length at which steps gain the most.
+        weight_decay, scale_memory, annealing: See ``StepSize``.
 
     Raises:
         OptionError: A number outside its range.
@@ -122,10 +127,22 @@ class ByDistance(StepSize):
     """
 
     displacement: float | None = None
+    _: KW_ONLY
+    schedule: str | Schedule = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(displacement=positive_or_none("displacement", self.displacement))
+
+    @property
+    def schedule_in_force(self) -> str | Schedule:
+        """Linear, unless another is given."""
+        return "linear" if self.schedule == "auto" else self.schedule
+
+    @property
+    def while_looking(self) -> StepSize:
+        """Constant to the last eighth, unless another is given."""
+        return replace(self, schedule="cooldown") if self.schedule == "auto" else self
 
     @property
     def normalized(self) -> bool:
@@ -153,7 +170,7 @@ class ByDistance(StepSize):
     @cached_property
     def _power(self) -> float:
         """The integral of s(t)^2 over a run; 1 for a schedule that is zero throughout."""
-        schedule = schedule_named(self.schedule)
+        schedule = schedule_named(self.schedule_in_force)
         squares = (schedule((k + 0.5) / 256) ** 2 for k in range(256))
         return math.fsum(squares) / 256 or 1.0
 
@@ -199,89 +216,3 @@ class Rate(StepSize):
     def full_rate(self, displacement: float, directions: float, share: float) -> float:
         """As given, however long the run."""
         return self.lr
-
-
-class Descent:
-    """What changes from step to step while estimates are applied: running scale and annealing.
-
-    Args:
-        step_size: The hyper-parameters.
-        displacement: How far a weight may go over this run.
-    """
-
-    def __init__(self, step_size: StepSize, displacement: float) -> None:
-        self.step_size, self.displacement = step_size, displacement
-        self.scale = RunningScale(step_size.scale_memory)
-        self.seen, self.least_scale = 0, 0.0
-        """Directions so far, and what estimates are divided by at least."""
-        self.annealed = Annealed(step_size.annealing)
-
-    def rate(self, directions: float, progress: Progress, lr: float | None = None) -> float:
-        """The learning rate now, schedule and annealing included.
-
-        Args:
-            directions: N, directions in the estimate.
-            progress: Where the step stands in its run.
-            lr: In place of the step size's own.
-        """
-        if lr is None:
-            lr = self.step_size.full_rate(self.displacement, directions, progress.share)
-        schedule = schedule_named(self.step_size.schedule)
-        return lr * self.annealed.factor * schedule(progress.done)
-
-    def update(
-        self, terms: Terms, projected: Sequence[float], rate: float, groups: Sequence[Group]
-    ) -> Shift:
-        """The step along -terms at a rate that ``rate`` gave."""
-        scale = max(self._observed(projected), self.least_scale)
-        # 0 where no difference was ever seen: then there is nothing to scale, either.
-        if self.step_size.normalized and scale > 0.0:
-            terms = scaled(terms, 1.0 / scale)
-        return downhill(terms, rate, groups, self.step_size.weight_decay)
-
-    def _observed(self, projected: Sequence[float]) -> float:
-        """The running scale with these values."""
-        scale, before = self.scale.update(projected), self.seen
-        self.seen += len(projected)
-        if self.step_size.finds_displacement and before < FIRST_DIRECTIONS <= self.seen:
-            # The displacement was right at this slope. Where the slope falls, as near a minimum, so
-            # must the steps; where it rises they stay, for noise does as much damage there.
-            self.least_scale = KEPT_SCALE * scale
-        return scale
-
-    def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step."""
-        return {
-            "scale": [self.scale.total, self.scale.weight],
-            "least_scale": [self.seen, self.least_scale],
-            "annealing": self.annealed.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.scale.total, self.scale.weight = state["scale"]
-        self.seen, self.least_scale = state.get("least_scale", [0, 0.0])
-        # Runs of the first version have None here where nothing anneals.
-        if state["annealing"] is not None:
-            self.annealed.load_state_dict(state["annealing"])
-
-
-def downhill(terms: Terms, lr: float, groups: Sequence[Group], weight_decay: float = 0.0) -> Shift:
-    """Update theta <- (1 - lr weight_decay) theta - lr g, each group by its own lr.
-
-    Raises:
-        OptionError: The decay is 1 or more.
-    """
-    # Ties are no signal: where the estimate is exactly zero nothing moves, not even by the decay.
-    if all(term.coefficient == 0.0 for term in terms):
-        return HERE
-    if lr * weight_decay >= 1.0:
-        raise OptionError(
-            f"weight_decay={weight_decay} at lr={lr:.3g} turns the weights' sign; choose "
-            f"weight_decay < {1 / lr:.3g}"
-        )
-    moved = tuple(
-        term._replace(coefficient=-lr * groups[term.group or 0].lr * term.coefficient)
-        for term in terms
-    )
-    return Shift(moved, 1.0 - lr * weight_decay)

@@ -31,6 +31,13 @@ def new_names(model: nn.Module) -> set[str]:
     return (tuners | head) - old
 
 
+def may_be_untrained(model: nn.Module | None) -> bool:
+    """Whether nothing says that a model was trained before: no base model, and no adapter."""
+    return model is None or not (
+        tuner_names(model) or any(hasattr(part, "base_model_prefix") for part in model.modules())
+    )
+
+
 def _new_head(model: nn.Module) -> set[str]:
     """Those outside the pretrained base model, its output embedding excepted."""
     outside = _outside_the_base(model)
