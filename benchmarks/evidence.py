@@ -133,7 +133,7 @@ def save(runs: dict[str, Any], into: str) -> None:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Make what is missing, until it is all there or the time is over; what is half done is left."""
+    """Make what is missing, until it is all there or the time is over; half a run is nothing."""
     results, new, saved = load(), dict[str, Any](), time.monotonic()
     deadline = saved + arguments.deadline
     done: queue.Queue[tuple[Run, Any]] = queue.Queue()
@@ -152,7 +152,7 @@ def work(arguments: argparse.Namespace) -> None:
             error_callback=lambda error: failed(run, error),
         )
 
-    with get_context("spawn").Pool(arguments.processes) as pool:  # the end of the block ends them
+    with get_context("spawn").Pool(arguments.processes) as pool:
         while True:
             missing = open_runs(results, arguments.quick, arguments.pieces)
             free = (run for run in missing if run not in at_work)
@@ -171,6 +171,8 @@ def work(arguments: argparse.Namespace) -> None:
                 saved = time.monotonic()
             shown = {k: v for k, v in found.items() if k != "curve"}
             print(len(new), *run, shown, flush=True)
+        pool.terminate()
+        pool.join()
     if new:
         save(new, arguments.into)
 

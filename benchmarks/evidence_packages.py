@@ -1,7 +1,8 @@
-"""Other packages on the least squares of benchmarks/evidence.py, where they are installed.
+r"""Other packages on the least squares of benchmarks/evidence.py, where they are installed.
 
-python -m pip install --no-deps --target FOLDER mezo==0.0.1 torchzero==0.4.4 eggroll-es==0.2.0 cma==4.5.0
-PYTHONPATH=FOLDER python benchmarks/evidence.py --pieces packages
+    python -m pip install --no-deps --target FOLDER \
+        mezo==0.0.1 torchzero==0.4.4 eggroll-es==0.2.0 cma==4.5.0
+    PYTHONPATH=FOLDER python benchmarks/evidence.py --pieces packages
 """
 
 import importlib.util

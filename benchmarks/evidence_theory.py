@@ -27,6 +27,18 @@ def smooth(dimensions: int, seed: int) -> tuple[Callable[[Tensor], Tensor], Tens
     return f, 2 * torch.randn(dimensions, generator=generator, dtype=torch.float64)
 
 
+def bound(dimensions: int) -> float:
+    """T times the most that the mean of |grad f|^2 can be in ``gradient_floor``, over seeds 0 to 2.
+
+    A step lowers E f by eta (1 - L eta (d + 2) / 2) |grad f|^2, all by f(x0) - min f <= f(x0) + d.
+    """
+    drops = []
+    for seed in range(3):
+        f, start = smooth(dimensions, seed)
+        drops.append(float(f(start)) + dimensions)
+    return sum(drops) / 3 * 4 * (dimensions + 2) / (1 - SMOOTHNESS / 8)
+
+
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Of f at x."""
     x = x.detach().requires_grad_(True)
