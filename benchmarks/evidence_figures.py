@@ -1,12 +1,13 @@
 """Figures of docs/evidence.md."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_cells import DIVERGED, Results, Where
+from evidence_cells import DIVERGED, Cell, Results, Where
 from evidence_pieces import SEEDS
 
 SHOWN = (
@@ -51,17 +52,7 @@ def _curves(found: Results, path: Path) -> None:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, where in zip(figure.subplots(2, 2).flat, BUDGETS, strict=True):
         for color, method in enumerate(SHOWN):
-            points = defaultdict(list)
-            for run in found.cell(where, method).runs:
-                for step, queries, loss in run.get("curve", ()):
-                    points[step].append((queries if where.queries else step, loss))
-            # A run that ended earlier leaves a step to fewer seeds than the others have.
-            means = [
-                tuple(statistics.mean(each) for each in zip(*found_there, strict=True))
-                for _, found_there in sorted(points.items())
-                if len(found_there) == len(SEEDS)
-            ]
-            line = [(x, y) for x, y in means if y < DIVERGED]
+            line = _line(found.cell(where, method), by_queries=where.queries is not None)
             axes.plot(*zip(*line, strict=True) if line else ([], []), color=f"C{color}",
                       label=method, linewidth=1.2, marker=".", markersize=3)  # fmt: skip
         axes.set(xscale="log", yscale="log", title=f"{where.problem}, equal {where.budget}")
@@ -69,6 +60,23 @@ def _curves(found: Results, path: Path) -> None:
         axes.set_xlim(left=500 if where.queries else 8)
     axes.legend(fontsize="x-small", frameon=False)
     _save(figure, path)
+
+
+def _line(cell: Cell, by_queries: bool) -> list[tuple[float, ...]]:
+    """Where the seeds are on average: at the steps that all of them have made, and at the end."""
+    points = defaultdict(list)
+    for run in cell.runs:
+        for step, queries, loss in run.get("curve", ()):
+            points[step].append((queries if by_queries else step, loss))
+        end = run.get("queries" if by_queries else "steps"), run.get("training")
+        points[math.inf] += [end] if None not in end else []
+    found = [seeds for _, seeds in sorted(points.items()) if _whole(seeds)]
+    return [tuple(statistics.mean(each) for each in zip(*seeds, strict=True)) for seeds in found]
+
+
+def _whole(seeds: Sequence[tuple[float, float]]) -> bool:
+    """Whether all seeds are there, and none has diverged."""
+    return len(seeds) == len(SEEDS) and all(loss < DIVERGED for _, loss in seeds)
 
 
 def _batches(found: Results, path: Path) -> None:
@@ -85,8 +93,9 @@ def _batches(found: Results, path: Path) -> None:
             points += [(size, cell.mean("accuracy"))] if cell.runs else []
         if points:
             axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
-    axes.set(xscale="log", xlabel="rows of a minibatch", ylabel="accuracy", ylim=(0, 0.8))
+    axes.set(xscale="log", xlabel="rows of a minibatch", ylabel="accuracy", ylim=(0, 1))
     axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
+    axes.set_xticks([], minor=True)
     axes.set_title("MNIST perceptron, 200,000 queries", fontsize="medium")
     axes.legend(fontsize="x-small", frameon=False)
     _save(figure, path)
@@ -107,8 +116,11 @@ def _memory(memory: Sequence[dict[str, Any]], path: Path) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
+    sizes = sorted({row["parameters"] / 1e9 for row in memory})
     axes.axhline(80e9 / 2**30, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="parameters, billions", ylabel="GiB at the peak")
+    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.set_title("OPT, bf16, one text of 2,048 tokens", fontsize="medium")
     axes.legend(fontsize="x-small", frameon=False)
     _save(figure, path)

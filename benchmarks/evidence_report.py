@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from evidence_cells import Results, Where, by_rows, by_size, exponents, markdown, spread
-from evidence_claims import claims
+from evidence_claims import OBJECTIVES, claims
 from evidence_figures import draw
 from evidence_methods import ABLATIONS, METHODS, OWN
 from evidence_packages import PACKAGES
 from evidence_pieces import COUNTING, SHORT
 
 DOCS = Path(__file__).parents[1] / "docs"
-LARGEST = Path(__file__).parent / "results" / "largest.json"
+RESULTS = Path(__file__).parent / "results"
+LARGEST = RESULTS / "largest.json"
 PAGE = DOCS / "evidence.md"
 BEGIN, END = "<!-- tables: {} -->", "<!-- end: {} -->"
 ALL = (*METHODS, *OWN)
@@ -40,6 +41,7 @@ def report(results: Mapping[str, Any]) -> None:
         "rate of convergence": convergence(found, "rate of convergence", "MeZO"),
         "Theorem 5.3": convergence(found, "Theorem 5.3", "eta = rho / L (d + 2)"),
         "large batch": large_batch(found),
+        "made by": origins(),
     }
     page = PAGE.read_text()
     for name, text in tables.items():
@@ -109,16 +111,7 @@ def batch_sizes(found: Results) -> str:
 
 def objectives() -> Columns:
     """What is counted, on rows that are held out."""
-    of = {
-        "MNIST, accuracy": (50_000, 32, "accuracy"),
-        "MNIST, F1": (50_000, 128, "accuracy"),
-        "ranking, NDCG": (4_000, 16, "NDCG"),
-        "generation, reward": (1_000, 16, "reward"),
-    }
-    return {
-        f"{name}, {queries:,} queries": (Where("objectives", name, queries, None, size), figure)
-        for name, (queries, size, figure) in of.items()
-    }
+    return {f"{w.problem}, {w.budget}": (w, figure) for w, figure in OBJECTIVES.values()}
 
 
 def table(found: Results, methods: Sequence[str] | Mapping[str, Any], columns: Columns) -> str:
@@ -196,3 +189,13 @@ def large_batch(found: Results) -> str:
     """Where the squared gradient stays, by the rows of the large batch of 256."""
     rows = [[f"{b}", spread(values)] for b, values in by_rows(found).items()]
     return markdown(["rows of the large batch", "mean ‖grad f‖², second half of the steps"], rows)
+
+
+def origins() -> str:
+    """How many runs were made where, and with which versions."""
+    rows, made_by = [], dict[str, str]()
+    for file in sorted(RESULTS.glob("evidence*.json")):
+        content = json.loads(file.read_text())
+        made_by = content["made by"]
+        rows.append([f"{len(content['runs'])}", *made_by.values()])
+    return markdown(["runs", *made_by], rows)
