@@ -1,6 +1,7 @@
 """The methods that benchmarks/evidence.py compares, each made from one learning rate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from zo_adapt import (
@@ -18,12 +19,10 @@ from zo_adapt import (
     TwoSided,
 )
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.schedule import Annealing
 
 MU = 1e-3
-PAIR = TwoSided(1, perturbation_scale=MU)
-SNAPSHOT: dict[str, Any] = {"snapshot_interval": 2, "snapshot_size": "all"}
-SECOND_RATE = 0.01
-"""eta_2 / eta_1 where there are two: the paper's minibatch rate is so much smaller."""
+Make = Callable[[float], Optimizer]
 
 
 def constant(lr: float) -> Rate:
@@ -31,67 +30,92 @@ def constant(lr: float) -> Rate:
     return Rate(lr, schedule="constant")
 
 
-def algorithm_1(lr: float, **options: Any) -> MeZOSVRG:
-    """MeZO-SVRG with one rate, whole-set snapshots every second step, one direction."""
-    return MeZOSVRG(**({"estimate": PAIR, "apply": constant(lr)} | SNAPSHOT | options))
+def svrg(
+    lr: float,
+    k: int = 1,
+    mu: float = MU,
+    second: float = 1.0,
+    anneal: int | None = None,
+    **options: Any,
+) -> MeZOSVRG:
+    """Algorithm 1 with one rate, whole-set snapshots every second step and a shared direction.
+
+    Args:
+        lr: eta_1, of the snapshot steps.
+        k: Directions that share a large batch.
+        mu: The perturbation.
+        second: eta_2 / eta_1, of the minibatch steps.
+        anneal: Steps of an epoch of Algorithm 4; None: no annealing.
+        options: Of the optimizer.
+    """
+    annealing = Annealing(factor=5.0, threshold=1.05, window=anneal) if anneal else None
+    usual: dict[str, Any] = {"snapshot_interval": 2, "snapshot_size": "all", "coupling": "shared"}
+    return MeZOSVRG(
+        estimate=TwoSided(k, perturbation_scale=mu),
+        apply=Rate(second * lr, schedule="constant", annealing=annealing),
+        snapshot_lr=lr,
+        **(usual | options),
+    )
 
 
-def two_rates(lr: float) -> MeZOSVRG:
-    """Algorithm 1 as printed: two directions a minibatch step, its rate a hundredth."""
-    return algorithm_1(lr, apply=constant(SECOND_RATE * lr), snapshot_lr=lr, coupling="independent")
+def eight(lr: float, mu: float = MU) -> MeZO:
+    """Eight directions on the same rows, each value less the mean of the others."""
+    return MeZO(estimate=OneSided(8, perturbation_scale=mu), apply=constant(lr))
 
 
-def by_name(name: str) -> Callable[[float], Optimizer]:
-    """How to make a method of a rate."""
-    return METHODS[name]
+def of_eight(kind: Any, lr: float, **options: Any) -> Optimizer:
+    """A recursive estimator, eight pairs a large batch."""
+    made: Optimizer = kind(
+        estimate=TwoSided(8, perturbation_scale=MU), apply=constant(lr), **options
+    )
+    return made
 
 
-METHODS: dict[str, Callable[[float], Optimizer]] = {
+METHODS: dict[str, Make] = {
     "FO-SGD": lambda lr: SGD(lr, schedule="constant"),
     "FO-Adam": lambda lr: Adam(lr, schedule="constant"),
-    "MeZO (Algorithm 1 of MeZO)": lambda lr: MeZO.paper(lr, perturbation_scale=MU),
-    "MeZO, 8 directions compared": lambda lr: MeZO(
-        estimate=OneSided(8, perturbation_scale=MU), apply=constant(lr)
-    ),
-    "MeZO-SVRG as printed": two_rates,
-    "MeZO-SVRG, one rate, two directions": lambda lr: algorithm_1(lr, coupling="independent"),
-    "MeZO-SVRG, one rate, shared direction": lambda lr: algorithm_1(lr, coupling="shared"),
+    "MeZO": lambda lr: MeZO.paper(lr, perturbation_scale=MU),
+    "MeZO-SVRG as printed": partial(svrg, second=0.01, coupling="independent"),
+    "MeZO-SVRG, one rate, two directions": partial(svrg, coupling="independent"),
+    "MeZO-SVRG, one rate, shared direction": svrg,
+    "MeZO, all rows": partial(svrg, snapshot_interval=1),
+    "MeZO, 8 directions compared": eight,
+    "ZO-SPIDER": partial(of_eight, ZOSPIDER, snapshot_interval=5),
+    "ZO-PAGE": partial(of_eight, ZOPAGE, restart_probability=0.2),
+    "ZO-STORM": partial(of_eight, ZOSTORM, momentum=0.1),
     "ZO-SVRG (Algorithm 2)": lambda lr: ZOSVRG(
         apply=constant(lr), perturbation_scale=MU, snapshot_interval=5
     ),
     "ZO-SAGA": lambda lr: ZOSAGA(apply=constant(lr), perturbation_scale=MU),
-    "ZO-SPIDER": lambda lr: ZOSPIDER(
-        estimate=TwoSided(8, perturbation_scale=MU), apply=constant(lr), snapshot_interval=5
-    ),
-    "ZO-PAGE": lambda lr: ZOPAGE(
-        estimate=TwoSided(8, perturbation_scale=MU), apply=constant(lr), restart_probability=0.2
-    ),
-    "ZO-STORM": lambda lr: ZOSTORM(
-        estimate=TwoSided(8, perturbation_scale=MU), apply=constant(lr), momentum=0.1
-    ),
+    "MeZO, mu = 0.01": lambda lr: MeZO.paper(lr, perturbation_scale=0.01),
+    "MeZO, 8 directions compared, mu = 0.01": partial(eight, mu=0.01),
+    "MeZO-SVRG, one rate, shared direction, mu = 0.01": partial(svrg, mu=0.01),
 }
+"""In the words of the papers; "as printed": two rates, two directions, the text of Algorithm 1."""
 
-ABLATIONS: dict[str, Callable[[float], Optimizer]] = {
-    **{
-        f"mu = {mu:g}": lambda lr, mu=mu: algorithm_1(
-            lr, estimate=TwoSided(1, perturbation_scale=mu)
-        )
-        for mu in (1e-1, 1e-2, 1e-3, 1e-4)
-    },
-    **{f"q = {q}": lambda lr, q=q: algorithm_1(lr, snapshot_interval=q) for q in (1, 2, 5, 10)},
-    **{
-        f"large batch of {rows}": lambda lr, rows=rows: algorithm_1(lr, snapshot_size=rows)
-        for rows in (64, 256, "all")
-    },
-    **{
-        f"{k} directions a large batch": lambda lr, k=k: algorithm_1(
-            lr, estimate=TwoSided(k, perturbation_scale=MU)
-        )
-        for k in (1, 4, 16)
-    },
-    "shared direction": lambda lr: algorithm_1(lr, coupling="shared"),
-    "two directions": lambda lr: algorithm_1(lr, coupling="independent"),
-    "two rates": two_rates,
-    "annealing": lambda lr: MeZOSVRG.paper(lr, lr, coupling="shared", perturbation_scale=MU),
+OWN: dict[str, Callable[[], Optimizer]] = {"MeZO()": MeZO, "MeZOSVRG()": MeZOSVRG}
+"""This library's settings, which find their own step: no rate is chosen."""
+
+ABLATIONS: dict[str, Mapping[str, Any]] = {
+    "base": {},
+    **{f"mu = {mu:g}": {"mu": mu} for mu in (1e-1, 1e-2, 1e-4)},
+    **{f"q = {q}": {"snapshot_interval": q} for q in (1, 5, 10)},
+    **{f"large batch {rows}": {"snapshot_size": rows} for rows in (64, 256, 1024, "all")},
+    **{f"{k} directions a large batch": {"k": k} for k in (4, 16)},
+    "two directions": {"coupling": "independent"},
+    "second rate 1/10": {"second": 0.1},
+    "second rate 1/100": {"second": 0.01},
+    "annealing": {"anneal": 32},
 }
-"""Appendix E: one thing changed at a time, from one rate, a shared direction, q = 2, all rows."""
+"""Appendix E: one thing changed at a time."""
+BASES = {"least squares": "all", "MNIST": 256}
+"""The large batch of the base: on MNIST the whole set leaves 94 steps."""
+
+
+def optimizer_of(method: str, problem: str, lr: float | None) -> Optimizer:
+    """The optimizer of a run, by name."""
+    if lr is None:
+        return OWN[method]()
+    if method in METHODS:
+        return METHODS[method](lr)
+    return svrg(lr, **({"snapshot_size": BASES[problem]} | dict(ABLATIONS[method])))

@@ -1,21 +1,28 @@
-"""What benchmarks/evidence.py tunes, least squares and a perceptron, and tests of the theory."""
+"""What benchmarks/evidence.py tunes: least squares, a perceptron, an encoder, and metrics."""
 
-import math
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives import ClassificationLoss
-from zo_adapt import MeZO, ParameterView, Rate, TwoSided, minimize
+from objectives import F1, NDCG, Accuracy, ClassificationLoss, GenerationReward
+from zo_adapt import ParameterView
 
 Figures = dict[str, Any]
+ASSETS = os.environ.get("ZO_EVIDENCE_ASSETS")
+"""Prepared data, for a machine without a network (``accuracy.py --prepare``, ``write_digits``)."""
+VALIDATION = 1_024
 
 
 class Problem(NamedTuple):
-    """Something to tune, and its figures at the present weights."""
+    """Something to tune, and its figures at the present weights.
+
+    ``measure`` gives "training" and "validation", both to be small, and what a table shows.
+    """
 
     objective: Any
     view: ParameterView
@@ -23,116 +30,168 @@ class Problem(NamedTuple):
     measure: Callable[[], Figures]
 
 
-def least_squares(seed: int) -> Problem:
-    """Appendix B.2: d = 100, n = 1000, y = X w + 0.1 noise, from zero."""
+def squares(x: Tensor, batch: Tensor) -> Tensor:
+    """Squared residuals at x of rows that end with the right side."""
+    return (batch[:, :-1] @ x - batch[:, -1]).square()
+
+
+def least_squares_rows(seed: int) -> tuple[Tensor, Tensor]:
+    """Appendix B.2: d = 100, n = 1000, y = X w + 0.1 noise; and as many rows held out."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(1000, 100, generator=generator, dtype=torch.float64)
+    rows = torch.randn(2000, 100, generator=generator, dtype=torch.float64)
     truth = torch.randn(100, generator=generator, dtype=torch.float64)
-    right = rows @ truth + 0.1 * torch.randn(1000, generator=generator, dtype=torch.float64)
-    data = torch.cat([rows, right[:, None]], dim=1)
-    x = torch.zeros(100, dtype=torch.float64)
+    right = rows @ truth + 0.1 * torch.randn(2000, generator=generator, dtype=torch.float64)
+    data, held_out = torch.cat([rows, right[:, None]], dim=1).chunk(2)
+    return data, held_out
+
+
+def squares_at(x: Tensor, seed: int) -> Figures:
+    """Mean squares of the rows of a seed."""
+    data, held_out = least_squares_rows(seed)
+    return {
+        "training": float(squares(x, data).mean()),
+        "validation": float(squares(x, held_out).mean()),
+    }
+
+
+def least_squares(seed: int) -> Problem:
+    """Appendix B.2, from zero."""
+    x, (data, _) = torch.zeros(100, dtype=torch.float64), least_squares_rows(seed)
 
     def objective(batch: Tensor) -> Tensor:
-        return (batch[:, :-1] @ x - batch[:, -1]).square()
+        return squares(x, batch)
 
     objective.mean_over_rows = True  # type: ignore[attr-defined]
-    return Problem(
-        objective,
-        ParameterView({"x": x}),
-        data,
-        lambda: {"training loss": float(objective(data).mean())},
-    )
+    return Problem(objective, ParameterView({"x": x}), data, lambda: squares_at(x, seed))
 
 
-def perceptron(seed: int) -> Problem:
-    """Table 5: MNIST by a 784-32-16-10 perceptron from scratch, 20,000 and 5,000 images."""
+def perceptron(seed: int, kind: str = "loss", images: int = 2_048) -> Problem:
+    """Table 5's 784-32-16-10 perceptron from scratch, so many images of MNIST to learn from.
+
+    ``kind``: "loss"; "accuracy" and "F1" tune these themselves.
+    """
     from mnist import digits
 
-    found = digits(None)
+    found = digits(ASSETS)
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10)
     )
-    train, test = found.train.float() / 255, found.test.float() / 255
-    data = {"input": train, "labels": found.train_labels}
+    pixels, labels = found.train.float() / 255, found.train_labels
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    train, held_out = order[:images], order[images : images + VALIDATION]
+    data = {"input": pixels[train], "labels": labels[train]}
+    others = {
+        "validation": {"input": pixels[held_out], "labels": labels[held_out]},
+        "accuracy": {"input": found.test.float() / 255, "labels": found.test_labels},
+    }
+    kinds = {"loss": ClassificationLoss, "accuracy": Accuracy, "F1": F1}
+    objective = kinds[kind](model)
+
+    def badness(rows: dict[str, Tensor]) -> float:
+        if kind == "loss":
+            return float(F.cross_entropy(model(rows["input"]), rows["labels"]))
+        return 1 - float(torch.as_tensor(objective(rows)).mean())
 
     @torch.no_grad()
     def measure() -> Figures:
-        of_train, of_test = model(train), model(test)
+        test = others["accuracy"]
+        right = model(test["input"]).argmax(-1) == test["labels"]
         return {
-            "training loss": float(F.cross_entropy(of_train, found.train_labels)),
-            "accuracy": float((of_test.argmax(-1) == found.test_labels).float().mean()),
+            "training": badness(data),
+            "validation": badness(others["validation"]),
+            "accuracy": float(right.float().mean()),
         }
 
-    return Problem(ClassificationLoss(model), ParameterView.full(model), data, measure)
+    return Problem(objective, ParameterView.full(model), data, measure)
+
+
+def ranking(seed: int) -> Problem:
+    """NDCG@10 of 20 documents a list by a 20-16-1 scorer; relevance 0 to 4, made up."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    truth, model = (nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 1)) for _ in range(2))
+    features = torch.randn(512, 20, 20, generator=generator)
+    with torch.no_grad():
+        grade = truth(features).squeeze(-1)
+    noisy = grade + 0.5 * grade.std() * torch.randn(grade.shape, generator=generator)
+    bounds = noisy.flatten().quantile(torch.tensor([0.5, 0.7, 0.85, 0.95]))
+    relevance = torch.bucketize(noisy, bounds)
+    lists = [
+        {"features": one, "relevance": grades}
+        for one, grades in zip(features, relevance, strict=True)
+    ]
+    data, held_out = lists[:256], lists[256:]
+    objective = NDCG(model, undefined="skip")
+
+    def measure() -> Figures:
+        of_train, of_held_out = (
+            float(torch.as_tensor(objective(objective.collate(one))).mean())
+            for one in (data, held_out)
+        )
+        return {"training": 1 - of_train, "validation": 1 - of_held_out, "NDCG": of_held_out}
+
+    return Problem(objective, ParameterView.full(model), data, measure)
+
+
+def generation(seed: int) -> Problem:
+    """Share of even tokens among eight that a tiny decoder writes; greedy, random weights."""
+    from decoders import SIZES, Texts, decoder, word_tokenizer
+
+    torch.manual_seed(seed)
+    model = decoder(SIZES["tiny"], "cpu", lora=False)
+    for weight in model.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape)
+    tokenizer = word_tokenizer(SIZES["tiny"].vocabulary)
+    objective = GenerationReward(model, tokenizer, Texts(), max_new_tokens=8)
+    words = torch.randint(3, 512, (128, 6), generator=torch.Generator().manual_seed(seed)).tolist()
+    prompts = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in words]
+    data, held_out = prompts[:64], prompts[64:]
+
+    def measure() -> Figures:
+        of_train, of_held_out = (
+            float(torch.as_tensor(objective(objective.collate(one))).mean())
+            for one in (data, held_out)
+        )
+        return {"training": 1 - of_train, "validation": 1 - of_held_out, "reward": of_held_out}
+
+    return Problem(objective, ParameterView.full(model), data, measure)
+
+
+def encoder(seed: int, view: str) -> Problem:
+    """BBC topics by all-MiniLM-L6-v2 with a new head: 512 / 256 / 256 texts of 48 tokens."""
+    import accuracy as texts
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    train, rest, folder = texts.examples_of(texts.TASKS["bbc-48"], seed, ASSETS)
+    model = texts.build(folder, 5, seed, view)
+    objective = ClassificationLoss(model)
+
+    @torch.no_grad()
+    def loss_of(rows: list[Any]) -> float:
+        with objective.evaluating():
+            return float(objective(objective.collate(rows)).mean())
+
+    def measure() -> Figures:
+        return {
+            "training": loss_of(train),
+            "validation": loss_of(rest[:256]),
+            "accuracy": texts.accuracy(objective, rest[256:512]),
+        }
+
+    chosen = texts.view_of(model, view, "", "gaussian")
+    return Problem(objective, chosen, train, measure)
 
 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "least squares": least_squares,
-    "MNIST perceptron": perceptron,
+    "MNIST": perceptron,
+    "MNIST, 16,384 images": partial(perceptron, images=16_384),
+    "MNIST, accuracy": partial(perceptron, kind="accuracy"),
+    "MNIST, F1": partial(perceptron, kind="F1"),
+    "ranking, NDCG": ranking,
+    "generation, reward": generation,
+    "encoder, LoRA": partial(encoder, view="lora"),
+    "encoder, all weights": partial(encoder, view="full"),
 }
-
-
-def smooth(dimensions: int, seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """A smooth non-convex function: a quadratic with waves, L about 2; and where to begin."""
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.rand(dimensions, generator=generator, dtype=torch.float64)
-    phases = 2 * math.pi * torch.rand(dimensions, generator=generator, dtype=torch.float64)
-
-    def f(x: Tensor) -> Tensor:
-        return (0.5 * scales * x.square() + torch.cos(x + phases)).sum(-1)
-
-    return f, 2 * torch.randn(dimensions, generator=generator, dtype=torch.float64)
-
-
-def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of f at x."""
-    x = x.detach().requires_grad_(True)
-    (found,) = torch.autograd.grad(f(x), x)
-    return found
-
-
-def moments(problem: str, seed: int, draws: int = 20_000) -> Figures:
-    """First and second moment of the estimate: unbiased, and E|g|^2 = (d + 2) |grad f|^2.
-
-    The second holds for Gaussian directions and a small mu (Lemma 5.2 bounds it by O(d)).
-    """
-    dimensions, mu = int(problem.split()[-1]), 1e-4
-    f, x = smooth(dimensions, seed)
-    true = gradient(f, x)
-    z = torch.randn(
-        draws, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    p = (f(x + mu * z) - f(x - mu * z)) / (2 * mu)
-    squares = (p.square() * z.square().sum(1)) / true.square().sum()
-    along = (p * (z @ true)) / true.square().sum()
-    root = math.sqrt(draws)
-    return {
-        "mean along the gradient": float(along.mean()),
-        "its error": float(along.std()) / root,
-        "second moment": float(squares.mean()),
-        "its standard error": float(squares.std()) / root,
-        "expected": dimensions + 2,
-    }
-
-
-def gradient_floor(dimensions: int, steps: int, seed: int) -> Figures:
-    """Mean |grad f|^2 over a run of SPSA at mu = 1 / sqrt(d T), lr = 1 / (4 (d + 2))."""
-    f, start = smooth(dimensions, seed)
-    x = start.clone()
-    squares: list[float] = []
-    optimizer = MeZO(
-        estimate=TwoSided(1, perturbation_scale=1 / math.sqrt(dimensions * steps)),
-        apply=Rate(1 / (4 * (dimensions + 2)), schedule="constant"),
-    )
-    minimize(
-        lambda batch: float(f(x)),
-        ParameterView({"x": x}),
-        None,
-        optimizer,
-        max_steps=steps,
-        seed=seed,
-        callback=lambda step: squares.append(float(gradient(f, x).square().sum())),
-        progress=False,
-    )
-    return {"mean squared gradient": sum(squares) / len(squares), "queries": 2 * steps}

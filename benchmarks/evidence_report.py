@@ -1,181 +1,201 @@
-"""Tables and figures of docs/evidence.md, from the results of benchmarks/evidence.py."""
+"""Tables, claims and figures of docs/evidence.md, from the results of benchmarks/evidence.py."""
 
 import json
-import math
 import re
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import SEEDS, Run
+from evidence_cells import Results, Where, by_rows, by_size, exponents, markdown, spread
+from evidence_claims import OBJECTIVES, claims
+from evidence_figures import draw
+from evidence_methods import ABLATIONS, METHODS, OWN
+from evidence_packages import PACKAGES
+from evidence_pieces import COUNTING, SHORT
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
+LARGEST = RESULTS / "largest.json"
 PAGE = DOCS / "evidence.md"
 BEGIN, END = "<!-- tables: {} -->", "<!-- end: {} -->"
+ALL = (*METHODS, *OWN)
+LS, DIGITS = "least squares", "MNIST"
+Columns = Mapping[str, tuple[Where, str]]
 
 
 def report(results: Mapping[str, Any]) -> None:
-    """Print every table that has results, and put it into its place on the page."""
-    runs = [(Run(*json.loads(key)), found) for key, found in results.items()]
-    counted = [(run, found) for run, found in runs if run.seed in SEEDS]
+    """Put every table into its place on the page, and draw the figures."""
+    found = Results(results)
+    memory = json.loads(LARGEST.read_text())["rows"] if LARGEST.exists() else []
     tables = {
-        "methods": methods(counted),
-        "ablations": by_method(counted, "ablations", "training loss"),
-        "batch sizes": batch_sizes(counted),
-        "moments": theory(counted),
-        "rate of convergence": convergence(counted),
+        "claims": claims(found, memory),
+        "least squares": table(found, ALL, least_squares()),
+        "MNIST": table(found, ALL, mnist()),
+        "encoder": table(found, ALL, encoder()),
+        "ablations": table(found, ABLATIONS, ablations()),
+        "batch sizes": batch_sizes(found),
+        "objectives": table(found, COUNTING, objectives()),
+        "packages": packages(found),
+        "largest": largest(memory),
+        "moments": moments(found),
+        "rate of convergence": convergence(found, "rate of convergence", "MeZO"),
+        "Theorem 5.3": convergence(found, "Theorem 5.3", "eta = rho / L (d + 2)"),
+        "large batch": large_batch(found),
+        "made by": origins(),
     }
-    page = PAGE.read_text() if PAGE.exists() else ""
-    for name, table in tables.items():
-        print(f"## {name}\n\n{table}\n")
+    page = PAGE.read_text()
+    for name, text in tables.items():
         begin, end = re.escape(BEGIN.format(name)), re.escape(END.format(name))
-        page = re.sub(
-            f"({begin}\n).*?({end})", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S
-        )
-    if page:
-        PAGE.write_text(page)
-    draw(counted)
+        pattern = f"({begin}\n).*?({end})"
+        page = re.sub(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
+    PAGE.write_text(page)
+    draw(found, memory, DOCS / "figures")
+    print(f"{len(results)} runs; tables in {PAGE}")
 
 
-def spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean and standard deviation; a diverged run is said."""
-    good = [value for value in values if value is not None]
-    if len(good) < len(values):
-        return f"{len(values) - len(good)} of {len(values)} diverged"
-    if not good:
-        return "-"
-    width = f".{digits}g"
-    deviation = f" ± {statistics.stdev(good):.2g}" if len(good) > 1 else ""
-    return f"{statistics.mean(good):{width}}{deviation}"
+def least_squares() -> Columns:
+    """Training loss by budget."""
+    budgets = [Where("methods", LS, queries=q) for q in (100_000, 1_000_000)]
+    budgets += [Where("methods", LS, steps=2_000)]
+    budgets += [Where("one sample a forward", LS, queries=4_000)]
+    return {one.budget: (one, "training") for one in budgets}
 
 
-def rows_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def mnist() -> Columns:
+    """Loss and accuracy by budget."""
+    budgets = Where("methods", DIGITS, queries=200_000), Where("methods", DIGITS, steps=1_000)
+    figures = {"training": "loss", "accuracy": "accuracy"}
+    return {f"{figures[f]}, {b.budget}": (b, f) for b in budgets for f in figures}
 
 
-def methods(runs: Sequence[tuple[Run, Any]]) -> str:
-    """Methods by problem and budget."""
-    cells: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    rates: dict[tuple[str, str], float | None] = {}
-    for run, found in runs:
-        if run.piece == "methods":
-            figure = "training loss" if run.problem == "least squares" else "accuracy"
-            budget = f"{run.queries:,} queries" if run.queries else f"{run.steps:,} steps"
-            column = f"{run.problem}, {figure}, {budget}"
-            cells[run.method, column].append(found.get(figure))
-            rates[run.method, column] = run.lr
-    columns = sorted({column for _, column in cells})
-    names = list(dict.fromkeys(name for name, _ in cells))
-
-    def cell(name: str, column: str) -> str:
-        values = cells.get((name, column))
-        if not values:
-            return "-"
-        rate = rates[name, column]
-        return spread(values) + (f" (lr {rate:g})" if rate else "")
-
-    return rows_of(
-        ["method", *columns], ([name, *(cell(name, c) for c in columns)] for name in sorted(names))
-    )
+def encoder() -> Columns:
+    """Accuracy by what is tuned."""
+    lora, full = "encoder, LoRA", "encoder, all weights"
+    budgets = {
+        "LoRA": Where("encoder", lora, queries=30_000, batch_size=64),
+        "LoRA, too": Where("encoder", lora, steps=150, batch_size=64),
+        "all weights": Where("encoder", full, queries=30_000, batch_size=64),
+    }
+    return {f"{k.split(',')[0]}, {b.budget}": (b, "accuracy") for k, b in budgets.items()}
 
 
-def by_method(runs: Sequence[tuple[Run, Any]], piece: str, figure: str) -> str:
-    """One figure a method."""
-    cells: dict[str, list[Any]] = defaultdict(list)
-    rates: dict[str, float | None] = {}
-    for run, found in runs:
-        if run.piece == piece:
-            cells[run.method].append(found.get(figure))
-            rates[run.method] = run.lr
-    rows = ([name, spread(values), f"{rates[name]:g}"] for name, values in cells.items())
-    return rows_of(["what differs", figure, "lr"], rows)
+def ablations() -> Columns:
+    """One thing changed at a time."""
+    return {
+        "least squares, loss, 1,000,000 queries": (
+            Where("ablations", LS, queries=1_000_000),
+            "training",
+        ),
+        "the same, 300 steps": (Where("ablations", LS, steps=300), "training"),
+        "MNIST, accuracy, 200,000 queries": (
+            Where("ablations", DIGITS, queries=200_000),
+            "accuracy",
+        ),
+    }
 
 
-def batch_sizes(runs: Sequence[tuple[Run, Any]]) -> str:
-    """Accuracy on MNIST by the rows of a minibatch."""
-    cells: dict[tuple[str, int], list[Any]] = defaultdict(list)
-    for run, found in runs:
-        if run.problem == "MNIST perceptron" and run.queries == 200_000:
-            cells[run.method, run.batch_size].append(found.get("accuracy"))
-    sizes = sorted({size for _, size in cells})
-    several = [name for name, size in cells if size != 32]
-    rows = (
-        [name, *(spread(cells.get((name, size), [])) for size in sizes)]
-        for name in dict.fromkeys(several)
-    )
-    return rows_of(["method", *(f"b = {size}" for size in sizes)], rows)
-
-
-def theory(runs: Sequence[tuple[Run, Any]]) -> str:
-    """Unbiased, and of the expected size."""
+def batch_sizes(found: Results) -> str:
+    """Accuracy by the rows of a minibatch, a line for each."""
     rows = []
-    for run, found in sorted(runs):
-        if run.piece == "moments":
-            rows.append(
-                [
-                    f"{run.problem}, seed {run.seed}",
-                    f"{found['mean along the gradient']:.3f} ± {found['its error']:.3f}",
-                    f"{found['second moment']:.1f} ± {found['its standard error']:.1f}",
-                    f"{found['expected']}",
-                ]
-            )
-    return rows_of(
+    for problem, images, sizes in (
+        (DIGITS, "2,048", (16, 32, 64, 128, 512)),
+        ("MNIST, 16,384 images", "16,384", (32, 512, 2048, 4096)),
+    ):
+        for size in sizes:
+            piece = "methods" if (problem, size) == (DIGITS, 32) else "batch sizes"
+            where = Where(piece, problem, 200_000, None, size)
+            cells = (found.cell(where, method).text("accuracy") for method in SHORT)
+            rows.append([f"{images} images, b = {size}", *cells])
+    return markdown(["", *SHORT], rows)
+
+
+def objectives() -> Columns:
+    """What is counted, on rows that are held out."""
+    return {f"{w.problem}, {w.budget}": (w, figure) for w, figure in OBJECTIVES.values()}
+
+
+def table(found: Results, methods: Sequence[str] | Mapping[str, Any], columns: Columns) -> str:
+    """Methods by setting; rows and columns without results are left out."""
+    cells = {
+        (method, name): found.cell(where, method).text(figure)
+        for method in methods
+        for name, (where, figure) in columns.items()
+    }
+    shown = [name for name in columns if any(cells[m, name] != "-" for m in methods)]
+    rows = [[method, *(cells[method, name] for name in shown)] for method in methods]
+    return markdown(["", *shown], (row for row in rows if set(row[1:]) != {"-"}))
+
+
+def packages(found: Results) -> str:
+    """The training loss of other packages, and this library's beside them."""
+    theirs, ours = (Where(p, LS, queries=100_000) for p in ("packages", "methods"))
+    rows = [(name, found.cell(theirs, name)) for name in PACKAGES]
+    rows += [
+        (f"this library, {name}", found.cell(ours, name))
+        for name in ("MeZO", "MeZO, 8 directions compared", "MeZO()")
+    ]
+    return markdown(
+        ["", "training loss", "queries"],
+        ([n, c.text(), f"{c.runs[0]['queries']:,}"] for n, c in rows if c.runs),
+    )
+
+
+def largest(memory: Sequence[dict[str, Any]]) -> str:
+    """GiB by method and model."""
+    models = list(dict.fromkeys(row["model"] for row in memory))
+    methods = list(dict.fromkeys(row["method"] for row in memory))
+    cells = {(row["method"], row["model"]): row["GiB"] for row in memory}
+
+    def text(key: tuple[str, str]) -> str:
+        if key not in cells:
+            return "-"
+        return "does not fit" if cells[key] is None else f"{cells[key]:.1f}"
+
+    return markdown(["", *models], ([m, *(text((m, o)) for o in models)] for m in methods))
+
+
+def moments(found: Results) -> str:
+    """Unbiased, and of the expected size."""
+    rows = [
+        [
+            f"{run.problem}, seed {run.seed}",
+            f"{one['mean along the gradient']:.3f} ± {one['its error']:.3f}",
+            f"{one['second moment']:.1f} ± {one['its standard error']:.1f}",
+            f"{one['expected']}",
+        ]
+        for run, one in sorted(found.of("moments"))
+    ]
+    return markdown(
         ["function", "mean along grad f, of ‖grad f‖²", "E‖g‖² / ‖grad f‖²", "d + 2"], rows
     )
 
 
-def convergence(runs: Sequence[tuple[Run, Any]]) -> str:
+def convergence(found: Results, piece: str, method: str) -> str:
     """Mean squared gradients, and the exponents of a fit c d^a T^b."""
-    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for run, found in runs:
-        if run.piece == "rate of convergence":
-            value = found["mean squared gradient"]
-            cells[int(run.problem.split()[-1]), run.steps or 0].append(value)
+    cells = by_size(found, piece, method)
     dimensions, steps = sorted({d for d, _ in cells}), sorted({t for _, t in cells})
-    rows = [[f"{d}", *(spread(cells.get((d, t), [])) for t in steps)] for d in dimensions]
-    table = rows_of(["d", *(f"T = {t:,}" for t in steps)], rows)
-    points = [
-        (math.log(d), math.log(t), math.log(v)) for (d, t), vs in cells.items() for v in vs if v > 0
+    rows = [
+        [f"{d}", *(spread(cells[d, t]) if (d, t) in cells else "-" for t in steps)]
+        for d in dimensions
     ]
-    if len(points) < 4:
-        return table
-    import numpy as np
-
-    x = np.array([[1.0, d, t] for d, t, _ in points])
-    y = np.array([v for *_, v in points])
-    (_, a, b), *_ = np.linalg.lstsq(x, y, rcond=None)
-    return f"{table}\n\nFit over all: E‖grad f‖² proportional to d^{a:.2f} T^{b:.2f}."
+    text = markdown(["d", *(f"T = {t:,}" for t in steps)], rows)
+    fitted = exponents(cells)
+    if fitted:
+        text += f"\n\nFit over all: proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}."
+    return text
 
 
-def draw(runs: Sequence[tuple[Run, Any]]) -> None:
-    """The methods on least squares at equal queries and at equal steps."""
-    import matplotlib
+def large_batch(found: Results) -> str:
+    """Where the squared gradient stays, by the rows of the large batch of 256."""
+    rows = [[f"{b}", spread(values)] for b, values in by_rows(found).items()]
+    return markdown(["rows of the large batch", "mean ‖grad f‖², second half of the steps"], rows)
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same file for the same figures
-    found: dict[str, dict[str, list[float]]] = {"queries": {}, "steps": {}}
-    for run, one in runs:
-        if run.piece == "methods" and run.problem == "least squares":
-            kind = "queries" if run.queries else "steps"
-            loss = one.get("training loss")
-            found[kind].setdefault(run.method, []).append(math.nan if loss is None else loss)
-    kinds = [kind for kind, methods_ in found.items() if methods_]
-    if not kinds:
-        return
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        names = sorted(found[kind], key=lambda name, k=kind: statistics.mean(found[k][name]))
-        axis.barh(names[::-1], [statistics.mean(found[kind][name]) for name in names[::-1]])
-        axis.set_xscale("log")
-        axis.set_xlabel("loss, least squares (start about 97)")
-        axis.set_title(f"equal {kind}")
-    figure.tight_layout()
-    (DOCS / "figures").mkdir(exist_ok=True)
-    figure.savefig(DOCS / "figures" / "evidence-least-squares.svg", metadata={"Date": None})
-    pyplot.close(figure)
+def origins() -> str:
+    """How many runs were made where, and with which versions."""
+    rows, made_by = [], dict[str, str]()
+    for file in sorted(RESULTS.glob("evidence*.json")):
+        content = json.loads(file.read_text())
+        made_by = content["made by"]
+        rows.append([f"{len(content['runs'])}", *made_by.values()])
+    return markdown(["runs", *made_by], rows)

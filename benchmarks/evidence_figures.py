@@ -1,0 +1,126 @@
+"""Figures of docs/evidence.md."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence_cells import DIVERGED, Cell, Results, Where
+from evidence_pieces import SEEDS
+
+SHOWN = (
+    "MeZO",
+    "MeZO, all rows",
+    "MeZO-SVRG as printed",
+    "MeZO-SVRG, one rate, shared direction",
+    "MeZO, 8 directions compared",
+    "MeZO()",
+    "FO-SGD",
+)
+BUDGETS = (
+    Where("methods", "least squares", queries=100_000),
+    Where("methods", "least squares", steps=2_000),
+    Where("methods", "MNIST", queries=200_000),
+    Where("methods", "MNIST", steps=1_000),
+)
+BATCHES = (16, 32, 64, 128, 512)
+
+
+def draw(found: Results, memory: Sequence[dict[str, Any]], folder: Path) -> None:
+    """All figures that have results; the same file for the same figures."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "evidence", "svg.fonttype": "none"}
+    folder.mkdir(exist_ok=True)
+    _curves(found, folder / "evidence-curves.svg")
+    _batches(found, folder / "evidence-batches.svg")
+    if memory:
+        _memory(memory, folder / "evidence-memory.svg")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _curves(found: Results, path: Path) -> None:
+    """Training loss along a run, the mean of the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, where in zip(figure.subplots(2, 2).flat, BUDGETS, strict=True):
+        for color, method in enumerate(SHOWN):
+            line = _line(found.cell(where, method), by_queries=where.queries is not None)
+            axes.plot(*zip(*line, strict=True) if line else ([], []), color=f"C{color}",
+                      label=method, linewidth=1.2, marker=".", markersize=3)  # fmt: skip
+        axes.set(xscale="log", yscale="log", title=f"{where.problem}, equal {where.budget}")
+        axes.set(xlabel="queries" if where.queries else "steps", ylabel="training loss")
+        axes.set_xlim(left=500 if where.queries else 8)
+    axes.legend(fontsize="x-small", frameon=False)
+    _save(figure, path)
+
+
+def _line(cell: Cell, by_queries: bool) -> list[tuple[float, ...]]:
+    """Where the seeds are on average: at the steps that all of them have made, and at the end."""
+    points = defaultdict(list)
+    for run in cell.runs:
+        for step, queries, loss in run.get("curve", ()):
+            points[step].append((queries if by_queries else step, loss))
+        end = run.get("queries" if by_queries else "steps"), run.get("training")
+        points[math.inf] += [end] if None not in end else []
+    found = [seeds for _, seeds in sorted(points.items()) if _whole(seeds)]
+    return [tuple(statistics.mean(each) for each in zip(*seeds, strict=True)) for seeds in found]
+
+
+def _whole(seeds: Sequence[tuple[float, float]]) -> bool:
+    """Whether all seeds are there, and none has diverged."""
+    return len(seeds) == len(SEEDS) and all(loss < DIVERGED for _, loss in seeds)
+
+
+def _batches(found: Results, path: Path) -> None:
+    """Accuracy by the rows of a minibatch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for color, method in enumerate((*SHOWN[:1], *SHOWN[2:4], "MeZO()", "MeZOSVRG()")):
+        points = []
+        for size in BATCHES:
+            piece = "methods" if size == 32 else "batch sizes"
+            cell = found.cell(Where(piece, "MNIST", 200_000, None, size), method)
+            points += [(size, cell.mean("accuracy"))] if cell.runs else []
+        if points:
+            axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
+    axes.set(xscale="log", xlabel="rows of a minibatch", ylabel="accuracy", ylim=(0, 1))
+    axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
+    axes.set_xticks([], minor=True)
+    axes.set_title("MNIST perceptron, 200,000 queries", fontsize="medium")
+    axes.legend(fontsize="x-small", frameon=False)
+    _save(figure, path)
+
+
+def _memory(memory: Sequence[dict[str, Any]], path: Path) -> None:
+    """Peak memory by model size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    methods = ("forward", "MeZO", "SGD", "Adam", "LoRA, Adam", "LoRA, Adam, checkpoints")
+    for color, method in enumerate(methods):
+        points = [
+            (row["parameters"] / 1e9, row["GiB"])
+            for row in memory
+            if row["method"] == method and row["GiB"] is not None
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
+    sizes = sorted({row["parameters"] / 1e9 for row in memory})
+    axes.axhline(80e9 / 2**30, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="parameters, billions", ylabel="GiB at the peak")
+    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set_title("OPT, bf16, one text of 2,048 tokens", fontsize="medium")
+    axes.legend(fontsize="x-small", frameon=False)
+    _save(figure, path)

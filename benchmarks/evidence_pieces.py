@@ -1,0 +1,169 @@
+"""What benchmarks/evidence.py runs: every method of every cell, its grid first, then the seeds."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from evidence_methods import ABLATIONS, OWN
+from evidence_packages import GRIDS as OF_PACKAGES
+from evidence_packages import installed
+
+SEEDS, TUNING = (0, 1, 2), 9
+"""Rates are chosen on a seed, that is other data, weights and directions, that no table counts."""
+THEORY = ("moments", "rate of convergence", "Theorem 5.3")
+EQUAL = (
+    "MeZO",
+    "MeZO-SVRG as printed",
+    "MeZO-SVRG, one rate, shared direction",
+    "MeZO-SVRG, one rate, two directions",
+    "FO-SGD",
+    "FO-Adam",
+    "MeZO()",
+    "MeZOSVRG()",
+    "MeZO, 8 directions compared",
+)
+RECURSIVE = ("ZO-SPIDER", "ZO-PAGE", "ZO-STORM")
+SHORT = (*EQUAL[:3], "MeZO()", "MeZOSVRG()")
+COUNTING = ("MeZO()", "MeZOSVRG()", "MeZO, mu = 0.01",
+            "MeZO-SVRG, one rate, shared direction, mu = 0.01")  # fmt: skip
+ENCODER = ("MeZO", *EQUAL[1:3], "MeZO()", "MeZOSVRG()")
+FITTING = tuple(name for name in ABLATIONS if name != "large batch 1024")
+FIRST_ORDER = ("FO-SGD", "FO-Adam")
+
+
+class Run(NamedTuple):
+    """One run of a method.
+
+    Args:
+        piece: Which question it belongs to.
+        problem, method: By name.
+        lr: The rate; None: the method finds its own step.
+        batch_size: Rows of a minibatch.
+        queries, steps: The budget, one of the two.
+        seed: Of data, weights and directions.
+    """
+
+    piece: str
+    problem: str
+    method: str
+    lr: float | None
+    batch_size: int
+    queries: int | None
+    steps: int | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """What tells runs apart."""
+        return json.dumps(self)
+
+
+class Cell(NamedTuple):
+    """Methods at one budget; ``quick``: also in the reduced form."""
+
+    piece: str
+    problem: str
+    methods: Sequence[str]
+    queries: int | None = None
+    steps: int | None = None
+    batch_size: int = 32
+    quick: bool = False
+
+
+LS, DIGITS = "least squares", "MNIST"
+PLAN = (
+    Cell("methods", LS, (*EQUAL, *RECURSIVE), queries=100_000, quick=True),
+    Cell("methods", DIGITS, EQUAL, queries=200_000),
+    Cell("methods", LS, (*EQUAL, "MeZO, all rows", *RECURSIVE), steps=2_000, quick=True),
+    Cell("methods", DIGITS, ("MeZO", "MeZO, all rows", *EQUAL[1:-1]), steps=1_000),
+    Cell("ablations", DIGITS, tuple(ABLATIONS), queries=200_000),
+    Cell("ablations", LS, FITTING, queries=1_000_000),
+    *(Cell("batch sizes", DIGITS, SHORT, queries=200_000, batch_size=b)
+      for b in (64, 128, 512, 16)),
+    *(Cell("batch sizes", "MNIST, 16,384 images", ("MeZO", "MeZO()"), queries=200_000, batch_size=b)
+      for b in (32, 512, 2048, 4096)),
+    Cell("methods", LS, EQUAL[:3], queries=1_000_000),
+    Cell("methods", DIGITS, RECURSIVE, queries=200_000),
+    Cell("objectives", "MNIST, accuracy", COUNTING, queries=50_000),
+    Cell("ablations", LS, FITTING, steps=300),
+    Cell("objectives", "ranking, NDCG", COUNTING, queries=4_000, batch_size=16),
+    Cell("objectives", "MNIST, F1", COUNTING, queries=50_000, batch_size=128),
+    Cell("objectives", "generation, reward", COUNTING, queries=1_000, batch_size=16),
+    Cell("one sample a forward", LS, ("MeZO", "ZO-SVRG (Algorithm 2)", "ZO-SAGA"), queries=4_000),
+    Cell("packages", LS, tuple(installed()), queries=100_000),
+    Cell("encoder", "encoder, LoRA", ENCODER, queries=30_000, batch_size=64),
+    Cell("encoder", "encoder, LoRA", ENCODER[:3], steps=150, batch_size=64),
+    Cell("encoder", "encoder, all weights", ENCODER, queries=30_000, batch_size=64),
+    Cell("encoder", "encoder, LoRA", FIRST_ORDER, queries=30_000, batch_size=64),
+    Cell("encoder", "encoder, all weights", FIRST_ORDER, queries=30_000, batch_size=64),
+)  # fmt: skip
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+GRIDS = {
+    LS: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "encoder, LoRA": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    "encoder, all weights": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    "ranking, NDCG": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+}
+
+
+def grid_of(run: Run) -> Sequence[float]:
+    """The rates that every method of a problem is tried with."""
+    return OF_PACKAGES.get(run.method) or GRIDS.get(run.problem, RATES)
+
+
+def tuned(results: Mapping[str, Any], run: Run) -> float | None:
+    """The rate with the smallest held-out loss on the seed for tuning; None: not all are there."""
+    losses = {}
+    for lr in grid_of(run):
+        found = results.get(run._replace(lr=lr, seed=TUNING).key)
+        if found is None:
+            return None
+        value = found.get("validation")
+        losses[lr] = math.inf if value is None else value
+    return min(losses, key=losses.__getitem__)
+
+
+def theory(quick: bool) -> Iterator[Run]:
+    """Runs that have no rate to choose."""
+    horizons = (100, 1000)
+    for seed, d in itertools.product(SEEDS, (10, 100) if quick else (10, 100, 1000)):
+        of = f"d = {d}"
+        yield Run("moments", of, "SPSA", None, 1, None, None, seed)
+        for steps in horizons:
+            yield Run("rate of convergence", of, "MeZO", None, 1, None, steps, seed)
+    if quick:
+        return
+    for seed, d in itertools.product(SEEDS, (10, 100, 1000)):
+        of = f"d = {d}"
+        yield Run("Theorem 5.3", of, "eta = rho / L", None, 16, None, 100, seed)
+        for steps in horizons:
+            yield Run("Theorem 5.3", of, "eta = rho / L (d + 2)", None, 16, None, steps, seed)
+    for seed, rows in itertools.product(SEEDS, (16, 32, 64, 128, 256)):
+        yield Run("Theorem 5.3", "d = 10", f"large batch {rows}", None, 16, None, 1_000, seed)
+
+
+def open_runs(results: Mapping[str, Any], quick: bool, pieces: Sequence[str]) -> Iterator[Run]:
+    """What is to be done, the most wanted first: where a grid is done, the seeds."""
+    for cell in PLAN:
+        if (quick and not cell.quick) or not wanted(cell.piece, cell.problem, pieces):
+            continue
+        for method in cell.methods:
+            run = Run(cell.piece, cell.problem, method, None, cell.batch_size, cell.queries,
+                      cell.steps, TUNING)  # fmt: skip
+            lr = None if method in OWN else tuned(results, run)
+            if lr is None and method not in OWN:
+                runs = [run._replace(lr=one) for one in grid_of(run)]
+            else:
+                runs = [run._replace(lr=lr, seed=seed) for seed in SEEDS]
+            yield from (one for one in runs if one.key not in results)
+    for run in theory(quick):
+        if run.key not in results and wanted(run.piece, run.problem, pieces):
+            yield run
+
+
+def wanted(piece: str, problem: str, pieces: Sequence[str]) -> bool:
+    """Whether one of the names that were asked for is part of this one's."""
+    return not pieces or any(one in f"{piece}: {problem}" for one in pieces)
