@@ -83,7 +83,7 @@ class Checkpoint(NamedTuple):
                 f"{len(view.tensors)} with {view.numel:,} in {groups}; resume with the same view, "
                 "or start from the checkpoint's weights"
             )
-        if None not in (kept["base"], view.base_hash()) and kept["base"] != view.base_hash():
+        if kept["base"] is not None and not view.has_base(kept["base"]):
             raise TrajectoryError(
                 f"{self.folder} was made on another base model, or with adapters that are scaled "
                 "otherwise (lora_alpha); load what it was made on"

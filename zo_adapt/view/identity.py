@@ -42,13 +42,16 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_of_frozen(model: nn.Module | None, inspection: Inspection) -> str | None:
+def hash_of_frozen(
+    model: nn.Module | None, inspection: Inspection, *, scaled: bool = True
+) -> str | None:
     """sha256 over the weights of a view's model that are not tuned; None where there are none.
 
     Names, shapes, dtypes and the elements of every parameter and saved buffer outside the view:
     all elements where these are ``WHOLE_BYTES`` at most; of a larger model ``SAMPLED`` evenly
     spaced ones of every tensor, which tell one checkpoint from another and may miss a change of
-    single numbers. The factors that adapters are scaled by belong to it.
+    single numbers. The factors that adapters are scaled by belong to it, but in files of former
+    versions (``scaled=False``).
     """
     if model is None:
         return None
@@ -59,7 +62,7 @@ def hash_of_frozen(model: nn.Module | None, inspection: Inspection) -> str | Non
     for name, tensor in frozen:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(bits(tensor, None if is_small else SAMPLED))
-    for text in _scalings(model):
+    for text in _scalings(model) if scaled else ():
         digest.update(text.encode())
     return digest.hexdigest() if frozen else None
 

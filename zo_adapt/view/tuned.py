@@ -193,6 +193,13 @@ class TunedTensors:
         """sha256 of the model's frozen weights: which base this is. None where there are none."""
         return hash_of_frozen(self.model, self.inspection)
 
+    def has_base(self, begun: str) -> bool:
+        """Whether the hash in a file is of this base; True where no weights are frozen."""
+        here = self.base_hash()
+        if here is None or begun == here:
+            return True
+        return begun == hash_of_frozen(self.model, self.inspection, scaled=False)
+
     def check_adapters(self) -> None:
         """Refuse a merged or disabled peft adapter, and a tensor of an inactive one.
 
