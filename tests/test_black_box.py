@@ -398,7 +398,7 @@ class TestPoints:
             seen.append((bowl(x, 0.3) + 0.3 * random.normal(), x.copy()))
             return seen[-1][0]
 
-        asker = AskTell(MeZO(), np.zeros(6), max_queries=4000)
+        asker = AskTell(MeZO(displacement=0.4), np.zeros(6), max_queries=4000)
         assert asker.best is None and (asker.averaged == asker.x).all()
         drive(asker, noisy)
         value, x = min(seen, key=lambda pair: pair[0])

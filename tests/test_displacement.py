@@ -280,7 +280,7 @@ def test_steps_whose_best_length_is_known_go_on_for_as_long_as_there_is_a_slope(
         return float((x - 0.2).square().sum())
 
     optimizer = make()
-    minimize(bowl, ParameterView({"x": x}), None, optimizer, max_steps=400, **QUIET)
+    minimize(bowl, ParameterView({"x": x}), None, optimizer, max_steps=500, **QUIET)
     assert bowl(None) < 1e-9
     # Probes come nearer as the minimum does.
     assert optimizer.perturbation_scale < 0.05 * found(optimizer) / 25

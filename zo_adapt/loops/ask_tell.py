@@ -101,7 +101,7 @@ class AskTell:
         >>> while candidates := asker.ask():
         ...     record = asker.tell([float(((x - 3) ** 2).sum()) for x in candidates])
         >>> bool((abs(asker.x - 3) < 0.05).all()), asker.queries
-        (True, 998)
+        (True, 999)
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class AskTell:
         self._form, tensors = Form.of(x0)
         self._box = Box(tensors, bounds, units)
         self._view = ParameterView(self._box.inner(tensors), noise=noise, groups=groups)
+        self._view.farthest = self._box.farthest
         self._optimizer = copy.deepcopy(optimizer)
         self._optimizer.start(self._view, seed)
         self._samples = Samples(NoData(), None, seed)

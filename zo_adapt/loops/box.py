@@ -61,6 +61,19 @@ class Box:
         """What the caller sees of unbounded variables."""
         return {name: self._one(name, u) for name, u in tensors.items()}
 
+    @property
+    def farthest(self) -> float | None:
+        """Half the width of the bounds, in units: beyond it, what comes back repeats itself.
+
+        The median of the variables that have two bounds; None where none has.
+        """
+        halves = [torch.empty(0, dtype=torch.float64)]
+        for name, (low, high) in self._sides.items():
+            half = (high - low).double() / 2 / self._units.get(name, torch.ones_like(low))
+            halves.append(half[half.isfinite() & (half > 0)])
+        every = torch.cat(halves)
+        return float(every.median()) if len(every) else None
+
     def _one(self, name: str, u: Tensor) -> Tensor:
         x = u * self._units[name] if name in self._units else u
         if name not in self._sides:

@@ -90,6 +90,7 @@ class Calibration:
         alone: Whether rows are asked about one at a time.
         begun: The displacement that the search began with.
         target: The ratio that is right.
+        farthest: The largest displacement that is tried; None: any.
     """
 
     displacement: float
@@ -102,8 +103,10 @@ class Calibration:
     alone: bool = False
     begun: float = 0.0
     target: float = RATIO
+    farthest: float | None = None
 
     def __post_init__(self) -> None:
+        self.displacement = min(self.displacement, self.farthest or math.inf)
         self.begun = self.begun or self.displacement
 
     def probes(
@@ -202,7 +205,10 @@ class Calibration:
             # Two rounds agree: what is left is their noise, of which a part is followed.
             self.displacement, self.finished = here * factor**0.7, True
             return
-        self.displacement = self._between(here * factor)
+        if factor > 1.0 and here == self.farthest:
+            self.finished = True
+            return
+        self.displacement = min(self._between(here * factor), self.farthest or math.inf)
         between = self.low is not None and self.high is not None
         if self.rounds > 3 and between and self.high < 2.5 * self.low:  # type: ignore[operator]
             self.finished = True

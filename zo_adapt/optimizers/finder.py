@@ -1,5 +1,6 @@
 """The displacement of a run that was given none: found before its first step, mended later."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,21 @@ class Finder:
         displacement: Where the search begins.
         numel: Of the view.
         is_new: Whether the view may be of a model that nobody has trained.
+        farthest: The largest displacement that makes sense; None: any.
     """
 
-    def __init__(self, displacement: float, numel: int, is_new: bool = False) -> None:
+    def __init__(
+        self,
+        displacement: float,
+        numel: int,
+        *,
+        is_new: bool = False,
+        farthest: float | None = None,
+    ) -> None:
         self.numel, self.is_new = numel, is_new
-        self.displacement = displacement
+        self.calibration = Calibration(displacement, farthest=farthest)
+        self.displacement = self.calibration.displacement
         """That of the steps from now on."""
-        self.calibration = Calibration(displacement)
         self.look_ahead = LookAhead()
         self.asks = False
         """Whether the last probes were for a measurement, not for a step."""
@@ -73,7 +82,8 @@ class Finder:
             self.calibration.take(evaluations)
             self.displacement = self.calibration.displacement
         else:
-            self.displacement *= self.look_ahead.take(evaluations)
+            longer = self.displacement * self.look_ahead.take(evaluations)
+            self.displacement = min(longer, self.calibration.farthest or math.inf)
         self.asks = False
 
     def take_failure(self) -> None:

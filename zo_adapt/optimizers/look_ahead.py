@@ -219,9 +219,11 @@ def narrowed(
         directions: In the updates.
 
     Example:
-        >>> narrowed(4.0, -1.0, 1.0, 0.0, 1_000_000)  # smallest at twice the way
+        >>> factor, doubt = narrowed(4.0, -1.0, 1.0, 0.0, 1_000_000)  # smallest at twice the way
+        >>> round(factor, 3), round(doubt, 3)
         (2.0, 0.01)
-        >>> narrowed(4.0, -1.0, 1.0, 1e6, 1_000_000)  # rows that differ by far more
+        >>> factor, doubt = narrowed(4.0, -1.0, 1.0, 1e6, 1_000_000)  # rows that differ by far more
+        >>> round(factor, 3), round(doubt, 3)
         (1.0, 4.0)
     """
     # Where it bends little, or the other way, the minimum is far, and not known to be further.

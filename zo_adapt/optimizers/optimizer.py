@@ -98,7 +98,10 @@ class ZerothOrder(Settings, ABC):
         if view.resolved_at_start is None:
             check_resolution(view, mu, finest)
         # Of a count, noise of few rows drowns both what a distance damages and what it gains.
-        finds = self.apply.finds_displacement and not step_like
+        finder = None
+        if self.apply.finds_displacement and not step_like:
+            is_new = may_be_untrained(view.model)
+            finder = Finder(displacement, view.numel, is_new=is_new, farthest=view.farthest)
         self._set(
             _state=RunState(
                 seed,
@@ -106,7 +109,7 @@ class ZerothOrder(Settings, ABC):
                 mu,
                 Descent(self.apply, displacement),
                 usual_scale if self.estimate.perturbation_scale is None else None,
-                Finder(displacement, view.numel, may_be_untrained(view.model)) if finds else None,
+                finder,
                 resolved,
             )
         )

@@ -63,6 +63,8 @@ class TunedTensors:
         self.resolved_at_start: float | None = None
         """The smallest mu that the weights resolved as a run began which is gone on with at the
         weights that it has reached; None: they are looked at."""
+        self.farthest: float | None = None
+        """The largest displacement that makes sense, where the variables have bounds."""
         self.groups, self._group_of = assign_groups(
             list(self.tensors), checked_groups(groups, usual)
         )
