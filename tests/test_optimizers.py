@@ -10,10 +10,10 @@ from problems import Problem, bits, flat, labelled, logistic, problem, steps, ve
 from table import ALL, BATCH, EXAMPLES, ZEROTH_ORDER, Row
 from torch import Tensor
 
-from zo_adapt import Group, ParameterView, Result, Shift, StopReason, minimize
+from zo_adapt import Adam, Group, ParameterView, Result, Shift, StopReason, minimize
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
-from zo_adapt.errors import FlatObjectiveWarning
+from zo_adapt.errors import FlatObjectiveWarning, ViewError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.schedule import Budget, Progress
 
@@ -35,14 +35,25 @@ def run(p: Problem, optimizer: Any, **options: Any) -> Result:
     return minimize(p.objective, p.view, p.data, optimizer, **(settings | options))
 
 
+def steps_in(dtype: torch.dtype, optimizer: Any) -> bool:
+    """Whether it does; Adam in fp16, where its eps is 0, has to be refused before any step."""
+    if dtype is not torch.float16 or not isinstance(optimizer, Adam):
+        return True
+    with pytest.raises(ViewError, match=r"'left' is float16.*float32"):
+        run(fresh(dtype), optimizer)
+    return False
+
+
 @EVERY
 @DTYPES
 def test_same_seed_same_bits_other_seed_other_bits(dtype: torch.dtype, row: Row) -> None:
     hashes, histories = [], []
     used = row.make()
+    if not steps_in(dtype, used):
+        return
     for optimizer, seed in ((row.make(), 7), (used, 8), (used, 7)):
         p = fresh(dtype)
-        histories.append(str(run(p, optimizer, seed=seed).history))  # str: NaN equals NaN
+        histories.append(str(run(p, optimizer, seed=seed).history))
         hashes.append(p.view.hash())
     assert hashes[0] == hashes[2] != hashes[1]
     assert histories[0] == histories[2] != histories[1]
@@ -54,7 +65,9 @@ def test_same_seed_same_bits_other_seed_other_bits(dtype: torch.dtype, row: Row)
 def test_without_a_rate_nothing_moves(dtype: torch.dtype, row: Row) -> None:
     p = fresh(dtype)
     before = p.view.hash()
-    run(p, row.make(schedule=lambda progress: 0.0, weight_decay=0.1))
+    optimizer = row.make(schedule=lambda progress: 0.0, weight_decay=0.1)
+    if steps_in(dtype, optimizer):
+        run(p, optimizer)
     assert p.view.hash() == before
 
 

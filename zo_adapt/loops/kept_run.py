@@ -10,6 +10,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import (
+    BOUND,
     LEAST_SHARES,
     LIMITS,
     check_budget,
@@ -173,7 +174,9 @@ class KeptRun:
         if self.ranks is None:
             self._begin_or_resume(settings, resume)
             return
-        check_settings_agree(self.ranks, settings)
+        # Those may differ: a function may know its own rank or device.
+        alike = {name: value for name, value in settings.items() if name != BOUND}
+        check_settings_agree(self.ranks, alike)
         data = self.ranks.from_first(lambda: self._opened(settings, resume))
         if data and not self.ranks.is_first:
             self._follow(data)

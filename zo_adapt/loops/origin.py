@@ -90,8 +90,8 @@ def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
 def described(objective: Any, depth: int = _DEPTH) -> Any:
     """An objective as JSON: its class, and those arguments it was made with that are plain.
 
-    A function is its name and a hash of its code, its defaults and the plain values that it has
-    from around it, which is comparable within one version of Python.
+    A function is its name and a hash of its code, which is comparable within one version of Python;
+    what it has from around it is ``bound_values``.
     Attributes that no argument has the name of are left out: they may change as it is called.
     """
     if isinstance(objective, float | np.floating):
@@ -111,18 +111,54 @@ def described(objective: Any, depth: int = _DEPTH) -> Any:
     if inspect.ismethod(objective):
         return [described(objective.__func__), _kind(type(objective.__self__))]
     if inspect.isfunction(objective):
-        return [_kind(objective), *_version(), _code(objective)]
+        return [_kind(objective), *_version(), _code(objective.__code__)]
     if depth and (isinstance(objective, Objective) or depth == _DEPTH):
         return {"class": _kind(type(objective)), **_arguments(objective, depth - 1)}
     return _kind(type(objective))  # models, tokenizers
 
 
 def _arguments(objective: Any, depth: int) -> dict[str, Any]:
+    return {name: described(value, depth) for name, value in _given(objective)}
+
+
+def _given(objective: Any) -> list[tuple[str, Any]]:
+    """The attributes that arguments have the names of."""
     own = getattr(objective, "__dict__", {})
     names = _parameters(type(objective))
     names |= {"wrapped", "maximize", "mean_over_rows", "min_rows", "step_like"} & own.keys()
     found = {name: own[key] for name in names for key in (name, f"_{name}") if key in own}
-    return {name: described(value, depth) for name, value in sorted(found.items())}
+    return sorted(found.items())
+
+
+def bound_values(*objectives: Any) -> str | None:
+    """A hash of the plain values that functions have as defaults or from around them, if any.
+
+    Apart from ``described``, since ranks may differ in them: a function may know its own device.
+    """
+    digest, count = hashlib.sha256(), 0
+    for objective in objectives:
+        for function in _functions(objective, _DEPTH):
+            for name, value in _bound(function):
+                if isinstance(value, _PLAIN):
+                    digest.update(repr((name, value)).encode())
+                    count += 1
+    return digest.hexdigest()[:16] if count else None
+
+
+def _functions(value: Any, depth: int) -> Iterator[FunctionType]:
+    """A function, or those that an objective was made with."""
+    if inspect.isfunction(value):
+        yield value
+    elif inspect.ismethod(value):
+        yield from _functions(value.__func__, depth)
+    elif isinstance(value, functools.partial):
+        yield from _functions(value.func, depth)
+    elif depth and isinstance(value, list | tuple) and len(value) <= LONGEST:
+        for entry in value:
+            yield from _functions(entry, depth - 1)
+    elif depth and (isinstance(value, Objective) or depth == _DEPTH):
+        for _, entry in _given(value):
+            yield from _functions(entry, depth - 1)
 
 
 def _parameters(kind: type) -> set[str]:
@@ -151,12 +187,9 @@ def collate_described(source: Source) -> Any:
 _NOT_OWN = ("zo_adapt", "objectives", "torch", "transformers", "builtins")
 
 
-def _code(function: FunctionType) -> str:
+def _code(code: CodeType) -> str:
     digest = hashlib.sha256()
-    _feed_code(digest.update, function.__code__)
-    for name, value in _bound(function):
-        if isinstance(value, _PLAIN):
-            digest.update(repr((name, value)).encode())
+    _feed_code(digest.update, code)
     return digest.hexdigest()[:16]
 
 

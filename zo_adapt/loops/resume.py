@@ -9,6 +9,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.origin import (
+    bound_values,
     collate_described,
     described,
     labels_hash,
@@ -25,6 +26,9 @@ LIMITS = ("max_steps", "max_queries")
 LEAST_SHARES = (4, 16)
 """Usual fewest rows of a share, and those of large views without factors: there the noise of a
 direction costs as much as the forward of a few rows, so there are fewer directions."""
+
+
+BOUND = "values that functions have as defaults or from around them"
 
 
 def data_settings(samples: Samples) -> dict[str, Any]:
@@ -46,6 +50,7 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
         "sign": evaluator.sign,
         **data_settings(samples),
         "objective": described(evaluator.objective),
+        BOUND: bound_values(evaluator.objective, getattr(samples.source, "collate", None)),
     }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from zo_adapt.errors import TrajectoryError
-from zo_adapt.loops.origin import described
-from zo_adapt.loops.resume import data_settings
+from zo_adapt.loops.origin import bound_values, described
+from zo_adapt.loops.resume import BOUND, data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
@@ -82,6 +82,7 @@ class WholeCheckpoints:
             **data,
             "objective": described(run.evaluator.objective),
             "compute_loss_func": described(self.compute_loss_func),
+            BOUND: bound_values(run.evaluator.objective, self.compute_loss_func),
             "label_smoothing_factor": self.args.label_smoothing_factor,
         }
 
