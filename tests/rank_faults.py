@@ -50,10 +50,10 @@ def _run(problem: Least, **options: Any) -> dict[str, Any]:
 def in_step(problem: Least, step: int, act: Callable[[], None] | None) -> dict[str, Any]:
     """What a run needs to act in the middle of a step."""
     seen: list[Any] = []
+    due: dict[int, Any] = {} if act is None else {step: act}  # no plain value: resumed without it
 
     def loss(batch: Tensor) -> Tensor:
-        if len(seen) == step and act is not None:
-            act()
+        due.get(len(seen), lambda: None)()
         return problem(batch)
 
     loss.mean_over_rows = True  # type: ignore[attr-defined]
