@@ -59,6 +59,17 @@ class TestBounds:
         assert all((x >= low).all() and (x <= high).all() for x in seen)
         assert abs(asker.x - answer).max() < 0.2
 
+    @pytest.mark.parametrize("seed", [1, 2])
+    @pytest.mark.parametrize("units", [None, 2.0, "auto"])
+    @pytest.mark.parametrize("make", [MeZO, MeZOSVRG])
+    def test_no_step_folds_over_the_bounds(self, make: Any, units: Any, seed: int) -> None:
+        """What comes back from beyond repeats itself: there, longer never looks like too long."""
+        asker = AskTell(
+            make(), np.zeros(3), max_queries=3000, bounds=(-1.0, 2.0), units=units, seed=seed
+        )
+        drive(asker, bowl)
+        assert abs(asker.x - 2.0).max() < 0.05
+
     def test_a_variable_between_equal_bounds_stays(self) -> None:
         bounds = [(0.0, 0.0), (-1.0, 2.0), (None, None)]
         asker = AskTell(MeZO(), np.zeros(3), max_queries=2000, bounds=bounds, units="auto")

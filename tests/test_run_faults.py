@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -538,6 +539,26 @@ def test_replay_checks_the_base_and_may_be_told_not_to(tmp_path: Path) -> None:
             Replay(view, tmp_path / "f")
         assert replay(view, tmp_path / "f", check_base=False) == 8
         assert family.tuned.weight.equal(tuned.tuned.weight)
+
+
+def test_files_of_before_scales_were_looked_at_still_have_their_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from zo_adapt.view import identity
+
+    def adapted(alpha: int) -> ParameterView:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["query"])
+        return ParameterView.trainable(peft.get_peft_model(tiny_model("bert"), config))
+
+    view, other = adapted(4), adapted(8)
+    today = view.base_hash()
+    assert today is not None and view.has_base(today) and not other.has_base(today)
+    with monkeypatch.context() as before:
+        before.setattr(identity, "_scalings", lambda model: ())
+        former = view.base_hash()
+    assert former is not None and former != today and view.has_base(former)
+    assert not view.has_base("0" * 64)
 
 
 @pytest.mark.parametrize("is_large", [False, True])
