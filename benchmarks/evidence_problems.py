@@ -124,14 +124,16 @@ def ranking(seed: int) -> Problem:
     data, held_out = lists[:256], lists[256:]
     objective = NDCG(model, undefined="skip")
 
-    def measure() -> Figures:
-        of_train, of_held_out = (
-            float(torch.as_tensor(objective(objective.collate(one))).mean())
-            for one in (data, held_out)
-        )
-        return {"training": 1 - of_train, "validation": 1 - of_held_out, "NDCG": of_held_out}
-
+    measure = partial(_rewards, objective, "NDCG", data, held_out)
     return Problem(objective, ParameterView.full(model), data, measure)
+
+
+def _rewards(objective: Any, name: str, data: list[Any], held_out: list[Any]) -> Figures:
+    """What is climbed, and as a loss 1 - R, on both parts."""
+    of_train, of_held_out = (
+        float(torch.as_tensor(objective(objective.collate(one))).mean()) for one in (data, held_out)
+    )
+    return {"training": 1 - of_train, "validation": 1 - of_held_out, name: of_held_out}
 
 
 def generation(seed: int) -> Problem:
@@ -148,13 +150,7 @@ def generation(seed: int) -> Problem:
     prompts = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in words]
     data, held_out = prompts[:64], prompts[64:]
 
-    def measure() -> Figures:
-        of_train, of_held_out = (
-            float(torch.as_tensor(objective(objective.collate(one))).mean())
-            for one in (data, held_out)
-        )
-        return {"training": 1 - of_train, "validation": 1 - of_held_out, "reward": of_held_out}
-
+    measure = partial(_rewards, objective, "reward", data, held_out)
     return Problem(objective, ParameterView.full(model), data, measure)
 
 

@@ -113,6 +113,15 @@ def test_a_budget_too_small_for_measurements_has_none_and_stays_near() -> None:
     assert (result.steps, result.queries) == (2, 32)
 
 
+def test_within_bounds_the_search_goes_no_further_than_they_allow() -> None:
+    assert Calibration(4.0, farthest=1.5).displacement == 1.5
+    search = Calibration(0.9, farthest=1.0)
+    search._narrow(Response(even=0.05, odd=1.0))  # much further
+    assert (search.displacement, search.finished) == (1.0, False)
+    search._narrow(Response(even=0.2, odd=1.2))  # near: a part of it is followed
+    assert (search.displacement, search.finished) == (1.0, True)
+
+
 def test_a_budget_for_one_look_does_not_leap_beyond_it() -> None:
     search = Calibration(0.25)
     search._narrow(Response(even=1e-6, odd=1.0))

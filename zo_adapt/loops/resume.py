@@ -26,9 +26,8 @@ LIMITS = ("max_steps", "max_queries")
 LEAST_SHARES = (4, 16)
 """Usual fewest rows of a share, and those of large views without factors: there the noise of a
 direction costs as much as the forward of a few rows, so there are fewer directions."""
-
-
 BOUND = "values that functions have as defaults or from around them"
+"""The name of a setting, as an error says it."""
 
 
 def data_settings(samples: Samples) -> dict[str, Any]:

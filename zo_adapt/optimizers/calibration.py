@@ -106,7 +106,7 @@ class Calibration:
     farthest: float | None = None
 
     def __post_init__(self) -> None:
-        self.displacement = min(self.displacement, self.farthest or math.inf)
+        self.displacement = self._within(self.displacement)
         self.begun = self.begun or self.displacement
 
     def probes(
@@ -203,12 +203,12 @@ class Calibration:
             factor = 0.25
         if self.rounds > 1 and 0.7 < factor < 1.4:
             # Two rounds agree: what is left is their noise, of which a part is followed.
-            self.displacement, self.finished = here * factor**0.7, True
+            self.displacement, self.finished = self._within(here * factor**0.7), True
             return
         if factor > 1.0 and here == self.farthest:
             self.finished = True
             return
-        self.displacement = min(self._between(here * factor), self.farthest or math.inf)
+        self.displacement = self._within(self._between(here * factor))
         between = self.low is not None and self.high is not None
         if self.rounds > 3 and between and self.high < 2.5 * self.low:  # type: ignore[operator]
             self.finished = True
@@ -227,6 +227,9 @@ class Calibration:
             return False
         before, odd = self.last
         return self.displacement > 1.9 * before and odd > 0.0 and seen.odd < 1.2 * odd
+
+    def _within(self, wanted: float) -> float:
+        return wanted if self.farthest is None else min(wanted, self.farthest)
 
     def _between(self, wanted: float) -> float:
         low, high = self.low or 0.0, math.inf if self.high is None else self.high

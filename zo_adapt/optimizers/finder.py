@@ -1,6 +1,5 @@
 """The displacement of a run that was given none: found before its first step, mended later."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +82,8 @@ class Finder:
             self.displacement = self.calibration.displacement
         else:
             longer = self.displacement * self.look_ahead.take(evaluations)
-            self.displacement = min(longer, self.calibration.farthest or math.inf)
+            farthest = self.calibration.farthest
+            self.displacement = longer if farthest is None else min(longer, farthest)
         self.asks = False
 
     def take_failure(self) -> None:
