@@ -23,7 +23,7 @@ Average = Literal["macro", "micro", "binary", "weighted"]
 MultiClass = Literal["ovr", "ovo"]
 
 
-class Computed(SetMetric):
+class ScikitLearnMetric(SetMetric):
     """Base of the metrics that scikit-learn computes.
 
     Raises:
@@ -37,7 +37,7 @@ class Computed(SetMetric):
         super().__init__(model, min_rows=min_rows)
 
 
-class F1(Computed):
+class F1(ScikitLearnMetric):
     """The harmonic mean of precision and recall.
 
     F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c);  macro: the mean over the classes that occur among the
@@ -90,7 +90,7 @@ class F1(Computed):
         return float(np.nan_to_num(value))
 
 
-class MatthewsCorrelation(Computed):
+class MatthewsCorrelation(ScikitLearnMetric):
     """The correlation of predicted and true classes, -1..1; 0 where one of them is constant.
 
     Args:
@@ -123,7 +123,7 @@ class MatthewsCorrelation(Computed):
             return float(matthews_corrcoef(labels, predicted(logits, labels)))
 
 
-class ROCAUC(Computed):
+class ROCAUC(ScikitLearnMetric):
     """The probability that an example of a class scores higher in it than one of another class.
 
     The score is the difference of two logits, or a single one; with more classes their softmax.
