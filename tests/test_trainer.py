@@ -511,7 +511,7 @@ def test_a_view_given_is_all_that_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision_trains_on_a_gpu(tmp_path: Path, precision: str) -> None:
     trainer = trainer_of(
-        tmp_path, max_steps=100, snapshot_size=32, use_cpu=False, save_strategy="steps",
+        tmp_path, max_steps=100, use_cpu=False, save_strategy="steps",
         save_steps=100, train_dataset=toy_rows(64), **{precision: True},
     )  # fmt: skip
     trainer.train()
