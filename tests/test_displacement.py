@@ -14,10 +14,11 @@ from torch import Tensor
 
 from objectives import CallableObjective
 from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, Step, minimize, replay
-from zo_adapt.optimizers.calibration import RATIO, Calibration, Response
+from zo_adapt.optimizers.calibration import RATIO, Calibration
 from zo_adapt.optimizers.former_looks import Evidence
 from zo_adapt.optimizers.look_ahead import LookAhead, narrowed, parabola
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.response import Response
 from zo_adapt.term import Shift, Term
 
 QUIET: dict[str, Any] = {"progress": False}

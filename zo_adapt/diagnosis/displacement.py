@@ -7,7 +7,9 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise import philox
-from zo_adapt.optimizers.calibration import Calibration, Response, target_ratio
+from zo_adapt.optimizers.calibration import Calibration, target_ratio
+from zo_adapt.optimizers.finder import finder_of
+from zo_adapt.optimizers.response import Response
 from zo_adapt.optimizers.schedule import NO_LIMIT
 
 SEARCH_STREAM = 6
@@ -36,16 +38,18 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
         seed: Of the directions.
     """
     view, before = evaluator.view, evaluator.queries
-    if evaluator.objective.step_like:
+    counts = evaluator.objective.step_like
+    finder = finder_of(view, view.displacement, step_like=counts)
+    if finder is None:
         return Found(
             view.displacement,
-            f"{view.displacement:.3g}, what the view assumes: the value changes in jumps, and on "
-            "few rows what a distance damages cannot be told from what it gains; try twice and "
-            "half of it",
+            f"{view.displacement:.3g}, what the view assumes: the value changes in jumps, and by "
+            "weights that nobody has trained it is right by chance alone, so that no distance does "
+            "any damage; try twice and half of it",
             0,
         )
-    target = target_ratio(samples, NO_LIMIT, view.numel)
-    search = Calibration(view.displacement, target=target)
+    search = finder.calibration
+    search.target = target_ratio(samples, NO_LIMIT, view.numel, counts=counts)
     looks: list[tuple[float, Response]] = []
 
     def new_seeds(count: int) -> list[int]:
@@ -59,11 +63,11 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
         except NonFiniteObjectiveError:
             looks.append((at, search.take_failure()))
     reason = _reason(search, view.displacement, looks)
-    return Found(search.displacement, reason, evaluator.queries - before)
+    return Found(search.found, reason, evaluator.queries - before)
 
 
 def _reason(search: Calibration, usual: float, looks: list[tuple[float, Response]]) -> str:
-    found = search.displacement
+    found = search.found
     if all(seen.odd == 0.0 for _, seen in looks):
         farthest = max(at for at, _ in looks)
         return (
@@ -76,9 +80,15 @@ def _reason(search: Calibration, usual: float, looks: list[tuple[float, Response
             f"{found:.3g}, what the view assumes: as far as {farthest:.3g} away the value changes "
             "in a straight line, so nothing bounds it; add what the weights are to cost"
         )
-    at, seen = min(looks, key=lambda look: abs(math.log(look[0] / found)))
+    at, seen = min(looks, key=lambda look: abs(math.log(look[0] / search.displacement)))
     if not math.isfinite(seen.ratio):
         return f"{found:.3g} or less: at {at:.3g} the objective is not finite"
+    if search.counts:
+        return (
+            f"{found:.3g} (the view assumes {usual:.3g}): a third of {search.displacement:.3g}, "
+            f"where damage is to be {search.target:.0%} of what single values gain or lose along a "
+            f"direction; at {at:.3g} it is {seen.ratio:.0%}"
+        )
     return (
         f"{found:.3g} (the view assumes {usual:.3g}): noise of {at:.3g} in every weight adds "
         f"{seen.even:.3g} to the value, {seen.ratio:.0%} of the {seen.odd:.3g} that single values "

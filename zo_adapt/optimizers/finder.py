@@ -1,15 +1,18 @@
 """The displacement of a run that was given none: found before its first step, mended later."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.calibration import Calibration, target_ratio
+from zo_adapt.optimizers.calibration import COUNT_SHARE, Calibration, target_ratio
 from zo_adapt.optimizers.look_ahead import LookAhead
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift
 from zo_adapt.view.group import Group
+from zo_adapt.view.newness import has_new_head, may_be_untrained
+from zo_adapt.view.parameters import ParameterView
 
 
 class Finder:
@@ -20,6 +23,8 @@ class Finder:
         numel: Of the view.
         is_new: Whether the view may be of a model that nobody has trained.
         farthest: The largest displacement that makes sense; None: any.
+        counts: Whether values change in jumps. Then a run goes no further than the first
+            ``displacement``, and nothing is measured after its first step.
     """
 
     def __init__(
@@ -29,10 +34,13 @@ class Finder:
         *,
         is_new: bool = False,
         farthest: float | None = None,
+        counts: bool = False,
     ) -> None:
         self.numel, self.is_new = numel, is_new
-        self.calibration = Calibration(displacement, farthest=farthest)
-        self.displacement = self.calibration.displacement
+        if counts:
+            farthest = min(displacement / COUNT_SHARE, farthest or math.inf)
+        self.calibration = Calibration(displacement, farthest=farthest, counts=counts)
+        self.displacement = self.calibration.found
         """That of the steps from now on."""
         self.look_ahead = LookAhead()
         self.asks = False
@@ -67,9 +75,10 @@ class Finder:
         """
         found: list[Probe] = []
         if self.is_calibrating:
-            self.calibration.target = target_ratio(samples, budget, self.numel)
+            counts = self.calibration.counts
+            self.calibration.target = target_ratio(samples, budget, self.numel, counts=counts)
             found = self.calibration.probes(samples, groups, new_seeds, budget)
-            self.displacement = self.calibration.displacement
+            self.displacement = self.calibration.found
         elif self.look_ahead.is_due(done):
             found = self.look_ahead.probes(samples)
         self.asks = bool(found)
@@ -79,7 +88,7 @@ class Finder:
         """Let the values of the last probes change the displacement."""
         if self.is_calibrating:
             self.calibration.take(evaluations)
-            self.displacement = self.calibration.displacement
+            self.displacement = self.calibration.found
         else:
             longer = self.displacement * self.look_ahead.take(evaluations)
             farthest = self.calibration.farthest
@@ -90,19 +99,21 @@ class Finder:
         """Go on where the objective was not finite at the last probes: they may lie too far."""
         if self.is_calibrating:
             self.calibration.take_failure()
-            self.displacement = self.calibration.displacement
+            self.displacement = self.calibration.found
 
     def give_up(self) -> None:
         """Go on without the measurement whose probes the budget does not allow."""
         if self.is_calibrating:
             self.calibration.give_up()
-            self.displacement = self.calibration.displacement
+            self.displacement = self.calibration.found
         self.asks = False
 
     def after_step(
         self, update: Shift, samples: Samples, budget: Budget, step_queries: int
     ) -> None:
         """Remember an update; the first step says how many measurements there will be."""
+        if self.calibration.counts:
+            return
         if not self.look_ahead.rows:
             directions = len({term.seed for term in update.terms})
             self.look_ahead.plan(
@@ -123,3 +134,21 @@ class Finder:
         self.displacement = state["displacement"]
         self.calibration = Calibration.from_state(state["calibration"])
         self.look_ahead = LookAhead.from_state(state["look_ahead"])
+
+
+def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> Finder | None:
+    """Make the finder of a run; None where values say nothing of how far it may go.
+
+    What is right by chance alone takes no damage: a count over a new head, or over a model that
+    nobody has trained, goes as far as the view assumes.
+
+    Args:
+        view: What is tuned.
+        displacement: Where the search begins.
+        step_like: Whether the objective changes in jumps.
+    """
+    is_new = may_be_untrained(view.model)
+    if step_like and (is_new or has_new_head(view.model)):
+        return None
+    farthest = view.farthest
+    return Finder(displacement, view.numel, is_new=is_new, farthest=farthest, counts=step_like)

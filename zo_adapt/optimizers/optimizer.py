@@ -28,13 +28,12 @@ from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator,
 from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
-from zo_adapt.optimizers.finder import Finder
+from zo_adapt.optimizers.finder import finder_of
 from zo_adapt.optimizers.run_state import RunState
 from zo_adapt.optimizers.schedule import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.term import MEASUREMENT, Shift, Step, Terms
-from zo_adapt.view.newness import may_be_untrained
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import (
     check_resolution,
@@ -97,11 +96,9 @@ class ZerothOrder(Settings, ABC):
         mu = self.estimate.perturbation_scale or usual_scale(displacement)
         if view.resolved_at_start is None:
             check_resolution(view, mu, finest)
-        # Of a count, noise of few rows drowns both what a distance damages and what it gains.
         finder = None
-        if self.apply.finds_displacement and not step_like:
-            is_new = may_be_untrained(view.model)
-            finder = Finder(displacement, view.numel, is_new=is_new, farthest=view.farthest)
+        if self.apply.finds_displacement:
+            finder = finder_of(view, displacement, step_like=step_like)
         self._set(
             _state=RunState(
                 seed,

@@ -1,10 +1,10 @@
 """Which weights are new: drawn at random for a task, and not made by any training.
 
-Evidence, in this order. A copy that peft made (``modules_to_save``, LN tuning) is
-what its original is. In a
-model that transformers loaded, each parameter that came from the checkpoint carries a flag. In one
-that carries none (made from a configuration, or filled by other means), a layer is new if it looks
-as initialisers leave it: its weights have the standard deviation of one, and its biases are zero.
+Evidence, in this order. A copy that peft made (``modules_to_save``, LN tuning) is what its original
+is. In a model that transformers loaded, each parameter that came from the checkpoint carries a
+flag. In one that carries none (made from a configuration, or filled by other means), a layer is new
+if it looks as initialisers leave it: its weights have the standard deviation of one, and its biases
+are zero.
 """
 
 import math
@@ -36,6 +36,11 @@ def may_be_untrained(model: nn.Module | None) -> bool:
     return model is None or not (
         tuner_names(model) or any(hasattr(part, "base_model_prefix") for part in model.modules())
     )
+
+
+def has_new_head(model: nn.Module | None) -> bool:
+    """Whether a model's outputs are those of weights that nobody has trained."""
+    return model is not None and bool(_new_head(model))
 
 
 def _new_head(model: nn.Module) -> set[str]:
