@@ -40,7 +40,7 @@ def may_be_untrained(model: nn.Module | None) -> bool:
 
 def has_new_head(model: nn.Module | None) -> bool:
     """Whether a model's outputs are those of weights that nobody has trained."""
-    return model is not None and bool(_new_head(model))
+    return model is not None and bool(new_names(model) - tuner_names(model))
 
 
 def _new_head(model: nn.Module) -> set[str]:

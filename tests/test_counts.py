@@ -1,0 +1,112 @@
+"""How far a run goes by a count: over trained weights no further than they can take."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model, token_rows
+from torch import Tensor, nn
+
+from objectives import F1, Accuracy, ClassificationLoss
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, diagnose, minimize
+from zo_adapt.optimizers.calibration import COUNT_RATIO, COUNT_SHARE, Calibration
+from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.response import Response
+
+
+def rows() -> list[dict[str, Any]]:
+    """Texts of a class each: whether tokens above the middle are more."""
+    return [
+        {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": int(2 * sum(i > 34 for i in ids) > len(ids)),
+        }
+        for ids in token_rows(128)
+    ]
+
+
+@cache
+def trained_weights() -> dict[str, Tensor]:
+    """Of a classifier that gradients have tuned: it is right nine times in ten."""
+    model, data = tiny_model("bert", num_labels=2), rows()
+    loss = ClassificationLoss(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        batch = loss.collate(data)
+        error = nn.functional.cross_entropy(loss.logits(batch), batch["labels"])
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def trained(adapter: bool) -> nn.Module:
+    model = tiny_model("bert", num_labels=2)
+    model.load_state_dict(trained_weights())
+    if not adapter:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(r=8, lora_alpha=128, target_modules="all-linear")
+        return get_peft_model(model, config).eval()
+
+
+def right(model: nn.Module) -> float:
+    """Share of right answers on the rows that are tuned on."""
+    accuracy = Accuracy(model)
+    return float(accuracy(accuracy.collate(rows())))
+
+
+@pytest.mark.parametrize("metric", [Accuracy, F1])
+@pytest.mark.parametrize("make", [MeZO, MeZOSVRG])
+def test_a_trained_classifier_is_not_harmed(make: type[ZerothOrder], metric: type[Any]) -> None:
+    model = trained(adapter=True)
+    at_first, optimizer = right(model), make()
+    assert at_first > 0.85
+    minimize(
+        metric(model), ParameterView.trainable(model), rows(), optimizer,
+        batch_size=16, max_queries=3_000, progress=False,
+    )  # fmt: skip
+    assert optimizer.measuring_queries > 0
+    assert right(model) >= at_first - 0.02
+
+
+def test_as_far_as_the_view_assumes_it_would_be() -> None:
+    model = trained(adapter=True)
+    view = ParameterView.trainable(model)
+    at_first = right(model)
+    minimize(
+        Accuracy(model), view, rows(), MeZO(displacement=view.displacement),
+        batch_size=16, max_queries=3_000, progress=False,
+    )  # fmt: skip
+    assert right(model) < at_first - 0.1
+
+
+def test_a_new_head_has_no_search() -> None:
+    """It is right by chance alone, and nothing harms that."""
+    model, optimizer = tiny_model("bert", num_labels=2), MeZO()
+    view = ParameterView.full(model)
+    minimize(Accuracy(model), view, rows(), optimizer, batch_size=16, max_steps=2, progress=False)
+    assert optimizer.measuring_queries == 0
+    assert optimizer.settings()["displacement"] == view.displacement
+
+
+def test_diagnose_searches_as_a_run_does() -> None:
+    model = trained(adapter=True)
+    view = ParameterView.trainable(model)
+    found = diagnose(Accuracy(model), view, rows(), batch_size=16)
+    assert found.displacement < view.displacement / 2
+    assert "a third of" in str(found)
+
+
+@pytest.mark.parametrize("start", [0.01, 0.25, 8.0])
+def test_the_search_ends_at_a_third_of_where_damage_is_half_of_the_signal(start: float) -> None:
+    search = Calibration(start, target=COUNT_RATIO, counts=True)
+    while not search.finished and search.rounds < 12:
+        rho = search.displacement
+        search._narrow(Response(even=COUNT_RATIO * rho**2 / 0.3, odd=rho))
+    assert search.finished
+    assert search.found == pytest.approx(0.3 * COUNT_SHARE, rel=0.3)
