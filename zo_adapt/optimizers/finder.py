@@ -14,6 +14,9 @@ from zo_adapt.view.group import Group
 from zo_adapt.view.newness import has_new_head, may_be_untrained
 from zo_adapt.view.parameters import ParameterView
 
+REACH_OF_NEW = 10.0
+"""Of what the view assumes, a tenth of the weights' size: a count may go so far if they are new."""
+
 
 class Finder:
     """Measurements between the steps of a run: which probes they need, what follows from values.
@@ -23,8 +26,9 @@ class Finder:
         numel: Of the view.
         is_new: Whether the view may be of a model that nobody has trained.
         farthest: The largest displacement that makes sense; None: any.
-        counts: Whether values change in jumps. Then a run goes no further than the first
-            ``displacement``, and nothing is measured after its first step.
+        counts: Whether values change in jumps. Then nothing is measured after the first step, and
+            a run goes no further than ``displacement``, or no nearer and as far as ten times that
+            if the view may be new: what is right by chance alone shows no damage but by chance.
     """
 
     def __init__(
@@ -37,10 +41,14 @@ class Finder:
         counts: bool = False,
     ) -> None:
         self.numel, self.is_new = numel, is_new
+        self._nearest, first = 0.0, displacement
         if counts:
-            farthest = min(displacement / COUNT_SHARE, farthest or math.inf)
-        self.calibration = Calibration(displacement, farthest=farthest, counts=counts)
-        self.displacement = self.calibration.found
+            most = displacement * (REACH_OF_NEW if is_new else 1.0) / COUNT_SHARE
+            farthest = min(most, farthest or math.inf)
+        if counts and is_new:
+            self._nearest, first = displacement, most
+        self.calibration = Calibration(first, farthest=farthest, counts=counts)
+        self.displacement = self._found
         """That of the steps from now on."""
         self.look_ahead = LookAhead()
         self.asks = False
@@ -50,6 +58,10 @@ class Finder:
     def is_calibrating(self) -> bool:
         """Whether the first step is still to come."""
         return not self.calibration.finished
+
+    @property
+    def _found(self) -> float:
+        return max(self.calibration.found, self._nearest)
 
     @property
     def looks_along(self) -> bool:
@@ -78,7 +90,7 @@ class Finder:
             counts = self.calibration.counts
             self.calibration.target = target_ratio(samples, budget, self.numel, counts=counts)
             found = self.calibration.probes(samples, groups, new_seeds, budget)
-            self.displacement = self.calibration.found
+            self.displacement = self._found
         elif self.look_ahead.is_due(done):
             found = self.look_ahead.probes(samples)
         self.asks = bool(found)
@@ -88,7 +100,7 @@ class Finder:
         """Let the values of the last probes change the displacement."""
         if self.is_calibrating:
             self.calibration.take(evaluations)
-            self.displacement = self.calibration.found
+            self.displacement = self._found
         else:
             longer = self.displacement * self.look_ahead.take(evaluations)
             farthest = self.calibration.farthest
@@ -99,13 +111,13 @@ class Finder:
         """Go on where the objective was not finite at the last probes: they may lie too far."""
         if self.is_calibrating:
             self.calibration.take_failure()
-            self.displacement = self.calibration.found
+            self.displacement = self._found
 
     def give_up(self) -> None:
         """Go on without the measurement whose probes the budget does not allow."""
         if self.is_calibrating:
             self.calibration.give_up()
-            self.displacement = self.calibration.found
+            self.displacement = self._found
         self.asks = False
 
     def after_step(
@@ -139,8 +151,8 @@ class Finder:
 def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> Finder | None:
     """Make the finder of a run; None where values say nothing of how far it may go.
 
-    What is right by chance alone takes no damage: a count over a new head, or over a model that
-    nobody has trained, goes as far as the view assumes.
+    What is right by chance alone takes no damage: a count over a new head, or of plain tensors of
+    which nothing is known, goes as far as the view assumes.
 
     Args:
         view: What is tuned.
@@ -148,7 +160,7 @@ def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> F
         step_like: Whether the objective changes in jumps.
     """
     is_new = may_be_untrained(view.model)
-    if step_like and (is_new or has_new_head(view.model)):
+    if step_like and (view.model is None or has_new_head(view.model)):
         return None
     farthest = view.farthest
     return Finder(displacement, view.numel, is_new=is_new, farthest=farthest, counts=step_like)
