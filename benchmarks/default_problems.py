@@ -3,6 +3,7 @@
 Adapters of all-MiniLM-L6-v2 and of SmolLM2-135M by name; what has no texts is in default_plain.py.
 """
 
+import copy
 import random
 from collections.abc import Callable
 from functools import cache, partial
@@ -145,7 +146,7 @@ def language_problem(view: str, name: str, seed: int, assets: str | None) -> Pro
 
     from support import real_data
 
-    base, tokenizer = _smollm2()
+    base, tokenizer = copy.deepcopy(_smollm2())  # an adapter changes its base
     torch.manual_seed(seed)
     config = LANGUAGE_ADAPTERS[view]()
     config.task_type = "CAUSAL_LM"
