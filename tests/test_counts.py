@@ -13,7 +13,7 @@ from objectives import F1, Accuracy, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, diagnose, minimize
 from zo_adapt.optimizers.calibration import COUNT_RATIO, COUNT_SHARE, Calibration
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.optimizers.response import Response
+from zo_adapt.optimizers.responses import Response
 
 
 def rows() -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from zo_adapt.optimizers.calibration import RATIO, Calibration
 from zo_adapt.optimizers.former_looks import Evidence
 from zo_adapt.optimizers.look_ahead import LookAhead, narrowed, parabola
 from zo_adapt.optimizers.optimizer import ZerothOrder
-from zo_adapt.optimizers.response import Response
+from zo_adapt.optimizers.responses import Response
 from zo_adapt.term import Shift, Term
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -395,3 +395,12 @@ def test_a_run_of_the_first_version_goes_on_as_it_was_begun(
     assert resumed.finder.look_ahead.taken == state.finder.look_ahead.taken >= 4
     assert resumed.descent.step_size.schedule_in_force == "linear"
     assert resumed.perturbation_scale == resumed.descent.displacement / 25
+
+
+def test_a_round_that_cannot_tell_is_asked_again_on_more_rows() -> None:
+    """Rows of a language model differed by more than any damage, and a search leapt to 32 times."""
+    search = Calibration(0.25)
+    search._narrow(Response(even=-0.06, odd=0.22, error=0.15))
+    assert (search.displacement, search.rows_factor, search.finished) == (0.25, 2, False)
+    search._narrow(Response(even=0.1, odd=0.22, error=0.01))
+    assert search.displacement < 0.25

@@ -9,7 +9,7 @@ from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.calibration import Calibration, target_ratio
 from zo_adapt.optimizers.finder import finder_of
-from zo_adapt.optimizers.response import Response
+from zo_adapt.optimizers.responses import Response
 from zo_adapt.optimizers.schedule import NO_LIMIT
 
 SEARCH_STREAM = 6

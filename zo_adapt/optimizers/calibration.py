@@ -34,7 +34,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import direction
-from zo_adapt.optimizers.response import Response, distinct, response
+from zo_adapt.optimizers.responses import Response, distinct, response
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
@@ -72,6 +72,7 @@ class Calibration:
         target: The ratio that is right.
         farthest: The largest displacement that is tried; None: any.
         counts: Whether values change in jumps.
+        rows_factor: By which rows are more than usual: of fewer, the last round could not tell.
     """
 
     displacement: float
@@ -86,6 +87,7 @@ class Calibration:
     target: float = RATIO
     farthest: float | None = None
     counts: bool = False
+    rows_factor: int = 1
 
     def __post_init__(self) -> None:
         self.displacement = self._within(self.displacement)
@@ -141,7 +143,7 @@ class Calibration:
         seen = response(self._batches, evaluations)
         if self.counts:
             # Too far harms more than too near, and of few rows either may be chance.
-            seen = seen._replace(even=seen.even + seen.error)
+            seen = seen._replace(even=seen.even + seen.error, error=0.0)
             if evaluations[0].per_example is None:
                 # The ratio is one of rows, whose mean scatters less than they do.
                 seen = seen._replace(odd=seen.odd * math.sqrt(len(self._batches[0])))
@@ -162,7 +164,7 @@ class Calibration:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""
         limit = math.inf if budget.max_queries is None else budget.max_queries
         needed, there = samples.rows_of_a_value, len(samples.source)
-        rows = min(max(self._wanted(samples, limit), needed), there)
+        rows = min(max(self.rows_factor * self._wanted(samples, limit), needed), there)
         parts, cost = self._cost(samples, rows)
         share = LARGEST_SHARE if self.rounds < 2 else USUAL_SHARE
         too_few = rows < min(max(LEAST_ROWS, needed), there)
@@ -188,6 +190,11 @@ class Calibration:
     def _narrow(self, seen: Response) -> None:
         self.rounds += 1
         here, ratio = self.displacement, seen.ratio
+        if ratio < self.target < seen.doubt and self.rows_factor < MOST_ROWS // ROWS:
+            # Rows that differ so much show no damage as often as they show any: a leap from here
+            # has ended where a model forgets all. The same again, on more of them.
+            self.rows_factor *= 2
+            return
         if ratio == math.inf and self.low is None and self.rounds == MOST_FAILURES:
             # Not for lying too far, then: the step itself will say what is wrong.
             self.finished = True

@@ -43,7 +43,7 @@ import numpy as np
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.former_looks import Evidence
-from zo_adapt.optimizers.response import values
+from zo_adapt.optimizers.responses import values
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift, Term, scaled
 

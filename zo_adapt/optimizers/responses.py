@@ -40,6 +40,11 @@ class Response(NamedTuple):
             return math.inf
         return self.even / self.odd if self.odd > 0.0 else 0.0
 
+    @property
+    def doubt(self) -> float:
+        """Standard error of the ratio."""
+        return self.error / self.odd if self.odd > 0.0 else 0.0
+
 
 def response(batches: Sequence[Batch], evaluations: Sequence[Evaluation]) -> Response:
     """The response from the values at the base points and at the pairs of every direction."""
