@@ -90,13 +90,16 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_parts_of_a_model_are_refused_by_name() -> None:
+def test_a_model_in_a_single_part_moves_as_the_whole_one() -> None:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    model = fully_shard(tiny_model("llama", "causal"), mesh=mesh)
-    with pytest.raises(ViewError, match="DTensor"):
-        ParameterView.full(model)
+    found = []
+    for in_parts in (False, True):
+        model = tiny_model("llama", "causal")
+        if in_parts:
+            model = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        found.append(tuned(model, ParameterView.full(model), CausalLMLoss, MeZO(lr=1e-2)))
+    assert found[0] == found[1]
 
 
 def test_a_group_of_one_process_changes_nothing(tmp_path: Path) -> None:

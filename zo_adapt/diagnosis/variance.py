@@ -109,6 +109,8 @@ class VarianceMonitor:
         samples: Samples,
         evaluation: EvaluationOptions,
     ) -> None:
+        if asked.gradient:
+            evaluator.view.check_whole("TrackVariance(gradient=True)")
         self.every, self._gradient, self._optimizer = asked.every, asked.gradient, optimizer
         self._rows = min(asked.batch_size, len(samples.source))
         objective = evaluator.objective

@@ -27,6 +27,7 @@ from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
 from zo_adapt.view.buffers import Buffers, check_max_norm
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import gathering_modules
 from zo_adapt.view.trace import Trace, leaves_of
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,11 @@ def _unread(
     call: Callable[[Any], Any], content: Any, view: ParameterView, model: nn.Module
 ) -> list[str]:
     """Names of the tensors that the value does not depend on."""
+    gathered_by = model if gathering_modules(model) else None
     holds = view.inspection.holding()
     others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not holds(p)}
-    trace, entered, buffers = Trace({**view.tensors, **others}), set[str](), Buffers(model)
+    trace = Trace({**view.tensors, **others}, gathered_by)
+    entered, buffers = set[str](), Buffers(model)
 
     def value() -> Any:
         with randomness_kept(model):
@@ -120,12 +123,13 @@ def _unread(
     _check_buffers(buffers, value)
     warn_of_noise(found, call, content)
     reached = set(trace.names(trace.reached))
-    items = _skipped_items(model, entered)
-    unread = [
-        name for name in view.tensors if name not in reached and not name.startswith(tuple(items))
-    ]
+    # Of a tensor in parts, a process may hold nothing that could be seen to be read.
+    is_any, *are_read = view.shards.agreed([bool(reached), *(n in reached for n in view.tensors)])
+    unread = [name for name, is_read in zip(view.tensors, are_read, strict=True) if not is_read]
+    items = tuple(_skipped_items(model, entered))
+    unread = [name for name in unread if not name.startswith(items)]
     # What a kernel of another library reads is not seen: so they are moved, all together.
-    if not reached or not unread or _moves(unread, view, value, found):
+    if not is_any or not unread or any(view.shards.agreed([_moves(unread, view, value, found)])):
         return []
     return unread
 
@@ -151,7 +155,10 @@ def _moves(
     """Whether the value changes with the tensors."""
     tensors = {name: view.tensors[name] for name in names}
     part = ParameterView(
-        tensors, model=view.model if view.by_layer else None, noise=view.noise.name, groups=()
+        tensors,
+        model=view.model if view.by_layer or view.is_sharded else None,
+        noise=view.noise.name,
+        groups=(),
     )
     with part.shifted([Term(LOOK_SEED, FAR * view.displacement)]):
         there = value()

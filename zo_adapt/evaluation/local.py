@@ -35,6 +35,7 @@ from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import finest_perturbation, usual_perturbation
+from zo_adapt.view.shards import WHY_SHARDED
 
 logger = logging.getLogger(__name__)
 PLAIN = EvaluationOptions(joint_rows="off", reuse_trunk="off", cuda_graphs="off")
@@ -286,6 +287,8 @@ def look_for_signal(objective: Objective, source: Source, view: ParameterView) -
 
 def _graphs(objective: Objective, view: ParameterView, options: EvaluationOptions) -> Graphs | str:
     """The graphs of a run, or why there are none."""
+    if view.is_sharded:
+        return WHY_SHARDED
     if options.cuda_graphs == "off":
         return "they are switched off"
     if options.cuda_graphs == "auto" and not objective.capturable:

@@ -8,6 +8,7 @@ from torch import nn
 
 from zo_adapt.evaluation.answers import Answer
 from zo_adapt.evaluation.values import on_host
+from zo_adapt.view.shards import local
 
 LARGE = 1 << 10
 """Elements of an integer buffer from which it is weights (GPTQ, AWQ), not positions or counts."""
@@ -27,7 +28,7 @@ def is_quantised(model: nn.Module | None) -> bool:
     if model is None:
         return False
     kinds = (torch.Tensor, nn.Parameter)
-    odd = (type(p) not in kinds or not p.is_floating_point() for p in model.parameters())
+    odd = (type(local(p)) not in kinds or not p.is_floating_point() for p in model.parameters())
     integers = (not b.is_floating_point() and b.numel() >= LARGE for b in model.buffers())
     return any(odd) or any(integers)
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.ranks.replicas import check_settings_agree
-from zo_adapt.term import Step
+from zo_adapt.term import Shift, Step
 from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile
 from zo_adapt.trajectory.owned_file import OwnedFile
 from zo_adapt.trajectory.playback import apply_checked, check_header, check_origin, header_of
@@ -173,13 +173,28 @@ class KeptRun:
         self.is_logged = True
         if self.ranks is None:
             self._begin_or_resume(settings, resume)
-            return
+        else:
+            self._open_together(self.ranks, settings, resume)
+        if self.logged:
+            self._apply([step.update for step in self.logged], file.place)
+
+    def _apply(self, updates: Sequence[Shift], path: Path) -> None:
+        """Go from the start to where the file ends; the ranks do so together."""
+        try:
+            apply_checked(self.evaluator.view, updates, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_together(self, ranks: Ranks, settings: Mapping[str, Any], resume: bool) -> None:
+        """Rank 0 opens the file; the others are given what they need to go on."""
         # Those may differ: a function may know its own rank or device.
         alike = {name: value for name, value in settings.items() if name != BOUND}
-        check_settings_agree(self.ranks, alike)
-        data = self.ranks.from_first(lambda: self._opened(settings, resume))
-        if data and not self.ranks.is_first:
-            self._follow(data)
+        check_settings_agree(ranks, alike)
+        with self.evaluator.view.hashes_kept():
+            data = ranks.from_first(lambda: self._opened(settings, resume))
+            if data and not ranks.is_first:
+                self._follow(data)
 
     def _opened(self, settings: Mapping[str, Any], resume: bool) -> bytes:
         """Open the file; what another rank needs to go on, which is nothing at the start."""
@@ -204,7 +219,6 @@ class KeptRun:
             share_as_begun(self.samples, reader.header["settings"])
             self.logged = steps_until(reader, Position(*state["position"]))
         self.load_state_dict(state["run"])
-        apply_checked(view, [step.update for step in self.logged], path)
 
     def _begin_or_resume(self, settings: Mapping[str, Any], resume: bool) -> None:
         file = self._file
@@ -276,7 +290,6 @@ class KeptRun:
             raise CorruptTrajectoryError(
                 f"the state beside {path} is none of this run ({error!r})"
             ) from error
-        apply_checked(view, updates, path)
         self._writer = Writer(path, reader.header, at, file=owned)
 
     def _save_state(self) -> None:

@@ -29,6 +29,7 @@ from zo_adapt.interrupt import gradients_off, undone, uninterrupted
 from zo_adapt.loops.moments import Moment
 from zo_adapt.options import at_least_one
 from zo_adapt.view.adapters import adapted_modules
+from zo_adapt.view.shards import is_sharded
 
 
 class LoraStart(NamedTuple):
@@ -72,7 +73,7 @@ def initialise_lora(
         Which layers were set, which were not, and how many forwards of one sample it took.
 
     Raises:
-        AdapterError: No LoRA on a linear layer, or one that has been tuned.
+        AdapterError: No LoRA on a linear layer, or one that has been tuned or is sharded.
         ViewError: The layers see NaN or infinity. As with the other, nothing is changed.
 
     Example:
@@ -126,6 +127,11 @@ def _lora_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
         raise AdapterError(
             "the model has no LoRA on a linear layer; make one with peft's LoraConfig, or tune "
             "without initialise_lora"
+        )
+    if parts := [name for name, layer in layers.items() if any(map(is_sharded, _factors(layer)))]:
+        raise AdapterError(
+            f"the adapter of {parts[0]!r} lies in parts on several processes; call initialise_lora "
+            "before the model is sharded, or leave the A that peft has drawn"
         )
     tuned = [name for name, layer in layers.items() if any(b.any() for b in _factors(layer, "B"))]
     if tuned:

@@ -169,6 +169,9 @@ def _parameters(kind: type) -> set[str]:
 
 
 def _kind(value: Any) -> str:
+    bases = getattr(value, "__bases__", ())
+    if bases and bases[0].__name__ == "FSDPModule":  # of a model in parts, what the whole one is
+        value = bases[1]
     return f"{value.__module__}.{value.__qualname__}"
 
 

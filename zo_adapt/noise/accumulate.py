@@ -18,18 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.noise import philox
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import ROUNDING_STREAM
-from zo_adapt.noise.low_rank import Matrices, numpy_values
+from zo_adapt.noise.low_rank import Matrices, numpy_values, rectangle_of
+from zo_adapt.noise.parts import Part, ranges_of
+from zo_adapt.noise.rounding import fractions, round_at_random
 from zo_adapt.noise.sums import Sums
 
 CHUNK = 1 << 16
 """Elements worked on at a time on the CPU: 256 KiB of fp32 stay in the second-level cache."""
 SPAN = 16 * CHUNK
 """Elements that one thread of the CPU works through."""
-PER_BLOCK = 16
-"""Elements that one block of the generator rounds: 16 bits each."""
 
 
 class Place(NamedTuple):
@@ -40,12 +38,18 @@ class Place(NamedTuple):
         source: The weights.
         key: The tensor's noise key.
         sum: Which of the sums is added here, by its index.
+        part: Which part of a tensor ``out`` and ``source`` are; None: all of it.
     """
 
     out: Tensor
     source: Tensor
     key: int
     sum: int = 0
+    part: Part | None = None
+
+    def matrices(self, noise: Noise) -> Matrices | None:
+        """How the whole tensor is made of factors."""
+        return noise.matrices(self.source.shape if self.part is None else self.part.shape)
 
 
 class Row(NamedTuple):
@@ -54,6 +58,7 @@ class Row(NamedTuple):
     out: Tensor
     source: Tensor
     key: int
+    part: Part | None
     matrices: Matrices | None
     terms: Sequence[tuple[int, float]]
     decay: float
@@ -86,18 +91,16 @@ class Accumulation:
     """
 
     def __init__(self, noise: Noise, places: Iterable[Place]) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype, type], list[int]] = {}
         places = list(places)
-        for index, (out, source, *_) in enumerate(places):
-            has_factors = noise.matrices(source.shape) is not None
-            kinds.setdefault((out.device, out.dtype, has_factors), []).append(index)
+        for index, place in enumerate(places):
+            if place.source.numel():  # a process may hold nothing of a tensor
+                has_factors = place.matrices(noise) is not None
+                run = _runner(place.out.device, has_factors, fits_kernels(noise, place))
+                kinds.setdefault((place.out.device, place.out.dtype, run), []).append(index)
         self._runners: list[tuple[Runner, list[int], list[Tensor]]] = [
-            (
-                _runner(device, has_factors)(noise, [places[i] for i in same]),
-                same,
-                [places[i].out for i in same],
-            )
-            for (device, _, has_factors), same in kinds.items()
+            (run(noise, [places[i] for i in same]), same, [places[i].out for i in same])
+            for (_, _, run), same in kinds.items()
         ]
 
     def __call__(self, sums: Sums, outs: Sequence[Tensor] | None = None) -> None:
@@ -123,11 +126,22 @@ class Accumulation:
         return accumulate
 
 
+def fits_kernels(noise: Noise, place: Place) -> bool:
+    """Whether the kernels of NVIDIA GPUs know such a part.
+
+    These are rectangles of matrices, and ranges that begin where a block of the generator does.
+    """
+    part, of = place.part, place.matrices(noise)
+    if part is None or of is not None:
+        return of is None or rectangle_of(part, of) is not None
+    return part.begins_at_multiples_of(noise.entries.per_block)
+
+
 @cache
-def _runner(device: torch.device, has_factors: bool) -> type:
+def _runner(device: torch.device, has_factors: bool, fits: bool) -> type:
     if device.type == "cpu":
         return OnCPU
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and fits and importlib.util.find_spec("triton") is not None:
         from zo_adapt.noise.triton_accumulate import OnCUDA
         from zo_adapt.noise.triton_low_rank import FactorsOnCUDA
 
@@ -162,7 +176,7 @@ def rows_of(
 ) -> list[Row]:
     """Places on their flat tensors, with their sums."""
     return [
-        Row(*tensors, place.key, noise.matrices(place.source.shape), *sums.sums[place.sum])
+        Row(*tensors, place.key, place.part, place.matrices(noise), *sums.sums[place.sum])
         for tensors, place in zip(flats, places, strict=True)
     ]
 
@@ -252,37 +266,19 @@ def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None
     scalar = total.dtype.type
     if row.decay != 1.0:
         total *= scalar(row.decay)
+    ranges = list(ranges_of(row.part, first, total.size))
     for seed, coefficient in row.terms:
-        z = numpy_values(noise.entries, seed, row.key, row.matrices, first, total.size)
-        total += z * scalar(coefficient)
+        of_ranges = [
+            numpy_values(noise.entries, seed, row.key, row.matrices, *one) for one in ranges
+        ]
+        total += _joined(of_ranges) * scalar(coefficient)
     if in_place:
         return
     if rounding is not None:
-        _round(total, out.dtype, _fractions(rounding, row.key, first, total.size))
+        of_ranges = [fractions(rounding, row.key, *one) for one in ranges]
+        round_at_random(total, out.dtype, _joined(of_ranges))
     out.copy_(torch.from_numpy(total))
 
 
-def _fractions(seed: int, key: int, first: int, size: int) -> np.ndarray:
-    """Uniform 16-bit numbers, one an element."""
-    blocks = -(-size // PER_BLOCK)
-    words = philox.words_numpy(seed, key, ROUNDING_STREAM, first // PER_BLOCK, blocks)
-    return words.view(np.uint16)[:size]
-
-
-def _round(total: np.ndarray, dtype: torch.dtype, fractions: np.ndarray) -> None:
-    """Make every value one that the dtype holds: up with the probability that keeps the mean.
-
-    The bits that the dtype drops, and a uniform number of as many bits, are added; their carry is
-    the rounding. What the dtype holds exactly stays.
-    """
-    if dtype == torch.bfloat16:
-        bits = total.view(np.uint32)
-        bits += fractions
-        bits &= np.uint32(0xFFFF0000)
-        return
-    # Scaled by 2**-112, fp16's small numbers, evenly spaced, become those of fp32.
-    total *= np.float32(2.0**-112)
-    bits = total.view(np.uint32)
-    bits += fractions >> np.uint16(3)
-    bits &= np.uint32(0xFFFFE000)
-    total *= np.float32(2.0**112)
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.noise.entries import Entries, numpy_entries, torch_entries
+from zo_adapt.noise.parts import Part
 
 
 class Matrices(NamedTuple):
@@ -54,6 +55,44 @@ def as_matrices(shape: Sequence[int], rank: int) -> Matrices | None:
     number = shape[0] if len(shape) == 3 else 1
     height, width = shape[-2:] if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
     return Matrices(number, height, width, rank) if min(height, width) > rank else None
+
+
+class Rectangle(NamedTuple):
+    """The part of a tensor's matrices that is here, of each the same lines and columns.
+
+    Args:
+        number: How many matrices.
+        height, width: Of the part of each.
+        matrix, line, column: Where it begins.
+    """
+
+    number: int
+    height: int
+    width: int
+    matrix: int = 0
+    line: int = 0
+    column: int = 0
+
+
+def rectangle_of(part: Part | None, of: Matrices) -> Rectangle | None:
+    """A part as a rectangle; None where it is none: of the inner axes of a convolution's kernels.
+
+    Example:
+        >>> from zo_adapt.noise.parts import slice_along
+        >>> rectangle_of(slice_along(1, (6, 4), 2, 4), Matrices(1, 6, 4, 1))
+        Rectangle(number=1, height=6, width=2, matrix=0, line=0, column=2)
+    """
+    number, height, width, _ = of
+    if part is None:
+        return Rectangle(number, height, width)
+    if part.stride == width:
+        return Rectangle(number, height, part.length, column=part.first)
+    if part.first % width or part.length % width:
+        return None
+    line, lines = part.first // width, part.length // width
+    if lines % height == 0 and line % height == 0:
+        return Rectangle(part.number * lines // height, height, width, line // height)
+    return Rectangle(part.number, lines, width, line // height, line % height)
 
 
 def scale(matrices: Matrices) -> np.float32:

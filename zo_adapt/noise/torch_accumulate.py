@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from zo_adapt.noise import philox
-from zo_adapt.noise.accumulate import PER_BLOCK, Place, Row, arithmetic, finish, flat, rows_of
+from zo_adapt.noise.accumulate import Place, Row, arithmetic, finish, flat, rows_of
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.entries import DIRECTION_STREAM, ROUNDING_STREAM
-from zo_adapt.noise.low_rank import torch_factors, torch_values
+from zo_adapt.noise.low_rank import torch_factors, torch_products, torch_values
+from zo_adapt.noise.rounding import PER_BLOCK
 from zo_adapt.noise.sums import Sums
 
 BUCKET = 1 << 22
@@ -30,8 +31,10 @@ class OnAnyDevice:
         """Add and round."""
         flats = [flat(out, place.source) for out, place in zip(outs, self._places, strict=True)]
         rows = rows_of(self._noise, self._places, flats, sums)
-        alone = [[row] for row in rows if row.matrices is not None]
-        for bucket in (*alone, *_buckets([row for row in rows if row.matrices is None])):
+        single = [row.matrices is not None or row.part is not None for row in rows]
+        alone = [[row] for row, apart in zip(rows, single, strict=True) if apart]
+        together = [row for row, apart in zip(rows, single, strict=True) if not apart]
+        for bucket in (*alone, *_buckets(together)):
             longest = max(row.out.numel() for row in bucket)
             for start in range(0, longest, BUCKET):
                 stop = min(start + BUCKET, longest)
@@ -69,7 +72,12 @@ def _run_slices(
         parts = [part.to(totals[i].dtype) for part, (i, _) in zip(z, members, strict=True)]
         torch._foreach_mul_(parts, [coefficient for _, coefficient in members])
         torch._foreach_add_([totals[i] for i, _ in members], parts)
-    if rounding is not None and dtype in (torch.float16, torch.bfloat16):
+    if rounding is not None and dtype in (torch.float16, torch.bfloat16) and bucket[0].part:
+        element = bucket[0].part.elements(start, start + len(totals[0]), totals[0].device)
+        words, places = _words_at(element, rounding, bucket[0].key, ROUNDING_STREAM, PER_BLOCK)
+        fields = words.T.contiguous().view(torch.int16).flatten().int() & 0xFFFF
+        _round(totals[0], dtype, fields[places])
+    elif rounding is not None and dtype in (torch.float16, torch.bfloat16):
         every = [(index, 1.0) for index in range(len(bucket))]
         keys = [row.key for row in bucket]
         words, sizes = _words(rounding, keys, ROUNDING_STREAM, totals, every, start, PER_BLOCK)
@@ -89,12 +97,34 @@ def _directions(
 ) -> Sequence[Tensor]:
     """z(seed) of the members, from element ``start`` on."""
     entries, first = noise.entries, bucket[0]
+    if first.part is not None:
+        element = first.part.elements(start, start + len(totals[0]), totals[0].device)
+        return [_at(element, noise, seed, first)]
     if first.matrices is not None:
         a, b = torch_factors(entries, seed, first.key, first.matrices, totals[0].device)
         return [torch_values(a, b, first.matrices, start, start + len(totals[0]))]
     keys = [bucket[i].key for i, _ in members]
     words, sizes = _words(seed, keys, DIRECTION_STREAM, totals, members, start, entries.per_block)
     return _parts(entries.from_torch_words(words), sizes, entries.per_block)
+
+
+def _at(element: Tensor, noise: Noise, seed: int, row: Row) -> Tensor:
+    """z(seed) at some elements of the whole tensor, in ascending order."""
+    entries, of = noise.entries, row.matrices
+    if of is not None:
+        a, b = torch_factors(entries, seed, row.key, of, element.device)
+        return torch_products(a, b, of, element // of.width, element % of.width)
+    words, places = _words_at(element, seed, row.key, DIRECTION_STREAM, entries.per_block)
+    return entries.from_torch_words(words)[places]
+
+
+def _words_at(
+    element: Tensor, seed: int, key: int, stream: int, per_block: int
+) -> tuple[Tensor, Tensor]:
+    """The words of the blocks that have some elements, and the place of each among them."""
+    blocks, which = torch.unique_consecutive(element // per_block, return_inverse=True)
+    keys = torch.full_like(blocks, philox.signed(key))
+    return philox.words_torch(seed, keys, stream, blocks), which * per_block + element % per_block
 
 
 def _in_order(bucket: Sequence[Row]) -> Iterator[tuple[int, list[tuple[int, float]]]]:

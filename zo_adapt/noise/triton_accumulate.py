@@ -256,7 +256,6 @@ class OnCUDA:
         self._strided = [index for index, yes in enumerate(strided) if yes]
         places = [place for place, apart in zip(self._places, strided, strict=True) if not apart]
         kept = [pair for pair, apart in zip(pairs, strided, strict=True) if not apart]
-        self._aligned = all(a % ALIGNMENT == 0 for pair in kept for a in pair)
         # What is copied from here must not become part of a captured graph.
         capturing = GRAPH_TABLES.get() is not None
         with torch.cuda.stream(torch.cuda.Stream(self._device) if capturing else None):
@@ -265,6 +264,7 @@ class OnCUDA:
     def _describe(self, places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> None:
         """Put into device memory what a launch reads of its places."""
         records = _records(places, addresses) if places else np.empty((0, 6), np.int64)
+        self._aligned = bool((records[:, :2] % ALIGNMENT == 0).all())
         self._records = torch.from_numpy(records).to(self._device)
 
     def _launch(self, sums: Sums) -> None:
@@ -314,14 +314,30 @@ class OnCUDA:
 
 def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> np.ndarray:
     """One record for each block of each tensor."""
-    sizes = np.array([place.source.numel() for place in places], np.int64)
-    counts = -(-sizes // BLOCK)
-    row = np.repeat(np.arange(len(places)), counts)
-    start = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK
-    at = np.array(addresses, np.int64)[row] + (start * places[0].source.element_size())[:, None]
-    keys = np.array([philox.signed(place.key) for place in places], np.int64)
-    which = np.array([place.sum for place in places], np.int64)
-    return np.column_stack((at, sizes[row] - start, keys[row], start, which[row]))
+    # Of every range: place, first element here, first element of the whole tensor, length.
+    ranges = np.concatenate([_ranges(index, place) for index, place in enumerate(places)])
+    counts = -(-ranges[:, 3] // BLOCK)
+    place, here, first, size = np.repeat(ranges, counts, 0).T
+    start = (np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK
+    offset = (here + start) * places[0].source.element_size()
+    at = np.array(addresses, np.int64)[place] + offset[:, None]
+    keys = np.array([philox.signed(one.key) for one in places], np.int64)
+    which = np.array([one.sum for one in places], np.int64)
+    return np.column_stack((at, size - start, keys[place], first + start, which[place]))
+
+
+def _ranges(index: int, place: Place) -> np.ndarray:
+    size, part = place.source.numel(), place.part
+    length, first, stride = (size, 0, 0) if part is None else (part.length, part.first, part.stride)
+    number = np.arange(size // length if length else 0)
+    return np.column_stack(
+        (
+            np.full_like(number, index),
+            number * length,
+            first + number * stride,
+            np.full_like(number, length),
+        )
+    )
 
 
 @cache

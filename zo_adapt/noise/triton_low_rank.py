@@ -15,7 +15,7 @@ import triton.language as tl
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, arithmetic
 from zo_adapt.noise.entries import ROUNDING_STREAM
-from zo_adapt.noise.low_rank import Matrices, scale
+from zo_adapt.noise.low_rank import Matrices, Rectangle, rectangle_of, scale
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_accumulate import (
     TRITON_DTYPES,
@@ -52,20 +52,26 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
 ):
     # This program's tile: tensor, matrix, first row and column.
     tile = tiles + 4 * tl.program_id(0)
-    tensor = tensors + 7 * tl.load(tile).to(tl.int64)
+    tensor = tensors + 12 * tl.load(tile).to(tl.int64)
     matrix = tl.load(tile + 1).to(tl.int64)
     line = tl.load(tile + 2) + tl.arange(0, ROWS)
     column = tl.load(tile + 3) + tl.arange(0, COLUMNS)
-    # The tensor: addresses of result and source, key, sum, its factors' place, height, width.
+    # The tensor: addresses of result and source, key, sum, its factors' place, height, width; of
+    # the part of each matrix that is here height and width; first matrix, line and column.
     out = tl.load(tensor).to(tl.pointer_type(DTYPE))
     source = tl.load(tensor + 1).to(tl.pointer_type(DTYPE))
     this = sums + 1 + HEADER * tl.load(tensor + 3)
     height = tl.load(tensor + 5)
     width = tl.load(tensor + 6)
-    element = (matrix * height + line)[:, None] * width + column[None, :]
-    inside = (line < height)[:, None] & (column < width)[None, :]
+    has_line, has_column = line < tl.load(tensor + 7), column < tl.load(tensor + 8)
+    here = (matrix * tl.load(tensor + 7) + line)[:, None] * tl.load(tensor + 8) + column[None, :]
+    inside = has_line[:, None] & has_column[None, :]
+    # From here on they are numbered as in the whole tensor.
+    matrix += tl.load(tensor + 9)
+    line += tl.load(tensor + 10)
+    column += tl.load(tensor + 11)
 
-    total = tl.load(source + element, mask=inside, other=0.0).to(ARITHMETIC)
+    total = tl.load(source + here, mask=inside, other=0.0).to(ARITHMETIC)
     decay = tl.load(this + 2).to(tl.float64, bitcast=True).to(ARITHMETIC)
     if decay != 1.0:
         total *= decay
@@ -75,12 +81,12 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         c = tl.load(terms + 2 * (first + term) + 1).to(tl.float64, bitcast=True).to(ARITHMETIC)
         left = factors + tl.cast(term, tl.int64) * numel + own
         right = left + RANK * height
-        a = tl.load(left + line, mask=line < height, other=0.0)
-        b = tl.load(right + column, mask=column < width, other=0.0)
+        a = tl.load(left + line, mask=has_line, other=0.0)
+        b = tl.load(right + column, mask=has_column, other=0.0)
         z = a[:, None] * b[None, :]
         for p in range(1, RANK):
-            a = tl.load(left + p * height + line, mask=line < height, other=0.0)
-            b = tl.load(right + p * width + column, mask=column < width, other=0.0)
+            a = tl.load(left + p * height + line, mask=has_line, other=0.0)
+            b = tl.load(right + p * width + column, mask=has_column, other=0.0)
             z += a[:, None] * b[None, :]
         if RANK > 1:
             z *= SCALE
@@ -90,11 +96,13 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         key = tl.load(tensor + 2).to(tl.uint64, bitcast=True)
         if WHOLE_BLOCKS:
             # Rows are whole blocks of the generator, 16 elements each.
-            block = tl.load(tile + 3) // 16 + tl.arange(0, COLUMNS // 16)
+            begin = tl.load(tile + 3) + tl.load(tensor + 11)
+            block = begin // 16 + tl.arange(0, COLUMNS // 16)
             counter = (matrix * height + line)[:, None] * (width // 16) + block[None, :] + 1
             counter = tl.reshape(counter, (ROWS * COLUMNS // 16,))
             fraction = fields_of(counter, seed, key, STREAM, 16, ROWS * COLUMNS)
         else:
+            element = (matrix * height + line)[:, None] * width + column[None, :]
             counter = tl.reshape(element // 16 + 1, (ROWS * COLUMNS,))
             all_of_block = fields_of(counter, seed, key, STREAM, 16, 16 * ROWS * COLUMNS)
             all_of_block = tl.reshape(all_of_block, (ROWS * COLUMNS, 16))
@@ -104,7 +112,7 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         result = rounded(total, tl.reshape(fraction, (ROWS, COLUMNS)), DTYPE)
     else:
         result = total.to(DTYPE)
-    tl.store(out + element, result, mask=inside)
+    tl.store(out + here, result, mask=inside)
 
 
 class FactorsOnCUDA(OnCUDA):
@@ -117,7 +125,7 @@ class FactorsOnCUDA(OnCUDA):
         self._parts: dict[int, list[_Part]] = {}
 
     def _matrices_of(self, place: Place) -> Matrices:
-        of = self._noise.matrices(place.source.shape)
+        of = place.matrices(self._noise)
         if of is None:
             raise RuntimeError("a tensor without factors")
         return of
@@ -138,8 +146,8 @@ class FactorsOnCUDA(OnCUDA):
         parts: list[list[int]] = []
         used = size + 1
         for index, of in enumerate(self._of):
-            whole = self._has_whole_blocks(of)
-            same = bool(parts) and self._has_whole_blocks(self._of[parts[-1][0]]) == whole
+            whole = self._has_whole_blocks(index)
+            same = bool(parts) and self._has_whole_blocks(parts[-1][0]) == whole
             if used + of.numel > size or not same:
                 parts.append([])
                 used = 0
@@ -150,15 +158,15 @@ class FactorsOnCUDA(OnCUDA):
                 [self._described[i] for i in part],
                 [self._pairs[i] for i in part],
                 [self._of[i] for i in part],
-                self._has_whole_blocks(self._of[part[0]]),
+                self._has_whole_blocks(part[0]),
             )
             for part in parts
         ]
 
-    @staticmethod
-    def _has_whole_blocks(of: Matrices) -> bool:
-        """Whether the rows are whole blocks of the generator that rounds."""
-        return of.width % 16 == 0
+    def _has_whole_blocks(self, index: int) -> bool:
+        """Whether rows, and what is here of them, begin where blocks of the rounding do."""
+        part = self._described[index].part
+        return self._of[index].width % 16 == 0 and (part is None or part.first % 16 == 0)
 
 
 class _Part:
@@ -177,14 +185,15 @@ class _Part:
         self._rank, self._scale = matrices[0].rank, float(scale(matrices[0]))
         listed = [(p.key, of, p.sum) for p, of in zip(places, matrices, strict=True)]
         self._drawn = FactorsDrawn(self._device, listed)
+        here = [_rectangle(place, of) for place, of in zip(places, matrices, strict=True)]
         described = [
-            (*pair, philox.signed(place.key), place.sum, start, of.height, of.width)
-            for place, pair, of, start in zip(
-                places, addresses, matrices, self._drawn.starts, strict=False
+            (*pair, philox.signed(place.key), place.sum, start, of.height, of.width, *part[1:])
+            for place, pair, of, start, part in zip(
+                places, addresses, matrices, self._drawn.starts, here, strict=False
             )
         ]
         self._tensors = torch.from_numpy(np.array(described, np.int64)).to(self._device)
-        self._tiles = torch.from_numpy(_tiles(matrices, *self._tile)).to(self._device)
+        self._tiles = torch.from_numpy(_tiles(here, *self._tile)).to(self._device)
 
     def __call__(self, sums: Sums, count: int) -> None:
         """Draw the factors and add."""
@@ -217,10 +226,17 @@ class _Part:
             )
 
 
-def _tiles(matrices: Sequence[Matrices], rows: int, columns: int) -> np.ndarray:
+def _rectangle(place: Place, of: Matrices) -> Rectangle:
+    found = rectangle_of(place.part, of)
+    if found is None:
+        raise RuntimeError("a part of matrices that is no rectangle")
+    return found
+
+
+def _tiles(here: Sequence[Rectangle], rows: int, columns: int) -> np.ndarray:
     """Tensor, matrix, first row and first column of every tile."""
     parts = []
-    for index, (count, height, width, _) in enumerate(matrices):
+    for index, (count, height, width, *_) in enumerate(here):
         of_matrix = range(count), range(0, height, rows), range(0, width, columns)
         places = np.stack(np.meshgrid(*of_matrix, indexing="ij"), -1).reshape(-1, 3)
         parts.append(np.insert(places, 0, index, 1).astype(np.int32))

@@ -64,6 +64,7 @@ class FirstOrder(Settings):
         Raises:
             ViewError: The weights are not finite, or of a dtype that the optimizer cannot step in.
         """
+        view.check_whole(type(self).__name__)
         view.norms()
         self._check_dtypes(view)
         # Detached, they share the view's memory, and the view's tensors never hold a gradient.

@@ -10,12 +10,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from zo_adapt.errors import OptionError, ReplicaError
-from zo_adapt.evaluation.answers import Answer, Block, evaluations, merged
+from zo_adapt.evaluation.answers import Block, evaluations, merged
 from zo_adapt.evaluation.failures import OnNonFinite
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -25,6 +25,10 @@ from zo_adapt.ranks.carried_errors import carried
 from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
 from zo_adapt.ranks.launched import warn_of_shared_gpu
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
+from zo_adapt.ranks.values import Values
+
+ROUNDING = 1e-2
+"""Relative difference of the values of two ranks that hold parts of one model."""
 
 
 class RankEvaluator:
@@ -32,7 +36,8 @@ class RankEvaluator:
 
     Each rank gets its blocks in order, about as many rows as the others, so that it reads the data
     of its own rows alone (and of those that have to be measured before they are put together).
-    Blocks of an objective whose calls are ``uneven`` come from a queue, to whoever is free.
+    Blocks of an objective whose calls are ``uneven`` come from a queue, to whoever is free. Where
+    the ranks hold parts of one model, a forward is the work of all: each computes every block.
 
     Args:
         local: Evaluates in this process.
@@ -41,6 +46,7 @@ class RankEvaluator:
 
     def __init__(self, local: LocalEvaluator, ranks: Ranks) -> None:
         self._local, self._ranks, self._number = local, ranks, 0
+        self._together = local.view.is_sharded
         self.objective, self.view, self.sign = local.objective, local.view, local.sign
         self.micro_batch_size = local.micro_batch_size
 
@@ -97,7 +103,8 @@ class RankEvaluator:
         self._local.reserve(sum(len(probe.batch) for probe in probes))
         number, self._number = self._number, self._number + 1
         compares = number % self._ranks.check_every == 0
-        share = _Share(self._local, self._ranks, number, compares)
+        kind = _All if self._together else _Share
+        share = kind(self._local, self._ranks, number, compares)
         failed: Exception | None = None
         try:
             own = share.computed(probes)
@@ -112,8 +119,8 @@ class RankEvaluator:
         )
         self._ranks.raise_first(messages, failed)
         self._check_probes(messages)
-        found = [_Values.unpacked(message.payload) for message in messages]
-        if compares:
+        found = [Values.unpacked(message.payload) for message in messages]
+        if compares or self._together:
             self._check_alike(found)
         return evaluations([answer for own in found for answer in own.answers], self.sign)
 
@@ -126,12 +133,25 @@ class RankEvaluator:
                     "ranks with the same arguments"
                 )
 
-    def _check_alike(self, found: "Sequence[_Values]") -> None:
+    def _check_alike(self, found: Sequence[Values]) -> None:
         if any(own.weights != found[0].weights for own in found):
             check_weights(self._ranks, self.view)
         for rank, own in enumerate(found):
-            if not np.array_equal(own.compared, found[0].compared, equal_nan=True):
+            if not self._same(own.compared, found[0].compared):
                 raise ReplicaError(_unlike(rank, own.compared, found[0].compared))
+
+    def _same(self, one: np.ndarray, other: np.ndarray) -> bool:
+        """Whether two ranks have the same values, of which those of rank 0 are used.
+
+        Parts of a model are put together by the ranks themselves, each of which may round the sum
+        in its own way.
+        """
+        if not self._together:
+            return np.array_equal(one, other, equal_nan=True)
+        scale = np.abs(other[np.isfinite(other)]).max(initial=0.0)
+        return one.shape == other.shape and np.allclose(
+            one, other, rtol=ROUNDING, atol=ROUNDING * scale, equal_nan=True
+        )
 
 
 def options_of(options: EvaluationOptions, ranks: Ranks | None) -> EvaluationOptions:
@@ -188,18 +208,18 @@ class _Share:
         self._owns_last = False
         self.at = 0
 
-    def computed(self, probes: Sequence[Probe]) -> "_Values":
+    def computed(self, probes: Sequence[Probe]) -> Values:
         """The answers to this rank's blocks."""
         answers = []
         for answer in self._local.answers(probes, lambda blocks: self._chosen(blocks, probes)):
             self.at = len(self._all) + answer.probe
             answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
         if not self._compares or not self._all:
-            return _Values(np.empty(0), answers)
+            return Values(np.empty(0), answers)
         last = [answer for answer in answers if self._all[-1].holds(answer)]
         if not self._owns_last:
             answers = [answer for answer in answers if not self._all[-1].holds(answer)]
-        return _Values(np.concatenate([np.ravel(answer.returned) for answer in last]), answers)
+        return Values(np.concatenate([np.ravel(answer.returned) for answer in last]), answers)
 
     def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
         self._all = [part for block in blocks for part in block.split()]
@@ -227,41 +247,18 @@ class _Share:
         )
 
 
-class _Values(NamedTuple):
-    """What a rank says of a step.
+class _All(_Share):
+    """What every rank computes of one step where the model lies in parts on all of them."""
 
-    Args:
-        compared: Values that every rank has computed.
-        answers: To its own blocks.
-        weights: A hash of its weights, where they are compared.
-    """
-
-    compared: np.ndarray
-    answers: list[Answer]
-    weights: int = 0
-
-    def packed(self) -> np.ndarray:
-        """All of it as int64; of float64 the bits."""
-        parts = [np.array([self.weights, len(self.compared)], np.int64), _bits(self.compared)]
-        for probe, part, rows, values in self.answers:
-            parts += [np.array([probe, part, rows, values.ndim], np.int64), _bits(values)]
-        return np.concatenate(parts)
-
-    @classmethod
-    def unpacked(cls, payload: np.ndarray) -> "_Values":
-        """The inverse of ``packed``."""
-        numbers, end = payload.view(np.float64), 2 + int(payload[1])
-        compared, answers = numbers[2:end], []
-        while end < len(payload):
-            probe, part, rows, is_vector = map(int, payload[end : end + 4])
-            start, end = end + 4, end + 4 + (rows if is_vector else 1)
-            values = numbers[start:end].copy()
-            answers.append(Answer(probe, part, rows, values if is_vector else values.reshape(())))
-        return cls(compared, answers, int(payload[0]))
-
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, np.float64).reshape(-1).view(np.int64)
+    def computed(self, probes: Sequence[Probe]) -> Values:
+        """The answers, to be compared; those of rank 0 are used."""
+        answers = []
+        for answer in self._local.answers(probes):
+            self.at = answer.probe
+            answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
+        compared = [np.ravel(answer.returned) for answer in answers]
+        own = answers if self._ranks.is_first else []
+        return Values(np.concatenate(compared) if compared else np.empty(0), own)
 
 
 def _asked(probes: Sequence[Probe]) -> int:

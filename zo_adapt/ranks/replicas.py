@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import OptionError, ReplicaError
+from zo_adapt.errors import ReplicaError
 from zo_adapt.ranks.group import COMPARED, Ranks
 from zo_adapt.trajectory.safe_file import as_json
 from zo_adapt.view.parameters import ParameterView
@@ -42,8 +42,8 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def checksums(view: ParameterView) -> np.ndarray:
-    """One for every tensor of a view, in their order."""
-    found = [checksum(tensor) for tensor in view.tensors.values()]
+    """One for every tensor of a view, in their order; of one that ranks hold parts of 0."""
+    found = [0 if name in view.shards.parts else checksum(t) for name, t in view.held.items()]
     return np.array([int(one) for one in found], np.int64)
 
 
@@ -56,16 +56,8 @@ def check_views(ranks: Ranks, view: ParameterView) -> None:
     """Refuse ranks whose views, or whose frozen weights, are not the same.
 
     Raises:
-        OptionError: The ranks hold parts of one model.
         ReplicaError: Names the first tensor that differs.
     """
-    parts = [] if view.model is None else list(view.model.named_parameters())
-    if sharded := [name for name, p in parts if type(p.data).__name__ == "DTensor"]:
-        raise OptionError(
-            f"{sharded[0]!r} is a DTensor: the ranks hold parts of one model (tensor parallel, "
-            "FSDP) and must all evaluate the same points, while a run shares them out; load the "
-            "whole model on every rank, or spread it over a rank's own GPUs by device_map"
-        )
     identity = [short_hash(view.fingerprint().encode()), short_hash(str(view.base_hash()).encode())]
     messages = ranks.exchange(COMPARED, np.array(identity, np.int64))
     what = "views (other tensors, groups or noise)", "frozen weights"

@@ -67,6 +67,7 @@ class ServedAdapter:
     """
 
     def __init__(self, view: ParameterView, lora_config: Any = None) -> None:
+        view.check_whole("a served adapter")
         self.view = view
         adapter, given = _of_model(view)
         self.config = as_mapping(given if lora_config is None else lora_config)

@@ -5,9 +5,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from zo_adapt.errors import OptionError
 from zo_adapt.loops.arguments import check_optimizer, check_view
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import is_sharded
 
 OPTIONS = (
     "learning_rate",
@@ -85,6 +88,21 @@ def check_arguments(args: Any, wanted: type[Any]) -> None:
             f"deepspeed={args.deepspeed}, fsdp={args.fsdp}; ZOTrainer has no optimizer states and "
             "no gradients to shard: leave them out, and start it with torchrun, every process with "
             "the whole model"
+        )
+
+
+def check_model(model: object) -> None:
+    """Refuse a model whose parts lie on several processes.
+
+    Raises:
+        OptionError: One is a DTensor.
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    if any(map(is_sharded, parameters)):
+        raise OptionError(
+            "ZOTrainer with a model that lies in parts on several processes (tensor parallel, "
+            "FSDP2): its checkpoints are of whole models; tune it by minimize, whose trajectory is "
+            "the checkpoint, or load the model whole on every process"
         )
 
 

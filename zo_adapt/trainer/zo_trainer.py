@@ -31,7 +31,7 @@ from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import former_keywords
 from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
-from zo_adapt.trainer.checks import check_arguments, check_choices, warn_of_ignored
+from zo_adapt.trainer.checks import check_arguments, check_choices, check_model, warn_of_ignored
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
@@ -110,6 +110,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
         args = ZOConfig("tmp_trainer") if args is None else args
         check_arguments(args, ZOConfig)
         check_choices(args, view, objective, zo_optimizer, options)
+        check_model(model if view is None else view.model)
         warn_of_ignored(args, objective is not None, options)
         collator = options.get("data_collator", positional[0] if positional else None)
         check_evaluator(evaluator)

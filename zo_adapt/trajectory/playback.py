@@ -25,6 +25,7 @@ from zo_adapt.noise.entries import NAME
 from zo_adapt.term import Shift, Term
 from zo_adapt.trajectory.file import Reader
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import whole
 
 WIDTH, WIDTH_OF_FACTORS = 4096, 256
 """Terms that are brought onto the weights in one pass; fewer where each has factors in memory."""
@@ -271,7 +272,8 @@ def apply_checked(view: ParameterView, updates: Sequence[Shift], path: Path) -> 
     before = view.snapshot()
     with np.errstate(over="ignore", invalid="ignore"):
         apply_all(view, updates)
-    if not all(bool(tensor.isfinite().all()) for tensor in view.tensors.values()):
+    finite = all(bool(tensor.isfinite().all()) for tensor in view.held.values())
+    if any(view.shards.agreed([not finite])):
         view.restore(before)
         raise CorruptTrajectoryError(
             f"the steps of {path} leave the range of the view's dtype, which no run does; nothing "
@@ -297,5 +299,5 @@ def apply_all(view: ParameterView, updates: Sequence[Shift]) -> None:
 
 
 def export(view: ParameterView) -> dict[str, Tensor]:
-    """The view's tensors as contiguous copies, ready for a safetensors file."""
-    return {name: t.detach().cpu().contiguous().clone() for name, t in view.tensors.items()}
+    """The view's tensors as contiguous copies, ready for a safetensors file; sharded ones whole."""
+    return {name: whole(t).detach().cpu().contiguous().clone() for name, t in view.tensors.items()}

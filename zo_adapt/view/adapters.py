@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from zo_adapt.errors import AdapterError
+from zo_adapt.view.shards import whole
 
 FACTOR = re.compile(r"\.X[du]$|(_([ABab]|down|up|[wt]\d))+$")
 """What tells the factors of one product apart: lora_A and lora_B, hada_w1_a, ..., glora_A.Xd."""
@@ -106,7 +107,7 @@ def resting_factors(model: nn.Module) -> set[str]:
 
 
 def _resting(factors: dict[str, Tensor]) -> set[str]:
-    zero = {name for name, factor in factors.items() if not factor.detach().any()}
+    zero = {name for name, factor in factors.items() if not whole(factor).detach().any()}
     moving = zero or {name for name in factors if ZERO.search(name)}
     return set(factors) - moving if moving else set()
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zo_adapt.view.shards import local
+
 
 class Span(NamedTuple):
     """From the first byte of a tensor's elements to the one after the last."""
@@ -30,7 +32,7 @@ class Addresses:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+        self._tensors = tensors = {name: local(tensor) for name, tensor in tensors.items()}
         spans: dict[torch.device, list[tuple[Span, str]]] = {}
         for name, tensor in tensors.items():
             if (span := span_of(tensor)) is not None:
@@ -45,6 +47,7 @@ class Addresses:
 
     def meeting(self, tensor: Tensor) -> list[str]:
         """Names of the tensors that have an element in common with this one, by address."""
+        tensor = local(tensor)
         span = span_of(tensor)
         if span is None or tensor.device not in self._spans:
             return []

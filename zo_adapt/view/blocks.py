@@ -11,6 +11,7 @@ from zo_adapt.errors import ViewError
 from zo_adapt.interrupt import Guard, gradients_off, is_from_handler
 from zo_adapt.view.buffers import Buffers
 from zo_adapt.view.example import example_inputs
+from zo_adapt.view.shards import gathering_modules
 from zo_adapt.view.trace import DATA, Trace
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ def names_after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
         block: One of the list.
     """
     for inputs in example_inputs(model):
-        trace = Trace(dict(model.named_parameters(remove_duplicate=False)))
+        gathering = gathering_modules(model)
+        registered = dict(model.named_parameters(remove_duplicate=False))
+        trace = Trace(registered, model if gathering else None)
         try:
             with unchanged(model), trace.following(), trace.marking(model, block):
                 trace.mark(inputs, DATA)

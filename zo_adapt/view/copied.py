@@ -3,7 +3,7 @@
 Costs the view's bytes. For adapters and plain tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -20,10 +20,19 @@ _KIND = attrgetter("dtype", "device", "shape")
 
 
 class Copied:
-    """Overwrites the tensors by shifted values and restores every bit, whatever happens inside."""
+    """Overwrites the tensors by shifted values and restores every bit, whatever happens inside.
 
-    def __init__(self, tensors: Tensors, plan: Plan) -> None:
+    Args:
+        tensors: The view, as far as it is here.
+        plan: Makes accumulations.
+        written: Called after every write.
+    """
+
+    def __init__(
+        self, tensors: Tensors, plan: Plan, written: Callable[[], None] = lambda: None
+    ) -> None:
         self._tensors, self._run = list(tensors.values()), plan(tensors, tensors)
+        self._written = written
         self._room: list[Tensor] = []
         self._kinds: list[Any] = []
         self._copies: list[list[Tensor]] = []
@@ -44,6 +53,7 @@ class Copied:
         with Guard(lambda: self._restore(copy, kinds)) as guard:
             self._copies.append(copy)
             self._run(sums)
+            self._written()
             guard.open()
             yield
 
@@ -53,6 +63,7 @@ class Copied:
             return
         with torch.no_grad():
             torch._foreach_copy_(self._tensors, copy)
+        self._written()
         inside = len(self._copies) - places[0] - 1
         del self._copies[places[0] :]
         if inside:

@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from zo_adapt.view.adapters import resting_factors
 from zo_adapt.view.group import DISPLACEMENT, Group
 from zo_adapt.view.newness import new_names
-from zo_adapt.view.tensors import norm
+from zo_adapt.view.shards import Shards
+from zo_adapt.view.tensors import norms
 
 PRETRAINED_SHARE = 0.1
 """Displacement of a pretrained weight as a share of the view's root mean square."""
 
 
 def displacement_and_groups(
-    tensors: Mapping[str, Tensor], model: nn.Module | None
+    tensors: Mapping[str, Tensor], model: nn.Module | None, shards: Shards
 ) -> tuple[float, tuple[Group, ...]]:
     """The displacement that suits a view, and the groups that differ from it.
 
     Args:
         tensors: The view.
         model: Its model; None for plain tensors, of which nothing is known.
+        shards: Of the view.
     """
     if model is None:
         return DISPLACEMENT, ()
@@ -41,7 +43,7 @@ def displacement_and_groups(
     )
     if not pretrained:
         return DISPLACEMENT, groups
-    displacement = PRETRAINED_SHARE * _root_mean_square(pretrained)
+    displacement = PRETRAINED_SHARE * _root_mean_square(pretrained, shards)
     further = (new - rest) if displacement > 0 else set()
     if not further:
         return displacement or DISPLACEMENT, groups
@@ -51,8 +53,8 @@ def displacement_and_groups(
     return displacement, (*groups, new_parts)
 
 
-def _root_mean_square(tensors: Mapping[str, Tensor]) -> float:
+def _root_mean_square(tensors: Mapping[str, Tensor], shards: Shards) -> float:
     """To three digits: it becomes part of the view's fingerprint, the same on every device."""
-    norms = [norm(tensor) for tensor in tensors.values()]
+    found = norms(tensors, shards).values()
     numel = sum(tensor.numel() for tensor in tensors.values())
-    return float(f"{math.hypot(*norms) / math.sqrt(numel):.3g}")
+    return float(f"{math.hypot(*found) / math.sqrt(numel):.3g}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zo_adapt.view.group import Group
 from zo_adapt.view.inspection import Inspection
+from zo_adapt.view.shards import gathering_modules, whole
 
 SAMPLED = 1024
 """Elements of a large tensor that are looked at, evenly spaced."""
@@ -37,8 +38,8 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        whole = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(whole.numpy().data)
+        flat = whole(tensor).detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
     return digest.hexdigest()
 
 
@@ -55,13 +56,14 @@ def hash_of_frozen(
     """
     if model is None:
         return None
+    gathering_modules(model)
     is_tuned = inspection.holding()
     frozen = [(name, tensor) for name, tensor in _saved_tensors(model) if not is_tuned(tensor)]
     is_small = sum(t.numel() * t.element_size() for _, t in frozen) <= WHOLE_BYTES
     digest = hashlib.sha256()
     for name, tensor in frozen:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(bits(tensor, None if is_small else SAMPLED))
+        digest.update(bits(whole(tensor), None if is_small else SAMPLED))
     for text in _scalings(model) if scaled else ():
         digest.update(text.encode())
     return digest.hexdigest() if frozen else None

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zo_adapt.view.adapters import originals, tuner_names
+from zo_adapt.view.shards import whole
 
 LOADED = "_is_hf_initialized"
 """What transformers sets on a parameter that it has loaded."""
@@ -85,8 +86,8 @@ def _is_new(own: dict[str, nn.Parameter], config: Any, *, loaded: bool) -> bool:
     """
     if any(hasattr(parameter, LOADED) for parameter in own.values()):
         return False
-    matrices = [p.detach() for p in own.values() if p.dim() > 1]
-    vectors = [p.detach() for p in own.values() if p.dim() <= 1]
+    matrices = [whole(p).detach() for p in own.values() if p.dim() > 1]
+    vectors = [whole(p).detach() for p in own.values() if p.dim() <= 1]
     if any(p.is_meta for p in own.values()):
         return False
     if matrices and all(map(_is_uniform, matrices)):  # torch's own, whose biases are not zero

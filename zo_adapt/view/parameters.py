@@ -1,5 +1,6 @@
 """ParameterView: the tensors that may change, and the only code that changes them."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
@@ -18,6 +19,7 @@ from zo_adapt.view.group import Groups
 from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.moved import Stacks, Updates
 from zo_adapt.view.precision import Room
+from zo_adapt.view.shards import local
 from zo_adapt.view.tensors import check_mode
 from zo_adapt.view.tuned import Scratch, TunedTensors
 from zo_adapt.view.usage import Usage
@@ -80,7 +82,7 @@ class ParameterView(TunedTensors):
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
-        self.room = Room(self.tensors.values(), self.noise.largest)
+        self.room = Room(self.held.values(), self.noise.largest, self.shards)
         """What the dtypes can still hold."""
         self.at_rest: frozenset[str] = frozenset()
         """Names of the tensors that stay as they are."""
@@ -111,16 +113,23 @@ class ParameterView(TunedTensors):
         if self.noise_is_open and name != self.noise.name:
             with suppress(OptionError):  # of a later version: what differs is said elsewhere
                 self._set_noise(name)
-            self.room = Room(self.tensors.values(), self.noise.largest)
+            self.room = Room(self.held.values(), self.noise.largest, self.shards)
+            self._plan_moves()
+
+    def _find_parts(self) -> None:
+        """Look where the parts lie now: FSDP moves them when a model is loaded or converted."""
+        if self.is_sharded and any(map(operator.is_not, self._parts, self.held.values())):
+            self.room = Room(self.held.values(), self.noise.largest, self.shards)
             self._plan_moves()
 
     def _plan_moves(self) -> None:
+        self._parts = list(self.held.values())
         places = self.places()
         moving = {name: place.source for name, place in places.items()}
         self._way: Copied | Layerwise = (
             Layerwise(self.model, moving, self._plan, self._rows, self.inspection.shared)
             if self.model is not None and self.by_layer
-            else Copied(moving, self._plan)
+            else Copied(moving, self._plan, self.shards.forget_gathered)
         )
         self.updates = Updates(self._plan(moving, moving))
         self._stacks = Stacks(self.noise, places)
@@ -140,8 +149,10 @@ class ParameterView(TunedTensors):
             TermError: A seed, coefficient or group outside its range.
         """
         check_mode(self.tensors)
+        self._find_parts()
         sums = self._sums_of_shift(terms, decay)
-        with self.usage.shifting(), nullcontext() if sums is None else self._way.shifted(sums):
+        way = nullcontext() if sums is None else self._way.shifted(sums)
+        with self.usage.shifting(), way, self.shards.noting_failures():
             yield
 
     @contextmanager
@@ -193,7 +204,7 @@ class ParameterView(TunedTensors):
 
     def places(self) -> dict[str, Place]:
         """Every tensor that moves, with its noise key and its group."""
-        moving = {name: t for name, t in self.tensors.items() if name not in self.at_rest}
+        moving = {name: t for name, t in self.held.items() if name not in self.at_rest}
         return self._places(moving, moving)
 
     def apply(self, update: Shift) -> None:
@@ -225,8 +236,10 @@ class ParameterView(TunedTensors):
         """Apply terms one after the other; a direction may come more than once."""
         self.usage.check_free("apply")
         check_mode(self.tensors)
+        self._find_parts()
         if terms or decay != 1.0:
             self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
+            self.shards.forget_gathered()
             self.room.moved(terms, decay)
 
     def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
@@ -236,7 +249,13 @@ class ParameterView(TunedTensors):
         self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]
     ) -> dict[str, Place]:
         return {
-            name: Place(outs[name], source, self._keys[name], self._group_of[name])
+            name: Place(
+                outs[name],
+                source,
+                self._keys[name],
+                self._group_of[name],
+                self.shards.parts.get(name),
+            )
             for name, source in sources.items()
         }
 
@@ -257,6 +276,7 @@ class ParameterView(TunedTensors):
         """Write a snapshot back into the live tensors."""
         self.usage.check_free("restore")
         with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                tensor.copy_(snapshot[name])
+            for name, tensor in self.held.items():
+                tensor.copy_(local(snapshot[name]))
+        self.shards.forget_gathered()
         self.room.forget()

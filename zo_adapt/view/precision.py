@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zo_adapt.errors import PerturbationError, StepTooLargeError
 from zo_adapt.term import Shift, Term
+from zo_adapt.view.shards import Shards
 from zo_adapt.view.tuned import TunedTensors
 
 
@@ -20,12 +21,13 @@ class Room:
     weights are looked at again only where the bound no longer tells.
 
     Args:
-        tensors: The live weights.
+        tensors: The live weights, as far as they are here.
         largest: max |z|.
+        shards: Of the view.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], largest: float) -> None:
-        self._tensors, self._largest = list(tensors), largest
+    def __init__(self, tensors: Iterable[Tensor], largest: float, shards: Shards) -> None:
+        self._tensors, self._largest, self._shards = list(tensors), largest, shards
         self._most: dict[torch.dtype, float] = {}
         """Bounds of the weights; empty where nothing is known."""
         self._version = 0
@@ -81,10 +83,13 @@ class Room:
 
     def _look(self) -> None:
         self._most, self._version = {}, self._versions()
-        for tensor in self._tensors:
-            # vector_norm makes no temporary copy, as abs() would.
-            largest = torch.linalg.vector_norm(tensor.detach(), math.inf)
-            self._most[tensor.dtype] = max(self._most.get(tensor.dtype, 0.0), float(largest))
+        # vector_norm makes no temporary copy, as abs() would.
+        own = [
+            float(torch.linalg.vector_norm(t.detach(), math.inf)) if t.numel() else 0.0
+            for t in self._tensors
+        ]
+        for tensor, largest in zip(self._tensors, self._shards.largest(own), strict=True):
+            self._most[tensor.dtype] = max(self._most.get(tensor.dtype, 0.0), largest)
 
     def _versions(self) -> int:
         """Grows with every write by torch: a model may be loaded anew between two steps."""

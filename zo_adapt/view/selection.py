@@ -9,6 +9,7 @@ from torch import nn
 from zo_adapt.errors import ArgumentTypeError, NoMatchingParameterError, OptionError
 from zo_adapt.view.addresses import Addresses
 from zo_adapt.view.blocks import block_list, names_after
+from zo_adapt.view.shards import gathering_modules
 
 Parameters = dict[str, nn.Parameter]
 
@@ -24,6 +25,7 @@ def full(model: nn.Module) -> Parameters:
             f"model is a {type(model).__name__}; give a torch.nn.Module, or tensors by name to "
             "ParameterView(tensors)"
         )
+    gathering_modules(model)  # the parameters that last, not what they were gathered to
     return dict(model.named_parameters())
 
 
@@ -99,6 +101,7 @@ def last_layers(model: nn.Module, n: int, head: bool) -> Parameters:
         )
     first = len(blocks) - n
     later = names_after(model, path, blocks[min(first, len(blocks) - 1)]) if head else set()
+    gathering_modules(model)
     prefixes = tuple(f"{path}.{index}." for index in range(first, len(blocks)))
     registered = dict(model.named_parameters(remove_duplicate=False))
     chosen = {name for name in registered if name in later or name.startswith(prefixes)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zo_adapt.errors import ArgumentTypeError, ViewError
 from zo_adapt.view.addresses import Addresses, have_same_elements, overlaps_itself
+from zo_adapt.view.shards import Shards, is_sharded, local, part_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADVICE = (
@@ -26,18 +27,36 @@ def norm(tensor: Tensor) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in parts))
 
 
-def finite_norm(name: str, tensor: Tensor) -> float:
-    """The norm of a tensor without NaN and infinity.
+def norms(tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, float]:
+    """The norm of every tensor; of one in parts, of the whole."""
+    rows = shards.gathered([norm(local(tensor)) for tensor in tensors.values()])
+    return {
+        name: math.hypot(*own) if name in shards.parts else own[0]
+        for name, *own in zip(tensors, *rows, strict=True)
+    }
+
+
+def check_finite(tensors: Mapping[str, Tensor], found: Mapping[str, float], shards: Shards) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        tensors: To be looked at.
+        found: Their norms.
+        shards: Of the tensors.
 
     Raises:
-        ViewError: It holds one of these.
+        ViewError: Names the first tensor that holds one of these.
     """
-    found = norm(tensor)
     # Squares of finite fp64 numbers may overflow: only then are the numbers looked at themselves.
-    parts = tensor.detach().flatten().split(PART)
-    if not math.isfinite(found) and not all(bool(part.isfinite().all()) for part in parts):
-        raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
-    return found
+    suspect = [name for name, length in found.items() if not math.isfinite(length)]
+    flags = shards.agreed([not _is_finite(local(tensors[name])) for name in suspect])
+    for name, flag in zip(suspect, flags, strict=True):
+        if flag:
+            raise ViewError(f"{name!r} holds NaN or infinity; load finite weights first")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(PART))
 
 
 def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
@@ -76,7 +95,7 @@ def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         shared = [other for other in addresses.meeting(tensor) if other in distinct]
         if not shared:
             distinct[name] = tensor
-        elif len(shared) > 1 or not have_same_elements(tensor, distinct[shared[0]]):
+        elif len(shared) > 1 or not have_same_elements(local(tensor), local(distinct[shared[0]])):
             raise ViewError(
                 f"{name!r} shares part of its memory with {shared[0]!r}: each step would move that "
                 "part twice; leave one of the two out"
@@ -92,6 +111,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """
     if not isinstance(tensor, Tensor):
         raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
+    if is_sharded(tensor):
+        part_of(name, tensor)
+        tensor = local(tensor)
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise ViewError(
             f"{name!r} is a tensor of torch.func (vmap, grad), which stands for others; make the "
@@ -111,12 +133,6 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise ViewError(
             f"{name!r} has dtype {tensor.dtype} ({tensor.layout}); a view tunes dense float32, "
             f"float16, bfloat16 or float64. {ADVICE}"
-        )
-    if type(tensor).__name__ == "DTensor":
-        raise ViewError(
-            f"{name!r} is a DTensor, of which this process holds a part (tensor parallel, FSDP): a "
-            "view tunes whole tensors; tune a LoRA or a head that every process holds whole, or "
-            "load the model whole"
         )
     if type(tensor) not in (Tensor, nn.Parameter):
         # It may say that it is float32 and hold int8 and scales: what is written to it is lost.

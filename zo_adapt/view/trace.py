@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_adapt.interrupt import undone
+from zo_adapt.view.shards import local
 
 DATA, AFTER, FIRST = 1, 2, 4
 """Bits: made of the model's inputs; of a marked output; of the first tensor that is followed."""
@@ -30,6 +31,7 @@ class Trace:
 
     Args:
         tensors: What is followed.
+        gathered_by: A model whose parameters are put together of parts for a forward.
 
     Attributes:
         reached: Bits of what has left torch.
@@ -48,14 +50,14 @@ class Trace:
         (['a'], ['a', 'b'])
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._names = list(tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], gathered_by: nn.Module | None = None) -> None:
+        self._names, self._tensors, self._model = list(tensors), list(tensors.values()), gathered_by
         self._bits: dict[int, list[tuple[int, int, int]]] = {}
         self._masks: dict[int, int] = {}
         self._held: dict[int, StorageWeakRef | Tensor] = {}
         self.reached = self.read = self.before = self.after = 0
         self.marked = False
-        for index, tensor in enumerate(tensors.values()):
+        for index, tensor in enumerate(map(local, tensors.values())):
             start = tensor.data_ptr()
             span = (start, start + _nbytes(tensor), FIRST << index)
             self._bits.setdefault(self._key(tensor), []).append(span)
@@ -63,8 +65,31 @@ class Trace:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Inside, operations of this thread are observed."""
-        with _Dispatched(self), _Left(self):
+        with undone(self._gathered()), _Dispatched(self), _Left(self):
             yield
+
+    def _gathered(self) -> Iterator[Callable[[], None]]:
+        """Know the tensors again that FSDP puts together of parts, all of a module's in one piece.
+
+        What comes of that piece depends on all of them; so as a module begins, what it then has for
+        a parameter is that parameter again.
+        """
+        index_of = {id(tensor): index for index, tensor in enumerate(self._tensors)}
+        for module in () if self._model is None else self._model.modules():
+            own = {
+                attribute: FIRST << index_of[id(parameter)]
+                for attribute, parameter in module._parameters.items()
+                if id(parameter) in index_of
+            }
+
+            def entering(module: nn.Module, _: Any, own: dict[str, int] = own) -> None:
+                for attribute, bit in own.items():
+                    parameter = module._parameters[attribute]
+                    if parameter is not None:
+                        self._masks[self._key(local(parameter))] = bit
+
+            if own:
+                yield module.register_forward_pre_hook(entering).remove
 
     @contextmanager
     def marking(self, model: nn.Module, block: nn.Module | None = None) -> Iterator[None]:
@@ -190,7 +215,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _tensors_of(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor))
+    return (local(leaf) for leaf in leaves_of(value) if isinstance(leaf, Tensor))
 
 
 def leaves_of(value: Any, depth: int = DEPTH) -> Iterator[Any]:

@@ -13,10 +13,11 @@ from zo_adapt.view import selection
 from zo_adapt.view.adapters import adapter_names, check_adapters, is_soft_prompt
 from zo_adapt.view.defaults import displacement_and_groups
 from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
-from zo_adapt.view.identity import fingerprint_of, hash_of, hash_of_frozen
+from zo_adapt.view.identified import Identified
 from zo_adapt.view.inspection import Inspection
+from zo_adapt.view.shards import Shards, gathering_modules, local
 from zo_adapt.view.summary import in_one_line, summary_of
-from zo_adapt.view.tensors import check_tensor, finite_norm, tunable
+from zo_adapt.view.tensors import check_finite, check_tensor, norms, tunable
 
 SMALL_BYTES, SMALL_SHARE = 64 * 2**20, 0.125
 """Up to one of these, the share of its model, a view is shifted by way of a copy; above both, layer
@@ -26,7 +27,7 @@ MANY_SCALARS = 2**20
 Scratch = Literal["auto", "copy", "layer"]
 
 
-class TunedTensors:
+class TunedTensors(Identified):
     """Base of ``ParameterView``: which tensors, from where, in which groups; not how they move.
 
     Args:
@@ -47,6 +48,8 @@ class TunedTensors:
             groups = "auto"
         self.tensors = tunable(tensors)
         self.model = model
+        self.shards = Shards(self.tensors, model)
+        """Which parts are here, where the model lies in parts on several processes."""
         self.inspection = Inspection(self.tensors, model)
         """What is known of the view's memory, for all that must know."""
         self.noise_is_open = noise == "auto"
@@ -54,7 +57,7 @@ class TunedTensors:
         if self.noise_is_open:
             noise = "lowrank" if self.numel >= MANY_SCALARS else "gaussian"
         self._set_noise(noise)
-        self.displacement, usual = displacement_and_groups(self.tensors, model)
+        self.displacement, usual = displacement_and_groups(self.tensors, model, self.shards)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.is_soft_prompt = is_soft_prompt(model, self.tensors)
         """Whether it is virtual tokens before every text."""
@@ -72,9 +75,16 @@ class TunedTensors:
             raise OptionError(f"scratch={scratch!r}; choose 'auto', 'copy' or 'layer'")
         if scratch == "layer" and model is None:
             raise OptionError("scratch='layer' needs the model that runs the tensors: model=...")
+        if scratch == "layer" and self.is_sharded:
+            raise OptionError(
+                "scratch='layer' with a model that lies in parts on several processes, whose "
+                "parameters are put together for each forward; choose 'auto' or 'copy'"
+            )
         self.is_large = _is_large(self.nbytes, model)
         """Whether a copy takes more room, and a direction's noise more time, than is spared."""
-        self.by_layer = scratch == "layer" or (scratch == "auto" and self.is_large)
+        self.by_layer = scratch == "layer" or (
+            scratch == "auto" and self.is_large and not self.is_sharded
+        )
         """Whether it is shifted layer by layer, for want of room for a copy."""
 
     def _set_noise(self, name: str) -> None:
@@ -175,6 +185,18 @@ class TunedTensors:
         """Bytes of the live tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model lies in parts on several processes."""
+        return self.shards.is_any
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """What this process holds of each tensor: all, but of one that is sharded."""
+        if not self.is_sharded:
+            return self.tensors
+        return {name: local(tensor) for name, tensor in self.tensors.items()}
+
     def group_of(self, name: str) -> Group:
         """The group that a tensor of the view belongs to."""
         return self.groups[self._group_of[name]]
@@ -183,24 +205,18 @@ class TunedTensors:
         """Copies of the tensors (never references); costs the view's bytes."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
-    def fingerprint(self) -> str:
-        """sha256 of names, shapes, dtypes, noise and groups: which view this is."""
-        return fingerprint_of(self.tensors, self.noise.name, self.groups, self._group_of)
+    def check_whole(self, what: str) -> None:
+        """Refuse what cannot be done with parts of a model.
 
-    def hash(self) -> str:
-        """sha256 of the tensors' bits in row-major order: which weights these are."""
-        return hash_of(self.tensors)
-
-    def base_hash(self) -> str | None:
-        """sha256 of the model's frozen weights: which base this is. None where there are none."""
-        return hash_of_frozen(self.model, self.inspection)
-
-    def has_base(self, begun: str) -> bool:
-        """Whether the hash in a file is of this base; True where no weights are frozen."""
-        here = self.base_hash()
-        if here is None or begun == here:
-            return True
-        return begun == hash_of_frozen(self.model, self.inspection, scaled=False)
+        Raises:
+            OptionError: The model lies in parts on several processes.
+        """
+        if self.is_sharded:
+            raise OptionError(
+                f"{what} with a model that lies in parts on several processes (tensor parallel, "
+                "FSDP2); tune it by minimize with MeZO or another zeroth-order optimizer, or load "
+                "the model whole"
+            )
 
     def check_adapters(self) -> None:
         """Refuse a merged or disabled peft adapter, and a tensor of an inactive one.
@@ -218,6 +234,7 @@ class TunedTensors:
             ViewError: A tensor that cannot be tuned any more.
             AdapterError: As for ``check_adapters``.
         """
+        gathering_modules(self.model)
         for name, tensor in self.tensors.items():
             check_tensor(name, tensor)
         self.check_adapters()
@@ -228,7 +245,9 @@ class TunedTensors:
         Raises:
             ViewError: A tensor holds NaN or infinity; names the first.
         """
-        return {name: finite_norm(name, tensor) for name, tensor in self.tensors.items()}
+        found = norms(self.tensors, self.shards)
+        check_finite(self.tensors, found, self.shards)
+        return found
 
     def check_finite(self) -> None:
         """The former name of ``norms``, for the sake of its error."""

@@ -13,6 +13,7 @@ from zo_adapt.evaluation.routes import Direct
 from zo_adapt.evaluation.trust import JointCheck
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import WHY_SHARDED
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class AlongFactors:
     def candidates(self) -> LowRankCandidates | None:
         """What computes them; None where nothing can."""
         if not self._view.has_factors:
+            return None
+        if self._view.is_sharded:
+            self._why_not = WHY_SHARDED
             return None
         candidates = LowRankCandidates(self._view)
         self._why_not = candidates.why_not

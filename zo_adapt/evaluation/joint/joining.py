@@ -17,6 +17,7 @@ from zo_adapt.evaluation.routes import Direct
 from zo_adapt.evaluation.trust import JointCheck
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import WHY_SHARDED
 
 ROWS_DEPEND = "the objective says that the value of a row depends on the others"
 
@@ -52,8 +53,8 @@ class Joint:
         self._candidates: Candidates | LowRankCandidates | None = None
         self._groups: Groups | None = None
         self.most, self.why_not = 1, None if objective.independent_rows else ROWS_DEPEND
-        if options.joint_rows == "off":
-            self.why_not = "it is switched off"
+        if options.joint_rows == "off" or view.is_sharded:
+            self.why_not = WHY_SHARDED if view.is_sharded else "it is switched off"
             return
         self._groups = Groups(
             view, options.joint_rows, options.micro_batch_size, batch_size, objective.row_bytes

@@ -10,6 +10,7 @@ from zo_adapt.errors import ViewError
 from zo_adapt.view.blocks import block_list
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
+from zo_adapt.view.shards import WHY_SHARDED
 
 
 class RefusedError(Exception):
@@ -44,6 +45,8 @@ def cut(view: ParameterView) -> Cut:
     """
     if view.model is None:
         raise RefusedError("the view has no model")
+    if view.is_sharded:
+        raise RefusedError(WHY_SHARDED)
     model = view.model
     try:
         path, blocks = block_list(model)
