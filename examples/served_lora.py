@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from served_task import arguments, quiet, tune
 from support import real_data
+from support.served_task import arguments, quiet, tune
 from zo_adapt import PeftServer, VLLMServer, served_lora
 from zo_adapt.serve.protocol import ServedModel
 

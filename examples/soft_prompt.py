@@ -10,8 +10,8 @@ a vLLM started with --enable-prompt-embeds (--url). Learned is the sentiment of 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from served_task import arguments, quiet, tune
 from support import real_data
+from support.served_task import arguments, quiet, tune
 from zo_adapt import PeftServer, VLLMServer, served_prompt
 from zo_adapt.serve.protocol import ServedModel
 from zo_adapt.serve.soft_prompt import begun_with, embedding_table

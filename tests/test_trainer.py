@@ -597,7 +597,9 @@ def test_only_what_must_be_is_overridden() -> None:
     counted = {"set_initial_training_values", "_get_num_items_in_batch", "_track_num_input_tokens"}
     served = {"_move_model_to_device"}  # a base that is elsewhere stays there
     overridden = {name for name in names if hasattr(Trainer, name)}
-    assert overridden == step | state | resuming | counted | served
+    wanted = step | state | resuming | counted | served
+    assert overridden == {name for name in wanted if hasattr(Trainer, name)}  # 5.0 has not all
+    assert wanted <= names
 
 
 def test_adapters_may_start_where_the_training_data_are(tmp_path: Path) -> None:

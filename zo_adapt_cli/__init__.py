@@ -1,6 +1,7 @@
 """The command line: ``zo-adapt info MODEL`` and ``zo-adapt tune --model ... --data ...``."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from zo_adapt.errors import ZOError
@@ -32,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from zo_adapt_cli.tune import main as run
         else:
             sys.exit(f"no command {command!r}\n{USAGE}")
-        run(rest)
+        with warnings.catch_warnings():
+            # peft reads an attribute of transformers by its former name, and Trainer asks for
+            # pinned memory on a CPU too: nothing that who gave a command could change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "'pin_memory' argument", UserWarning)
+            run(rest)
     except (ZOError, OSError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -25,6 +25,7 @@ def write_card(
         f"| {name} | {figures[f'{name} before']:.3f} | {figures[f'{name} after']:.3f} |"
         for name in names
     )
+    schedule = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
     section = f"""
 ## Tuned by forward passes alone
 
@@ -33,7 +34,7 @@ def write_card(
 | base model | {given.model} |
 | objective | {given.objective} |
 | view | {given.view}: {trainer.view} |
-| optimizer | {trainer.zo_optimizer} |
+| optimizer | {trainer.args.build_optimizer()}, schedule {schedule} |
 | budget | {trainer.queries:,} queries (forwards of one sample), {trainer.state.global_step} steps |
 | data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
 | labels | {_labels(trainer.model)} |

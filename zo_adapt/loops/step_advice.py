@@ -36,7 +36,7 @@ def verdict(history: Sequence[Step], sign: float, optimizer: Optimizer) -> str:
     if fell < -SURE:
         return f"the {kind} ended worse than it began {way}: {_shorter(optimizer)}"
     if max(fell, _fall_at_once(losses, last)) < LEAST_SURE:
-        return f"the {kind} did not improve {way}: {_more_signal(optimizer)}"
+        return f"the {kind} did not improve beyond its noise {way}: {_more_signal(optimizer)}"
     half = quarter // 2
     if half >= FEWEST_STEPS // 4 and _fall(last[:half], last[half:]) > SURE:
         return f"the {kind} still improved when the run ended {way}: {_longer(optimizer)}"

@@ -47,8 +47,8 @@ class Estimator(Settings, ABC):
         num_directions: K >= 1.
         shaping: "ranks" or "zscore": K >= 2 directions are compared with each other by rank or
             z-score, for rewards that are steps or have outliers; "none": by their differences.
-        perturbation_scale: mu, in the parameters' units, > 0. None: a share of the way that the
-            run may go, larger where the objective is ``step_like``; see ``usual_perturbation``.
+        perturbation_scale: mu, in the parameters' units, > 0. None: 0.04 of the displacement, 0.4
+            where the objective counts (``step_like``).
 
     Raises:
         OptionError: A number outside its range.
@@ -100,7 +100,10 @@ class TwoSided(Estimator):
 
     Args:
         num_directions: K >= 1. Each has its own part of the batch: 2 b queries whatever K.
-        shaping, perturbation_scale: See ``Estimator``; ranks are signed ranks of the differences.
+        shaping: "none": the differences as they are; for rewards that are steps or have outliers
+            "ranks" (signed ranks of the differences) or "zscore", of K >= 2 directions.
+        perturbation_scale: mu, in the parameters' units, > 0. None: 0.04 of the displacement, 0.4
+            where the objective counts (``step_like``).
 
     Raises:
         OptionError: A number outside its range.
@@ -157,7 +160,10 @@ class OneSided(Estimator):
         baseline: What a value is compared with. "others": the mean of the K - 1 other directions on
             the same rows. "base": f(theta), which costs b queries more. "auto": "others" where
             K > 1. With ranks or z-scores it is always the others.
-        shaping, perturbation_scale: See ``Estimator``.
+        shaping: "none": the differences as they are; for rewards that are steps or have outliers
+            "ranks" or "zscore", among K >= 2 directions.
+        perturbation_scale: mu, in the parameters' units, > 0. None: 0.04 of the displacement, 0.4
+            where the objective counts (``step_like``).
 
     Raises:
         OptionError: A number outside its range, or a baseline that the shaping does not have.

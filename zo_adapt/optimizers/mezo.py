@@ -35,9 +35,11 @@ class MeZO(ZerothOrder):
             distance, ``ByDistance()``, whose length is measured.
         estimate: How an estimate is formed; ``OneSided(8)`` by default.
         apply: How it is applied.
-        keywords: Short for the parts of ``estimate`` and ``apply``: ``num_directions``,
-            ``one_sided``, ``shaping``, ``perturbation_scale``; ``displacement``, ``normalize``,
-            ``schedule``, ``weight_decay``, ``scale_memory``, ``annealing``. See ``Keywords``.
+        keywords: Short for the parts of ``estimate``: ``num_directions=8``,
+            ``perturbation_scale=None``, ``shaping`` (also "others" and "base", the baselines of
+            ``OneSided``) and ``one_sided=True`` (False: ``TwoSided``); and of ``apply``:
+            ``displacement=None``, ``schedule``, ``weight_decay=0.0``, ``scale_memory``,
+            ``annealing`` of ``ByDistance``, and with ``lr`` those of ``Rate``, ``normalize`` too.
 
     Raises:
         OptionError: A number outside its range, or the same thing said twice.

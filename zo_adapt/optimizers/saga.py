@@ -32,7 +32,7 @@ class ZOSAGA(ZerothOrder):
     Args:
         lr: Learning rate, short for ``apply=Rate(lr)``. None: the step by distance.
         apply: How v is applied.
-        perturbation_scale: mu; None: see ``usual_perturbation``.
+        perturbation_scale: mu; None: 0.04 of the displacement, 0.4 where values are counts.
         keywords: Short for the parts of ``apply``; as in ``MeZO``.
 
     Raises:

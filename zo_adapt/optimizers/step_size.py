@@ -111,12 +111,15 @@ class ByDistance(StepSize):
     Args:
         displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
             of the queries before the first step and, in views that are small beside the run's
-            directions, 3.5% later; see ``calibration``, ``look_ahead``. Then no step goes further
-            than 1.5 rho along the gradient. Of an objective that counts (``step_like``) it is what
-            the view assumes.
-        schedule: See ``StepSize``. "auto": "linear", and "cooldown" in a run that looks along its
-            updates (``look_ahead``), which then find the length at which steps gain the most.
-        weight_decay, scale_memory, annealing: See ``StepSize``.
+            directions, 3.5% later. Then no step goes further than 1.5 rho along the gradient. Of
+            an objective that counts (``step_like``), over weights that nobody has trained or a new
+            head, it is what the view assumes.
+        schedule: "constant", "linear", "cosine", "cooldown" (constant, and linearly to zero in the
+            last eighth) or a callable of the progress. "auto": "cooldown" in a run that looks along
+            its updates later, which finds the length at which steps gain the most; else "linear".
+        weight_decay: Decoupled, as in AdamW.
+        scale_memory: beta of the running scale r, 0 <= beta < 1.
+        annealing: Algorithm 4 of MeZO-SVRG, ``Annealing(...)``, or None.
 
     Raises:
         OptionError: A number outside its range.
@@ -182,10 +185,10 @@ class Rate(StepSize):
     Args:
         lr: Learning rate, > 0.
         normalize: Divide estimates by the running root mean square of their projected gradients.
-        schedule: See ``StepSize``. "auto": "linear" when normalised, else "constant": a rate in
-            absolute terms is taken at its word.
+        schedule: As of ``ByDistance``. "auto": "linear" when normalised, else "constant", as the
+            papers have it.
         weight_decay: Decoupled, as in AdamW; < 1 / lr.
-        scale_memory, annealing: See ``StepSize``.
+        scale_memory, annealing: As of ``ByDistance``.
 
     Raises:
         OptionError: A number outside its range.

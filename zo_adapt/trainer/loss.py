@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
@@ -26,6 +27,7 @@ class TrainerLoss(SetObjective):
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._trainer, self._model = trainer, model
         self.evaluating = EvaluationMode(model)
+        self._shifted = shifts_labels(model)
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
 
@@ -34,7 +36,7 @@ class TrainerLoss(SetObjective):
         precision = Float32Losses() if self._in_half else nullcontext()
         with self._trainer.compute_loss_context_manager(), precision:
             loss: Tensor = self._trainer.compute_loss(self._model, dict(inputs))
-        return loss, items_of(inputs, shifted=self._trainer._loss_shifts_labels)
+        return loss, items_of(inputs, shifted=self._shifted)
 
     def score(self, predictions: list[tuple[Tensor, Tensor | int]]) -> Tensor:
         """The mean over the items of all parts."""
@@ -46,6 +48,15 @@ class TrainerLoss(SetObjective):
             return predictions[0][0]
         total = sum(items for _, items in parts)
         return torch.stack([loss * items for loss, items in parts]).sum() / total
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether a model's loss pairs each label with the position before, as decoders' do."""
+    model = getattr(model, "module", model)  # of a wrapper for several processes
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(model, "config", None)
+    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    return is_causal and not getattr(config, "is_encoder_decoder", False)
 
 
 def items_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor | int:

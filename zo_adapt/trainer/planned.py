@@ -30,9 +30,16 @@ class PlannedSteps:
     _planned: int | None = None
     """Steps that the budget of queries is enough for, where it ends the run."""
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
-        """Trainer's; where a budget of queries ends the run, the steps that it is enough for."""
-        found: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+    def set_initial_training_values(
+        self, args: Any, dataloader: Any, *total_batch_size: int
+    ) -> tuple[Any, ...]:
+        """Trainer's; where a budget of queries ends the run, the steps that it is enough for.
+
+        The size of a batch on all processes is given by transformers 5.0, and not by later ones.
+        """
+        found: tuple[Any, ...] = super().set_initial_training_values(  # type: ignore[misc]
+            args, dataloader, *total_batch_size
+        )
         limited = args.max_steps > 0 or self.args.has_epochs
         self._limit = found[-1] if limited or self.args.max_queries is None else None
         self._planned = self._planned_steps(dataloader)
@@ -41,7 +48,9 @@ class PlannedSteps:
             return found
         args = copy.copy(args)
         args.max_steps = self._planned
-        return super().set_initial_training_values(args, dataloader)  # type: ignore[misc,no-any-return]
+        return super().set_initial_training_values(  # type: ignore[misc,no-any-return]
+            args, dataloader, *total_batch_size
+        )
 
     def _planned_steps(self, dataloader: Any) -> int | None:
         """Steps that the budget of queries is enough for, where that can be known."""

@@ -20,9 +20,11 @@ class TunedView:
     optimizer: Any
     _given: tuple[Any, Any, Any]
     _checkpoint: Checkpoint | None
+    _modes: list[tuple[nn.Module, bool]]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """What Trainer takes for its torch optimizer: it holds the rate and moves nothing."""
+        self._modes = [(module, module.training) for module in self.model.modules()]
         if self.optimizer is None:
             self.view = self._new_view()
             # Schedules are functions of the share of the budget: some need a rate to be a share of.
@@ -30,6 +32,11 @@ class TunedView:
             self.optimizer = AlreadyApplied(list(self.view.tensors.values()), rate)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
+
+    def keep_modes(self) -> None:
+        """Leave every module in the mode it was in: Trainer of transformers 5.0 has changed it."""
+        for module, training in self._modes:
+            module.training = training
 
     def _new_view(self) -> ParameterView:
         view: ParameterView | None = self._given[0]

@@ -223,6 +223,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
                 f"lr_scheduler_type={self.args.lr_scheduler_type} is no function of the step; "
                 "choose linear, cosine, constant or another of those"
             )
+        self.keep_modes()
         self.view.check_ready()
         _, objective, optimizer = self._given
         ranks = self.find_ranks()

@@ -102,6 +102,9 @@ class Calls:
         except ForeignArgumentError as error:
             self._refuse(f"the model is called with a {error}, whose content is not known")
             return Call(None, served=False, watched=False)
+        if arguments.get("use_cache") is True:  # which later calls would read
+            self._refuse("the model is asked for a cache of keys and values")
+            return Call(None, served=False, watched=False)
         known = bool(rows.keys) and self.refusal is None
         served = known and self.serving and self.store.holds(rows.keys)
         watched = kind_of(rows) not in self.verified
