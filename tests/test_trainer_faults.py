@@ -139,6 +139,25 @@ def test_a_bf16_adapter_is_resumed_as_bf16(tmp_path: Path) -> None:
     assert {t.dtype for t in again.view.tensors.values()} == {torch.bfloat16}
 
 
+def bf16_vera() -> nn.Module:
+    config = peft.VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    torch.manual_seed(1)
+    model = tiny_model("bert", dtype=torch.bfloat16)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["usual view", "given view"])
+def test_frozen_factors_of_an_adapter_keep_their_dtype(tmp_path: Path, is_given: bool) -> None:
+    def make(folder: Path, **options: Any) -> ZOTrainer:
+        model = bf16_vera()
+        if is_given:
+            options["view"] = ParameterView.trainable(model)
+        return trainer_of(folder, model, zo_optimizer=MeZO(displacement=0.1), **options)
+
+    again = resumed_equals_whole(tmp_path, make)
+    assert {b.dtype for n, b in again.model.named_buffers() if "vera" in n} == {torch.bfloat16}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A training that was never stopped: its folder, and its weights."""
