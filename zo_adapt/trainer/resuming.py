@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from zo_adapt.errors import TrajectoryError
+from zo_adapt.loops.contents import configured
 from zo_adapt.loops.origin import bound_values, described
-from zo_adapt.loops.resume import BOUND, data_settings
+from zo_adapt.loops.resume import BOUND, CONFIG, data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
@@ -80,6 +81,7 @@ class WholeCheckpoints:
             "seed": self.args.seed,
             "batch_size": self.args.train_batch_size,
             **data,
+            CONFIG: configured(self.view.model),
             "objective": described(run.evaluator.objective),
             "compute_loss_func": described(self.compute_loss_func),
             BOUND: bound_values(run.evaluator.objective, self.compute_loss_func),
