@@ -73,19 +73,16 @@ def _rows(count: int, most: int) -> Iterator[int]:
 
 
 def _feed_column(update: Update, column: Any) -> None:
-    if isinstance(column, np.ndarray) and column.dtype != object:
-        update(f"{column.shape} {column.dtype}".encode())
-        fits = MOST_BYTES // max(1, column.nbytes // max(1, len(column)))
-        picked = column if column.nbytes <= MOST_BYTES else column[list(_rows(len(column), fits))]
-        update(np.ascontiguousarray(picked).tobytes())
-    elif isinstance(column, Tensor) and column.ndim:
-        update(f"{list(column.shape)} {column.dtype}".encode())
-        fits = MOST_BYTES // max(1, column.nbytes // max(1, len(column)))
-        picked = column if column.nbytes <= MOST_BYTES else column[list(_rows(len(column), fits))]
-        update(bits(picked, None))
-    else:
+    is_array = isinstance(column, np.ndarray) and column.dtype != object
+    if not (is_array or (isinstance(column, Tensor) and column.ndim)):
         for row in _rows(len(column), MOST_ROWS):
             _feed(update, column[row], _DEPTH)
+        return
+    update(f"{tuple(column.shape)} {column.dtype}".encode())
+    if column.nbytes > MOST_BYTES:
+        fits = max(1, MOST_BYTES // (column.nbytes // len(column)))
+        column = column[list(_rows(len(column), fits))]
+    update(np.ascontiguousarray(column).tobytes() if is_array else bits(column, None))
 
 
 def _feed(update: Update, value: Any, depth: int) -> None:
@@ -155,7 +152,7 @@ def configured(model: nn.Module | None) -> dict[str, Any]:
 
     Those that no tensor's shape says: ``layer_norm_eps``, ``rope_theta``, ``hidden_act``.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     said = config.to_dict() if hasattr(config, "to_dict") else config
     return dict(_entries(said, "")) if isinstance(said, Mapping) else {}
 
