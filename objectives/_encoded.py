@@ -145,8 +145,10 @@ def without_end(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
     if not (ids and ids[-1] in ends):
         return list(ids)
     bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    written = bool(bare) and bare[-1] == ids[-1]  # by the user, who may mean it
-    return list(ids if written else ids[:-1])
+    rest = list(ids[:-1])
+    # An end that stands in the text itself is the user's, who may mean it.
+    is_appended = not bare or rest[-len(bare) :] == list(bare)
+    return rest if is_appended else list(ids)
 
 
 def is_chat(prompt: Any) -> bool:

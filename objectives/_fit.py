@@ -129,14 +129,29 @@ def virtual_tokens(model: nn.Module) -> int:
     return int(config.num_virtual_tokens) if config is not None and is_prompt else 0
 
 
-def positions(model: nn.Module) -> int | None:
-    """The longest text in tokens that the model is made for; None where nothing says so."""
-    limit: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+def positions(model: nn.Module, *, are_written: bool = False) -> int | None:
+    """The longest text in tokens that the model is made for; None where nothing says so.
+
+    Args:
+        model: Whose configuration says it.
+        are_written: Of an encoder-decoder, what the decoder writes, not what the encoder reads.
+    """
+    limit = _configured_positions(model, are_written)
     if limit is None:
         return None
     # RoBERTa and its kin count positions from the padding token's id on.
-    offset = max((_offset(table) for table in _position_tables(model)), default=0)
+    offset = max(map(_offset, _position_tables(model)), default=0)
     return limit - offset - virtual_tokens(model)
+
+
+def _configured_positions(model: nn.Module, are_written: bool) -> int | None:
+    config, side = getattr(model, "config", None), "decoder" if are_written else "encoder"
+    names = ["max_position_embeddings", f"max_{side}_position_embeddings"]
+    names += ["max_target_positions"] * are_written
+    # Some are made of two models, each with a configuration of its own.
+    owners = (getattr(config, side, None), config)
+    said = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((int(limit) for limit in said if limit is not None), None)
 
 
 def shortest(*limits: int | None) -> int | None:
@@ -151,15 +166,23 @@ def tokens_of(tokenizer: Any) -> int | None:
 
 def has_position_table(model: nn.Module) -> bool:
     """Whether a longer text than ``positions`` is an error, not only untrained."""
-    return any(True for _ in _position_tables(model))
+    # Sines, too, may be a table of so many rows (GPT-J, CTRL).
+    limits = [_configured_positions(model, are_written) for are_written in (False, True)]
+    sines = (len(b) for name, b in model.named_buffers() if b.dim() == 2 and _is_absolute(name))
+    return any(True for _ in _position_tables(model)) or any(rows in limits for rows in sines)
 
 
-def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
+def _position_tables(model: nn.Module) -> Iterator[nn.Module]:
+    """Embeddings of positions; those that make their sines as they need them have no weight."""
     for name, module in model.named_modules():
-        leaf = name.rsplit(".", 1)[-1]
-        absolute = ("position" in leaf and "relative" not in leaf) or leaf == "wpe"
-        if isinstance(module, nn.Embedding) and absolute:
+        is_table = hasattr(module, "weight") and hasattr(module, "padding_idx")
+        if is_table and _is_absolute(name):
             yield module
+
+
+def _is_absolute(name: str) -> bool:
+    leaf = name.rsplit(".", 1)[-1]
+    return ("position" in leaf and "relative" not in leaf) or leaf in ("wpe", "pos_encoding")
 
 
 def _offset(table: Any) -> int:

@@ -64,6 +64,23 @@ def checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given)
 
 
+def sequences_of(output: Any) -> Tensor:
+    """The texts of what a ``generate`` returns: ids, or ids and more, by name or first of several.
+
+    Raises:
+        OptionError: There are no ids.
+    """
+    found = output.get("sequences") if isinstance(output, Mapping) else output
+    found = found[0] if isinstance(found, tuple) and found else found
+    found = getattr(found, "sequences", found)
+    if not isinstance(found, Tensor):
+        raise OptionError(
+            f"generate returned {type(output).__name__}; it must return token ids, or an output "
+            "with sequences"
+        )
+    return found
+
+
 def check_count(written: Tensor, prompts: Tensor) -> None:
     """Refuse another number of texts than one for each prompt.
 

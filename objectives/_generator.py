@@ -21,6 +21,7 @@ from objectives._generation_options import (
     check_count,
     checked_options,
     sampling_options,
+    sequences_of,
     special_tokens,
 )
 from objectives._scores import Finite, Given
@@ -187,7 +188,7 @@ class Generator:
         finite = Finite()
         processors: list[Processor] = [finite] if draws is None else [finite, draws]
         output = self._generate(ids, mask, self._config(self.longest), processors, shared, **given)
-        output = output if isinstance(output, Tensor) else output.sequences
+        output = sequences_of(output)
         finite.check()
         check_count(output, ids)
         return self._without_prompt(output, ids).tolist()
@@ -208,14 +209,15 @@ class Generator:
             with blocks().of_rows(rows, len(ids)):
                 output = self._generate(*now, config, processors, shared, half, **more)
             finite.check()
-            found = output.sequences
+            found = sequences_of(output)
             check_count(found, rows)
             for row, text in zip(rows.tolist(), found[:, width:].tolist(), strict=True):
                 written[row] = text
             kept = half.kept(found)
             if len(kept) == 0 or found.shape[1] == width + self.longest:
                 return written
-            cache = rows_of_cache(output.past_key_values, kept, found.shape[1])
+            known = getattr(output, "past_key_values", None)
+            cache = rows_of_cache(known, kept, found.shape[1])
             if cache is None:
                 self._in_stages = False
                 if shared is not None:
@@ -279,7 +281,7 @@ class Generator:
 
     def _check_completions(self, longest: int) -> None:
         """Refuse completions that the decoder of an encoder-decoder has no positions for."""
-        limit = self._limit
+        limit = positions(self._model, are_written=True)
         if self._configured("is_encoder_decoder") and limit is not None and longest > limit:
             raise OptionError(
                 f"max_new_tokens={longest}, and the model's decoder has {limit} positions; choose "

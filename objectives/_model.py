@@ -158,7 +158,7 @@ class ModelRunner:
         if labels is not None and labels.device.type == "cpu":
             self.check_labels(labels)
         if ids is not None:
-            self._check_tokens(ids)
+            self._check_tokens(ids, self.longest)
         device = self.device
         return {
             name: value.to(device, self._dtype_for(name, value)) for name, value in batch.items()
@@ -171,10 +171,9 @@ class ModelRunner:
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, value.dtype)
 
-    def _check_tokens(self, ids: Tensor) -> None:
+    def _check_tokens(self, ids: Tensor, longest: int | None) -> None:
         """Refuse texts that the model has no embeddings for."""
-        longest = self.longest if self._has_position_table else None
-        if longest is not None and ids.shape[-1] > longest:
+        if self._has_position_table and longest is not None and ids.shape[-1] > longest:
             raise DataError(
                 f"a text has {ids.shape[-1]} tokens and the model reads {longest}; cut texts with "
                 f"truncation=True, max_length={longest}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from objectives._collate import IGNORED, LABELS
-from objectives._encoded import is_chat
+from objectives._encoded import is_chat, without_end
 from objectives._fit import shortest, tokens_of
 from zo_adapt.errors import DataError, OptionError
 from zo_adapt.options import at_least_one
@@ -54,7 +54,7 @@ class TextEncoder:
         elif "prompt" in given and "completion" in given:
             ids, counted = self._of_pair(example["prompt"], example["completion"])
         elif "text" in given:
-            ids = self._ended(self._tokens(example["text"], "text"))
+            ids = self._whole(example["text"], "text")
             counted = [True] * len(ids)
         else:
             raise DataError(f"an example has {given}; give 'prompt' and 'completion' together")
@@ -68,9 +68,9 @@ class TextEncoder:
             whole = self._template([*prompt, *completion])
             ids, said = list(whole["input_ids"]), whole.get("assistant_masks")
         else:
-            begun = self._tokens(prompt, "prompt")
+            begun = self._begun(prompt, "prompt")
             both = prompt + _text(completion, "completion")
-            ids, said = self._ended(self._tokens(both, "completion")), None
+            ids, said = self._whole(both, "completion"), None
         # Where the tokenizer joins the two in one token, that token is a part of the answer.
         shared = _shared(begun, ids) if self._completion_only else 0
         counted = [index >= shared for index in range(len(ids))]
@@ -115,9 +115,17 @@ class TextEncoder:
         ids: list[int] = self._tokenizer(_text(text, field), verbose=False)["input_ids"]
         return list(ids)
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        end = self._tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    def _begun(self, text: Any, field: str) -> list[int]:
+        """The tokens of a text that goes on."""
+        return without_end(self._tokenizer, text, self._tokens(text, field))
+
+    def _whole(self, text: Any, field: str) -> list[int]:
+        """The tokens of a text, which ends once, whoever has put the end there."""
+        ids, end = self._tokens(text, field), self._tokenizer.eos_token_id
+        own = without_end(self._tokenizer, text, ids)
+        if end is None or own[-1:] == [end]:
+            return ids if end is None else own
+        return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

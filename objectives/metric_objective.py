@@ -117,14 +117,22 @@ class MetricObjective(SetMetric):
         """The named metric of all micro-batches together.
 
         Raises:
-            ObjectiveError: There is no such metric, or it is not a number.
+            ObjectiveError: There is no such metric, or it is not a number; predictions of parts of
+                the batch that do not fit together.
             UndefinedMetricError: It is NaN.
         """
         from transformers.trainer_pt_utils import nested_concat
 
-        logits, labels = (
-            reduce(nested_concat, column) for column in zip(*predictions, strict=True)
-        )
+        try:
+            logits, labels = (
+                reduce(nested_concat, column) for column in zip(*predictions, strict=True)
+            )
+        except ValueError as error:
+            raise ObjectiveError(
+                f"the predictions of two micro-batches do not fit together ({error}); give "
+                "preprocess_logits_for_metrics, and leave out there what varies in more than one "
+                "dimension (attentions)"
+            ) from error
         return self.metric(logits, labels)
 
     def metric(self, logits: Any, labels: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
-from objectives._fit import check_encoder_decoder, shortest, tokens_of
+from objectives._fit import check_encoder_decoder, positions, shortest, tokens_of
 from objectives._head import narrow_logits
 from objectives._model import Batch
 from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
@@ -24,7 +24,8 @@ class Seq2SeqLoss(TokenLoss):
     that a label needs are computed.
 
     Examples have ``input_ids`` and ``labels`` (-100 where none is to be predicted); or, with a
-    tokenizer, ``prompt`` and ``completion`` as texts.
+    tokenizer, ``prompt`` and ``completion`` as texts. The end token is put after targets that do
+    not end in it.
 
     Args:
         model: An encoder-decoder language model (T5, BART), or a peft one.
@@ -59,7 +60,9 @@ class Seq2SeqLoss(TokenLoss):
         super().__init__(model, reduction=reduction)
         self._tokenizer = tokenizer
         own = None if max_length is None else at_least_one("max_length", max_length)
+        self._longest_target = positions(model, are_written=True)
         self._limit = shortest(own, self.longest, tokens_of(tokenizer))
+        self._written = shortest(own, self._longest_target, tokens_of(tokenizer))
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """A batch from examples of tokens or of text."""
@@ -73,7 +76,7 @@ class Seq2SeqLoss(TokenLoss):
             raise DataError(
                 f"labels of shape {tuple(labels.shape)}; give the tokens of every target, (b, t)"
             )
-        self._check_tokens(labels.clamp_min(0))  # the decoder has the encoder's limits
+        self._check_tokens(labels.clamp_min(0), self._longest_target)
         check_labelled(labels)
         if "decoder_input_ids" not in prepared:
             prepared = prepared | {"decoder_input_ids": shifted_right(self.model, labels)}
@@ -96,11 +99,17 @@ class Seq2SeqLoss(TokenLoss):
                 f"'prompt' and 'completion' of an example are {source!r:.40} and {target!r:.40}; "
                 "give texts"
             )
-        options = {"truncation": self._limit is not None, "max_length": self._limit}
+        read = {"truncation": self._limit is not None, "max_length": self._limit}
+        written = {"truncation": self._written is not None, "max_length": self._written}
+        labels = self._tokenizer(text_target=target, **written)["input_ids"]
         return {
-            "input_ids": self._tokenizer(source, **options)["input_ids"],
-            "labels": self._tokenizer(text_target=target, **options)["input_ids"],
+            "input_ids": self._tokenizer(source, **read)["input_ids"],
+            "labels": self._ended(labels)[: self._written],
         }
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self._tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def shifted_right(model: nn.Module, labels: Tensor) -> Tensor:

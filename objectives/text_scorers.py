@@ -226,7 +226,11 @@ class BiEncoder(TextScorer):
                 f"the model returned {type(outputs).__name__} without hidden states; load it with "
                 "AutoModel, or give pooling=function"
             )
-        return hidden if hidden.dim() == 2 else self._pooled(hidden, token_mask(batch))
+        if hidden.dim() == 2:
+            return hidden
+        mask = token_mask(batch)
+        # From the end: peft's prompt tuning puts virtual tokens before the text.
+        return self._pooled(hidden[:, -mask.shape[1] :], mask)
 
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         if self.pooling == "mean":

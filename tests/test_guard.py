@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -153,6 +153,53 @@ def test_shifts_within_shifts_and_the_wrong_order() -> None:
     assert tuned.hash() == before
     second.__exit__(None, None, None)
     assert tuned.hash() == before
+
+
+OTHER_VIEWS: dict[str, Callable[[nn.Module], ParameterView]] = {
+    "the same tensors": ParameterView.full,
+    "one of them": lambda model: ParameterView.matching(model, "bias"),
+    "a part of one": lambda model: ParameterView({"row": model.weight.data[0]}),  # type: ignore[index]
+    "layer by layer": lambda model: ParameterView.full(model, scratch="layer"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VIEWS)
+@pytest.mark.parametrize("scratch", ["copy", "layer"])
+def test_another_view_of_the_same_memory_is_refused_inside_a_shift(name: str, scratch: Any) -> None:
+    model = nn.Linear(3, 2)
+    tuned, other = ParameterView.full(model, scratch=scratch), OTHER_VIEWS[name](model)
+    before, snapshot = tuned.hash(), other.snapshot()
+    data = torch.ones(4, 3)
+
+    def tune() -> None:
+        minimize(lambda x: model(x).mean(1), other, data, max_steps=1, batch_size=2, progress=False)
+
+    inside: list[Callable[[], Any]] = [
+        lambda: other.apply(Shift(TERMS)),
+        lambda: other.restore(snapshot),
+        lambda: other.shifted(TERMS).__enter__(),
+        tune,
+    ]
+    for act in inside:
+        with (
+            pytest.raises(ViewInUseError, match="another view of the same memory is shifted"),
+            tuned.shifted(TERMS),
+        ):
+            act()
+        assert tuned.hash() == before
+    other.apply(Shift(TERMS))
+    assert tuned.hash() != before
+
+
+def test_a_view_of_other_memory_is_free_inside_a_shift() -> None:
+    model = nn.Linear(3, 2)
+    weight, bias = (ParameterView.matching(model, name) for name in ("weight", "bias"))
+    with weight.shifted(TERMS), bias.shifted(TERMS):
+        pass
+    start = bias.hash()
+    with weight.shifted(TERMS):
+        bias.apply(Shift(TERMS))
+    assert bias.hash() != start
 
 
 def test_a_model_converted_inside_a_probe_is_named() -> None:

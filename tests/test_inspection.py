@@ -311,6 +311,69 @@ def test_buffers_that_every_forward_changes_are_named(
         )
 
 
+class OfLarge(nn.Module):
+    """Changes a buffer on batches of more than two rows alone: the first look sees two."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(4, 3), kind
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("table", torch.arange(2.0))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        found: Tensor = self.layer(batch)
+        if len(batch) <= 2:
+            return found
+        if self.kind == "a count":
+            self.calls += 1
+        elif self.kind == "a new tensor":
+            self.calls = self.calls + 1
+        elif self.kind == "batch norm":
+            found = self.norm(found)
+        elif self.kind == "a kernel that does not count":
+            mean, variance = self.norm.running_mean, self.norm.running_var
+            found = nn.functional.batch_norm(found, mean, variance, training=True)
+        elif self.kind == "a table":
+            self.table = torch.arange(float(len(batch)))
+        return found
+
+
+WAYS: dict[str, Callable[[nn.Module], ParameterView]] = {
+    "copy": lambda model: ParameterView.matching(model, "^layer"),
+    "layer": lambda model: ParameterView.matching(model, "^layer", scratch="layer"),
+    "one tensor": lambda model: ParameterView.matching(model, "layer.bias"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "kind", ["a count", "a new tensor", "batch norm", "a kernel that does not count"]
+)
+def test_a_buffer_that_large_batches_change_is_noticed(kind: str, way: str) -> None:
+    model = OfLarge(kind)
+    view = WAYS[way](model)
+    before = {name: b.clone() for name, b in model.named_buffers()}, view.hash()
+    with pytest.raises(ChangingBufferError, match="evaluation 1 changed"):
+        minimize(
+            loss_of(model), view, torch.randn(64, 4),
+            MeZO(displacement=0.1, num_directions=2, one_sided=False),
+            batch_size=16, max_steps=40, **QUIET,
+        )  # fmt: skip
+    assert view.hash() == before[1]
+    assert all(torch.equal(bits(b), bits(before[0][n])) for n, b in model.named_buffers())
+
+
+def test_a_table_that_large_batches_make_longer_is_none_of_these() -> None:
+    model, calls = OfLarge("a table"), []
+    model.layer.register_forward_hook(lambda *_: calls.append(1))
+    view = ParameterView.matching(model, "layer")
+    data, optimizer = torch.randn(64, 4), MeZO(displacement=0.1, num_directions=1, one_sided=False)
+    result = minimize(loss_of(model), view, data, optimizer, batch_size=16, max_steps=9, **QUIET)
+    assert result.steps == 9
+    assert len(calls) < 2 * 9 + 9  # asked again once, not at every step
+
+
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 @pytest.mark.parametrize("pattern", ["^1", "^0"])
 def test_an_embedding_that_a_forward_shortens_is_named(kind: Any, pattern: str) -> None:

@@ -1,6 +1,7 @@
 """Values that were wrong in silence once: each with a sibling of its kind."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -14,6 +15,8 @@ from tiny_models import MASK, PAD, VOCABULARY, tiny_config, tiny_model, token_ro
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
     BartConfig,
@@ -53,6 +56,8 @@ from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.protocol import Probe
+from zo_adapt.serve.peft_server import PeftServer
+from zo_adapt.serve.protocol import BASE, Writing
 from zo_adapt.term import HERE
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -248,6 +253,19 @@ def test_a_tuple_of_outputs_is_the_one_that_trainer_makes(tmp_path: Any) -> None
     assert in_parts == pytest.approx(expected)
 
 
+def test_predictions_that_do_not_fit_together_are_named() -> None:
+    model = tiny_model("bert", output_attentions=True, attn_implementation="eager")
+    metric = MetricObjective(
+        model, compute_metrics=lambda _: {"share": 1.0}, metric_for_best_model="share"
+    )
+    rows = [{"input_ids": [5] * n, "labels": 0} for n in (4, 6)]
+    parts = [metric.predict([row]) for row in rows]
+    with pytest.raises(ObjectiveError, match="give preprocess_logits_for_metrics"):
+        metric.score(parts)
+    metric.preprocess = lambda outputs, _: outputs[0]
+    assert metric.score([metric.predict([row]) for row in rows]) == 1.0
+
+
 def test_a_model_that_returns_a_tuple_has_its_loss_left_out() -> None:
     class Tuple(Logits):
         def forward(self, input: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
@@ -323,6 +341,30 @@ def test_an_end_token_stays_where_the_user_wrote_it_and_where_an_encoder_reads_i
     assert read.collate([{"prompt": "w5"}]).input_ids.tolist() == [[5, END]]
 
 
+@pytest.mark.parametrize("prompt", ["w7", "w7 </s>", ""])
+@pytest.mark.parametrize("completion", ["w9", "w9 </s>", " </s> w9", ""])
+def test_a_completion_ends_once_whoever_puts_the_end_there(prompt: str, completion: str) -> None:
+    model, example = tiny_model("llama", "causal"), {"prompt": prompt, "completion": completion}
+    if prompt and completion:
+        example["completion"] = f" {completion}"
+    plain, appending = (
+        CausalLMLoss(model, tokenizer=a_tokenizer(appends_end=appends)).texts.encoded(example)
+        for appends in (False, True)
+    )
+    assert plain == appending
+    if completion or "</s>" not in prompt:  # a text that has ended has no completion
+        assert plain["labels"][-1] == END
+
+
+def test_a_target_ends_as_a_completion_does() -> None:
+    example = {"prompt": "w5 w6", "completion": "w7"}
+    for appends in (False, True):
+        loss = Seq2SeqLoss(t5(), tokenizer=a_tokenizer(appends_end=appends))
+        assert loss.collate([example])["labels"].tolist() == [[7, END]]
+    cut = Seq2SeqLoss(t5(), tokenizer=a_tokenizer(), max_length=1)
+    assert cut.collate([example])["labels"].tolist() == [[7]]
+
+
 # --- 19: a class that occurs nowhere -------------------------------------------------------------
 
 
@@ -383,6 +425,64 @@ def test_scorers_cut_what_the_model_cannot_read(family: str) -> None:
     assert encoder.collate([query]).inputs["input_ids"].shape[1] == encoder.longest
 
 
+OF_MANY_TABLES: dict[str, tuple[dict[str, Any], int]] = {
+    "ibert": ({"pad_token_id": PAD}, 20 - PAD - 1),
+    "gptj": ({"rotary_dim": 4}, 20),
+    "ctrl": ({"dff": 16}, 20),
+}
+"""Positions in a table of a class of its own, or of sines."""
+
+
+@pytest.mark.parametrize("family", OF_MANY_TABLES)
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_every_kind_of_table_has_an_end(family: str, virtual: int) -> None:
+    options, positions = OF_MANY_TABLES[family]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, max_position_embeddings=20, **sizes, **options
+    )
+    model = AutoModel.from_config(config).eval()
+    if virtual and family != "ibert":  # which takes no embeddings in place of tokens
+        settings = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+        model, positions = peft.get_peft_model(model, settings).eval(), positions - virtual
+    loss = ClassificationLoss(model)
+    with pytest.raises(DataError, match=f"{positions + 1} tokens and the model reads {positions}"):
+        loss.collate([{"input_ids": [5] * (positions + 1), "labels": 0}])
+    loss.outputs(loss.collate([{"input_ids": [5] * positions, "labels": 0}]))
+
+
+def test_a_decoder_may_have_a_table_of_its_own() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    limits = {"max_encoder_position_embeddings": 16, "max_decoder_position_embeddings": 12}
+    config = AutoConfig.for_model(
+        "led", vocab_size=VOCABULARY, attention_window=4, **sizes, **heads, **limits
+    )
+    loss = Seq2SeqLoss(AutoModelForSeq2SeqLM.from_config(config).eval(), tokenizer=a_tokenizer())
+    with pytest.raises(DataError, match="13 tokens and the model reads 12"):
+        loss([{"input_ids": [5, 6], "labels": [7] * 13}])
+    with pytest.raises(DataError, match="17 tokens and the model reads 16"):
+        loss([{"input_ids": [5] * 17, "labels": [7]}])
+    assert loss([{"prompt": text([5] * 40), "completion": text([7] * 40)}]).shape == (1,)
+
+
+def test_embeddings_of_texts_are_those_after_the_virtual_tokens() -> None:
+    torch.manual_seed(0)
+    settings = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+    base = AutoModel.from_config(tiny_config("bert", max_position_embeddings=20))
+    model = peft.get_peft_model(base, settings).eval()
+    query = {"query": text([7] * 30), "documents": [text([9] * 50), "w5"], "relevance": [1, 0]}
+    encoder = BiEncoder(model, a_tokenizer())
+    batch = encoder.collate([query]).inputs
+    hidden, mask = model(**batch).last_hidden_state[:, 3:], batch["attention_mask"].bool()
+    of_rows = [one[kept] for one, kept in zip(hidden, mask, strict=True)]
+    torch.testing.assert_close(encoder.embeddings(batch), torch.stack([r.mean(0) for r in of_rows]))
+    encoder.pooling = "first"
+    torch.testing.assert_close(encoder.embeddings(batch), hidden[:, 0])
+    encoder.pooling = "last"
+    torch.testing.assert_close(encoder.embeddings(batch), torch.stack([r[-1] for r in of_rows]))
+
+
 @pytest.mark.parametrize("make", [ClassificationLoss, Accuracy])
 def test_tokens_beyond_the_last_position_are_named(make: Any) -> None:
     objective = make(tiny_model("roberta", max_position_embeddings=20))
@@ -419,6 +519,38 @@ def test_generate_may_return_a_dictionary(of_the_model: bool) -> None:
         model, a_tokenizer(), one_each, max_new_tokens=4, generation_kwargs=more
     )
     assert reward.generate(data) == expected
+
+
+@pytest.mark.parametrize("form", ["ids", "a mapping", "a tuple", "an object"])
+def test_a_generate_of_ones_own_may_return_any_of_them(form: str) -> None:
+    model, data = tiny_model("llama", "causal"), [{"prompt": text(r)} for r in token_rows(6)]
+    expected = GenerationReward(model, a_tokenizer(), one_each, max_new_tokens=4).generate(data)
+    forms: dict[str, Callable[[Tensor], Any]] = {
+        "ids": lambda ids: ids,
+        "a mapping": lambda ids: {"sequences": ids},
+        "a tuple": lambda ids: (ids, None),
+        "an object": lambda ids: SimpleNamespace(sequences=ids),
+    }
+    generate: Any = model.generate
+
+    def own(**options: Any) -> Any:
+        return forms[form](generate(**options).sequences)
+
+    model.generate = own
+    model.generation_config.return_dict_in_generate = True
+    reward = GenerationReward(model, a_tokenizer(), one_each, max_new_tokens=4)
+    assert reward.generate(data) == expected
+    model.generate = lambda **_: "text"
+    with pytest.raises(OptionError, match="generate returned str; it must return token ids"):
+        reward.generate(data)
+
+
+def test_a_model_behind_a_server_may_return_a_dictionary() -> None:
+    texts, model = [[5, 6, 7], [8, 9]], tiny_model("llama", "causal")
+    writing = Writing(4, (END,), temperature=0.0, top_p=1.0, top_k=0, stops=(), more={})
+    expected = PeftServer(model).generate([BASE] * 2, texts, writing)
+    model.generation_config.return_dict_in_generate = True
+    assert PeftServer(model).generate([BASE] * 2, texts, writing) == expected
 
 
 def test_a_prompt_has_one_completion() -> None:

@@ -17,11 +17,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tiny_models import tiny_model
+from datasets import Dataset
+from tiny_models import tiny_model, token_rows
 from torch import Tensor, nn
 from trajectories import OPTIMIZERS, STEPS, copies, equal, run, tensors
 
-from objectives import CallableObjective
+from objectives import CallableObjective, CausalLMLoss, ClassificationLoss
 from zo_adapt import (
     AskTell,
     Data,
@@ -37,7 +38,7 @@ from zo_adapt import (
     replay,
 )
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import TensorRows
+from zo_adapt.data.sources import TensorRows, as_source
 from zo_adapt.errors import (
     CorruptTrajectoryError,
     NonFiniteObjectiveError,
@@ -49,6 +50,8 @@ from zo_adapt.errors import (
     TrajectoryWriteError,
 )
 from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.loops.contents import contents_hash
+from zo_adapt.loops.resume import check_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.first_order import Adam
 from zo_adapt.optimizers.schedule import Budget
@@ -463,6 +466,78 @@ def test_resuming_on_something_else_is_refused(
     with pytest.raises(TrajectoryError, match=name):
         tune(tmp_path / "f", **options)
     assert (tmp_path / "f").read_bytes() == before
+
+
+FORMS: dict[str, Callable[[list[list[int]]], Any]] = {
+    "examples": lambda rows: [{"x": row, "text": f"row {row[0]}", "y": 0.5} for row in rows],
+    "columns": lambda rows: {"x": torch.tensor(rows), "y": [[float(r[0])] for r in rows]},
+    "arrays": lambda rows: (np.array(rows, dtype=np.float32), np.arange(len(rows))),
+    "dataset": lambda rows: Dataset.from_list([{"x": r, "text": [f"{r[0]}", None]} for r in rows]),
+    "shuffled": lambda rows: Dataset.from_list([{"x": r} for r in rows]).shuffle(seed=0),
+    "images": lambda rows: [(torch.tensor(row, dtype=torch.float32), 1) for row in rows],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_one_changed_row_of_many_is_another_data_set(name: str) -> None:
+    rows = [[i, i + 1, 2] for i in range(3000)]
+    changed = [row if row[0] != 1234 else [1234, 1236, 2] for row in rows]
+    one, again, other = (
+        contents_hash(as_source(FORMS[name](given), list)) for given in (rows, rows, changed)
+    )
+    assert one is not None
+    assert one == again
+    assert one != other
+
+
+def test_a_run_is_not_gone_on_with_on_a_changed_row(tmp_path: Path) -> None:
+    data = torch.randn(3000, 6, generator=torch.Generator().manual_seed(1))
+    tune(tmp_path / "f", stop=3, data=data)
+    data[1234, 2] += 1
+    with pytest.raises(TrajectoryError, match="all rows of the data="):
+        tune(tmp_path / "f", data=data)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"layer_norm_eps": 1e-3}),
+        ("bert", {"hidden_act": "relu"}),
+        ("llama", {"rope_theta": 500.0}),
+    ],
+)
+def test_a_run_is_not_gone_on_with_by_another_configuration(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    head = "causal" if family == "llama" else "classification"
+    rows = [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(token_rows(8))]
+
+    def run(steps: int, **options: Any) -> None:
+        model = tiny_model(family, head, **options)
+        loss: Any = ClassificationLoss(model)
+        if head == "causal":
+            loss = CausalLMLoss(model)
+            rows[:] = [{"input_ids": row["input_ids"]} for row in rows]
+        minimize(
+            loss, ParameterView.matching(model, "score|classifier|lm_head"), rows,
+            MeZO(displacement=0.1), batch_size=4, max_steps=steps, trajectory=tmp_path / "f",
+            resume=True, **QUIET,
+        )  # fmt: skip
+
+    run(2)
+    with pytest.raises(TrajectoryError, match=next(iter(changes))):
+        run(3, **changes)
+    # What a value does not depend on may be another.
+    unread = {"attention_dropout": 0.3} if family == "llama" else {"hidden_dropout_prob": 0.3}
+    run(3, **unread)
+
+
+def test_a_configuration_is_compared_as_far_as_both_versions_have_it(tmp_path: Path) -> None:
+    begun = {"config": {"eps": 1e-5, "former": 1}}
+    check_settings(tmp_path, begun, {"config": {"eps": 1e-5, "new": 2}})
+    check_settings(tmp_path, {}, {"config": {"eps": 1e-5}})
+    with pytest.raises(TrajectoryError, match=r"config=\{'eps': 1e-05\}, not \{'eps': 0.1\}"):
+        check_settings(tmp_path, begun, {"config": {"eps": 0.1, "new": 2}})
 
 
 def scaled_by(factor: float, model: nn.Module) -> Any:

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from test_trainer import accuracy, arguments, lora_model, pad, toy_rows, trainer_of
 from test_trainer_resume import SAVING, STEPS, StopAt
-from tiny_models import PAD, tiny_model, token_rows
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -137,6 +137,25 @@ def test_a_bf16_adapter_is_resumed_as_bf16(tmp_path: Path) -> None:
 
     again = resumed_equals_whole(tmp_path, make)
     assert {t.dtype for t in again.view.tensors.values()} == {torch.bfloat16}
+
+
+def bf16_vera() -> nn.Module:
+    config = peft.VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    torch.manual_seed(1)
+    model = tiny_model("bert", dtype=torch.bfloat16)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["usual view", "given view"])
+def test_frozen_factors_of_an_adapter_keep_their_dtype(tmp_path: Path, is_given: bool) -> None:
+    def make(folder: Path, **options: Any) -> ZOTrainer:
+        model = bf16_vera()
+        if is_given:
+            options["view"] = ParameterView.trainable(model)
+        return trainer_of(folder, model, zo_optimizer=MeZO(displacement=0.1), **options)
+
+    again = resumed_equals_whole(tmp_path, make)
+    assert {b.dtype for n, b in again.model.named_buffers() if "vera" in n} == {torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
@@ -481,35 +500,6 @@ def test_a_snapshot_is_found_again_where_parts_do_not_decay() -> None:
         with view.shifted(back.terms, back.decay):
             for name, tensor in live.items():
                 assert torch.allclose(tensor, start[name], rtol=1e-12, atol=0)
-
-
-def causal_rows() -> list[dict[str, Any]]:
-    rows = token_rows(16, 12)
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
-
-
-def causal_pad(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    ids = nn.utils.rnn.pad_sequence(
-        [torch.tensor(row["input_ids"]) for row in rows], batch_first=True, padding_value=PAD
-    )
-    mask = ids != PAD
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
-
-
-@pytest.mark.parametrize("micro", [1, 3])
-def test_a_mean_over_tokens_does_not_depend_on_micro_batches(tmp_path: Path, micro: int) -> None:
-    losses = []
-    for size in (None, micro):
-        trainer = ZOTrainer(
-            tiny_model("llama", "causal"),
-            arguments(tmp_path, max_steps=1, logging_steps=1, micro_batch_size=size,
-                      optimizer="mezo"),
-            train_dataset=causal_rows(),
-            data_collator=causal_pad,
-        )  # fmt: skip
-        trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_transform_is_not_run_for_the_labels(tmp_path: Path) -> None:

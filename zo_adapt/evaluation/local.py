@@ -33,6 +33,7 @@ from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
+from zo_adapt.view.buffers import WatchedBuffers
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import finest_perturbation, usual_perturbation
 from zo_adapt.view.shards import WHY_SHARDED
@@ -85,6 +86,7 @@ class LocalEvaluator(CountingEvaluator):
         self._joint = Joint(self.objective, view, options, self.micro_batch_size, self._along)
         names = dict(zip(("trunk", "graphs"), found, strict=True))
         self._asks_again = is_quantised(view.model)
+        self._buffers = WatchedBuffers(view.model)
         self._why_not = {name: why for name, why in names.items() if isinstance(why, str)}
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
@@ -114,11 +116,14 @@ class LocalEvaluator(CountingEvaluator):
             self._graphs.begin()
         found: list[Answer] = []
         with gradients_off(), self.ready():
+            blocks = list[Block]()
             for block in choose(self._blocks(probes)):
                 answers = self._answers(block, probes)
                 if self._asks_again:
                     self._ask_again(block, probes, answers)
+                blocks.append(block)
                 found += answers
+            self._buffers.check(lambda: [self._answers(block, probes) for block in blocks])
         self.view.updates.read_addresses()  # while the GPU is still at it
         returned = on_host([answer.returned for answer in found])
         return [answer._replace(returned=one) for answer, one in zip(found, returned, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.loops.contents import configured, contents_hash
 from zo_adapt.loops.origin import (
     bound_values,
     collate_described,
@@ -26,8 +27,10 @@ LIMITS = ("max_steps", "max_queries")
 LEAST_SHARES = (4, 16)
 """Usual fewest rows of a share, and those of large views without factors: there the noise of a
 direction costs as much as the forward of a few rows, so there are fewer directions."""
+ALL_ROWS = "all rows of the data"
+CONFIG = "config"
 BOUND = "values that functions have as defaults or from around them"
-"""The name of a setting, as an error says it."""
+"""Names of settings, as an error says them."""
 
 
 def data_settings(samples: Samples) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def data_settings(samples: Samples) -> dict[str, Any]:
     return {
         "rows": len(samples.source),
         "data": rows_hash(samples.source),
+        ALL_ROWS: contents_hash(samples.source),
         "collate": collate_described(samples.source),
         "classes": labels_hash(samples.classes),
     }
@@ -48,6 +52,7 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
         "share": samples.share,
         "sign": evaluator.sign,
         **data_settings(samples),
+        CONFIG: configured(evaluator.view.model),
         "objective": described(evaluator.objective),
         BOUND: bound_values(evaluator.objective, getattr(samples.source, "collate", None)),
     }
@@ -84,6 +89,7 @@ def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, 
         TrajectoryError: Names the first that differs.
     """
     now = json.loads(as_json(settings))
+    begun, now = _without_new_entries(begun, now)
     for name in settings:
         value = now[name]
         if name in begun and not same_description(begun[name], value):
@@ -91,6 +97,20 @@ def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, 
                 f"{path} was begun with {name}={begun[name]!r:.200}, not {value!r:.200}; resume "
                 "with the same settings, or begin another file"
             )
+
+
+def _without_new_entries(
+    begun: Mapping[str, Any], now: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same with a model's configuration as far as both versions have its entries."""
+    one, other = begun.get(CONFIG), now.get(CONFIG)
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return dict(begun), now
+    differing = [name for name in one if name in other and one[name] != other[name]]
+    return (
+        {**begun, CONFIG: {name: one[name] for name in differing}},
+        {**now, CONFIG: {name: other[name] for name in differing}},
+    )
 
 
 def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:

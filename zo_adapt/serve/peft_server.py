@@ -220,6 +220,7 @@ class PeftServer(ServedModel):
                 attention_mask=mask.long(),
                 generation_config=config,
             )
+        output = getattr(output, "sequences", output)  # the model's own settings may ask for more
         # Of embeddings, generate returns the new tokens alone.
         before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         return [until_end(row, writing.ends) for row in output[:, before:].tolist()]

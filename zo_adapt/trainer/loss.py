@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
+from zo_adapt.trainer.items import Count, ItemsOfLoss
 
 
 class TrainerLoss(SetObjective):
@@ -27,23 +29,29 @@ class TrainerLoss(SetObjective):
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._trainer, self._model = trainer, model
         self.evaluating = EvaluationMode(model)
-        self._shifted = shifts_labels(model)
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
+        self._items = ItemsOfLoss(_shifts(trainer))
 
-    def predict(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | int]:
-        """The loss of a collated batch, a scalar, and its number of items."""
+    def predict(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Count]]:
+        """The loss of a collated batch, a scalar, and the number of items of each mean in it."""
         precision = Float32Losses() if self._in_half else nullcontext()
         with self._trainer.compute_loss_context_manager(), precision:
-            loss: Tensor = self._trainer.compute_loss(self._model, dict(inputs))
-        return loss, items_of(inputs, shifted=self._shifted)
+            return self._items.counted(
+                inputs, lambda: self._trainer.compute_loss(self._model, dict(inputs))
+            )
 
-    def score(self, predictions: list[tuple[Tensor, Tensor | int]]) -> Tensor:
-        """The mean over the items of all parts."""
+    def score(self, predictions: list[tuple[Tensor, list[Count]]]) -> Tensor:
+        """The mean over the items of all parts.
+
+        Raises:
+            OptionError: The loss adds up means over different items.
+        """
         if len(predictions) == 1:
             return predictions[0][0]
+        parts = [(loss.double(), _one_count(items)) for loss, items in predictions]
         # A part without any label that counts is 0 / 0 in most losses.
-        parts = [(loss.double(), items) for loss, items in predictions if items > 0]
+        parts = [(loss, items) for loss, items in parts if items > 0]
         if not parts:
             return predictions[0][0]
         total = sum(items for _, items in parts)
@@ -59,31 +67,26 @@ def shifts_labels(model: Any) -> bool:
     return is_causal and not getattr(config, "is_encoder_decoder", False)
 
 
-def items_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor | int:
-    """How many items the loss of a batch is a mean over.
-
-    Args:
-        inputs: The collated batch.
-        shifted: Whether the model's loss pairs each label with the position before, so that the
-            first of a row does not count.
-
-    Example:
-        >>> labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
-        >>> int(items_of({"labels": labels}, shifted=True))
-        1
-    """
-    labels = inputs.get("shift_labels", inputs.get("labels"))
-    if not isinstance(labels, Tensor) or not labels.ndim:
-        return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
-    if labels.is_floating_point():
-        return len(labels)
-    if shifted and "shift_labels" not in inputs and labels.ndim > 1:
-        labels = labels[..., 1:]
-    return labels.ne(IGNORED).sum()
+def _one_count(items: list[Count]) -> Count:
+    numbers = sorted({float(count) for count in items})
+    if len(numbers) > 1:
+        raise OptionError(
+            f"the model's loss adds up means over {numbers[0]:g} and {numbers[-1]:g} items of a "
+            "batch, which its parts do not tell; leave out micro_batch_size, or choose it as large "
+            "as the largest batch of a step"
+        )
+    return items[0]
 
 
-IGNORED = -100
-"""The label that losses leave out."""
+def _shifts(trainer: Any) -> bool:
+    """Whether labels are paired with the positions before, by Trainer's rules for what it knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.label_smoother is None:
+        return shifts_labels(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__ in CAUSAL.values()
 
 
 class Float32Losses(TorchFunctionMode):

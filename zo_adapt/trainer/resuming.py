@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from zo_adapt.errors import TrajectoryError
+from zo_adapt.loops.contents import configured
 from zo_adapt.loops.origin import bound_values, described
-from zo_adapt.loops.resume import BOUND, data_settings
+from zo_adapt.loops.resume import BOUND, CONFIG, data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
@@ -80,6 +81,7 @@ class WholeCheckpoints:
             "seed": self.args.seed,
             "batch_size": self.args.train_batch_size,
             **data,
+            CONFIG: configured(self.view.model),
             "objective": described(run.evaluator.objective),
             "compute_loss_func": described(self.compute_loss_func),
             BOUND: bound_values(run.evaluator.objective, self.compute_loss_func),
@@ -116,11 +118,12 @@ class WholeCheckpoints:
 def _parameters_kept(model: nn.Module) -> Iterator[None]:
     """Parameters stay the same objects, of the same dtypes, with the numbers that are loaded.
 
-    peft makes new ones for an adapter that it loads, and makes them fp32; a view that the caller
-    has made before holds those that were there. The file has the numbers in the dtype of before: no
-    bit is lost.
+    peft makes new ones for an adapter that it loads, and makes them fp32, as it does with an
+    adapter's buffers (VeRA); a view that the caller has made before holds those that were there.
+    The file has the numbers in the dtype of before: no bit is lost.
     """
     before = {name: (p, p.dtype) for name, p in model.named_parameters(remove_duplicate=False)}
+    dtypes = {name: b.dtype for name, b in model.named_buffers(remove_duplicate=False)}
     yield
     for path, module, attribute, now in list(owners(model)):
         kept, dtype = before.get(f"{path}.{attribute}" if path else attribute, (now, now.dtype))
@@ -129,3 +132,7 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
             module._parameters[attribute] = kept
         elif now.dtype != dtype:
             now.data = now.data.to(dtype)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.dtype != (dtype := dtypes.get(name, buffer.dtype)):
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = buffer.to(dtype)

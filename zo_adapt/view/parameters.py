@@ -78,7 +78,7 @@ class ParameterView(TunedTensors):
     ) -> None:
         super().__init__(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
         self._keys = {name: tensor_key(name) for name in self.tensors}
-        self.usage = Usage()
+        self.usage = Usage(self.tensors)
         self.memory = Memory()
         """Where the GPUs read the terms that the view is shifted by."""
         self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}

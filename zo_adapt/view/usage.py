@@ -1,26 +1,38 @@
-"""Who uses a view now: while it is shifted, nobody else may shift or change it."""
+"""Who uses a view now: while it is shifted, nobody else may shift or change its memory."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from zo_adapt.errors import ViewInUseError
 from zo_adapt.interrupt import Guard
+from zo_adapt.view.addresses import Addresses
 
 
 class Usage:
     """Counts the shifts of a view that are open, all of one thread.
 
+    Another view may hold the same memory: what is done by way of it counts as done to this one.
+
+    Args:
+        tensors: Of the view.
+
     Example:
-        >>> usage = Usage()
+        >>> import torch
+        >>> weight = torch.ones(2, 2)
+        >>> usage, other = Usage({"w": weight}), Usage({"row": weight[0]})
         >>> with usage.shifting():
-        ...     usage.check_free("apply")
+        ...     other.check_free("apply")
         Traceback (most recent call last):
             ...
-        zo_adapt.errors.ViewInUseError: apply while the view is shifted; leave shifted() first
+        zo_adapt.errors.ViewInUseError: apply while another view of the same memory is shifted; \
+leave shifted() first
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
         self._holder: dict[str, int] = {}  # setdefault is atomic; a lock could not be pickled
         self._depth = 0
 
@@ -29,20 +41,24 @@ class Usage:
         """Inside, the calling thread alone may shift the view, again if it likes.
 
         Raises:
-            ViewInUseError: Another thread is shifting it.
+            ViewInUseError: Another thread is shifting it, or another view of its memory is shifted.
         """
         me = threading.get_ident()
         if self._holder.get("thread", me) != me:
             raise ViewInUseError(_OTHER_THREAD)
         with Guard(self._leave) as guard:
             self._depth += 1
+            _open.append(self)
             if self._holder.setdefault("thread", me) != me:
                 raise ViewInUseError(_OTHER_THREAD)
+            if self._depth == 1:
+                self._check_others("shifted()")
             guard.open()
             yield
 
     def _leave(self) -> None:
         self._depth -= 1
+        _open.remove(self)
         if self._depth == 0:
             self._holder.clear()
 
@@ -50,12 +66,26 @@ class Usage:
         """Refuse to change a view that is shifted: the change would be undone with the shift.
 
         Raises:
-            ViewInUseError: It is shifted.
+            ViewInUseError: It is shifted, or another view of its memory.
         """
         if self._depth:
             raise ViewInUseError(f"{action} while the view is shifted; leave shifted() first")
+        self._check_others(action)
+
+    def _check_others(self, action: str) -> None:
+        others = {id(other): other for other in tuple(_open) if other is not self}
+        if any(self._shares_memory(other) for other in others.values()):
+            raise ViewInUseError(
+                f"{action} while another view of the same memory is shifted; leave shifted() first"
+            )
+
+    def _shares_memory(self, other: "Usage") -> bool:
+        held = Addresses(self._tensors)
+        return any(held.meeting(tensor) for tensor in other._tensors.values())
 
 
+_open: list[Usage] = []
+"""Those that are shifted now, in any thread, once for every shift."""
 _OTHER_THREAD = (
     "another thread is evaluating at shifted weights of this view; give every thread a view of a "
     "model of its own, or make them take turns"
