@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, token_rows
 from torch import Tensor, nn
 
-from objectives import F1, Accuracy, ClassificationLoss
+from objectives import F1, NDCG, Accuracy, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, diagnose, minimize
 from zo_adapt.optimizers.calibration import COUNT_RATIO, COUNT_SHARE, Calibration
 from zo_adapt.optimizers.optimizer import ZerothOrder
@@ -110,3 +110,27 @@ def test_the_search_ends_at_a_third_of_where_damage_is_half_of_the_signal(start:
         search._narrow(Response(even=COUNT_RATIO * rho**2 / 0.3, odd=rho))
     assert search.finished
     assert search.found == pytest.approx(0.3 * COUNT_SHARE, rel=0.3)
+
+
+def test_a_scorer_that_nobody_has_trained_goes_as_far_as_its_weights_are_large() -> None:
+    """A tenth of that, which the view assumes, is too little to learn anything in few queries."""
+
+    def ranked(multiple: float | None) -> float:
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            scorer = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1))
+        features = torch.randn(64, 10, 10, generator=generator)
+        grades = (features @ torch.arange(10.0)).argsort().argsort() // 2
+        lists = [
+            {"features": one, "relevance": relevance}
+            for one, relevance in zip(features, grades, strict=True)
+        ]
+        ndcg, view = NDCG(scorer, k=3), ParameterView.full(scorer)
+        minimize(
+            ndcg, view, lists, MeZO(displacement=multiple and multiple * view.displacement),
+            batch_size=16, max_queries=1_500, progress=False,
+        )  # fmt: skip
+        return float(torch.as_tensor(ndcg(lists)).mean())
+
+    assert ranked(None) > ranked(1.0) + 0.1

@@ -447,11 +447,14 @@ def test_one_class_only_is_named_and_leaves_the_weights() -> None:
     model, data = linear(), blobs()
     data["labels"] = torch.ones(96, dtype=torch.long)
     start = model.weight.detach().clone()
-    with pytest.raises(UndefinedMetricError, match=r"classes \[0, 1\].*48 rows.*raise batch_size"):
-        minimize(
-            ROCAUC(model), ParameterView.trainable(model), data, MeZO(), batch_size=48,
-            max_steps=2, **QUIET,
-        )  # fmt: skip
+    # In the search for a displacement, and in the first step.
+    for optimizer, rows in ((MeZO(), 64), (MeZO(displacement=0.25), 48)):
+        message = rf"classes \[0, 1\].*{rows} rows.*raise batch_size"
+        with pytest.raises(UndefinedMetricError, match=message):
+            minimize(
+                ROCAUC(model), ParameterView.trainable(model), data, optimizer, batch_size=48,
+                max_steps=2, **QUIET,
+            )  # fmt: skip
     assert torch.equal(model.weight, start)
 
 

@@ -10,7 +10,7 @@ from zo_adapt.optimizers.calibration import COUNT_SHARE, Calibration, target_rat
 from zo_adapt.optimizers.look_ahead import LookAhead
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift
-from zo_adapt.view.group import Group
+from zo_adapt.view.group import DISPLACEMENT, Group
 from zo_adapt.view.newness import has_new_head, may_be_untrained
 from zo_adapt.view.parameters import ParameterView
 
@@ -151,8 +151,8 @@ class Finder:
 def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> Finder | None:
     """Make the finder of a run; None where values say nothing of how far it may go.
 
-    What is right by chance alone takes no damage: a count over a new head, or of plain tensors of
-    which nothing is known, goes as far as the view assumes.
+    What is right by chance alone takes no damage: a count over a new head, or of tensors or a
+    module whose size says nothing, goes as far as the view assumes.
 
     Args:
         view: What is tuned.
@@ -160,7 +160,8 @@ def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> F
         step_like: Whether the objective changes in jumps.
     """
     is_new = may_be_untrained(view.model)
-    if step_like and (view.model is None or has_new_head(view.model)):
+    has_size = view.model is not None and not (is_new and displacement == DISPLACEMENT)
+    if step_like and (not has_size or has_new_head(view.model)):
         return None
     farthest = view.farthest
     return Finder(displacement, view.numel, is_new=is_new, farthest=farthest, counts=step_like)
