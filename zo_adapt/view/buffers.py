@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import ChangingBufferError
+from zo_adapt.interrupt import gradients_off
 
 
 class Buffers:
@@ -68,7 +69,7 @@ class Buffers:
         for name in self.changed():
             (module, attribute), (buffer, copy) = self._owners[name], self._copies[name]
             module._buffers[attribute] = buffer
-            with torch.no_grad():
+            with gradients_off():
                 buffer.copy_(copy)
 
     def _now(self, name: str) -> Tensor | None:

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-from zo_adapt.interrupt import uninterrupted
+from zo_adapt.interrupt import gradients_off, uninterrupted
 from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.sums import Memory, Sum, Sums
@@ -95,7 +94,7 @@ class Stacks:
         self, count: int, groups: int, moving: frozenset[int]
     ) -> tuple[dict[str, Tensor], Accumulation]:
         """Stacks for points that move these groups, and what fills them."""
-        with torch.no_grad():
+        with gradients_off():
             stacks = {
                 name: place.source.new_empty((count, *place.source.shape))
                 for name, place in self._places.items()

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import OptionError
+from zo_adapt.interrupt import gradients_off
 from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.entries import tensor_key
 from zo_adapt.noise.gathered import Gathered
@@ -275,7 +275,7 @@ class ParameterView(TunedTensors):
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Write a snapshot back into the live tensors."""
         self.usage.check_free("restore")
-        with torch.no_grad():
+        with gradients_off():
             for name, tensor in self.held.items():
                 tensor.copy_(local(snapshot[name]))
         self.shards.forget_gathered()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zo_adapt.errors import ViewError
+from zo_adapt.interrupt import gradients_off
 from zo_adapt.noise.parts import Part, slice_along
 
 WHY_SHARDED = "the model lies in parts on several processes"
@@ -31,7 +32,7 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds: of a plain tensor, the tensor."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():  # where it gives the very memory
+    with gradients_off():  # where it gives the very memory
         held: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return held
 
@@ -40,7 +41,7 @@ def whole(tensor: Tensor) -> Tensor:
     """All of it, gathered from the processes that hold its parts, each of which must ask."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():
+    with gradients_off():
         gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return gathered
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.errors import ArgumentTypeError, ViewError
+from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.addresses import Addresses, have_same_elements, overlaps_itself
 from zo_adapt.view.shards import Shards, is_sharded, local, part_of
 
@@ -173,7 +174,7 @@ def _check_writable(name: str, tensor: Tensor) -> None:
         ViewError: It says something.
     """
     try:
-        with torch.no_grad():
+        with gradients_off():
             nothing = tensor.as_strided((0,), (1,))
             torch._foreach_copy_([nothing], [torch.empty_like(nothing)])
     except RuntimeError as error:
