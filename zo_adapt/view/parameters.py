@@ -58,6 +58,7 @@ class ParameterView(TunedTensors):
         AdapterError: The model's peft adapter is merged or disabled, or the view's is not active.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(3)
         >>> view = ParameterView({"x": x}, noise="rademacher")
         >>> with view.shifted([Term(seed=1, coefficient=0.5)]):
