@@ -112,6 +112,21 @@ def test_the_search_ends_at_a_third_of_where_damage_is_half_of_the_signal(start:
     assert search.found == pytest.approx(0.3 * COUNT_SHARE, rel=0.3)
 
 
+def test_where_no_value_changes_a_count_goes_as_far_as_the_view_assumes() -> None:
+    search = Calibration(0.25, target=COUNT_RATIO, counts=True)
+    while not search.finished:
+        search._narrow(Response(even=0.0, odd=0.0))
+    assert search.found == pytest.approx(0.25)
+
+
+def test_a_module_that_may_be_new_goes_no_nearer_in_diagnose_than_in_a_run() -> None:
+    """What is right by chance alone shows damage by chance, which shrinks no step below the usual."""
+    search = Calibration(1.0, target=COUNT_RATIO, counts=True, least=0.1)
+    for _ in range(4):
+        search._narrow(Response(even=1.0, odd=0.1))
+    assert search.found == 0.1
+
+
 def test_a_scorer_that_nobody_has_trained_goes_as_far_as_its_weights_are_large() -> None:
     """A tenth of that, which the view assumes, is too little to learn anything in few queries."""
 

@@ -83,6 +83,11 @@ def _reason(search: Calibration, usual: float, looks: list[tuple[float, Response
     at, seen = min(looks, key=lambda look: abs(math.log(look[0] / search.displacement)))
     if not math.isfinite(seen.ratio):
         return f"{found:.3g} or less: at {at:.3g} the objective is not finite"
+    if search.counts and (found == search.least or search.displacement == search.farthest):
+        return (
+            f"{found:.3g}, as far as a run by a count goes there: at {at:.3g} damage is "
+            f"{seen.ratio:.0%} of what single values gain or lose along a direction"
+        )
     if search.counts:
         return (
             f"{found:.3g} (the view assumes {usual:.3g}): a third of {search.displacement:.3g}, "

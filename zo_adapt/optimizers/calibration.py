@@ -72,6 +72,7 @@ class Calibration:
         target: The ratio that is right.
         farthest: The largest displacement that is tried; None: any.
         counts: Whether values change in jumps.
+        least: The smallest displacement that a run is given.
         rows_factor: By which rows are more than usual: of fewer, the last round could not tell.
     """
 
@@ -87,6 +88,7 @@ class Calibration:
     target: float = RATIO
     farthest: float | None = None
     counts: bool = False
+    least: float = 0.0
     rows_factor: int = 1
 
     def __post_init__(self) -> None:
@@ -96,7 +98,12 @@ class Calibration:
     @property
     def found(self) -> float:
         """How far a run should go, by what was seen so far."""
-        return self.displacement * self._share
+        return max(self.displacement * self._share, self.least)
+
+    @property
+    def _as_begun(self) -> float:
+        """Of which a run goes as far as the search began, or may go."""
+        return self._within(self.begun / self._share)
 
     @property
     def _share(self) -> float:
@@ -134,7 +141,7 @@ class Calibration:
         if self.rounds == 0:
             self.displacement *= UNSEEN_FACTOR / self._share
         elif self.last is not None and self.last[1] == 0.0 and self.high is None:
-            self.displacement = self.begun
+            self.displacement = self._as_begun
         elif self.low is not None:
             self.displacement = min(self.displacement, MOST_LEAP * self.low)
 
@@ -201,11 +208,11 @@ class Calibration:
             return
         if seen.odd == 0.0 and self.high is None and self.rounds == MOST_FLAT:
             # Nothing responds at any distance: the steps say so, from where they would be.
-            self.displacement, self.finished = self.begun, True
+            self.displacement, self.finished = self._as_begun, True
             return
         if seen.is_straight and self.high is None and self.rounds == MOST_STRAIGHT:
             # Nothing bends at any distance, and so nothing bounds it.
-            self.displacement, self.finished = self.begun, True
+            self.displacement, self.finished = self._as_begun, True
             return
         too_far = ratio >= self.target or self._saturates(seen)
         if too_far:

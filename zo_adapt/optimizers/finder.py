@@ -41,14 +41,13 @@ class Finder:
         counts: bool = False,
     ) -> None:
         self.numel, self.is_new = numel, is_new
-        self._nearest, first = 0.0, displacement
+        first, least = displacement, 0.0
         if counts:
             most = displacement * (REACH_OF_NEW if is_new else 1.0) / COUNT_SHARE
             farthest = min(most, farthest or math.inf)
-        if counts and is_new:
-            self._nearest, first = displacement, most
-        self.calibration = Calibration(first, farthest=farthest, counts=counts)
-        self.displacement = self._found
+            first, least = (most, displacement) if is_new else (displacement, 0.0)
+        self.calibration = Calibration(first, farthest=farthest, counts=counts, least=least)
+        self.displacement = self.calibration.found
         """That of the steps from now on."""
         self.look_ahead = LookAhead()
         self.asks = False
@@ -58,10 +57,6 @@ class Finder:
     def is_calibrating(self) -> bool:
         """Whether the first step is still to come."""
         return not self.calibration.finished
-
-    @property
-    def _found(self) -> float:
-        return max(self.calibration.found, self._nearest)
 
     @property
     def looks_along(self) -> bool:
@@ -90,7 +85,7 @@ class Finder:
             counts = self.calibration.counts
             self.calibration.target = target_ratio(samples, budget, self.numel, counts=counts)
             found = self.calibration.probes(samples, groups, new_seeds, budget)
-            self.displacement = self._found
+            self.displacement = self.calibration.found
         elif self.look_ahead.is_due(done):
             found = self.look_ahead.probes(samples)
         self.asks = bool(found)
@@ -100,7 +95,7 @@ class Finder:
         """Let the values of the last probes change the displacement."""
         if self.is_calibrating:
             self.calibration.take(evaluations)
-            self.displacement = self._found
+            self.displacement = self.calibration.found
         else:
             longer = self.displacement * self.look_ahead.take(evaluations)
             farthest = self.calibration.farthest
@@ -111,13 +106,13 @@ class Finder:
         """Go on where the objective was not finite at the last probes: they may lie too far."""
         if self.is_calibrating:
             self.calibration.take_failure()
-            self.displacement = self._found
+            self.displacement = self.calibration.found
 
     def give_up(self) -> None:
         """Go on without the measurement whose probes the budget does not allow."""
         if self.is_calibrating:
             self.calibration.give_up()
-            self.displacement = self._found
+            self.displacement = self.calibration.found
         self.asks = False
 
     def after_step(

@@ -112,8 +112,8 @@ class ByDistance(StepSize):
         displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
             of the queries before the first step and, in views that are small beside the run's
             directions, 3.5% later. Then no step goes further than 1.5 rho along the gradient. Of
-            an objective that counts (``step_like``), over weights that nobody has trained or a new
-            head, it is what the view assumes.
+            an objective that counts (``step_like``) it is what the view assumes over a new head, at
+            most that over trained weights, and up to their size in a module that may be untrained.
         schedule: "constant", "linear", "cosine", "cooldown" (constant, and linearly to zero in the
             last eighth) or a callable of the progress. "auto": "cooldown" in a run that looks along
             its updates later, which finds the length at which steps gain the most; else "linear".
