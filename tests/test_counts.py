@@ -120,7 +120,7 @@ def test_where_no_value_changes_a_count_goes_as_far_as_the_view_assumes() -> Non
 
 
 def test_a_module_that_may_be_new_goes_no_nearer_in_diagnose_than_in_a_run() -> None:
-    """What is right by chance alone shows damage by chance, which shrinks no step below the usual."""
+    """Right by chance alone, it shows damage by chance, which shrinks no step below the usual."""
     search = Calibration(1.0, target=COUNT_RATIO, counts=True, least=0.1)
     for _ in range(4):
         search._narrow(Response(even=1.0, odd=0.1))
