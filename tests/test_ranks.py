@@ -1,9 +1,6 @@
 """Several processes that share a run make the very run that one process makes, or say why not."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from least_squares import Least
 from rank_cases import CASES, FEW
 from rank_faults import in_step
+from worker_runs import found, run_worker
 
 from zo_adapt import StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
@@ -23,32 +21,13 @@ from zo_adapt.ranks.replicas import checksum
 from zo_adapt.trajectory.file import Reader
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one start of the processes for all of them
-TESTS = Path(__file__).parent
 SHARED = [(size, name) for size, cases in ((2, FEW), (3, CASES)) for name in cases]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the processes have left what they found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "rank_worker.py"), str(folder)],
-        env={**os.environ, **more},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (folder / "output").write_text(ended.stdout + ended.stderr)
-    return folder
-
-
-def found(folder: Path, size: int, rank: int) -> dict[str, Any]:
-    path = folder / f"{size}-{rank}.json"
-    assert path.exists(), (folder / "output").read_text()[-4000:]
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    return run_worker("rank_worker.py", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("size, name", SHARED, ids=str)
@@ -148,10 +127,10 @@ def test_under_a_launcher_cuda_is_the_own_gpu_from_the_import_on_where_none_was_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_to: list[int] = []
-    for name, found in {
+    for name, answer in {
         "is_available": True, "device_count": 4, "is_initialized": False,
     }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
     spec = spec_from_file_location("anew", launched.__file__)
     assert spec is not None and spec.loader is not None

@@ -1,7 +1,5 @@
 """A model in parts on several processes (FSDP2, tensor parallel) is tuned as the whole one is."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from shard_cases import CASES, MORE, run_halves
+from worker_runs import found, run_worker
 
 from zo_adapt import replay
 from zo_adapt.noise.accumulate import Accumulation, OnCPU, Place
@@ -21,7 +20,6 @@ from zo_adapt.noise.sums import Sum, Sums
 from zo_adapt.noise.torch_accumulate import OnAnyDevice
 
 pytestmark = pytest.mark.xdist_group("shards")  # one start of the processes for all of them
-TESTS = Path(__file__).parent
 NEAR = {"fsdp_last_layers": 1e-4}
 """Relative difference of values: the whole model is computed along factors there."""
 
@@ -29,25 +27,7 @@ NEAR = {"fsdp_last_layers": 1e-4}
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the processes have left what they found."""
-    folder = tmp_path_factory.mktemp("shards")
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "shard_worker.py"), str(folder)],
-        env={**os.environ, **more},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (folder / "output").write_text(ended.stdout + ended.stderr)
-    return folder
-
-
-def found(folder: Path, size: int, rank: int) -> dict[str, Any]:
-    path = folder / f"{size}-{rank}.json"
-    assert path.exists(), (folder / "output").read_text()[-4000:]
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    return run_worker("shard_worker.py", tmp_path_factory.mktemp("shards"))
 
 
 @pytest.mark.parametrize("name", CASES)
