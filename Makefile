@@ -19,11 +19,12 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 # what several tests share (processes that were started) is made by one worker alone.
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
-.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure oldest evidence clean
+.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure older oldest evidence clean
 
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
 	@echo "make test   format, lint, types, tests, and the wheel installed outside the tree"
+	@echo "make older  a part of the tests with the oldest transformers and peft; make test has it"
 	@echo "make docs   build the pages into docs/_build/html; a broken link is an error"
 	@echo "make figure run the main job beside Adam and draw the README's figure"
 	@echo "make oldest run what depends on them with the oldest versions that are supported (6 GB)"
@@ -54,6 +55,7 @@ test: $(STAMP)
 	$(MAKE) --no-print-directory wheel
 	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory pytest
+	$(MAKE) --no-print-directory older
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --kills 100
@@ -98,7 +100,25 @@ figure: $(STAMP)
 	$(BIN)/python benchmarks/beside_adam.py --output runs/beside_adam.json
 	$(BIN)/python benchmarks/beside_adam.py --draw runs/beside_adam.json docs/figures/beside_adam.png
 
-# The lower ends of the ranges of pyproject.toml, by the tests of what depends on them; all of them:
+# The oldest transformers and peft that are supported, on the torch of $(VENV), which is only borrowed:
+# what users come with most often, in a minute of setting up.
+OLDER_VENV := $(VENV)/older
+OLDER_STAMP := $(OLDER_VENV)/.set-up-$(shell cksum <oldest.txt | cut -d" " -f1)
+OLDER_TESTS ?= $(addprefix tests/test_,trainer.py trainer_resume.py lora_start.py last_layers.py \
+	families_and_tuners.py generation.py)
+
+$(OLDER_STAMP): $(STAMP)
+	$(BIN)/python -m venv --without-pip --clear $(OLDER_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(echo $(OLDER_VENV)/lib/python3*/site-packages)/borrowed.pth"
+	$(OLDER_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+		$$(grep -E '^(transformers|peft)==' oldest.txt)
+	touch $@
+
+older: $(OLDER_STAMP)
+	OMP_NUM_THREADS=1 $(OLDER_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(OLDER_TESTS)
+
+# The lower ends of all ranges of pyproject.toml, by the tests of what depends on them; all of them:
 # make oldest OLDEST_TESTS=tests. That torch comes with CUDA (6 GB), so the environment lies outside
 # the tree and a machine sets it up once. The package itself is not in it: the tree is tested.
 OLDEST_VENV ?= $(HOME)/.cache/zo_adapt/oldest

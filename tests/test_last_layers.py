@@ -23,6 +23,10 @@ VISION: dict[str, Any] = {n: v for n, v in SMALL.items() if n != "vocab_size"} |
     "image_size": 8,
     "patch_size": 4,
 }
+with torch.device("meta"):
+    IS_FLAT = hasattr(hf.ViTModel(hf.ViTConfig(**VISION)), "layers")
+VIT_BLOCKS = "vit.layers" if IS_FLAT else "vit.encoder.layer"
+"""They lay in an encoder in transformers 5.0."""
 BART: dict[str, Any] = {
     "vocab_size": 32,
     "d_model": 8,
@@ -136,7 +140,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, set[str]]] = {
     "whisper": (whisper, "model.decoder.layers", {"model.decoder.layer_norm"}),
     "vit": (
         lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)),
-        "vit.layers",
+        VIT_BLOCKS,
         {"vit.layernorm", "classifier"},
     ),
     "masked bert": (

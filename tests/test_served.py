@@ -257,6 +257,9 @@ class TestInProcess:
                 **QUIET,
             )
 
+    @pytest.mark.filterwarnings(
+        "ignore:Model has `tie_word_embeddings=True`:UserWarning"
+    )  # peft 0.18
     @pytest.mark.parametrize(
         "options, said",
         [
