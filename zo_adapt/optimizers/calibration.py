@@ -7,15 +7,16 @@ the responses of single examples to a direction z of that length,
     odd_i(rho)  = [f_i(theta + rho z) - f_i(theta - rho z)] / 2                  signal: about rho
     bent_i(rho) = 4/3 [odd_i(rho) - 2 odd_i(rho / 2)]                            about rho^3
 
-rho is the largest at which both
+In a model that was trained rho is the largest at which both
 
     mean(even) / rms(odd) <= 0.4                     what noise alone costs, of what there is to win
-    rms(bent) / hypot(rms(odd), std(even)) <= 0.3    how nonlinear the responses are
+    rms(bent) / hypot(rms(odd), std(even)) <= 0.35   how nonlinear the responses are
 
 Neither has a unit, the objective's or the weights'. The second is for a new head, whose loss is
 that of chance whatever becomes of the features below it: the first says the same of every adapter.
 But along z, which moves both, odd_i is the new head on the features that noise leaves, and bent_i
-on what noise made of them that is no linear mixture any more, which no head undoes.
+on what noise made of them that is no linear mixture any more, which no head undoes. Weights that
+nobody has trained have no features to lose: there the first ratio alone is 0.2.
 
 A function without data goes further: it has one value, all of it signal and none the scatter of
 rows. N directions win rho sqrt(N) |g|, all noise together damages rho^2 tr(H) / 2, and the best
@@ -45,7 +46,7 @@ from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
-RATIO, FORMER_RATIO, WITHOUT_DATA = 0.4, 0.2, 0.5
+RATIO, TRAINED_RATIO, WITHOUT_DATA = 0.2, 0.4, 0.5
 """Of the even to the odd response, where the displacement is right; see ``Calibration.aim``."""
 COUNT_RATIO, COUNT_SHARE = 0.5, 1 / 3
 """The ratio that is looked for where values are counts, and how much of that way is right."""
@@ -76,7 +77,8 @@ class Calibration:
         least: The smallest displacement that a run is given.
         rows_factor: By which rows are more than usual: of fewer, the last round could not tell.
         nonlinearity: That of the responses, for which rounds look at half the displacement, too.
-            None: it is not measured, as in runs that a former version began.
+            None: it is not measured, as in weights that nobody has trained, and in runs that a
+            former version began.
     """
 
     displacement: float
@@ -128,7 +130,7 @@ class Calibration:
             self.target = WITHOUT_DATA * math.sqrt(min(numel, limit))
             self.nonlinearity = None
         else:
-            self.target = FORMER_RATIO if self.nonlinearity is None else RATIO
+            self.target = RATIO if self.nonlinearity is None else TRAINED_RATIO
 
     def probes(
         self,

@@ -25,7 +25,8 @@ class Finder:
     Args:
         displacement: Where the search begins.
         numel: Of the view.
-        is_new: Whether the view may be of a model that nobody has trained.
+        is_new: Whether the view may be of a model that nobody has trained. Then it has no features
+            to lose, and only damage bounds how far a run goes.
         farthest: The largest displacement that makes sense; None: any.
         counts: Whether values change in jumps. Then nothing is measured after the first step, and
             a run goes no further than ``displacement``, or no nearer and as far as ten times that
@@ -52,7 +53,7 @@ class Finder:
             farthest=farthest,
             counts=counts,
             least=least,
-            nonlinearity=None if counts else Nonlinearity(),
+            nonlinearity=None if counts or is_new else Nonlinearity(),
         )
         self.displacement = self.calibration.found
         """That of the steps from now on."""

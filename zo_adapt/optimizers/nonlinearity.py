@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from zo_adapt.optimizers.responses import Response
 
-MOST = 0.3
+MOST = 0.35
 """Nonlinearity of the responses where the displacement is right."""
 MOST_IN_VAIN, ALL_NOISE = 2, 1.2
 """Rounds that come nearer in vain; and more than responses of any model had, where the noise of
