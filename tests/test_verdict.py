@@ -9,6 +9,7 @@ from problems import problem, regression, squares
 
 from zo_adapt import SGD, MeZO, ParameterView, Step, minimize
 from zo_adapt.loops.step_advice import verdict
+from zo_adapt.optimizers.nonlinearity import Nonlinearity
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.responses import Response
 
@@ -63,7 +64,9 @@ def test_where_responses_are_linear_a_longer_displacement_is_named(
 ) -> None:
     made = optimizer()
     assert made.state.finder is not None
-    made.state.finder.calibration._narrow(Response(even=0.4, odd=1.0, nonlinearity=bend))
+    search = made.state.finder.calibration
+    search.nonlinearity = Nonlinearity()  # as of a model that was trained
+    search._narrow(Response(even=0.4, odd=1.0, nonlinearity=bend))
     assert ("displacement=0.5:" in verdict(steps(LINE), 1.0, made)) is further
 
 
