@@ -9,7 +9,9 @@ from problems import problem, regression, squares
 
 from zo_adapt import SGD, MeZO, ParameterView, Step, minimize
 from zo_adapt.loops.step_advice import verdict
+from zo_adapt.optimizers.nonlinearity import Nonlinearity
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.optimizers.responses import Response
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -54,6 +56,18 @@ def test_it_says_what_happened_and_what_to_set(
         history = steps([1.0 + value for value in values])  # a reward that falls
     found = verdict(history, sign, optimizer(**options))
     assert all(part in found for part in said), found
+
+
+@pytest.mark.parametrize(("bend", "further"), [(0.05, True), (0.3, False)])
+def test_where_responses_are_linear_a_longer_displacement_is_named(
+    bend: float, further: bool
+) -> None:
+    made = optimizer()
+    assert made.state.finder is not None
+    search = made.state.finder.calibration
+    search.nonlinearity = Nonlinearity()  # as of a model that was trained
+    search._narrow(Response(even=0.4, odd=1.0, nonlinearity=bend))
+    assert ("displacement=0.5:" in verdict(steps(LINE), 1.0, made)) is further
 
 
 @pytest.mark.parametrize("values", [ARRIVED, LINE[:20], [1.0, math.nan] * 48])

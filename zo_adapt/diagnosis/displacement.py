@@ -7,8 +7,9 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.noise import philox
-from zo_adapt.optimizers.calibration import Calibration, target_ratio
+from zo_adapt.optimizers.calibration import Calibration
 from zo_adapt.optimizers.finder import finder_of
+from zo_adapt.optimizers.nonlinearity import MOST
 from zo_adapt.optimizers.responses import Response
 from zo_adapt.optimizers.schedule import NO_LIMIT
 
@@ -49,7 +50,7 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
             0,
         )
     search = finder.calibration
-    search.target = target_ratio(samples, NO_LIMIT, view.numel, counts=counts)
+    search.aim(samples, NO_LIMIT, view.numel)
     looks: list[tuple[float, Response]] = []
 
     def new_seeds(count: int) -> list[int]:
@@ -94,9 +95,13 @@ def _reason(search: Calibration, usual: float, looks: list[tuple[float, Response
             f"where damage is to be {search.target:.0%} of what single values gain or lose along a "
             f"direction; at {at:.3g} it is {seen.ratio:.0%}"
         )
+    bends, most = "", f"{search.target:.0%}"
+    if search.nonlinearity is not None:
+        bends = f", and {seen.nonlinearity:.0%} of what they do is not linear"
+        most = f"{most}, and {MOST:.0%},"
     return (
         f"{found:.3g} (the view assumes {usual:.3g}): noise of {at:.3g} in every weight adds "
         f"{seen.even:.3g} to the value, {seen.ratio:.0%} of the {seen.odd:.3g} that single values "
-        f"gain or lose along a direction; {search.target:.0%} is right, more is damage, less is "
+        f"gain or lose along a direction{bends}; {most} is right at most: more is damage, less is "
         "time lost"
     )

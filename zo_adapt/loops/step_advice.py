@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
+from zo_adapt.optimizers.nonlinearity import MOST
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.step_size import ByDistance
 from zo_adapt.term import Step
@@ -65,6 +66,15 @@ def _reach(optimizer: Optimizer) -> tuple[float, bool] | None:
     return None
 
 
+def _is_bent_little(optimizer: Optimizer) -> bool:
+    """Whether the displacement was found where responses are far from as nonlinear as they may."""
+    finder = optimizer.state.finder if isinstance(optimizer, ZerothOrder) else None
+    if finder is None or finder.looks_along or finder.calibration.rounds == 0:
+        return False
+    bends = finder.calibration.nonlinearity
+    return bends is not None and bends.before < MOST / 2
+
+
 def _shorter(optimizer: Optimizer) -> str:
     match _reach(optimizer):
         case None:
@@ -95,6 +105,8 @@ def _longer(optimizer: Optimizer) -> str:
     match _reach(optimizer):
         case None:
             return f"{more}, or lr"
+        case rho, True if _is_bent_little(optimizer):
+            return f"{more}, or {_set(2 * rho)}: at {rho:.3g}, as measured, responses are linear"
         case rho, True:
             return f"{more}; the displacement, measured, is {rho:.3g}"
         case rho, _:

@@ -3,11 +3,20 @@
 A run's noise moves every weight by about the displacement rho. What that does is seen at once: with
 the responses of single examples to a direction z of that length,
 
-    even_i = [f_i(theta + rho z) + f_i(theta - rho z)] / 2 - f_i(theta)     damage: about rho^2
-    odd_i  = [f_i(theta + rho z) - f_i(theta - rho z)] / 2                  signal: about rho
+    even_i(rho) = [f_i(theta + rho z) + f_i(theta - rho z)] / 2 - f_i(theta)     damage: about rho^2
+    odd_i(rho)  = [f_i(theta + rho z) - f_i(theta - rho z)] / 2                  signal: about rho
+    bent_i(rho) = 4/3 [odd_i(rho) - 2 odd_i(rho / 2)]                            about rho^3
 
-rho is right where mean(even) / rms(odd) = 0.2: where the damage of noise alone is a fifth of what
-there is to win along a direction. The ratio has no unit, neither the objective's nor the weights'.
+In a model that was trained rho is the largest at which both
+
+    mean(even) / rms(odd) <= 0.4                     what noise alone costs, of what there is to win
+    rms(bent) / hypot(rms(odd), std(even)) <= 0.35   how nonlinear the responses are
+
+Neither has a unit, the objective's or the weights'. The second is for a new head, whose loss is
+that of chance whatever becomes of the features below it: the first says the same of every adapter.
+But along z, which moves both, odd_i is the new head on the features that noise leaves, and bent_i
+on what noise made of them that is no linear mixture any more, which no head undoes. Weights that
+nobody has trained have no features to lose: there the first ratio alone is 0.2.
 
 A function without data goes further: it has one value, all of it signal and none the scatter of
 rows. N directions win rho sqrt(N) |g|, all noise together damages rho^2 tr(H) / 2, and the best
@@ -15,14 +24,10 @@ ratio is sqrt(N) / 2, where N counts no further than to d. (A quarter of that, a
 are worse on most functions of benchmarks/black_box.py.)
 
 A count jumps, so that of few rows a fifth is noise. Half is seen clearly, and a third of the way
-there is right: rankings, accuracy and F1 of a pretrained encoder, in five views, are at their best
-between 0.2 and 0.6 of it on 2,000 to 30,000 queries (two seeds). A new head says nothing about
-damage, for it is right by chance alone: there a count has no search.
+there is right (docs/choosing.md, "Of counts"). Over a new head it has no search.
 
-Measured on MiniLM (BBC topics, 7,680 queries, one seed matched): of eleven views, LoRA of rank 1, 8
-and 32 on query and value and on all linear layers among them, eight end within 0.03 of the accuracy
-of the best of a sweep over seven displacements. Film reviews agree less well. Measured again later
-in a run the ratio shrinks the steps too much, so it is not.
+Measured in seventeen views of MiniLM (docs/choosing.md, "How the step is found"). Measured again
+later in a run the first ratio shrinks the steps too much, so it is not.
 """
 
 import math
@@ -34,20 +39,17 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import direction
+from zo_adapt.optimizers.nonlinearity import MOST, Nonlinearity
 from zo_adapt.optimizers.responses import Response, distinct, response
+from zo_adapt.optimizers.round_size import LEAST_DIRECTIONS, LEAST_ROWS, MOST_FACTOR, RoundSize
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
-RATIO, WITHOUT_DATA = 0.2, 0.5
-"""Of the even to the odd response, where the displacement is right; see ``target_ratio``."""
+RATIO, TRAINED_RATIO, WITHOUT_DATA = 0.2, 0.4, 0.5
+"""Of the even to the odd response, where the displacement is right; see ``Calibration.aim``."""
 COUNT_RATIO, COUNT_SHARE = 0.5, 1 / 3
 """The ratio that is looked for where values are counts, and how much of that way is right."""
-COUNT_ROUND = 0.03
-"""Of the queries, for a round of a count."""
-ROWS, MOST_ROWS, LEAST_ROWS, LEAST_DIRECTIONS = 16, 64, 4, 4
-USUAL_SHARE, LARGEST_SHARE = 0.1, 0.25
-"""Of the queries: beyond the first nothing is refined, beyond the second nothing is asked."""
 UNSEEN_FACTOR, MOST_LEAP = 1 / 8, 2.0
 """Of the view's displacement where the budget allows no look, and beyond what was looked at."""
 MOST_ROUNDS, MOST_FAILURES, MOST_FLAT, MOST_STRAIGHT = 12, 4, 4, 6
@@ -74,6 +76,9 @@ class Calibration:
         counts: Whether values change in jumps.
         least: The smallest displacement that a run is given.
         rows_factor: By which rows are more than usual: of fewer, the last round could not tell.
+        nonlinearity: That of the responses, for which rounds look at half the displacement, too.
+            None: it is not measured, as in weights that nobody has trained, and in runs that a
+            former version began.
     """
 
     displacement: float
@@ -90,6 +95,7 @@ class Calibration:
     counts: bool = False
     least: float = 0.0
     rows_factor: int = 1
+    nonlinearity: Nonlinearity | None = None
 
     def __post_init__(self) -> None:
         self.displacement = self._within(self.displacement)
@@ -109,6 +115,23 @@ class Calibration:
     def _share(self) -> float:
         return COUNT_SHARE if self.counts else 1.0
 
+    def aim(self, samples: Samples, budget: Budget, numel: int) -> None:
+        """Choose the ratio of damage to signal that is looked for.
+
+        Args:
+            samples: Where rows come from.
+            budget: Of the run.
+            numel: Numbers that are tuned.
+        """
+        if self.counts:
+            self.target = COUNT_RATIO
+        elif isinstance(samples.source, NoData):
+            limit = math.inf if budget.max_queries is None else budget.max_queries
+            self.target = WITHOUT_DATA * math.sqrt(min(numel, limit))
+            self.nonlinearity = None
+        else:
+            self.target = RATIO if self.nonlinearity is None else TRAINED_RATIO
+
     def probes(
         self,
         samples: Samples,
@@ -123,13 +146,16 @@ class Calibration:
             return []
         # Directions on the same rows where there are few parts: what noise does differs with both.
         self._several = samples.min_rows == 1 < len(parts[0])
+        once = 0 if self.nonlinearity is None else len(parts)
         parts *= -(-LEAST_DIRECTIONS // len(parts))
         self._batches = parts
         probes = [Probe(HERE, batch) for batch in distinct(parts)]
-        for seed, batch in zip(new_seeds(len(parts)), parts, strict=True):
-            for sign in (1.0, -1.0):
-                along = direction(seed, sign * self.displacement, groups)
-                probes.append(Probe(Shift(along), batch))
+        pairs = [*zip(new_seeds(len(parts)), parts, strict=True)]
+        for distance, asked in ((1.0, pairs), (0.5, pairs[:once])):
+            for seed, batch in asked:
+                for sign in (distance, -distance):
+                    along = direction(seed, sign * self.displacement, groups)
+                    probes.append(Probe(Shift(along), batch))
         self.queries += sum(len(probe.batch) for probe in probes)
         return probes
 
@@ -171,33 +197,18 @@ class Calibration:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""
         limit = math.inf if budget.max_queries is None else budget.max_queries
         needed, there = samples.rows_of_a_value, len(samples.source)
-        rows = min(max(self.rows_factor * self._wanted(samples, limit), needed), there)
-        parts, cost = self._cost(samples, rows)
-        share = LARGEST_SHARE if self.rounds < 2 else USUAL_SHARE
+        size = RoundSize(self.counts, self.nonlinearity is not None, self.alone, self.rounds)
+        rows = min(max(self.rows_factor * size.rows(samples, limit), needed), there)
         too_few = rows < min(max(LEAST_ROWS, needed), there)
-        if too_few or self.rounds == MOST_ROUNDS or self.queries + cost > share * limit:
+        too_dear = self.queries + size.cost(samples, rows) > size.share * limit
+        if too_few or too_dear or self.rounds == MOST_ROUNDS:
             return []
-        return samples.aside(rows).split(parts)
-
-    def _wanted(self, samples: Samples, limit: float) -> int:
-        """Rows of a round that a budget of so many queries is worth."""
-        if self.counts:
-            affordable = limit * COUNT_ROUND
-            wanted = range(MOST_ROWS, LEAST_ROWS, -LEAST_ROWS)
-            return next((r for r in wanted if self._cost(samples, r)[1] <= affordable), LEAST_ROWS)
-        rows = ROWS if limit == math.inf else int(min(max(limit * 0.02 / 12, ROWS), MOST_ROWS))
-        first = self.rounds == 0 and limit < math.inf
-        return min(rows, int(limit * LARGEST_SHARE / 3)) if first else rows
-
-    def _cost(self, samples: Samples, rows: int) -> tuple[int, int]:
-        """In how many parts so many rows are asked about, and at how many queries."""
-        parts = max(1, rows if self.alone and samples.min_rows == 1 else rows // samples.share)
-        return parts, rows + 2 * max(parts, LEAST_DIRECTIONS) * -(-rows // parts)
+        return samples.aside(rows).split(size.parts(samples, rows))
 
     def _narrow(self, seen: Response) -> None:
         self.rounds += 1
         here, ratio = self.displacement, seen.ratio
-        if ratio < self.target < seen.doubt and self.rows_factor < MOST_ROWS // ROWS:
+        if ratio < self.target < seen.doubt and self.rows_factor < MOST_FACTOR:
             # Rows that differ so much show no damage as often as they show any: a leap from here
             # has ended where a model forgets all. The same again, on more of them.
             self.rows_factor *= 2
@@ -214,13 +225,17 @@ class Calibration:
             # Nothing bends at any distance, and so nothing bounds it.
             self.displacement, self.finished = self._as_begun, True
             return
-        too_far = ratio >= self.target or self._saturates(seen)
+        if self._is_too_noisy(seen):
+            self.nonlinearity, self.displacement = None, self._within(self.begun)
+            self.low = self.high = self.last = None
+            return
+        factor = self._factor(seen) if ratio < math.inf else 1 / 16
+        too_far = ratio >= self.target or seen.nonlinearity >= MOST or self._saturates(seen)
         if too_far:
             self.high = here if self.high is None else min(self.high, here)
         else:
             self.low = here if self.low is None else max(self.low, here)
         self.last = (here, seen.odd)
-        factor = self._factor(seen) if ratio < math.inf else 1 / 16
         if too_far and factor > 1.0:
             factor = 0.25
         if self.rounds > 1 and 0.7 < factor < 1.4:
@@ -236,12 +251,23 @@ class Calibration:
             self.finished = True
 
     def _factor(self, seen: Response) -> float:
-        """By which the displacement should change, as the ratio grows with it."""
+        """By which the displacement should change, as the ratios grow with it."""
         if seen.odd == 0.0:
             return FLAT_FACTOR
         # Far below the target the ratio is mostly noise: only that it is far below is known.
         most = 32.0 if seen.ratio < self.target / 20 and self.rounds < 7 else 4.0
-        return min(max(self.target / max(seen.ratio, 1e-9), 1 / 32), most)
+        factor = self.target / max(seen.ratio, 1e-9)
+        if self.nonlinearity is not None:
+            factor = min(factor, self.nonlinearity.factor(seen))
+        return min(max(factor, 1 / 32), most)
+
+    def _is_too_noisy(self, seen: Response) -> bool:
+        """Whether values are too noisy for their nonlinearity; damage, a mean, is still seen."""
+        if self.nonlinearity is None or not math.isfinite(seen.ratio):
+            return False
+        last = None if self.last is None else self.last[0]
+        is_noise = self.nonlinearity.is_noise(seen, self.displacement, last)
+        return is_noise and seen.ratio < self.target
 
     def _saturates(self, seen: Response) -> bool:
         """Whether the signal no longer grows with the displacement: values are anything there."""
@@ -266,23 +292,8 @@ class Calibration:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
         """A search that goes on from a state."""
-        last = state["last"]
+        last, bends = state["last"], state.get("nonlinearity")
         known = {name: state[name] for name in state if name in cls.__dataclass_fields__}
-        return cls(**known | {"last": None if last is None else tuple(last)})
-
-
-def target_ratio(samples: Samples, budget: Budget, numel: int, *, counts: bool = False) -> float:
-    """The ratio of damage to signal that is looked for.
-
-    Args:
-        samples: Where rows come from.
-        budget: Of the run.
-        numel: Numbers that are tuned.
-        counts: Whether values change in jumps.
-    """
-    if counts:
-        return COUNT_RATIO
-    if isinstance(samples.source, NoData):
-        limit = math.inf if budget.max_queries is None else budget.max_queries
-        return max(RATIO, WITHOUT_DATA * math.sqrt(min(numel, limit)))
-    return RATIO
+        known["last"] = None if last is None else tuple(last)
+        known["nonlinearity"] = None if bends is None else Nonlinearity(**bends)
+        return cls(**known)

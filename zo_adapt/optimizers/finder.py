@@ -6,8 +6,9 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.optimizers.calibration import COUNT_SHARE, Calibration, target_ratio
+from zo_adapt.optimizers.calibration import COUNT_SHARE, Calibration
 from zo_adapt.optimizers.look_ahead import LookAhead
+from zo_adapt.optimizers.nonlinearity import Nonlinearity
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Shift
 from zo_adapt.view.group import DISPLACEMENT, Group
@@ -24,7 +25,8 @@ class Finder:
     Args:
         displacement: Where the search begins.
         numel: Of the view.
-        is_new: Whether the view may be of a model that nobody has trained.
+        is_new: Whether the view may be of a model that nobody has trained. Then it has no features
+            to lose, and only damage bounds how far a run goes.
         farthest: The largest displacement that makes sense; None: any.
         counts: Whether values change in jumps. Then nothing is measured after the first step, and
             a run goes no further than ``displacement``, or no nearer and as far as ten times that
@@ -46,7 +48,13 @@ class Finder:
             most = displacement * (REACH_OF_NEW if is_new else 1.0) / COUNT_SHARE
             farthest = min(most, farthest or math.inf)
             first, least = (most, displacement) if is_new else (displacement, 0.0)
-        self.calibration = Calibration(first, farthest=farthest, counts=counts, least=least)
+        self.calibration = Calibration(
+            first,
+            farthest=farthest,
+            counts=counts,
+            least=least,
+            nonlinearity=None if counts or is_new else Nonlinearity(),
+        )
         self.displacement = self.calibration.found
         """That of the steps from now on."""
         self.look_ahead = LookAhead()
@@ -82,8 +90,7 @@ class Finder:
         """
         found: list[Probe] = []
         if self.is_calibrating:
-            counts = self.calibration.counts
-            self.calibration.target = target_ratio(samples, budget, self.numel, counts=counts)
+            self.calibration.aim(samples, budget, self.numel)
             found = self.calibration.probes(samples, groups, new_seeds, budget)
             self.displacement = self.calibration.found
         elif self.look_ahead.is_due(done):

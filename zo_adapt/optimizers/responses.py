@@ -21,12 +21,15 @@ class Response(NamedTuple):
         odd: Root mean square of the odd ones.
         rounding: Even responses up to this may be none.
         error: Standard error of ``even``.
+        nonlinearity: Part of the odd responses that is not in proportion to the distance, of the
+            root mean square of all; 0 where it was not asked.
     """
 
     even: float
     odd: float
     rounding: float = 0.0
     error: float = 0.0
+    nonlinearity: float = 0.0
 
     @property
     def is_straight(self) -> bool:
@@ -47,21 +50,49 @@ class Response(NamedTuple):
 
 
 def response(batches: Sequence[Batch], evaluations: Sequence[Evaluation]) -> Response:
-    """The response from the values at the base points and at the pairs of every direction."""
+    """The response from the values at the base points and at the pairs of every direction.
+
+    Args:
+        batches: That of every direction.
+        evaluations: At the base points; at theta + rho z and theta - rho z, of every direction; and
+            half as far away, of the first directions or of none.
+    """
     bases = distinct(batches)
     base = {id(batch): values(one) for batch, one in zip(bases, evaluations, strict=False)}
-    pairs = evaluations[len(bases) :]
-    even, odd = [], []
-    for batch, up, down in zip(batches, pairs[::2], pairs[1::2], strict=True):
-        plus, minus = values(up), values(down)
-        even.append((plus + minus) / 2 - base[id(batch)])
-        odd.append((plus - minus) / 2)
-    rms = float(np.sqrt(np.square(np.concatenate(odd)).mean()))
+    pairs = [values(one) for one in evaluations[len(bases) :]]
+    ends = 2 * len(batches)
+    odd = _odd(pairs[:ends])
+    even = [
+        (plus + minus) / 2 - base[id(batch)]
+        for batch, plus, minus in zip(batches, pairs[:ends:2], pairs[1:ends:2], strict=True)
+    ]
     largest = max(float(np.abs(values(one)).max()) for one in evaluations)
     damage = np.concatenate(even)
     with np.errstate(invalid="ignore"):
         error = float(damage.std(ddof=1)) / math.sqrt(damage.size) if damage.size > 1 else 0.0
-    return Response(float(damage.mean()), rms, RESOLUTION * largest, error)
+        bend = _nonlinearity(odd, damage, _odd(pairs[ends:]), RESOLUTION * largest)
+    return Response(float(damage.mean()), _rms(odd), RESOLUTION * largest, error, bend)
+
+
+def _odd(pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """Half of the differences of the pairs."""
+    halves = [(plus - minus) / 2 for plus, minus in zip(pairs[::2], pairs[1::2], strict=True)]
+    return np.concatenate(halves) if halves else np.zeros(0)
+
+
+def _nonlinearity(odd: np.ndarray, even: np.ndarray, halfway: np.ndarray, rounding: float) -> float:
+    """How much of the first responses is not linear, from the odd ones at half the distance."""
+    if not halfway.size:
+        return 0.0
+    odd, even = odd[: halfway.size], even[: halfway.size]
+    # odd = a rho + b rho^3, so that what is bent, b rho^3, is four thirds of the difference.
+    bent = _rms(odd - 2 * halfway) * 4 / 3
+    scale = math.hypot(_rms(odd), float(even.std()))
+    return bent / scale if bent > rounding else 0.0
+
+
+def _rms(numbers: np.ndarray) -> float:
+    return float(np.sqrt(np.square(numbers).mean()))
 
 
 def values(evaluation: Evaluation) -> np.ndarray:

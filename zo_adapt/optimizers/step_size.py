@@ -109,7 +109,7 @@ class ByDistance(StepSize):
     whatever the budget, the batch and N. What a longer run has to spare goes into smaller steps.
 
     Args:
-        displacement: rho, in the parameters' units, > 0. None: found by forward passes, of about 2%
+        displacement: rho, in the parameters' units, > 0. None: found by forward passes, of 2 to 5%
             of the queries before the first step and, in views that are small beside the run's
             directions, 3.5% later. Then no step goes further than 1.5 rho along the gradient. Of
             an objective that counts (``step_like``) it is what the view assumes over a new head, at
