@@ -23,6 +23,7 @@ from torch import Tensor
 
 from objectives._shared import shared_forwards
 from zo_adapt.errors import DataError, ObjectiveError, OptionError
+from zo_adapt.evaluation.later import Made, made, made_of
 from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective
 
 Part = tuple[float, Objective]
@@ -177,13 +178,21 @@ class SetMixture(Mixture, SetObjective):
     def predict(self, batch: Any) -> list[Any]:
         """Of every part the predictions, or values and the number of rows they stand for."""
         with shared_forwards():
-            batches = self._batches(batch)
-            return [
-                part.predict(one)
-                if isinstance(part, SetObjective)
-                else (_values(part(one)).detach(), one)
-                for (_, part), one in zip(self.parts, batches, strict=True)
+            return [_predicted(part, one) for part, one in self._with_batches(batch)]
+
+    def predict_later(self, batch: Any) -> Made:
+        """The same, where parts have predictions that are on their way."""
+        with shared_forwards():
+            begun = [
+                _predicted(part, one)
+                if part.predict_later is None
+                else made(part.predict_later(one))
+                for part, one in self._with_batches(batch)
             ]
+        return made(made_of(begun, list))
+
+    def _with_batches(self, batch: Any) -> Iterator[tuple[Objective, Any]]:
+        return zip((part for _, part in self.parts), self._batches(batch), strict=True)
 
     def score(self, predictions: list[list[Any]]) -> Tensor:
         """The sum, set-level parts scored once."""
@@ -193,6 +202,12 @@ class SetMixture(Mixture, SetObjective):
             for (_, part), column in zip(self.parts, columns, strict=True)
         ]
         return self._sum(values)
+
+
+def _predicted(part: Objective, batch: Any) -> Any:
+    if isinstance(part, SetObjective):
+        return part.predict(batch)
+    return _values(part(batch)).detach(), batch
 
 
 def mixture(parts: Sequence[Part]) -> Mixture:

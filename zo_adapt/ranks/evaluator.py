@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,8 @@ class _Share:
     def computed(self, probes: Sequence[Probe]) -> Values:
         """The answers to this rank's blocks."""
         answers = []
-        for answer in self._local.answers(probes, lambda blocks: self._chosen(blocks, probes)):
+        chosen = partial(self._chosen, probes=probes)
+        for answer in self._local.answers(probes, chosen, self._note):
             self.at = len(self._all) + answer.probe
             answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
         if not self._compares or not self._all:
@@ -221,16 +223,15 @@ class _Share:
             answers = [answer for answer in answers if not self._all[-1].holds(answer)]
         return Values(np.concatenate([np.ravel(answer.returned) for answer in last]), answers)
 
+    def _note(self, block: Block) -> None:
+        self.at = self._all.index(block.split()[0])
+
     def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
         self._all = [part for block in blocks for part in block.split()]
-        places = {block: place for place, block in enumerate(self._all)}
         for block in self._shared_out(probes):
-            parts = block.split()
-            self.at = places[parts[0]]
-            self._owns_last |= parts[-1] == self._all[-1]
+            self._owns_last |= block.split()[-1] == self._all[-1]
             yield block
         if self._compares and self._all and not self._owns_last:
-            self.at = len(self._all) - 1
             yield self._all[-1]
 
     def _shared_out(self, probes: Sequence[Probe]) -> Iterator[Block]:
