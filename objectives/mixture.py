@@ -12,7 +12,7 @@ and a sum whose parts pull in opposite ways (``loss + reward``) is an error.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Real
@@ -177,22 +177,16 @@ class SetMixture(Mixture, SetObjective):
 
     def predict(self, batch: Any) -> list[Any]:
         """Of every part the predictions, or values and the number of rows they stand for."""
-        with shared_forwards():
-            return [_predicted(part, one) for part, one in self._with_batches(batch)]
+        return self._of_parts(_predicted, batch)
 
     def predict_later(self, batch: Any) -> Made:
         """The same, where parts have predictions that are on their way."""
-        with shared_forwards():
-            begun = [
-                _predicted(part, one)
-                if part.predict_later is None
-                else made(part.predict_later(one))
-                for part, one in self._with_batches(batch)
-            ]
-        return made(made_of(begun, list))
+        return made(made_of(self._of_parts(_begun, batch), list))
 
-    def _with_batches(self, batch: Any) -> Iterator[tuple[Objective, Any]]:
-        return zip((part for _, part in self.parts), self._batches(batch), strict=True)
+    def _of_parts(self, ask: Callable[[Objective, Any], Any], batch: Any) -> list[Any]:
+        with shared_forwards():
+            pairs = zip(self.parts, self._batches(batch), strict=True)
+            return [ask(part, one) for (_, part), one in pairs]
 
     def score(self, predictions: list[list[Any]]) -> Tensor:
         """The sum, set-level parts scored once."""
@@ -208,6 +202,11 @@ def _predicted(part: Objective, batch: Any) -> Any:
     if isinstance(part, SetObjective):
         return part.predict(batch)
     return _values(part(batch)).detach(), batch
+
+
+def _begun(part: Objective, batch: Any) -> Any:
+    later = part.predict_later
+    return _predicted(part, batch) if later is None else made(later(batch))
 
 
 def mixture(parts: Sequence[Part]) -> Mixture:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from zo_adapt.data.rows import NoRowsError
-from zo_adapt.data.sources import Source
 from zo_adapt.evaluation.answers import (
     Answer,
     Block,
@@ -21,32 +20,26 @@ from zo_adapt.evaluation.answers import (
     all_arrived,
     evaluations,
 )
-from zo_adapt.evaluation.first_look import look_first, naming_unread
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
 from zo_adapt.evaluation.later import made, made_of
-from zo_adapt.evaluation.objective import Objective, ObjectiveLike
+from zo_adapt.evaluation.objective import ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
 from zo_adapt.evaluation.routes import graphs_for, route_of, trunk_for
-from zo_adapt.evaluation.signal import Signal, is_coarse, measured_first
-from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.buffers import WatchedBuffers
 from zo_adapt.view.parameters import ParameterView
-from zo_adapt.view.precision import finest_perturbation, usual_perturbation
 
 logger = logging.getLogger(__name__)
-PLAIN = EvaluationOptions(joint_rows="off", reuse_trunk="off", cuda_graphs="off")
-"""Nothing that has to be trusted first."""
 
 
 class LocalEvaluator(CountingEvaluator):
@@ -276,51 +269,3 @@ class LocalEvaluator(CountingEvaluator):
             pieces = [made_of([piece], self._score) for piece in pieces]
         rows = map(len, (probes[number].batch for number in numbers))
         return [Answer(n, 0, size, one) for n, size, one in zip(numbers, rows, pieces, strict=True)]
-
-
-class Locally:
-    """The way of evaluating where none is given: in this process. See ``EvaluatedBy``."""
-
-    def prepared(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
-        """The objective, after a look at what an evaluation of it reads and changes."""
-        look_first(objective, source, view)
-        objective = self.resolved(objective, source, view)
-        look_for_signal(objective, source, view)
-        return objective
-
-    def resolved(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
-        """The objective, saying whether its value is a mean over rows."""
-        with naming_unread(objective, source, view):
-            return resolve_mean_over_rows(objective, source, view.model)
-
-    def bound_to(
-        self,
-        objective: Objective,
-        view: ParameterView,
-        options: EvaluationOptions,
-        *,
-        batch_size: int | None = None,
-        max_queries: int | None = None,
-    ) -> Evaluator:
-        """An evaluator of this process."""
-        return LocalEvaluator(
-            objective, view, options, batch_size=batch_size, max_queries=max_queries
-        )
-
-
-def look_for_signal(objective: Objective, source: Source, view: ParameterView) -> Signal | None:
-    """Measure whether a coarse model's differences are signal, where they can be.
-
-    Args:
-        objective: What is asked.
-        source: Of the rows.
-        view: Its usual mu is made large enough.
-
-    Returns:
-        What was found; None for models in fp32 and for objectives that jump.
-    """
-    view.least_perturbation = 0.0
-    if not is_coarse(view.model) or objective.step_like:
-        return None
-    usual = usual_perturbation(view.displacement, finest_perturbation(view), False)
-    return measured_first(LocalEvaluator(objective, view, PLAIN), source, usual)

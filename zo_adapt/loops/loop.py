@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.evaluation.local import Locally
+from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
