@@ -1,7 +1,9 @@
 """Rewards that wait do so while the next texts are written: same calls, values and errors."""
 
 import asyncio
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -275,6 +277,25 @@ def test_a_signal_waits_for_no_reward_and_leaves_nothing_behind(
         asked(reward)
     assert time.perf_counter() - started < 10
     assert cancelled == [True] * waiting.is_set()
+
+
+def test_a_signal_ends_the_waiting_for_the_last_reward(begun: Begun) -> None:
+    calls: list[None] = []
+
+    def stopped(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(3 * SHORT)
+        return mean_id(completion_ids)
+
+    model = lora("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reward = a_reward(stopped, model)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(reward, probes_of(reward, (2,), 3), **APART)
+    assert len(calls) == 3
+    assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
 
 
 def test_a_failed_step_goes_back_and_the_run_goes_on_where_it_was(begun: Begun) -> None:

@@ -221,7 +221,9 @@ class LocalEvaluator(CountingEvaluator):
             self._why_not["repeats"] = reason
 
     def _asked_again(self, block: Block, probes: Sequence[Probe]) -> list[Answer]:
-        return [answer.arrived() for answer in self._answers(block, probes)]
+        """The same, all of it at once."""
+        self._several = False
+        return self._answers(block, probes)
 
     def _answers(self, block: Block, probes: Sequence[Probe]) -> list[Answer]:
         if len(block.probes) == 1:

@@ -78,7 +78,11 @@ class JointBatch(Batch):
         if not isinstance(tree, Made):
             return self.read(tree)
         pieces = Made(lambda: self.read(tree.result()), tree)
-        return [Made(lambda i=i: pieces.result()[i], tree) for i in range(len(self.sizes))]
+
+        def piece(index: int) -> Made:
+            return Made(lambda: pieces.result()[index], tree)
+
+        return [piece(index) for index in range(len(self.sizes))]
 
     def rows_of(self, tree: Any) -> list[Any]:
         """The rows of every candidate, those of a tensor left on its device: reading would wait.
