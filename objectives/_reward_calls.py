@@ -5,8 +5,8 @@ import inspect
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,7 +63,8 @@ class Calls:
         self._least, self._loop = WORTH * seconds, loop
         self._returned: list[Any] = []
         self._home, self._is_over = threading.get_ident(), False
-        self._running: Future[list[Any]] | None = None
+        self._waiting: list[Coroutine[Any, Any, Any]] = []
+        self._running: Running | None = None
 
     def begin(self) -> bool:
         """Call the functions that do not wait, and those before them; whether more is to come."""
@@ -79,19 +80,19 @@ class Calls:
             BoundToThread: This is another thread, and one of the calls minds; finish in the first.
         """
         self._call_until(len(self._functions))
-        waiting = [
+        self._waiting = [
             _awaited(function.name, result, self._arguments)
             for function, result in zip(self._functions, self._returned, strict=True)
             if inspect.isawaitable(result)
         ]
-        if not waiting:
+        if not self._waiting:
             return self._returned
         loop = self._loop()
-        self._running = loop.begin(waiting)
+        self._running = loop.begin(self._waiting)
         if self._is_over:
             self._running.cancel()
         try:
-            done = iter(results_of(self._running))
+            done = iter(self._running.results())
         except BaseException:
             loop.call(self._close)
             raise
@@ -133,7 +134,7 @@ class Calls:
 
     def _close(self) -> None:
         """End what was never begun, of which Python would warn."""
-        for result in self._returned:
+        for result in (*self._waiting, *self._returned):
             is_new = inspect.iscoroutine(result) and inspect.getcoroutinestate(result)
             if is_new == inspect.CORO_CREATED:
                 result.close()
@@ -173,30 +174,63 @@ class EventLoop:
         thread.start()
         weakref.finalize(self, _stop, self._loop, thread)
 
-    def begin(self, waiting: Sequence[Awaitable[Any]]) -> "Future[list[Any]]":
-        """Run them at the same time; for ``results_of``."""
-
-        async def gathered() -> list[Any]:
-            return await asyncio.gather(*waiting, return_exceptions=True)
-
-        return asyncio.run_coroutine_threadsafe(gathered(), self._loop)
+    def begin(self, waiting: Sequence[Awaitable[Any]]) -> "Running":
+        """Run them at the same time."""
+        return Running(self._loop, waiting)
 
     def call(self, function: Callable[[], None]) -> None:
         """Call a function in the loop's thread, after what was asked for before."""
         self._loop.call_soon_threadsafe(function)
 
 
-def results_of(running: "Future[list[Any]]") -> list[Any]:
-    """The results in order; all have ended, also when one raised, which is then raised here."""
-    try:
-        results = running.result()
-    except BaseException:
-        running.cancel()
-        raise
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+class Running:
+    """What is async, at the same time in a loop of another thread.
+
+    Args:
+        loop: Where it runs.
+        waiting: What runs.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, waiting: Sequence[Awaitable[Any]]) -> None:
+        self._loop, self._waiting = loop, waiting
+        self._ended = Future[list[Any]]()
+        self._task: asyncio.Task[list[Any]] | None = None
+        loop.call_soon_threadsafe(self._start)
+
+    def results(self) -> list[Any]:
+        """The results in order; all have ended, also when one raised, which is then raised here."""
+        try:
+            results = self._ended.result()
+        except BaseException:
+            self.cancel()
+            raise
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
+
+    def cancel(self) -> None:
+        """End all of it; ``results`` then waits until it has ended, and raises."""
+        self._loop.call_soon_threadsafe(self._end)
+
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._gathered())
+        self._task.add_done_callback(self._note_end)
+
+    def _end(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _gathered(self) -> list[Any]:
+        return await asyncio.gather(*self._waiting, return_exceptions=True)
+
+    def _note_end(self, task: "asyncio.Task[list[Any]]") -> None:
+        if task.cancelled():
+            self._ended.set_exception(CancelledError())
+        elif (error := task.exception()) is not None:
+            self._ended.set_exception(error)
+        else:
+            self._ended.set_result(task.result())
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -179,7 +179,7 @@ class Rewards:
         """
         if self._last is not None:
             found, running = self._last
-            if found.is_cancelled:
+            if running.is_cancelled:
                 running.wait()
             else:
                 found.result()

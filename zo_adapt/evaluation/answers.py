@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zo_adapt.evaluation.failures import Failures, OnNonFinite
-from zo_adapt.evaluation.later import Made
+from zo_adapt.evaluation.later import Made, cancelled_on_failure
 from zo_adapt.evaluation.objective import (
     Objective,
     ObjectiveLike,
@@ -105,13 +105,14 @@ def all_arrived(
         note: Called with each block before an error of it could be raised.
     """
     try:
-        try:
-            yield
-        except Exception as error:
-            if not is_from_handler(error):
-                _arrive(found, note)
-            raise
-        _arrive(found, note)
+        with cancelled_on_failure():
+            try:
+                yield
+            except Exception as error:
+                if not is_from_handler(error):
+                    _arrive(found, note)
+                raise
+            _arrive(found, note)
     except BaseException:
         for answer in (answer for _, answers in found for answer in answers):
             if isinstance(answer.returned, Made):

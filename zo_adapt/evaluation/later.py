@@ -2,8 +2,10 @@
 
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,8 @@ class InBackground:
         self, function: Callable[[], Any], stop: Callable[[], object] = lambda: None
     ) -> None:
         self._found, self._stop = Future[Any](), stop
+        self.is_cancelled = False
+        """Whether the result is no more wanted."""
         gradients, context = torch.is_grad_enabled(), contextvars.copy_context()
 
         def called() -> None:
@@ -54,6 +58,9 @@ class InBackground:
                 self._found.set_result(value)
 
         self._thread = threading.Thread(target=called, daemon=True, name="zo_adapt-background")
+        begun = _begun.get()
+        if begun is not None:
+            begun.append(self)
         self._thread.start()
 
     def result(self) -> Any:
@@ -66,12 +73,36 @@ class InBackground:
 
     def cancel(self) -> None:
         """Ask the function to end, and wait for that, but not for long."""
-        self._stop()
-        self._thread.join(PATIENCE)
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self._stop()
+            if self._thread.ident is not None:
+                self._thread.join(PATIENCE)
 
     def wait(self) -> None:
         """Wait until the function has ended, in whatever way."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+
+_begun: ContextVar[list[InBackground] | None] = ContextVar("begun", default=None)
+
+
+@contextmanager
+def cancelled_on_failure() -> Iterator[None]:
+    """Inside, calls may be begun in the background; they are cancelled if this ends by an error.
+
+    Also those that nobody knows of, since a signal came right after they were begun.
+    """
+    token = _begun.set([])
+    try:
+        yield
+    except BaseException:
+        for one in _begun.get() or ():
+            one.cancel()
+        raise
+    finally:
+        _begun.reset(token)
 
 
 class Made:
