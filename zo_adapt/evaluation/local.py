@@ -13,18 +13,13 @@ from typing import Any
 import torch
 
 from zo_adapt.data.rows import NoRowsError
-from zo_adapt.evaluation.answers import (
-    Answer,
-    Block,
-    CountingEvaluator,
-    all_arrived,
-    evaluations,
-)
+from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, all_arrived, evaluations
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
+from zo_adapt.evaluation.joint.measured import least_seconds, tokens_worth_joining
 from zo_adapt.evaluation.later import made, made_of
 from zo_adapt.evaluation.objective import ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -33,6 +28,7 @@ from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
 from zo_adapt.evaluation.routes import graphs_for, route_of, trunk_for
+from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
@@ -40,6 +36,7 @@ from zo_adapt.view.buffers import WatchedBuffers
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.getLogger(__name__)
+NO_LIMIT = 1 << 40
 
 
 class LocalEvaluator(CountingEvaluator):
@@ -85,6 +82,7 @@ class LocalEvaluator(CountingEvaluator):
         self._along = AlongFactors(self.objective, view)
         self._joint = Joint(self.objective, view, options, self.micro_batch_size, self._along)
         names = dict(zip(("trunk", "graphs"), found, strict=True))
+        self.measures = options.joint_rows == "measured" and self.objective.row_bytes is None
         self._asks_again = is_quantised(view.model)
         self._buffers = WatchedBuffers(view.model)
         self._why_not = {name: why for name, why in names.items() if isinstance(why, str)}
@@ -140,6 +138,41 @@ class LocalEvaluator(CountingEvaluator):
     @memory.setter
     def memory(self, nbytes: int | None) -> None:
         self._joint.memory = nbytes
+
+    @property
+    def joint_tokens(self) -> int | None:
+        """Tokens up to which candidates go together, where that was measured."""
+        return self._joint.tokens
+
+    @joint_tokens.setter
+    def joint_tokens(self, tokens: int | None) -> None:
+        self._joint.tokens = tokens
+
+    def measure(self, probes: Sequence[Probe]) -> None:
+        """Find up to how many tokens candidates go together.
+
+        Args:
+            probes: Of a step; its first batch is asked about. They are not counted as queries.
+        """
+        self._joint.tokens = NO_LIMIT
+        with gradients_off(), self.ready(), randomness_kept(self.view.model):
+            most = max((len(b.probes) for b in self._blocks(probes)), default=1)
+            batch = probes[0].batch
+
+            def seconds(count: int) -> float:
+                if self._graphs is not None:
+                    self._graphs.begin()
+                chosen = [Probe(probe.at, batch) for probe in probes[:count]]
+                block = Block(tuple(range(count)), self._parts(chosen[0]) if count == 1 else ())
+                return least_seconds(
+                    lambda: on_host([a.returned for a in self._asked_again(block, chosen)])
+                )
+
+            tokens = len(batch) * max(1, batch.width)
+            found = tokens_worth_joining(seconds, tokens, most) if most > 1 else None
+        self._joint.tokens, self._joint.most = found, 1
+        if found is not None:
+            logger.info("candidates go together up to %d tokens, as was measured", found)
 
     @property
     def plan(self) -> Plan:

@@ -213,6 +213,7 @@ def minimize(
     loop = _Loop(run, monitor)
     shown = progress and run.is_first_rank
     with closing(run):
+        run.measure()
         announce(run.outlook(), shown)
         with closing(Bar(budget, run.steps, asked.queries, shown=shown)) as bar:
             reason, detail = loop.until_stopped(callback, bar)

@@ -49,7 +49,7 @@ class RankEvaluator:
         self._local, self._ranks, self._number = local, ranks, 0
         self._together = local.view.is_sharded
         self.objective, self.view, self.sign = local.objective, local.view, local.sign
-        self.micro_batch_size = local.micro_batch_size
+        self.micro_batch_size, self.measures = local.micro_batch_size, local.measures
 
     @property
     def queries(self) -> int:
@@ -68,6 +68,25 @@ class RankEvaluator:
     @memory.setter
     def memory(self, nbytes: int | None) -> None:
         self._local.memory = nbytes
+
+    @property
+    def joint_tokens(self) -> int | None:
+        """Tokens up to which candidates go together, where that was measured: by rank 0."""
+        return self._local.joint_tokens
+
+    @joint_tokens.setter
+    def joint_tokens(self, tokens: int | None) -> None:
+        self._local.joint_tokens = tokens
+
+    def measure(self, probes: Sequence[Probe]) -> None:
+        """See ``LocalEvaluator``; all ranks go by the figure of the first."""
+
+        def measured() -> bytes:
+            self._local.measure(probes)
+            return str(self._local.joint_tokens or "").encode()
+
+        found = self._ranks.from_first(measured)
+        self._local.joint_tokens = int(found) if found else None
 
     @property
     def plan(self) -> Plan:
