@@ -10,7 +10,7 @@ import torch
 from test_candidates import examples, with_lora
 
 from objectives import ClassificationLoss
-from zo_adapt import EvaluationOptions, MeZO, ParameterView, minimize
+from zo_adapt import EvaluationOptions, MeZO, ParameterView, ZOConfig, minimize
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import OptionError
@@ -134,7 +134,5 @@ def test_measuring_leaves_weights_rows_and_generators_as_they_were() -> None:
 
 
 def test_a_trainer_names_what_it_cannot_measure(tmp_path: Path) -> None:
-    from zo_adapt.trainer import ZOConfig
-
     with pytest.raises(OptionError, match="'measured' is of minimize alone"):
         ZOConfig(str(tmp_path), joint_rows="measured", report_to="none", use_cpu=True)
