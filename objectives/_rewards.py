@@ -120,6 +120,7 @@ class Rewards:
         completions: list[Any],
         completion_ids: list[list[int]],
         columns: Mapping[str, list[Any]],
+        *,
         seconds: float,
     ) -> Made:
         """The same, begun: what waits does so in the background.

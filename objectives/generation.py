@@ -175,7 +175,7 @@ class GenerationReward(Mixable, SetObjective):
         prepared = self._prepared(batch)
         started = time.perf_counter()
         given = self._to_reward(prepared, self.generate(prepared))
-        return self.reward_funcs.begin(*given, time.perf_counter() - started)
+        return self.reward_funcs.begin(*given, seconds=time.perf_counter() - started)
 
     def score(self, predictions: list[Rewarded]) -> np.ndarray:
         """Rewards of all micro-batches, (n,), float64; the mean of the others where skipped."""
