@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from objectives._rewards import GIVEN
+from objectives._reward_calls import GIVEN
 from zo_adapt.errors import DataError, OptionError
 
 Side = Literal["left", "right"]

@@ -1,23 +1,20 @@
 """Reward functions with TRL's signature: the columns they take, their calls and their sum."""
 
-import asyncio
 import functools
 import inspect
-import threading
-import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from objectives._lists import as_list, as_number
+from objectives._reward_calls import GIVEN, BoundToThread, Calls, EventLoop, KnownFunction
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
+from zo_adapt.evaluation.later import InBackground, Made
 
 RewardFunction = Callable[..., Any]
 """``f(prompts, completions, completion_ids=None, **columns) -> list[float | None]``, or async."""
-GIVEN = ("prompts", "completions", "completion_ids")
-"""What every reward is called with; all else is a column of the data."""
 
 
 class Rewarded(NamedTuple):
@@ -57,7 +54,6 @@ class Rewards:
                 f"reward_funcs={functions!r}; give a function "
                 "f(prompts, completions, completion_ids=None, **columns), or a list of them"
             )
-        self.names = [_name(function) for function in self.functions]
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(self.weights) != len(self.functions):
             raise OptionError(
@@ -66,11 +62,23 @@ class Rewards:
             )
         if not np.isfinite(self.weights).all():
             raise OptionError(f"reward_weights={self.weights}; choose finite numbers")
-        self._accepted = [
-            _parameters(name, function)
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
-        self._loop: _Loop | None = None
+        self._functions = [_described(function) for function in self.functions]
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Nothing is running, and nothing is known of how long functions take."""
+        self._loop: EventLoop | None = None
+        self._last: tuple[Made, InBackground] | None = None
+        self._waits = [inspect.iscoroutinefunction(function) for function in self.functions]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: no threads."""
+        running = ("_loop", "_last", "_waits")
+        return {name: value for name, value in vars(self).items() if name not in running}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin_anew()
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
         """Refuse data without a column that a reward function cannot do without.
@@ -78,13 +86,13 @@ class Rewards:
         Raises:
             DataError: Names the column and the function.
         """
-        for name, (_, required) in zip(self.names, self._accepted, strict=True):
-            missing = sorted(required - columns.keys() - set(GIVEN))
+        for function in self._functions:
+            missing = sorted(function.required - columns.keys() - set(GIVEN))
             if missing:
                 raise DataError(
-                    f"the reward function {name!r} needs the column {missing[0]!r}, the examples "
-                    f"have {sorted(columns)} beside the prompt; add it to every example, or give "
-                    "the parameter a default"
+                    f"the reward function {function.name!r} needs the column {missing[0]!r}, the "
+                    f"examples have {sorted(columns)} beside the prompt; add it to every example, "
+                    "or give the parameter a default"
                 )
 
     def __call__(
@@ -101,101 +109,94 @@ class Rewards:
             ObjectiveError: A function did not return a list of numbers and None, one per example.
             NonFiniteObjectiveError: It returned NaN or infinity.
         """
+        calls = self._calls(prompts, completions, completion_ids, columns)
+        self._wait_for_last()
+        calls.begin()
+        return self._sum(len(prompts), calls.finish())
+
+    def begin(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: Mapping[str, list[Any]],
+        *,
+        seconds: float,
+    ) -> Made:
+        """The same, begun: what waits does so in the background.
+
+        Functions that compute are called here, in the caller's thread, and so are those before them
+        in the list. At most one call of each runs at a time.
+
+        Args:
+            prompts: With the rest, what is given to the functions.
+            completions: See above.
+            completion_ids: See above.
+            columns: See above.
+            seconds: Time that the completions took; what waits for much less may do so here.
+
+        Raises:
+            ObjectiveError: Of these, or of those that were begun before; what is raised in the
+                background is raised where the result is asked for.
+        """
+        calls = self._calls(prompts, completions, completion_ids, columns, seconds)
+        self._wait_for_last()
+        if not calls.begin():
+            total = self._sum(len(prompts), calls.finish())
+            return Made(lambda: total)
+        running = InBackground(calls.finish, calls.cancel)
+
+        def summed() -> Rewarded:
+            try:
+                returned = running.result()
+            except BoundToThread:
+                returned = calls.finish()
+            return self._sum(len(prompts), returned)
+
+        found = Made(summed, running)
+        self._last = found, running
+        return found
+
+    def _calls(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: Mapping[str, list[Any]],
+        seconds: float = math.inf,
+    ) -> Calls:
         given = dict(zip(GIVEN, (prompts, completions, completion_ids), strict=True))
-        arguments = {**columns, **given}
-        total = Rewarded(np.zeros(len(prompts)), np.zeros(len(prompts), bool))
-        for name, weight, returned in zip(
-            self.names, self.weights, self._returned(arguments), strict=True
-        ):
-            own = _checked(name, returned, len(prompts))
+        return Calls(self._functions, {**columns, **given}, self._waits, seconds, self._event_loop)
+
+    def _event_loop(self) -> EventLoop:
+        self._loop = self._loop or EventLoop()
+        return self._loop
+
+    def _wait_for_last(self) -> None:
+        """Until what was begun last has ended: no function is called twice at once.
+
+        Raises:
+            ObjectiveError: Of what was begun last.
+        """
+        if self._last is not None:
+            found, running = self._last
+            if running.is_cancelled:
+                running.wait()
+            else:
+                found.result()
+            self._last = None
+
+    def _sum(self, rows: int, returned: Sequence[Any]) -> Rewarded:
+        total = Rewarded(np.zeros(rows), np.zeros(rows, bool))
+        for function, weight, found in zip(self._functions, self.weights, returned, strict=True):
+            own = _checked(function.name, found, rows)
             total = Rewarded(total.values + weight * own.values, total.counted | own.counted)
         return total
 
-    def _returned(self, arguments: Mapping[str, Any]) -> list[Any]:
-        """What every function returns; those that are async wait at the same time."""
-        returned: list[Any] = []
-        try:
-            for name, function, (accepted, _) in zip(
-                self.names, self.functions, self._accepted, strict=True
-            ):
-                chosen = arguments.keys() if accepted is None else accepted & arguments.keys()
-                # Lists of its own: a function that changes them changes nothing for the next.
-                own = {key: list(arguments[key]) for key in chosen}
-                with _absent_columns_named(name, arguments):
-                    returned.append(function(**own))
-        except BaseException:
-            for result in returned:
-                if inspect.iscoroutine(result):
-                    result.close()
-            raise
-        waiting = [
-            _awaited(name, result, arguments)
-            for name, result in zip(self.names, returned, strict=True)
-            if inspect.isawaitable(result)
-        ]
-        if not waiting:
-            return returned
-        self._loop = self._loop or _Loop()
-        done = iter(self._loop.results(waiting))
-        return [next(done) if inspect.isawaitable(result) else result for result in returned]
 
-
-async def _awaited(name: str, result: Awaitable[Any], arguments: Mapping[str, Any]) -> Any:
-    with _absent_columns_named(name, arguments):
-        return await result
-
-
-@contextmanager
-def _absent_columns_named(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, a KeyError of a name that is no column becomes a DataError."""
-    try:
-        yield
-    except KeyError as error:
-        key = error.args[0] if error.args else None
-        if not isinstance(key, str) or key in arguments:
-            raise
-        raise DataError(
-            f"the reward function {name!r} raised KeyError: {key!r}; if that is a column, the "
-            f"examples have {sorted(arguments.keys() - set(GIVEN))} beside the prompt: add it to "
-            "every example"
-        ) from error
-
-
-class _Loop:
-    """An event loop in a thread of its own.
-
-    One for the objective's life, since a client session that a reward keeps is bound to its loop;
-    in a thread, since a notebook's own thread has a loop that runs already.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="zo_adapt-async")
-        thread.start()
-        weakref.finalize(self, _stop, self._loop, thread)
-
-    def results(self, waiting: Sequence[Awaitable[Any]]) -> list[Any]:
-        """The results in order; all have ended, also when one raised, which is then raised here."""
-
-        async def gathered() -> list[Any]:
-            return await asyncio.gather(*waiting, return_exceptions=True)
-
-        future = asyncio.run_coroutine_threadsafe(gathered(), self._loop)
-        try:
-            results = future.result()
-        except BaseException:
-            future.cancel()
-            raise
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return results
-
-
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+def _described(function: Callable[..., Any]) -> KnownFunction:
+    name = _name(function)
+    return KnownFunction(name, function, *_parameters(name, function))
 
 
 def _name(function: RewardFunction) -> str:

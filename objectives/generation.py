@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from objectives.mixture import Mixable
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.row_blocks import blocks
+from zo_adapt.evaluation.later import Made
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
 
@@ -59,6 +61,12 @@ class GenerationReward(Mixable, SetObjective):
     (decoders with transformers' usual cache, no stop strings or beams, no option that counts from
     the start). On a CPU, layers before the first tuned one read a prompt once for all candidates.
     The completions of a call come to the rewards in one list; each depends on its own alone.
+
+    **Rewards that wait** (async ones; and functions that were seen to wait rather than compute, for
+    a server or another process) do so in a thread of their own while the next texts are written,
+    where the memory cuts a step into several ``generate``. They are called in the same order, one
+    call at a time, and values and errors are the same. Such a function must not ask the model that
+    is tuned; what computes stays in the caller's thread (``asyncio.to_thread`` is a way out of it).
 
     Args:
         model: A causal or encoder-decoder language model with ``generate``, or a peft one; None:
@@ -149,6 +157,9 @@ class GenerationReward(Mixable, SetObjective):
         )
         self.independent_rows = self._generator.independent
         self.row_bytes, self.stand_in = self._row_bytes, self._stand_in
+        # Of a class with a `predict` of its own, that is what counts.
+        if type(self).predict is GenerationReward.predict:
+            self.predict_later = self._predict_later
 
     def __call__(self, batch: Any) -> np.ndarray:
         """Rewards of shape (b,), float64, of a collated batch or a list of examples."""
@@ -157,7 +168,14 @@ class GenerationReward(Mixable, SetObjective):
     def predict(self, batch: Any) -> Rewarded:
         """Rewards of one micro-batch, and which of its examples have one."""
         prepared = self._prepared(batch)
-        return self._rewarded(prepared, self.generate(prepared))
+        return self.reward_funcs(*self._to_reward(prepared, self.generate(prepared)))
+
+    def _predict_later(self, batch: Any) -> Made:
+        """The same; rewards that wait do so in the background."""
+        prepared = self._prepared(batch)
+        started = time.perf_counter()
+        given = self._to_reward(prepared, self.generate(prepared))
+        return self.reward_funcs.begin(*given, seconds=time.perf_counter() - started)
 
     def score(self, predictions: list[Rewarded]) -> np.ndarray:
         """Rewards of all micro-batches, (n,), float64; the mean of the others where skipped."""
@@ -223,14 +241,16 @@ class GenerationReward(Mixable, SetObjective):
 
     def rewards(self, batch: Any, generated: Generated) -> np.ndarray:
         """Rewards of given completions, (b,), float64."""
-        return self.score([self._rewarded(self._prepared(batch), generated)])
+        given = self._to_reward(self._prepared(batch), generated)
+        return self.score([self.reward_funcs(*given)])
 
-    def _rewarded(self, prepared: PromptBatch, generated: Generated) -> Rewarded:
+    def _to_reward(self, prepared: PromptBatch, generated: Generated) -> tuple[Any, ...]:
+        """What rewards are of."""
         completions = [
             [{"role": "assistant", "content": text}] if is_chat(prompt) else text
             for prompt, text in zip(prepared.prompts, generated.texts, strict=True)
         ]
-        return self.reward_funcs(prepared.prompts, completions, generated.ids, prepared.columns)
+        return prepared.prompts, completions, generated.ids, prepared.columns
 
     def _prepared(self, batch: Any) -> PromptBatch:
         return batch if isinstance(batch, PromptBatch) else self.collate(batch)

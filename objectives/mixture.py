@@ -12,7 +12,7 @@ and a sum whose parts pull in opposite ways (``loss + reward``) is an error.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Real
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from objectives._shared import shared_forwards
 from zo_adapt.errors import DataError, ObjectiveError, OptionError
+from zo_adapt.evaluation.later import Made, made, made_of
 from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective
 
 Part = tuple[float, Objective]
@@ -176,14 +177,16 @@ class SetMixture(Mixture, SetObjective):
 
     def predict(self, batch: Any) -> list[Any]:
         """Of every part the predictions, or values and the number of rows they stand for."""
+        return self._of_parts(_predicted, batch)
+
+    def predict_later(self, batch: Any) -> Made:
+        """The same, where parts have predictions that are on their way."""
+        return made(made_of(self._of_parts(_begun, batch), list))
+
+    def _of_parts(self, ask: Callable[[Objective, Any], Any], batch: Any) -> list[Any]:
         with shared_forwards():
-            batches = self._batches(batch)
-            return [
-                part.predict(one)
-                if isinstance(part, SetObjective)
-                else (_values(part(one)).detach(), one)
-                for (_, part), one in zip(self.parts, batches, strict=True)
-            ]
+            pairs = zip(self.parts, self._batches(batch), strict=True)
+            return [ask(part, one) for (_, part), one in pairs]
 
     def score(self, predictions: list[list[Any]]) -> Tensor:
         """The sum, set-level parts scored once."""
@@ -193,6 +196,17 @@ class SetMixture(Mixture, SetObjective):
             for (_, part), column in zip(self.parts, columns, strict=True)
         ]
         return self._sum(values)
+
+
+def _predicted(part: Objective, batch: Any) -> Any:
+    if isinstance(part, SetObjective):
+        return part.predict(batch)
+    return _values(part(batch)).detach(), batch
+
+
+def _begun(part: Objective, batch: Any) -> Any:
+    later = part.predict_later
+    return _predicted(part, batch) if later is None else made(later(batch))
 
 
 def mixture(parts: Sequence[Part]) -> Mixture:

@@ -3,6 +3,7 @@
 Each case returns what of its run is to be equal; files lie in the folder that it is given.
 """
 
+import asyncio
 import hashlib
 import os
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import peft
 import torch
 from least_squares import Least
-from test_generation import a_reward, prompts
+from test_generation import a_reward, mean_id, prompts
 from test_trainer import accuracy, lora_model, toy_rows, trainer_of
 from tiny_models import tiny_model, token_rows
 from torch import Tensor
@@ -33,6 +34,7 @@ from zo_adapt import (
     diagnose,
     minimize,
 )
+from zo_adapt.evaluation.options import JointRows
 
 Case = Callable[[Path], dict[str, Any]]
 ROWS = 32
@@ -109,7 +111,12 @@ def metrics_beside(folder: Path) -> dict[str, Any]:
     return outcome(result, view)
 
 
-def _written(folder: Path, **options: Any) -> dict[str, Any]:
+async def awaited(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    await asyncio.sleep(0)
+    return mean_id(completion_ids)
+
+
+def _written(folder: Path, joint_rows: JointRows = "auto", **options: Any) -> dict[str, Any]:
     model = tiny_model("llama", "causal")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(1)
@@ -118,7 +125,7 @@ def _written(folder: Path, **options: Any) -> dict[str, Any]:
     reward = a_reward(model=adapted, **options)
     result = minimize(
         reward, view, prompts(12), MeZOSVRG(num_directions=3), batch_size=6, max_steps=3,
-        trajectory=file, progress=False,
+        trajectory=file, progress=False, evaluation=EvaluationOptions(joint_rows=joint_rows),
     )  # fmt: skip
     return outcome(result, view, file)
 
@@ -128,7 +135,7 @@ def generation(folder: Path) -> dict[str, Any]:
 
 
 def sampled_generation(folder: Path) -> dict[str, Any]:
-    return _written(folder, do_sample=True)
+    return _written(folder, "off", functions=awaited, do_sample=True)
 
 
 def whole_model(folder: Path) -> dict[str, Any]:

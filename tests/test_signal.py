@@ -13,7 +13,8 @@ from objectives import CausalLMLoss, ExactMatch
 from zo_adapt import EvaluationOptions, MeZO, Objective, ParameterView, diagnose, minimize
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import RoundingWarning
-from zo_adapt.evaluation.local import LocalEvaluator, look_for_signal
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.locally import look_for_signal
 from zo_adapt.evaluation.signal import correlation, is_coarse, measured
 
 

@@ -22,7 +22,8 @@ from zo_adapt.diagnosis.displacement import find_displacement
 from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
-from zo_adapt.evaluation.local import LocalEvaluator, look_for_signal
+from zo_adapt.evaluation.local import LocalEvaluator
+from zo_adapt.evaluation.locally import look_for_signal
 from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_examples, resolve_mean_over_rows

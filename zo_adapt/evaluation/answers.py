@@ -5,13 +5,14 @@ that a value is computed from the same rows, side by side in the same order, in 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from zo_adapt.evaluation.failures import Failures, OnNonFinite
+from zo_adapt.evaluation.later import Made, cancelled_on_failure
 from zo_adapt.evaluation.objective import (
     Objective,
     ObjectiveLike,
@@ -24,6 +25,7 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation
 from zo_adapt.evaluation.start_checks import check_micro_batch_size
 from zo_adapt.evaluation.values import checked_values
+from zo_adapt.interrupt import is_from_handler
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -63,13 +65,19 @@ class Answer(NamedTuple):
         probe: Its number in the step.
         part: Number of the micro-batch.
         rows: Of which it is the answer.
-        returned: As it was returned; after ``checked`` float64 of shape () or (rows,).
+        returned: As it was returned; after ``checked`` float64 of shape () or (rows,). What is on
+            its way is a ``Made`` until ``arrived``.
     """
 
     probe: int
     part: int
     rows: int
     returned: Any
+
+    def arrived(self) -> "Answer":
+        """The same with what was on its way."""
+        late = isinstance(self.returned, Made)
+        return self._replace(returned=self.returned.result()) if late else self
 
     def checked(self, *, finite: bool = True) -> "Answer":
         """The same with numbers.
@@ -81,6 +89,41 @@ class Answer(NamedTuple):
             ObjectiveError: See ``checked_values``.
         """
         return self._replace(returned=checked_values(self.returned, self.rows, finite=finite))
+
+
+@contextmanager
+def all_arrived(
+    found: list[tuple[Block, list[Answer]]], note: Callable[[Block], None]
+) -> Iterator[None]:
+    """Inside, answers are collected of which some are on their way; afterwards all are there.
+
+    Errors come in the order of the blocks: where one fails, those before it are waited for. A
+    signal waits for none.
+
+    Args:
+        found: The blocks, each in front of the work on it, and their answers.
+        note: Called with each block before an error of it could be raised.
+    """
+    try:
+        with cancelled_on_failure():
+            try:
+                yield
+            except Exception as error:
+                if not is_from_handler(error):
+                    _arrive(found, note)
+                raise
+            _arrive(found, note)
+    except BaseException:
+        for answer in (answer for _, answers in found for answer in answers):
+            if isinstance(answer.returned, Made):
+                answer.returned.cancel()
+        raise
+
+
+def _arrive(found: list[tuple[Block, list[Answer]]], note: Callable[[Block], None]) -> None:
+    for block, answers in found:
+        note(block)
+        answers[:] = [answer.arrived() for answer in answers]
 
 
 def evaluations(answers: Sequence[Answer], sign: float) -> list[Evaluation]:

@@ -13,34 +13,30 @@ from typing import Any
 import torch
 
 from zo_adapt.data.rows import NoRowsError
-from zo_adapt.data.sources import Source
-from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, evaluations
-from zo_adapt.evaluation.first_look import look_first, naming_unread
+from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, all_arrived, evaluations
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
-from zo_adapt.evaluation.objective import Objective, ObjectiveLike
+from zo_adapt.evaluation.joint.measured import least_seconds, tokens_worth_joining
+from zo_adapt.evaluation.later import made, made_of
+from zo_adapt.evaluation.objective import ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.evaluation.protocol import Evaluation, Evaluator, Probe
+from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
-from zo_adapt.evaluation.routes import route_of, trunk_for
-from zo_adapt.evaluation.signal import Signal, is_coarse, measured_first
-from zo_adapt.evaluation.start_checks import resolve_mean_over_rows
+from zo_adapt.evaluation.routes import graphs_for, route_of, trunk_for
+from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.buffers import WatchedBuffers
 from zo_adapt.view.parameters import ParameterView
-from zo_adapt.view.precision import finest_perturbation, usual_perturbation
-from zo_adapt.view.shards import WHY_SHARDED
 
 logger = logging.getLogger(__name__)
-PLAIN = EvaluationOptions(joint_rows="off", reuse_trunk="off", cuda_graphs="off")
-"""Nothing that has to be trusted first."""
+NO_LIMIT = 1 << 40
 
 
 class LocalEvaluator(CountingEvaluator):
@@ -78,13 +74,15 @@ class LocalEvaluator(CountingEvaluator):
             max_queries=max_queries,
             maximize=maximize,
         )
-        found = trunk_for(view, options.reuse_trunk), _graphs(self.objective, view, options)
+        found = trunk_for(view, options.reuse_trunk), graphs_for(self.objective, view, options)
         self.trunk = found[0] if isinstance(found[0], FrozenTrunk) else None
         self._graphs = found[1] if isinstance(found[1], Graphs) else None
-        self._route = route_of(self._function, self.trunk, self._graphs)
+        self._several = self._may_wait = False
+        self._route = route_of(self._called, self.trunk, self._graphs)
         self._along = AlongFactors(self.objective, view)
         self._joint = Joint(self.objective, view, options, self.micro_batch_size, self._along)
         names = dict(zip(("trunk", "graphs"), found, strict=True))
+        self.measures = options.joint_rows == "measured" and self.objective.row_bytes is None
         self._asks_again = is_quantised(view.model)
         self._buffers = WatchedBuffers(view.model)
         self._why_not = {name: why for name, why in names.items() if isinstance(why, str)}
@@ -105,28 +103,32 @@ class LocalEvaluator(CountingEvaluator):
         self,
         probes: Sequence[Probe],
         choose: Callable[[list[Block]], Iterable[Block]] = lambda blocks: blocks,
+        note: Callable[[Block], None] = lambda block: None,
     ) -> list[Answer]:
         """What the objective returned for the blocks that the probes are cut into.
 
         Args:
             probes: Of a step.
             choose: Those of the blocks that are to be computed here.
+            note: Called with each of them before an error of it could be raised.
         """
         if self._graphs is not None:
             self._graphs.begin()
-        found: list[Answer] = []
-        with gradients_off(), self.ready():
-            blocks = list[Block]()
+        found = list[tuple[Block, list[Answer]]]()
+        with gradients_off(), self.ready(), all_arrived(found, note):
             for block in choose(self._blocks(probes)):
-                answers = self._answers(block, probes)
+                note(block)
+                found.append((block, []))
+                found[-1][1].extend(self._answers(block, probes))
                 if self._asks_again:
-                    self._ask_again(block, probes, answers)
-                blocks.append(block)
-                found += answers
-            self._buffers.check(lambda: [self._answers(block, probes) for block in blocks])
+                    self._ask_again(block, probes, found[-1][1])
+            self._buffers.check(lambda: [self._asked_again(one, probes) for one, _ in found])
         self.view.updates.read_addresses()  # while the GPU is still at it
-        returned = on_host([answer.returned for answer in found])
-        return [answer._replace(returned=one) for answer, one in zip(found, returned, strict=True)]
+        answers = [answer for _, own in found for answer in own]
+        returned = on_host([answer.returned for answer in answers])
+        return [
+            answer._replace(returned=one) for answer, one in zip(answers, returned, strict=True)
+        ]
 
     @property
     def memory(self) -> int | None:
@@ -136,6 +138,41 @@ class LocalEvaluator(CountingEvaluator):
     @memory.setter
     def memory(self, nbytes: int | None) -> None:
         self._joint.memory = nbytes
+
+    @property
+    def joint_tokens(self) -> int | None:
+        """Tokens up to which candidates go together, where that was measured."""
+        return self._joint.tokens
+
+    @joint_tokens.setter
+    def joint_tokens(self, tokens: int | None) -> None:
+        self._joint.tokens = tokens
+
+    def measure(self, probes: Sequence[Probe]) -> None:
+        """Find up to how many tokens candidates go together.
+
+        Args:
+            probes: Of a step; its first batch is asked about. They are not counted as queries.
+        """
+        self._joint.tokens = NO_LIMIT
+        with gradients_off(), self.ready(), randomness_kept(self.view.model):
+            most = max((len(b.probes) for b in self._blocks(probes)), default=1)
+            batch = probes[0].batch
+
+            def seconds(count: int) -> float:
+                if self._graphs is not None:
+                    self._graphs.begin()
+                chosen = [Probe(probe.at, batch) for probe in probes[:count]]
+                block = Block(tuple(range(count)), self._parts(chosen[0]) if count == 1 else ())
+                return least_seconds(
+                    lambda: on_host([a.returned for a in self._asked_again(block, chosen)])
+                )
+
+            tokens = len(batch) * max(1, batch.width)
+            found = tokens_worth_joining(seconds, tokens, most) if most > 1 else None
+        self._joint.tokens, self._joint.most = found, 1
+        if found is not None:
+            logger.info("candidates go together up to %d tokens, as was measured", found)
 
     @property
     def plan(self) -> Plan:
@@ -162,6 +199,25 @@ class LocalEvaluator(CountingEvaluator):
         """Inside, the model computes at a place; it is left alone where only graphs will run."""
         return place.entered(all(self._route.replays(one, place.key) for one in contents))
 
+    def _called(self, content: Any) -> Any:
+        """What the route is made of: the objective, or the part of it that needs the model.
+
+        No more than that where a fast way is on trial, which compares values.
+        """
+        later = self.objective.predict_later if self._may_wait else None
+        is_tried = self.trunk is not None and self.trunk.why_not is None
+        if later is None or is_tried or self._score is None:
+            return self._function(content)
+        return made(later(content))
+
+    def _routed(self, content: Any, place: Place) -> Any:
+        """What the objective returns at a place; where more is to be computed, later."""
+        self._may_wait = self._several
+        try:
+            return self._route(content, place.key)
+        finally:
+            self._may_wait = False
+
     def _blocks(self, probes: Sequence[Probe]) -> list[Block]:
         """The probes that go together, at several points in one forward, then the others."""
         groups = self._joint.groups(probes)
@@ -170,9 +226,11 @@ class LocalEvaluator(CountingEvaluator):
             groups = groups if self._joint.is_sound(first, last, self._route) else []
         joint = {index for group in groups for index in group}
         alone = [index for index in range(len(probes)) if index not in joint]
-        return [Block(tuple(group)) for group in groups] + [
-            Block((index,), self._parts(probes[index])) for index in alone
-        ]
+        blocks = [Block(tuple(group)) for group in groups]
+        blocks += [Block((index,), self._parts(probes[index])) for index in alone]
+        calls = [probes[index].batch.micro_batches(self.micro_batch_size) for index in alone]
+        self._several = len(groups) + sum(map(len, calls)) > 1
+        return blocks
 
     def rows_of(self, block: Block, probes: Sequence[Probe]) -> int:
         """How many rows a block has."""
@@ -190,9 +248,15 @@ class LocalEvaluator(CountingEvaluator):
     def _ask_again(self, block: Block, probes: Sequence[Probe], answers: list[Answer]) -> None:
         """Once, where weights are quantised: find out whether their kernels repeat themselves."""
         self._asks_again = False
-        reason = why_not_the_same(answers, lambda: self._answers(block, probes))
+        answers[:] = [answer.arrived() for answer in answers]
+        reason = why_not_the_same(answers, lambda: self._asked_again(block, probes))
         if reason is not None:
             self._why_not["repeats"] = reason
+
+    def _asked_again(self, block: Block, probes: Sequence[Probe]) -> list[Answer]:
+        """The same, all of it at once."""
+        self._several = False
+        return self._answers(block, probes)
 
     def _answers(self, block: Block, probes: Sequence[Probe]) -> list[Answer]:
         if len(block.probes) == 1:
@@ -213,9 +277,9 @@ class LocalEvaluator(CountingEvaluator):
         contents = [batch.content for batch in chosen]
         place = self._along.place(probe.at, batches[0], self._route)
         with self._entered(place, contents):
-            returned = [self._route(content, place.key) for content in contents]
+            returned = [self._routed(content, place) for content in contents]
             if self._score is not None:
-                return [Answer(number, 0, len(probe.batch), self._score(returned))]
+                return [Answer(number, 0, len(probe.batch), made_of(returned, self._score))]
         return [
             Answer(number, part, len(batch), one)
             for part, batch, one in zip(parts, chosen, returned, strict=True)
@@ -227,9 +291,9 @@ class LocalEvaluator(CountingEvaluator):
         try:
             place = self._joint.at([probes[number].at for number in numbers], batch)
             with self._entered(place, [batch.content]):
-                returned = self._route(batch.content, place.key)
+                returned = self._routed(batch.content, place)
             # A score is of predictions themselves, so they are read at once.
-            pieces = batch.read(returned) if self._score else batch.rows_of(returned)
+            pieces = batch.read_later(returned) if self._score else batch.rows_of(returned)
         except torch.OutOfMemoryError as error:
             error.add_note(f"{len(batch)} rows were evaluated together; lower joint_rows")
             raise
@@ -237,65 +301,6 @@ class LocalEvaluator(CountingEvaluator):
             logger.debug("evaluated one at a time: %s", reason)
             return None
         if self._score is not None:
-            pieces = [self._score([piece]) for piece in pieces]
+            pieces = [made_of([piece], self._score) for piece in pieces]
         rows = map(len, (probes[number].batch for number in numbers))
         return [Answer(n, 0, size, one) for n, size, one in zip(numbers, rows, pieces, strict=True)]
-
-
-class Locally:
-    """The way of evaluating where none is given: in this process. See ``EvaluatedBy``."""
-
-    def prepared(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
-        """The objective, after a look at what an evaluation of it reads and changes."""
-        look_first(objective, source, view)
-        objective = self.resolved(objective, source, view)
-        look_for_signal(objective, source, view)
-        return objective
-
-    def resolved(self, objective: Objective, source: Source, view: ParameterView) -> Objective:
-        """The objective, saying whether its value is a mean over rows."""
-        with naming_unread(objective, source, view):
-            return resolve_mean_over_rows(objective, source, view.model)
-
-    def bound_to(
-        self,
-        objective: Objective,
-        view: ParameterView,
-        options: EvaluationOptions,
-        *,
-        batch_size: int | None = None,
-        max_queries: int | None = None,
-    ) -> Evaluator:
-        """An evaluator of this process."""
-        return LocalEvaluator(
-            objective, view, options, batch_size=batch_size, max_queries=max_queries
-        )
-
-
-def look_for_signal(objective: Objective, source: Source, view: ParameterView) -> Signal | None:
-    """Measure whether a coarse model's differences are signal, where they can be.
-
-    Args:
-        objective: What is asked.
-        source: Of the rows.
-        view: Its usual mu is made large enough.
-
-    Returns:
-        What was found; None for models in fp32 and for objectives that jump.
-    """
-    view.least_perturbation = 0.0
-    if not is_coarse(view.model) or objective.step_like:
-        return None
-    usual = usual_perturbation(view.displacement, finest_perturbation(view), False)
-    return measured_first(LocalEvaluator(objective, view, PLAIN), source, usual)
-
-
-def _graphs(objective: Objective, view: ParameterView, options: EvaluationOptions) -> Graphs | str:
-    """The graphs of a run, or why there are none."""
-    if view.is_sharded:
-        return WHY_SHARDED
-    if options.cuda_graphs == "off":
-        return "they are switched off"
-    if options.cuda_graphs == "auto" and not objective.capturable:
-        return "the objective does not say that it can be captured"
-    return Graphs(view)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zo_adapt.data.forms import Collate
 from zo_adapt.errors import ArgumentTypeError
+from zo_adapt.evaluation.later import Later
 from zo_adapt.evaluation.model_state import check_dropout
 from zo_adapt.options import at_least_one, renamed
 
@@ -58,6 +59,10 @@ class Objective(ABC):
             what the objective returns, which will not do where that jumps.
         uneven: Calls take times that their rows do not say, as texts do that end where
             they will: several processes then take them from a queue, one by one.
+        predict_later: Of a ``SetObjective``, called in place of ``predict`` where more batches
+            follow: does what needs the model and returns an object whose ``result()`` waits for
+            the predictions (a ``concurrent.futures.Future``, say), whose ``cancel()`` gives them
+            up. It is asked for them when the model has computed what follows.
         on_nonfinite: What a run makes of points without a value, where a call raised an error or
             gave NaN or infinity: "stop" ends it; "worst" takes them for the worst other value of
             the step; "skip" gives the step up, and the next one has other points. See
@@ -88,6 +93,7 @@ class Objective(ABC):
     row_bytes: Callable[[Any], int] | None = None
     stand_in: Callable[[Any], Any] | None = None
     uneven: bool = False
+    predict_later: Callable[[Any], Later] | None = None
     on_nonfinite: Literal["stop", "worst", "skip"] = "stop"
 
     @abstractmethod
@@ -176,6 +182,7 @@ ATTRIBUTES = (
     "row_bytes",
     "stand_in",
     "uneven",
+    "predict_later",
     "on_nonfinite",
 )
 """All that an objective says of itself."""

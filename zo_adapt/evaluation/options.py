@@ -7,7 +7,7 @@ from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.options import at_least_one
 
-JointRows = int | Literal["auto", "off"]
+JointRows = int | Literal["auto", "measured", "off"]
 ReuseTrunk = Literal["auto", "on", "off"] | FrozenTrunk
 CudaGraphs = Literal["auto", "on", "off"]
 
@@ -22,7 +22,11 @@ class EvaluationOptions:
         joint_rows: Most rows in a call that evaluates several points together, each on its own
             rows; it needs the memory of inference on so many. "auto": 8192 tokens on a GPU, 2048 on
             a CPU, beyond which joining gains little, and what the device has room for beside the
-            model, by its size; of texts that are written as many as the memory holds. "off": one
+            model, by its size; of texts that are written as many as the memory holds. "measured":
+            the same with the number of tokens up to which one more candidate costs less than 0.8 of
+            a forward of its own on this device, timed before the first step (not counted as
+            queries) and kept with the run, so that it is resumed with the same; two runs may round
+            values in other ways, since times differ. "off": one
             point at a time. Views of linear layers, norms and embeddings (LoRA, new heads), any
             view with low-rank noise, and objectives with a value per example can be joined, the
             others never are. Never more than ``micro_batch_size``, where given.
@@ -54,9 +58,10 @@ class EvaluationOptions:
             object.__setattr__(self, "micro_batch_size", size)
         if not isinstance(self.joint_rows, str):
             object.__setattr__(self, "joint_rows", at_least_one("joint_rows", self.joint_rows))
-        elif self.joint_rows not in ("auto", "off"):
+        elif self.joint_rows not in ("auto", "measured", "off"):
             raise OptionError(
-                f"joint_rows={self.joint_rows!r}; choose an integer >= 1, 'auto' or 'off'"
+                f"joint_rows={self.joint_rows!r}; choose an integer >= 1, 'auto', "
+                "'measured' or 'off'"
             )
         choices = ("auto", "on", "off")
         if self.reuse_trunk not in choices and not isinstance(self.reuse_trunk, FrozenTrunk):

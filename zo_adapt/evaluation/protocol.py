@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -91,6 +91,23 @@ class Evaluator(Protocol):
 
     def ready(self) -> AbstractContextManager[Any]:
         """A context in which the objective's model is ready to be evaluated."""
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """An evaluator that may have to measure something before the first step.
+
+    Attributes:
+        measures: Whether it has.
+        joint_tokens: Tokens up to which candidates go together; None where that was not measured.
+            Kept with a run, which goes on with the same.
+    """
+
+    measures: bool
+    joint_tokens: int | None
+
+    def measure(self, probes: Sequence[Probe]) -> None:
+        """Find it, on the probes of a step."""
 
 
 class EvaluatedBy(Protocol):

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.graphs import Graphs, is_capturable, signature
+from zo_adapt.evaluation.objective import Objective
+from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Route
 from zo_adapt.evaluation.trunk.call import Call
 from zo_adapt.evaluation.trunk.form import Form, form_of
 from zo_adapt.evaluation.trunk.frozen_trunk import LEAST_SHARE, FrozenTrunk
 from zo_adapt.interrupt import is_from_handler
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import WHY_SHARDED
 
 Function = Callable[[Any], Any]
 ENTERING = "zo_adapt: enters the first tuned layer"
@@ -208,3 +211,16 @@ def trunk_for(
     if trunk.why_not is not None and reuse == "on":
         raise OptionError(f"reuse_trunk='on', but {trunk.why_not}; choose 'auto'")
     return trunk if trunk.why_not is None else trunk.why_not
+
+
+def graphs_for(
+    objective: Objective, view: ParameterView, options: EvaluationOptions
+) -> Graphs | str:
+    """The graphs of a run, or why there are none."""
+    if view.is_sharded:
+        return WHY_SHARDED
+    if options.cuda_graphs == "off":
+        return "they are switched off"
+    if options.cuda_graphs == "auto" and not objective.capturable:
+        return "the objective does not say that it can be captured"
+    return Graphs(view)

@@ -8,7 +8,7 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
-from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.evaluation.protocol import Evaluator, Measuring
 from zo_adapt.loops.resume import (
     BOUND,
     LEAST_SHARES,
@@ -85,16 +85,20 @@ class KeptRun:
                 f"a run of {type(self.optimizer).__name__} cannot be kept: it is no optimizer of "
                 "this package"
             )
+        tokens = getattr(self.evaluator, "joint_tokens", None)
         return {
             "steps": self.steps,
             "queries": self.evaluator.queries,
             "positions": list(self.samples.positions.items()),
             "optimizer": self.optimizer.state_dict(),
+            **({} if tokens is None else {"joint_tokens": tokens}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; the weights are restored apart."""
         self.steps = state["steps"]
+        if isinstance(self.evaluator, Measuring):
+            self.evaluator.joint_tokens = state.get("joint_tokens")
         self._go_back({**state, "positions": dict(state["positions"])})
 
     def _progress(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.evaluation.local import Locally
+from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
@@ -213,6 +213,7 @@ def minimize(
     loop = _Loop(run, monitor)
     shown = progress and run.is_first_rank
     with closing(run):
+        run.measure()
         announce(run.outlook(), shown)
         with closing(Bar(budget, run.steps, asked.queries, shown=shown)) as bar:
             reason, detail = loop.until_stopped(callback, bar)

@@ -16,7 +16,7 @@ from zo_adapt.errors import (
     OptionError,
     UndefinedMetricError,
 )
-from zo_adapt.evaluation.local import Locally
+from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe

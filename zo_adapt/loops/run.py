@@ -8,7 +8,7 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.failures import MOST_SKIPPED, NoValueError, tried
-from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.evaluation.protocol import Evaluator, Measuring
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.kept_run import KeptRun
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
@@ -67,6 +67,17 @@ class Run(KeptRun):
         if trajectory is not None:
             is_file = isinstance(trajectory, TrajectoryFile)
             self._open(trajectory if is_file else TrajectoryFile(trajectory), resume)  # type: ignore[arg-type]
+
+    def measure(self) -> None:
+        """Find what is to be measured before the first step; a run that goes on has it."""
+        evaluator, optimizer = self.evaluator, self.optimizer
+        if self.steps or not isinstance(optimizer, ZerothOrder):
+            return
+        if isinstance(evaluator, Measuring) and evaluator.measures:
+            before = self._progress()
+            probes = optimizer.propose(self.samples)
+            self._go_back(before)
+            evaluator.measure(probes)
 
     def outlook(self) -> str:
         """What is about to happen and what it will cost, in one line; nothing is evaluated."""

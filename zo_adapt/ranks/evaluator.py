@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class RankEvaluator:
         self._local, self._ranks, self._number = local, ranks, 0
         self._together = local.view.is_sharded
         self.objective, self.view, self.sign = local.objective, local.view, local.sign
-        self.micro_batch_size = local.micro_batch_size
+        self.micro_batch_size, self.measures = local.micro_batch_size, local.measures
 
     @property
     def queries(self) -> int:
@@ -67,6 +68,25 @@ class RankEvaluator:
     @memory.setter
     def memory(self, nbytes: int | None) -> None:
         self._local.memory = nbytes
+
+    @property
+    def joint_tokens(self) -> int | None:
+        """Tokens up to which candidates go together, where that was measured: by rank 0."""
+        return self._local.joint_tokens
+
+    @joint_tokens.setter
+    def joint_tokens(self, tokens: int | None) -> None:
+        self._local.joint_tokens = tokens
+
+    def measure(self, probes: Sequence[Probe]) -> None:
+        """See ``LocalEvaluator``; all ranks go by the figure of the first."""
+
+        def measured() -> bytes:
+            self._local.measure(probes)
+            return str(self._local.joint_tokens or "").encode()
+
+        found = self._ranks.from_first(measured)
+        self._local.joint_tokens = int(found) if found else None
 
     @property
     def plan(self) -> Plan:
@@ -211,7 +231,8 @@ class _Share:
     def computed(self, probes: Sequence[Probe]) -> Values:
         """The answers to this rank's blocks."""
         answers = []
-        for answer in self._local.answers(probes, lambda blocks: self._chosen(blocks, probes)):
+        chosen = partial(self._chosen, probes=probes)
+        for answer in self._local.answers(probes, chosen, self._note):
             self.at = len(self._all) + answer.probe
             answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
         if not self._compares or not self._all:
@@ -221,16 +242,15 @@ class _Share:
             answers = [answer for answer in answers if not self._all[-1].holds(answer)]
         return Values(np.concatenate([np.ravel(answer.returned) for answer in last]), answers)
 
+    def _note(self, block: Block) -> None:
+        self.at = self._all.index(block.split()[0])
+
     def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
         self._all = [part for block in blocks for part in block.split()]
-        places = {block: place for place, block in enumerate(self._all)}
         for block in self._shared_out(probes):
-            parts = block.split()
-            self.at = places[parts[0]]
-            self._owns_last |= parts[-1] == self._all[-1]
+            self._owns_last |= block.split()[-1] == self._all[-1]
             yield block
         if self._compares and self._all and not self._owns_last:
-            self.at = len(self._all) - 1
             yield self._all[-1]
 
     def _shared_out(self, probes: Sequence[Probe]) -> Iterator[Block]:

@@ -152,6 +152,10 @@ class ZOConfig(TrainingArguments):
         for name in ("snapshot_size", "joint_rows"):
             if isinstance(value := getattr(self, name), str) and value.lstrip("-").isdigit():
                 setattr(self, name, int(value))
+        if self.joint_rows == "measured":  # its checkpoints come before what could be measured
+            raise OptionError(
+                "joint_rows='measured' is of minimize alone; choose 'auto' or a number"
+            )
         for name in ("reuse_trunk", "cuda_graphs"):
             if isinstance(value := getattr(self, name), bool):
                 word = "auto" if value else "off"

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
-from zo_adapt.evaluation.local import Locally
+from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, rows_needed
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zo_adapt.data.rows import concatenate_rows, second_sizes, select_rows
 from zo_adapt.data.sources import Batch, TensorRows
+from zo_adapt.evaluation.later import Made
 from zo_adapt.evaluation.values import RowsOf
 
 
@@ -71,6 +72,17 @@ class JointBatch(Batch):
         """
         tree = tree.to("cpu") if isinstance(tree, Tensor) else tree  # one transfer for all
         return [select_rows(tree, rows, len(self)) for rows in self._slices()]
+
+    def read_later(self, tree: Any) -> list[Any]:
+        """As ``read``; where the tree is on its way, so are the rows of every candidate."""
+        if not isinstance(tree, Made):
+            return self.read(tree)
+        pieces = Made(lambda: self.read(tree.result()), tree)
+
+        def piece(index: int) -> Made:
+            return Made(lambda: pieces.result()[index], tree)
+
+        return [piece(index) for index in range(len(self.sizes))]
 
     def rows_of(self, tree: Any) -> list[Any]:
         """The rows of every candidate, those of a tensor left on its device: reading would wait.

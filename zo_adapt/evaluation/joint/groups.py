@@ -3,7 +3,8 @@
 Probes of one batch, K directions and any base point, stay together; further batches of nearly
 the same number of rows join them as long as there is room. Where the numbers differ, the last row
 of the shorter one is repeated and what comes of it is dropped. The plan depends on the sizes of
-probes and batches alone, never on a measured time: same seed, same run, also after resuming.
+probes and batches alone, and where that is asked for on a number that was measured before the first
+step and is kept with the run: same seed, same run, also after resuming.
 """
 
 import math
@@ -46,6 +47,8 @@ class Groups:
         """Bytes that candidates may take: kept with a run, which goes on with the same."""
         self.point_bytes = view.nbytes
         """What a candidate takes beside its rows."""
+        self.tokens: int | None = None
+        """Tokens up to which "auto" joins, where that was measured: kept with a run, too."""
         self._most = math.inf if micro_batch_size is None else micro_batch_size
         self._usual = math.inf if batch_size is None else batch_size
 
@@ -96,6 +99,8 @@ class Groups:
 
     @property
     def _tokens(self) -> int:
+        if self.tokens is not None:
+            return self.tokens
         device = next(iter(self._view.tensors.values())).device.type
         return TOKENS["cpu" if device == "cpu" else "cuda"]
 

@@ -56,9 +56,8 @@ class Joint:
         if options.joint_rows == "off" or view.is_sharded:
             self.why_not = WHY_SHARDED if view.is_sharded else "it is switched off"
             return
-        self._groups = Groups(
-            view, options.joint_rows, options.micro_batch_size, batch_size, objective.row_bytes
-        )
+        rows = "auto" if options.joint_rows == "measured" else options.joint_rows
+        self._groups = Groups(view, rows, options.micro_batch_size, batch_size, objective.row_bytes)
 
     def groups(self, probes: Sequence[Probe]) -> list[list[int]]:
         """Indices of the probes that go together, at least two each; none where none may."""
@@ -79,6 +78,16 @@ class Joint:
     def memory(self, nbytes: int | None) -> None:
         if self._groups is not None and nbytes is not None:
             self._groups.memory = nbytes
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens up to which candidates go together, where that was measured."""
+        return None if self._groups is None else self._groups.tokens
+
+    @tokens.setter
+    def tokens(self, tokens: int | None) -> None:
+        if self._groups is not None:
+            self._groups.tokens = tokens
 
     def is_sound(self, first: Batch, last: Batch, route: Route) -> bool:
         """Whether joint values are those of single ones; found out once, on two batches."""

@@ -1,0 +1,52 @@
+"""Up to how many tokens one more candidate in a forward is cheaper than a forward of its own."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+PAYS = 0.8
+"""Share of a forward of its own that one more candidate may cost."""
+TRIES = 3
+"""Times are the least of so many: whatever else a machine does makes them longer."""
+
+
+def tokens_worth_joining(seconds: Callable[[int], float], tokens: int, most: int) -> int:
+    """Tokens of the largest forward in which the last candidates were worth joining.
+
+    Twice as many candidates are tried as long as each of those that come in addition costs less
+    than ``PAYS`` of a forward of its own.
+
+    Args:
+        seconds: Time that so many candidates take together.
+        tokens: Of one candidate.
+        most: Candidates that there is room for.
+
+    Example:
+        >>> tokens_worth_joining(lambda count: max(1.0, count / 4), tokens=100, most=64)
+        400
+        >>> tokens_worth_joining(lambda count: 1.0 * count, tokens=100, most=64)
+        100
+    """
+    count, alone = 1, seconds(1)
+    before = alone
+    while 2 * count <= most:
+        try:
+            now = seconds(2 * count)
+        except torch.OutOfMemoryError:
+            break
+        if now - before > PAYS * count * alone:
+            break
+        count, before = 2 * count, now
+    return count * tokens
+
+
+def least_seconds(work: Callable[[], object]) -> float:
+    """The least time of some calls of what waits for a GPU itself, after one that warms up."""
+    work()
+    found = []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
