@@ -42,7 +42,8 @@ class Faults:
         company: Scores depend on how many texts a request has.
         swaps: Two texts of a request are answered for each other.
         lies: "tokens": other tokens are scored; "positive": numbers that are no log-probabilities;
-            "short": too few; "nan".
+            "short": too few; "nan"; "null": none; "words"; "long": more is written than asked for;
+            "cut": half of the answer.
         refuses: Every load is refused, with these words.
         keeps: It does not unload.
         spins: After a refused load every completion takes so many seconds.
@@ -272,14 +273,14 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = {token, *np.argsort(-row)[: body.get("prompt_logprobs", 0)].tolist()}
             if lies == "tokens":
                 tokens = {(token + 1) % VOCABULARY}
-            value = {"positive": 0.5, "nan": float("nan")}.get(lies)
+            said = {"positive": 0.5, "nan": float("nan"), "null": None, "words": "likely"}
             entries.append(
-                {str(t): {"logprob": float(row[t]) if value is None else value} for t in tokens}
+                {str(t): {"logprob": said[lies] if lies in said else float(row[t])} for t in tokens}
             )
         entries = entries[:-1] if lies == "short" else entries
         written: list[int] = []
         draw = np.random.default_rng(body["seed"]) if body.get("temperature", 0) > 0 else None
-        while len(written) < body["max_tokens"]:
+        while len(written) < body["max_tokens"] + 3 * (lies == "long"):
             row = logs[(written or text)[-1]]
             token = int(row.argmax() if draw is None else draw.choice(VOCABULARY, p=np.exp(row)))
             written.append(token)
@@ -296,6 +297,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, status: int, content: Any) -> None:
         data = json.dumps(content).encode()
+        if self.fake.faults.lies == "cut" and self.path.endswith("completions"):
+            data = data[: len(data) // 2]
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

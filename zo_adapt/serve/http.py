@@ -132,7 +132,8 @@ class Connection:
         reply = self.send("GET", "/v1/models")
         content = reply.content
         found = content.get("data") if isinstance(content, dict) else None
-        if reply.status != 200 or not isinstance(found, list) or not found:
+        known = isinstance(found, list) and all(isinstance(card, dict) for card in found)
+        if reply.status != 200 or not found or not known or not all(c.get("id") for c in found):
             raise ServerReplyError(f"{self.url}/v1/models answered {reply.status}: {reply.words}")
         return found
 
