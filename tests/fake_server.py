@@ -36,6 +36,7 @@ class Faults:
         shuffled: Choices come in another order (with their index).
         misnumbered: ... or with wrong numbers.
         ignores: Adapters are loaded and not applied.
+        leaves_out: Nor is what they have for layers of this name.
         stale: An adapter answers as the first one that was ever loaded.
         sticky: Unloaded adapters still answer.
         coarse: Scores are rounded to multiples of this.
@@ -62,6 +63,7 @@ class Faults:
     shuffled: bool = False
     misnumbered: bool = False
     ignores: bool = False
+    leaves_out: str = ""
     stale: bool = False
     sticky: bool = False
     coarse: float = 0.0
@@ -109,13 +111,13 @@ def embeddings() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(VOCABULARY, 16))
 
 
-def folded(path: Path) -> np.ndarray:
+def folded(path: Path, leaves_out: str = "") -> np.ndarray:
     """What an adapter adds to the logits: its products, scaled, folded into the table's shape."""
     tensors = load_file(path / "adapter_model.safetensors")
     config = json.loads((path / "adapter_config.json").read_text())
     total = np.zeros((VOCABULARY, VOCABULARY))
     for name, a in sorted(tensors.items()):
-        if ".lora_A." in name:
+        if ".lora_A." in name and name.split(".")[-3] != leaves_out:
             b = tensors[name.replace("lora_A", "lora_B")]
             product = (
                 (config["lora_alpha"] / config["r"]) * b.astype(np.float64) @ a.astype(np.float64)
@@ -180,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_dir():
             return 404, {"error": {"message": f"no lora_path {path}"}}
         fake.modes.append(path.stat().st_mode & 0o777)
-        found = folded(path)
+        found = folded(path, faults.leaves_out)
         fake.first = found if fake.first is None else fake.first
         fake.place[name] = len(fake.requests) % faults.replicas
         fake.loaded[name] = fake.first if faults.stale else found

@@ -452,6 +452,7 @@ class TestServer:
             ({"lies": "positive"}, 1, "above 0"),
             ({"misnumbered": True}, 1, "answered 2 texts"),
             ({"ignores": True}, 4, "not applied"),
+            ({"leaves_out": "v_proj"}, 4, "adapter of v_proj: it is not applied there"),
             ({"stale": True}, 4, "not applied"),
             ({"company": True}, 4, "order of the texts"),
             ({"swaps": True}, 1, "cannot be scored"),

@@ -49,7 +49,9 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
             0,
         )
     search = finder.calibration
-    search.target = target_ratio(samples, NO_LIMIT, view.numel, counts=counts)
+    search.target = target_ratio(
+        samples, NO_LIMIT, view.numel, counts=counts, is_soft_prompt=view.is_soft_prompt
+    )
     looks: list[tuple[float, Response]] = []
 
     def new_seeds(count: int) -> list[int]:

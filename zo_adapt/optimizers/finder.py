@@ -26,6 +26,7 @@ class Finder:
         numel: Of the view.
         is_new: Whether the view may be of a model that nobody has trained.
         farthest: The largest displacement that makes sense; None: any.
+        is_soft_prompt: Whether the view is one of virtual tokens.
         counts: Whether values change in jumps. Then nothing is measured after the first step, and
             a run goes no further than ``displacement``, or no nearer and as far as ten times that
             if the view may be new: what is right by chance alone shows no damage but by chance.
@@ -37,10 +38,11 @@ class Finder:
         numel: int,
         *,
         is_new: bool = False,
+        is_soft_prompt: bool = False,
         farthest: float | None = None,
         counts: bool = False,
     ) -> None:
-        self.numel, self.is_new = numel, is_new
+        self.numel, self.is_new, self.is_soft_prompt = numel, is_new, is_soft_prompt
         first, least = displacement, 0.0
         if counts:
             most = displacement * (REACH_OF_NEW if is_new else 1.0) / COUNT_SHARE
@@ -82,8 +84,13 @@ class Finder:
         """
         found: list[Probe] = []
         if self.is_calibrating:
-            counts = self.calibration.counts
-            self.calibration.target = target_ratio(samples, budget, self.numel, counts=counts)
+            self.calibration.target = target_ratio(
+                samples,
+                budget,
+                self.numel,
+                counts=self.calibration.counts,
+                is_soft_prompt=self.is_soft_prompt,
+            )
             found = self.calibration.probes(samples, groups, new_seeds, budget)
             self.displacement = self.calibration.found
         elif self.look_ahead.is_due(done):
@@ -158,5 +165,11 @@ def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> F
     has_size = view.model is not None and not (is_new and displacement == DISPLACEMENT)
     if step_like and (not has_size or has_new_head(view.model)):
         return None
-    farthest = view.farthest
-    return Finder(displacement, view.numel, is_new=is_new, farthest=farthest, counts=step_like)
+    return Finder(
+        displacement,
+        view.numel,
+        is_new=is_new,
+        is_soft_prompt=view.is_soft_prompt,
+        farthest=view.farthest,
+        counts=step_like,
+    )
