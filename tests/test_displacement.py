@@ -404,3 +404,18 @@ def test_a_round_that_cannot_tell_is_asked_again_on_more_rows() -> None:
     assert (search.displacement, search.rows_factor, search.finished) == (0.25, 2, False)
     search._narrow(Response(even=0.1, odd=0.22, error=0.01))
     assert search.displacement < 0.25
+
+
+def test_a_soft_prompt_goes_as_far_as_what_its_rows_have_in_common_allows() -> None:
+    rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    far = {}
+    for name in ("x", "soft_prompt"):
+        x, optimizer = torch.zeros(16), MeZO()
+
+        def bent(batch: Tensor, x: Tensor = x) -> Tensor:
+            return batch @ x + x @ x
+
+        view = ParameterView({name: x})
+        minimize(bent, view, rows, optimizer, batch_size=8, max_queries=8_000, **QUIET)
+        far[name] = found(optimizer)
+    assert 3.0 < far["soft_prompt"] / far["x"] < 8.0
