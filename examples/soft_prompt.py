@@ -1,6 +1,6 @@
-"""Tune a soft prompt of a language model that is served: 24 x width numbers before every text.
+"""Tune a soft prompt of a language model that is served: 16 x width numbers before every text.
 
-They begin as an instruction, repeated. The base is served here (SmolLM2-135M, fetched once), or by
+They begin as an instruction. The base is served here (SmolLM2-135M, fetched once), or by
 a vLLM started with --enable-prompt-embeds (--url). Learned is the sentiment of film reviews.
 
     python examples/soft_prompt.py
@@ -21,15 +21,17 @@ INSTRUCTION = "Say whether this film review is great or terrible:"
 
 def main() -> None:
     """Fetch, serve, tune, save."""
-    usual = {"max_length": 24, "test_size": 96, "displacement": 0.06}  # half the embeddings' size
+    usual = {"max_length": 24, "max_queries": 1200}
     parser = arguments("Tune a served soft prompt.", "runs/soft_prompt", **usual)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
     quiet()
     source = args.model or str(real_data.smollm2_folder())
     table = embedding_table(source)
-    ids = AutoTokenizer.from_pretrained(source)(INSTRUCTION)["input_ids"]
-    model = served_prompt(source, args.tokens, start=begun_with(ids, table, args.tokens))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids, first = tokenizer(INSTRUCTION)["input_ids"], tokenizer.bos_token_id
+    start = begun_with(ids, table, args.tokens, first=first)
+    model = served_prompt(source, args.tokens, start=start)
     server: ServedModel = (
         VLLMServer(args.url, embeddings=table)
         if args.url

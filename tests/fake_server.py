@@ -36,13 +36,15 @@ class Faults:
         shuffled: Choices come in another order (with their index).
         misnumbered: ... or with wrong numbers.
         ignores: Adapters are loaded and not applied.
+        leaves_out: Nor is what they have for layers of this name.
         stale: An adapter answers as the first one that was ever loaded.
         sticky: Unloaded adapters still answer.
         coarse: Scores are rounded to multiples of this.
         company: Scores depend on how many texts a request has.
         swaps: Two texts of a request are answered for each other.
         lies: "tokens": other tokens are scored; "positive": numbers that are no log-probabilities;
-            "short": too few; "nan".
+            "short": too few; "nan"; "null": none; "words"; "long": more is written than asked for;
+            "cut": half of the answer.
         refuses: Every load is refused, with these words.
         keeps: It does not unload.
         spins: After a refused load every completion takes so many seconds.
@@ -61,6 +63,7 @@ class Faults:
     shuffled: bool = False
     misnumbered: bool = False
     ignores: bool = False
+    leaves_out: str = ""
     stale: bool = False
     sticky: bool = False
     coarse: float = 0.0
@@ -108,13 +111,13 @@ def embeddings() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(VOCABULARY, 16))
 
 
-def folded(path: Path) -> np.ndarray:
+def folded(path: Path, leaves_out: str = "") -> np.ndarray:
     """What an adapter adds to the logits: its products, scaled, folded into the table's shape."""
     tensors = load_file(path / "adapter_model.safetensors")
     config = json.loads((path / "adapter_config.json").read_text())
     total = np.zeros((VOCABULARY, VOCABULARY))
     for name, a in sorted(tensors.items()):
-        if ".lora_A." in name:
+        if ".lora_A." in name and name.split(".")[-3] != leaves_out:
             b = tensors[name.replace("lora_A", "lora_B")]
             product = (
                 (config["lora_alpha"] / config["r"]) * b.astype(np.float64) @ a.astype(np.float64)
@@ -179,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_dir():
             return 404, {"error": {"message": f"no lora_path {path}"}}
         fake.modes.append(path.stat().st_mode & 0o777)
-        found = folded(path)
+        found = folded(path, faults.leaves_out)
         fake.first = found if fake.first is None else fake.first
         fake.place[name] = len(fake.requests) % faults.replicas
         fake.loaded[name] = fake.first if faults.stale else found
@@ -272,14 +275,14 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = {token, *np.argsort(-row)[: body.get("prompt_logprobs", 0)].tolist()}
             if lies == "tokens":
                 tokens = {(token + 1) % VOCABULARY}
-            value = {"positive": 0.5, "nan": float("nan")}.get(lies)
+            said = {"positive": 0.5, "nan": float("nan"), "null": None, "words": "likely"}
             entries.append(
-                {str(t): {"logprob": float(row[t]) if value is None else value} for t in tokens}
+                {str(t): {"logprob": said[lies] if lies in said else float(row[t])} for t in tokens}
             )
         entries = entries[:-1] if lies == "short" else entries
         written: list[int] = []
         draw = np.random.default_rng(body["seed"]) if body.get("temperature", 0) > 0 else None
-        while len(written) < body["max_tokens"]:
+        while len(written) < body["max_tokens"] + 3 * (lies == "long"):
             row = logs[(written or text)[-1]]
             token = int(row.argmax() if draw is None else draw.choice(VOCABULARY, p=np.exp(row)))
             written.append(token)
@@ -296,6 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, status: int, content: Any) -> None:
         data = json.dumps(content).encode()
+        if self.fake.faults.lies == "cut" and self.path.endswith("completions"):
+            data = data[: len(data) // 2]
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

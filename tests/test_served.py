@@ -45,6 +45,7 @@ from zo_adapt.serve.peft_server import PeftServer
 from zo_adapt.serve.pool import ServerPool
 from zo_adapt.serve.protocol import Writing
 from zo_adapt.serve.skeleton import served_lora, served_prompt
+from zo_adapt.serve.soft_prompt import begun_with
 from zo_adapt.serve.start_command import main
 from zo_adapt.serve.vllm_server import VLLMServer
 from zo_adapt.term import HERE, Shift, Term
@@ -389,6 +390,54 @@ class TestServer:
             ]
         assert [s.value for s in found[0].history] == [s.value for s in found[1].history]
 
+    @pytest.mark.parametrize(
+        "kind, lies, said",
+        [
+            ("loss", "tokens", "other tokens"),
+            ("loss", "short", "prompt_logprobs"),
+            ("loss", "positive", "above 0"),
+            ("loss", "null", "cannot be read"),
+            ("loss", "words", "cannot be read"),
+            ("loss", "cut", "answered 200"),
+            ("greedy", "long", "8 tokens where at most 5"),
+            ("greedy", "cut", "answered 200"),
+            ("verbalizer", "cut", "answered 200"),
+        ],
+    )
+    def test_begins_to_lie_in_the_middle_of_a_run(
+        self, fake: Fake, kind: str, lies: str, said: str
+    ) -> None:
+        model = hollow()
+        objective, rows = objective_of(kind, model)
+        view, kept = ParameterView.trainable(model), []
+
+        def lie(step: Any) -> None:
+            kept.append(view.hash())
+            fake.faults.lies = lies if len(kept) == 2 else ""
+
+        with pytest.raises(ServerReplyError, match=said):
+            minimize(
+                objective,
+                view,
+                rows,
+                MeZO(lr=1e-3),
+                max_steps=6,
+                callback=lie,
+                evaluator=ServedEvaluator(vllm(fake.url)),
+                **QUIET,
+            )
+        assert len(kept) == 2 and view.hash() == kept[-1] and not fake.loaded
+
+    def test_gives_nan_in_the_middle_of_a_run(self, fake: Fake) -> None:
+        def lie(step: Any) -> None:
+            fake.faults.lies = "nan"
+
+        model = hollow()
+        view = ParameterView.trainable(model)
+        result = tune(model, vllm(fake.url), callback=lie)
+        assert result.steps == 1 and "not finite" in result.message and not fake.loaded
+        assert all(bool(tensor.isfinite().all()) for tensor in view.tensors.values())
+
     def test_is_slow(self, fake: Fake) -> None:
         fake.faults.slow = 0.5
         with pytest.raises(ServerLostError, match=r"did not answer in time.*raise timeout"):
@@ -403,6 +452,7 @@ class TestServer:
             ({"lies": "positive"}, 1, "above 0"),
             ({"misnumbered": True}, 1, "answered 2 texts"),
             ({"ignores": True}, 4, "not applied"),
+            ({"leaves_out": "v_proj"}, 4, "adapter of v_proj: it is not applied there"),
             ({"stale": True}, 4, "not applied"),
             ({"company": True}, 4, "order of the texts"),
             ({"swaps": True}, 1, "cannot be scored"),
@@ -635,6 +685,15 @@ class TestSoftPrompts:
         whole = PeftModel.from_pretrained(tiny_model("llama", "causal"), tmp_path)
         found = whole.prompt_encoder["default"].embedding.weight
         assert torch.equal(found, model.prompt_encoder["default"].embedding.weight)
+
+    @pytest.mark.parametrize(
+        "tokens, first, wanted",
+        [(5, None, [5, 6, 7, 5, 6]), (5, 1, [1, 5, 6, 7, 5]), (2, 1, [1, 5]), (1, None, [5])],
+    )
+    def test_begins_as_a_text(self, tokens: int, first: int | None, wanted: list[int]) -> None:
+        table = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+        found = begun_with([5, 6, 7], table, tokens, first=first)
+        assert torch.equal(found, table[wanted].float())
 
     def test_needs_a_server_that_reads_embeddings(self, fake: Fake) -> None:
         model = served_prompt(tiny_config("llama"), 3)

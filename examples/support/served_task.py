@@ -1,4 +1,4 @@
-"""What the examples of served models share: film reviews, a prompt, held-out accuracy."""
+"""What the examples of served models share: film reviews, a prompt, held-out figures."""
 
 import argparse
 import time
@@ -6,11 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from torch import nn
 from transformers import AutoTokenizer
 
-from objectives import Accuracy, VerbalizerLoss
+from objectives import VerbalizerLoss
 from support import real_data
 from zo_adapt import Data, EvaluationOptions, MeZO, ParameterView, ServedEvaluator, minimize
 from zo_adapt.data.sources import Batch, Source
@@ -55,7 +56,7 @@ def rows_of(texts: list[str], labels: list[int]) -> list[dict[str, Any]]:
 
 
 def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Namespace) -> None:
-    """Tune what a model has of its own, save it, and print held-out accuracy before and after."""
+    """Tune what a model has of its own, save it, and print held-out figures before and after."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     texts, labels, _ = real_data.movie_reviews()
     split = real_data.balanced_split(texts, labels, args.train_size, args.test_size, args.seed)
@@ -64,8 +65,8 @@ def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Name
     )
     view, evaluator = ParameterView.trainable(model), ServedEvaluator(server)
     held_out = Data(rows_of(split.test_texts, split.test_labels)).source(loss.collate)
-    before = accuracy(loss, view, evaluator, held_out)
-    print(f"held-out accuracy {before:.3f} before", flush=True)
+    before = seen(loss, view, evaluator, held_out)
+    print(f"held-out {before} before", flush=True)
     start = time.monotonic()
     result = minimize(
         loss,
@@ -78,17 +79,19 @@ def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Name
         evaluator=evaluator,
     )
     seconds = time.monotonic() - start
-    after = accuracy(loss, view, evaluator, held_out)
+    after = seen(loss, view, evaluator, held_out)
     model.save_pretrained(args.output)  # type: ignore[operator]
     print(result)
     print(evaluator.report)
-    print(f"held-out accuracy {before:.3f} before, {after:.3f} after; {seconds:.0f} s")
+    print(f"held-out {before} before, {after} after; {seconds:.0f} s")
     print(f"what was tuned lies in {args.output}")
 
 
-def accuracy(
+def seen(
     loss: VerbalizerLoss, view: ParameterView, evaluator: ServedEvaluator, rows: Source
-) -> float:
-    """On all rows, at the weights as they are."""
-    bound = evaluator.bound_to(Accuracy(loss), view, EvaluationOptions(micro_batch_size=32))
-    return -bound.evaluate([Probe(HERE, Batch(rows, range(len(rows))))])[0].value
+) -> str:
+    """Loss and accuracy on all rows, at the weights as they are."""
+    bound = evaluator.bound_to(loss, view, EvaluationOptions(micro_batch_size=32))
+    losses = np.array(bound.evaluate([Probe(HERE, Batch(rows, range(len(rows))))])[0].per_example)
+    # Of two words the right one is the likelier where its probability is above a half.
+    return f"loss {losses.mean():.3f}, accuracy {np.mean(losses < np.log(2)):.3f}"

@@ -130,9 +130,9 @@ class Connection:
             ServerReplyError: It says nothing of the kind.
         """
         reply = self.send("GET", "/v1/models")
-        content = reply.content
-        found = content.get("data") if isinstance(content, dict) else None
-        if reply.status != 200 or not isinstance(found, list) or not found:
+        data = reply.content.get("data") if isinstance(reply.content, dict) else None
+        found = [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
+        if reply.status != 200 or not found or not all(card.get("id") for card in found):
             raise ServerReplyError(f"{self.url}/v1/models answered {reply.status}: {reply.words}")
         return found
 

@@ -3,15 +3,34 @@
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import ServerReplyError
+from zo_adapt.errors import ServedModelError, ServerReplyError
 from zo_adapt.serve.protocol import Scores
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Inside, an answer is read; what is not made as it should be has a name.
+
+    Raises:
+        ServerReplyError: Another type, or something missing, at some place of the answer.
+    """
+    try:
+        yield
+    except ServedModelError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ServerReplyError(
+            f"the server's answer cannot be read ({error!r:.120}); it is not the OpenAI interface "
+            "of vLLM, or something between changes what it says"
+        ) from error
 
 
 def in_base64(tensor: Tensor) -> str:

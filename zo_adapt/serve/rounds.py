@@ -4,12 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import NotServableError, ServedModelError
+from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.interrupt import gradients_off
 from zo_adapt.serve.asking import Answers, Question, Unanswered, answering
-from zo_adapt.serve.protocol import BASE, ServedModel
+from zo_adapt.serve.protocol import BASE, Scores, ServedModel, Texts
+
+ABOVE_ZERO = 2e-2
+"""Up to here a log-probability above 0 is rounding (bf16)."""
 
 
 class Task(NamedTuple):
@@ -59,10 +64,12 @@ def ask(server: ServedModel, asked: Sequence[tuple[str, Question]]) -> list[Any]
         found: Any
         if kind == "score":
             found = server.score(names, texts, starts=numbers, others=option)
+            _check_scores(found, texts)
         elif kind == "choose":
             found = server.choose(names, texts, option)
         else:
             found = server.generate(names, texts, option, numbers or None)
+            _check_lengths(found, option.max_new_tokens)
         _check_count(len(found), len(texts))
         first = 0
         for index in indices:
@@ -75,6 +82,27 @@ def ask(server: ServedModel, asked: Sequence[tuple[str, Question]]) -> list[Any]
 def _check_count(found: int, asked: int) -> None:
     if found != asked:
         raise ServedModelError(f"the server gave {found} answers to {asked} texts; ask its makers")
+
+
+def _check_scores(found: Sequence[Scores], texts: Texts) -> None:
+    for one, text in zip(found, texts, strict=False):
+        if len(one.log_probs) != len(text):
+            raise ServerReplyError(
+                f"the server gave {len(one.log_probs)} scores of {len(text)} tokens; ask its makers"
+            )
+        if (one.log_probs > ABOVE_ZERO).any():  # never so of NaN, which a token before start has
+            raise ServerReplyError(
+                f"the server gave a log-probability of {np.nanmax(one.log_probs):.3g}, above 0: "
+                "these are other numbers"
+            )
+
+
+def _check_lengths(found: Sequence[Sequence[int]], most: int) -> None:
+    longest = max(map(len, found), default=0)
+    if longest > most:
+        raise ServerReplyError(
+            f"the server wrote {longest} tokens where at most {most} were asked for; ask its makers"
+        )
 
 
 class AtOnce:

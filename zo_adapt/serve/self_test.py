@@ -9,16 +9,17 @@ coarse that the difference of two nearby adapters is rounding.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from zo_adapt.errors import SelfTestError, ServedModelError
 from zo_adapt.evaluation.signal import LEAST, along, correlation, seeds
 from zo_adapt.serve.asking import Question
 from zo_adapt.serve.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
+from zo_adapt.serve.report import Report
 from zo_adapt.term import Shift
 from zo_adapt.view.precision import SHARE, finest_perturbation
 
@@ -39,39 +40,13 @@ class NewNames(Protocol):
         """A name that was never used."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What the self-test found.
-
-    Args:
-        noise: Largest difference of a token's log-probability between two adapters that are equal.
-        signal: Correlation of the differences that eps and 2 eps make; NaN where it was not tested.
-        perturbation_scale: The eps, in the view's units: the default of the run is no smaller.
-        raised: How often the usual eps was doubled for the signal's sake.
-    """
-
-    noise: float
-    signal: float
-    perturbation_scale: float
-    raised: int = 0
-
-    def __str__(self) -> str:
-        if math.isnan(self.signal):
-            return "self-test passed: the server gives no scores, so that signal was not measured"
-        more = f", {2**self.raised} times the usual one" if self.raised else ""
-        return (
-            f"self-test passed: equal adapters differ by {self.noise:.2g} a token; differences at "
-            f"eps={self.perturbation_scale:.3g}{more} and twice that correlate by {self.signal:.3f}"
-        )
-
-
 class SelfTest:
     """Asks a server what a run depends on, each failure a named refusal.
 
     1. The base can be asked.
     2. An adapter with B = 0 equals the base.
     3. One candidate under two names: the noise floor.
-    4. Order and company do not matter.
+    4. Order and company do not matter, and the adapter is applied to layers of every name.
     5. Signal: the differences at eps and 2 eps of a token's log-probability correlate by 0.9 or
        more; eps is doubled until they do.
     6. What was unloaded is gone.
@@ -119,6 +94,7 @@ class SelfTest:
         noise = self._equal(3, self._of(second), shifted, "one adapter under two names is not one")
         self._check_order(second, beside, base, shifted, noise)
         self._check_unloaded(second)
+        self._check_layers(here, there, noise)
         self._unload([] if beside == BASE else [beside])
         found = self._signal(here, noise)
         self._check_left()
@@ -158,6 +134,32 @@ class SelfTest:
             alone,
             "scores depend on the order of the texts or on what else is asked at once",
         )
+
+    def _check_layers(
+        self, here: Mapping[str, Tensor], there: Mapping[str, Tensor], noise: float
+    ) -> None:
+        """Whether the adapter is applied to layers of every name, and not to some alone."""
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in there.items():
+            if not torch.equal(tensor, here[name]):
+                kinds.setdefault(_layer(name), {})[name] = tensor
+        if len(kinds) < 2:
+            return
+        before = self._alone(here)
+        for layer, moved in kinds.items():
+            if float(abs(self._alone({**here, **moved}) - before).max()) <= 2 * noise + UNMOVED:
+                raise self._failed(
+                    4,
+                    f"the server's scores do not change with the adapter of {layer}: it is not "
+                    "applied there; see --lora-target-modules, or leave that layer out",
+                )
+
+    def _alone(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
+        """The first text's scores under an adapter that is loaded for this alone."""
+        name = self._load(tensors)
+        (found,) = self._scores(4, [name], self._texts[:1])
+        self._unload([name])
+        return found
 
     def _check_unloaded(self, name: str) -> None:
         self._unload([name])
@@ -283,6 +285,11 @@ class SelfTest:
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether they differ by no more than rounding, on average."""
     return bool(abs(one - other).mean() <= ROUNDING)
+
+
+def _layer(name: str) -> str:
+    """The last name of the layer that a tensor of an adapter is of."""
+    return name.partition(".lora_")[0].rpartition(".")[2]
 
 
 def _lengthened(text: Sequence[int], length: int) -> list[int]:

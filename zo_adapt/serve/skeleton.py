@@ -83,8 +83,9 @@ def served_prompt(
     Args:
         base: A transformers configuration, or the name or folder of a model.
         tokens: How many.
-        start: Where they begin, (tokens, width), as embeddings of a text; None: random ones of the
-            size that embeddings begin with.
+        start: Where they begin, (tokens, width): best as the embeddings of a text, after the token
+            that begins texts (``begun_with``); None: random ones of the size that embeddings begin
+            with.
         seed: Of these; the global generator is not touched.
 
     Returns:

@@ -21,6 +21,7 @@ from zo_adapt.serve.replies import (
     next_of,
     scores_of,
     token_ids_of,
+    understood,
 )
 from zo_adapt.serve.soft_prompt import PROMPT
 
@@ -145,10 +146,9 @@ class VLLMServer(ServedModel):
         """See ``ServedModel``."""
         # All tokens are scored, whatever starts says.
         asks = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 2 if others else 0}
-        choices = self._completed(names, token_ids, asks)
-        return [
-            scores_of(choice, text, others) for choice, text in zip(choices, token_ids, strict=True)
-        ]
+        choices = zip(self._completed(names, token_ids, asks), token_ids, strict=True)
+        with understood():
+            return [scores_of(choice, text, others) for choice, text in choices]
 
     def choose(self, names: Sequence[str], token_ids: Texts, choices: Sequence[int]) -> np.ndarray:
         """See ``ServedModel``."""
@@ -159,7 +159,9 @@ class VLLMServer(ServedModel):
             "logprob_token_ids": list(choices),
             "return_tokens_as_token_ids": True,
         }
-        found = [next_of(one, choices) for one in self._completed(names, token_ids, asks)]
+        answers = self._completed(names, token_ids, asks)
+        with understood():
+            found = [next_of(one, choices) for one in answers]
         if None not in found or self._prompts:
             if None in found:
                 raise ServerReplyError(
@@ -199,7 +201,8 @@ class VLLMServer(ServedModel):
         found = self._completed(
             names, token_ids, asks, 1 if draws else ROWS, seeds=own if draws else None
         )
-        return [token_ids_of(choice) for choice in found]
+        with understood():
+            return [token_ids_of(choice) for choice in found]
 
     def unload(self, names: Sequence[str]) -> None:
         """See ``ServedModel``."""
