@@ -102,8 +102,9 @@ class VarianceReduced(ZerothOrder):
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view, without a snapshot."""
         super().start(view, seed, step_like=step_like)
-        kept = KeptValues(view.tensors)
-        keeps = self.steps_back > MOST_STEPS_BACK and view.has_room_for_copies
+        # Others hold no weights: an optimizer may be copied and outlive its run.
+        kept = KeptValues(view.tensors) if self.steps_back > MOST_STEPS_BACK else None
+        keeps = view.has_room_for_copies
         self._set(_kept=kept, _snapshot=Snapshot(kept=kept if keeps else None))
 
     @property

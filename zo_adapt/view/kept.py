@@ -1,13 +1,13 @@
 """Values that a view had at one time, and places seen from them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.term import Shift, Terms, coalesced
+from zo_adapt.term import Shift, Term, Terms, coalesced
 
 
 class KeptValues:
@@ -74,13 +74,13 @@ class KeptPlace(Shift):
         place.kept = kept
         return place
 
-    def plus(self, terms: Terms) -> "KeptPlace":
+    def plus(self, terms: Iterable[Term]) -> "KeptPlace":
         """This place and some directions more."""
         return KeptPlace(self.kept, coalesced((*self.terms, *terms)))
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, KeptPlace) and self.kept is other.kept
-        return same and tuple.__eq__(self, other)  # type: ignore[arg-type]
+        return same and tuple.__eq__(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
