@@ -80,7 +80,8 @@ def by_minimize(
     objective: Callable[[Any], Any] = ClassificationLoss,
     evaluation: EvaluationOptions | None = None,
     metrics: bool = False,
-    steps: int = 30,
+    steps: int = 20,
+    interval: int = 2,
 ) -> None:
     """One life of a run of ``minimize``."""
     torch.manual_seed(0)
@@ -90,7 +91,7 @@ def by_minimize(
         objective(tuned.model),
         tuned,
         examples,
-        MeZOSVRG(snapshot_interval=2, num_directions=2),
+        MeZOSVRG(snapshot_interval=interval, num_directions=2),
         batch_size=6,
         max_steps=steps,
         trajectory=folder / "run.zot",
@@ -102,7 +103,7 @@ def by_minimize(
     finish(tuned, folder)
 
 
-def by_trainer(folder: Path, source: Source, view: str, steps: int = 16) -> None:
+def by_trainer(folder: Path, source: Source, view: str, steps: int = 10) -> None:
     """One life of a training by ZOTrainer that saves every few steps."""
     torch.manual_seed(0)
     model, examples = source()
@@ -132,7 +133,7 @@ def by_trainer(folder: Path, source: Source, view: str, steps: int = 16) -> None
     finish(tuned, folder)
 
 
-def written(folder: Path, steps: int = 30) -> None:
+def written(folder: Path, steps: int = 20) -> None:
     """One life of a run on a reward of generated text, by a tiny model with real generation."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -178,6 +179,7 @@ def ways(source: Source) -> dict[str, Life]:
     return {
         "LoRA, joint": partial(run, evaluation=EvaluationOptions(joint_rows=64)),
         "LoRA, one at a time": partial(run, evaluation=apart),
+        "LoRA, far from a snapshot": partial(run, interval=18),
         "last layers, trunk": partial(
             run, view="last layers", evaluation=EvaluationOptions(reuse_trunk="on")
         ),

@@ -27,7 +27,7 @@ from killed_runs import KillError, Life, Source, by_minimize, by_trainer, real, 
 
 from zo_adapt import EvaluationOptions
 
-SHORT, SHORTEST = 30, 10
+SHORT, SHORTEST = 20, 10
 """Steps of a run on real text, and on none."""
 
 
@@ -35,7 +35,7 @@ def kinds(source: Source) -> dict[str, Life]:
     """What is soaked, by name."""
     steps = SHORTEST if source is tiny else SHORT
     run = partial(by_minimize, source=source, steps=steps)
-    training = partial(by_trainer, source=source, steps=min(steps, 12))
+    training = partial(by_trainer, source=source, steps=min(steps, 6))
     trunk = EvaluationOptions(reuse_trunk="on")
     return {
         "LoRA": run,

@@ -141,7 +141,7 @@ class PromptEncoder:
 
 def without_end(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
     """The ids of a text without the end token that the tokenizer itself has put after it."""
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
     if not (ids and ids[-1] in ends):
         return list(ids)
     bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -184,6 +185,13 @@ class Generator:
     ) -> list[list[int]]:
         given: dict[str, Any] = dict(more or {})
         if self._ending.stops:  # whose tokens the tokenizer knows
+            if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
+                raise OptionError(
+                    f"stop_strings with a {type(self._tokenizer).__name__}: transformers reads the "
+                    "vocabulary of a tokenizer of its own to stop there; give such a one "
+                    "(PreTrainedTokenizerFast(tokenizer_object=...)), or let eos_token_id of the "
+                    "model's generation_config end the texts"
+                )
             given["tokenizer"] = self._tokenizer
         finite = Finite()
         processors: list[Processor] = [finite] if draws is None else [finite, draws]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from objectives import _collate, _fit, _shared
 from objectives.mixture import Mixable
-from zo_adapt.errors import DataError, NotServableError, ObjectiveError
+from zo_adapt.errors import AdapterError, DataError, NotServableError, ObjectiveError, ZOError
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.serve.asking import elsewhere
@@ -133,7 +133,21 @@ class ModelRunner:
             inputs["use_cache"] = False  # keys and values that nothing would read
         tensors = [value for _, value in sorted(inputs.items()) if isinstance(value, Tensor)]
         with self.evaluating():
-            return _shared.once(self.model, tensors, lambda: self.model(**inputs))
+            return _shared.once(self.model, tensors, lambda: self._called(inputs))
+
+    def _called(self, inputs: Mapping[str, Any]) -> Any:
+        """What the model returns; where it cannot be called behind virtual tokens, by name."""
+        try:
+            return self.model(**inputs)
+        except (ValueError, IndexError, AttributeError, NotImplementedError) as error:
+            count = _fit.virtual_tokens(self.model)
+            if not count or isinstance(error, ZOError):
+                raise
+            raise AdapterError(
+                f"the model cannot be called behind {count} virtual tokens of peft's "
+                f"({type(error).__name__}: {error}); where it can be called without the adapter, "
+                "it does not fit this tuner: choose another (LoRA)"
+            ) from error
 
     def labels(self, batch: Batch) -> Tensor:
         """The labels of a prepared batch.

@@ -97,7 +97,7 @@ def in_micro_batches(folder: Path) -> dict[str, Any]:
 
 
 def f1(folder: Path) -> dict[str, Any]:
-    return tuned(folder, MeZOSVRG(num_directions=4), F1, max_steps=4)
+    return tuned(folder, MeZOSVRG(num_directions=4, snapshot_interval=20), F1, max_steps=4)
 
 
 def metrics_beside(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,12 @@ from scipy.optimize import Bounds, minimize
 from objectives import CallableObjective
 from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, StopReason, scipy_method
 from zo_adapt import minimize as tune
-from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, OptionError
+from zo_adapt.errors import (
+    NoisyObjectiveWarning,
+    NonFiniteObjectiveError,
+    ObjectiveError,
+    OptionError,
+)
 from zo_adapt.evaluation.failures import with_values
 from zo_adapt.evaluation.protocol import Evaluation
 
@@ -416,6 +421,28 @@ class TestPoints:
         assert asker.best is not None and asker.best.value == value
         assert np.array_equal(asker.best.x, x)
         assert bowl(asker.averaged, 0.3) < bowl(asker.best.x, 0.3)
+
+    @pytest.mark.parametrize("way", ["minimize", "ask and tell", "scipy"])
+    def test_noise_is_noticed_where_the_same_point_is_asked_about_again(self, way: str) -> None:
+        def ended(size: float) -> None:
+            random = np.random.default_rng(0)
+
+            def noisy(x: Any) -> float:
+                return bowl(np.asarray(x), 0.3) * (1 + size * random.random())
+
+            if way == "ask and tell":
+                drive(AskTell(MeZO(), np.zeros(6), max_queries=300), noisy)
+            elif way == "scipy":
+                options = {"maxfev": 300}
+                minimize(noisy, np.zeros(6), method=scipy_method(), options=options)
+            else:
+                x = np.zeros(6)
+                view = ParameterView({"x": x})
+                tune(lambda _: noisy(x), view, max_queries=300, progress=False)
+
+        with pytest.warns(NoisyObjectiveWarning, match=r"differ by \d+\.\d% at the same point"):
+            ended(0.1)
+        ended(0.0)  # where a warning would be an error
 
     def test_the_best_of_what_is_maximised(self) -> None:
         asker = AskTell(MeZO(lr=1e-2), np.zeros(2), max_steps=5, maximize=True)

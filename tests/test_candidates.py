@@ -348,7 +348,12 @@ def test_examples_of_one_length_are_collated_once(lengths: tuple[int, int]) -> N
 
 @pytest.mark.parametrize(
     "optimizer",
-    [MeZOSVRG, MeZO, lambda: MeZOSVRG(snapshot_interval=3, weight_decay=0.1, lr=1e-3)],
+    [
+        MeZOSVRG,
+        MeZO,
+        lambda: MeZOSVRG(snapshot_interval=3, weight_decay=0.1, lr=1e-3),
+        lambda: MeZOSVRG(snapshot_interval=20),
+    ],
 )
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_run_and_its_twin(optimizer: Callable[[], Any], adapter: bool) -> None:

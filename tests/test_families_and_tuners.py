@@ -11,8 +11,13 @@ from pathlib import Path
 
 import peft
 import pytest
+import transformers
 from many_families import FAMILIES, check
 from many_views import REFUSED, TUNERS, VIEWS, mixture, tuner_of, view_of
+
+from objectives import ClassificationLoss
+from zo_adapt import MeZO, ParameterView, minimize
+from zo_adapt.errors import AdapterError
 
 pytestmark = [
     # peft reads an attribute of transformers by its former name
@@ -48,3 +53,29 @@ def test_what_cannot_be_tuned_is_named(tmp_path: Path, case: str) -> None:
     make, kind, words = REFUSED[case]
     with pytest.raises(kind, match=words):
         check(make, "next", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "tuner"), [("MPNet", "prefix"), ("Bart", "prefix"), ("Bart", "prompt")]
+)
+def test_a_family_that_peft_cannot_put_virtual_tokens_before_is_named(
+    family: str, tuner: str
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if family == "Bart":
+        sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_labels": 2}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = getattr(transformers, f"{family}Config")(vocab_size=50, **sizes)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    kind = peft.PrefixTuningConfig if tuner == "prefix" else peft.PromptTuningConfig
+    tuned = peft.get_peft_model(model, kind(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(AdapterError, match="behind 2 virtual tokens"):
+        minimize(
+            ClassificationLoss(tuned),
+            ParameterView.trainable(tuned),
+            [{"input_ids": [5, 6, 7, 2], "label": row % 2} for row in range(8)],
+            MeZO(displacement=0.1),
+            batch_size=4,
+            max_steps=1,
+            progress=False,
+        )

@@ -151,6 +151,28 @@ def test_stop_strings_end_a_text_alone_as_among_others() -> None:
         assert reward.generate(prompts(1)).ids == written.ids[:1]
 
 
+def test_stop_strings_need_a_tokenizer_that_transformers_can_read() -> None:
+    class Own:
+        eos_token_id, pad_token_id, bos_token_id, model_max_length = END, PAD, BOS, 1000
+
+        def __init__(self) -> None:
+            self.inner = a_tokenizer()
+
+        def __call__(self, *given: Any, **options: Any) -> dict[str, Any]:
+            return dict(self.inner(*given, **options))
+
+        def decode(self, *given: Any, **options: Any) -> Any:
+            return self.inner.decode(*given, **options)
+
+        def batch_decode(self, *given: Any, **options: Any) -> Any:
+            return self.inner.batch_decode(*given, **options)
+
+    assert a_reward(tokenizer=Own()).generate(prompts(2)) == a_reward().generate(prompts(2))
+    reward = a_reward(tokenizer=Own(), generation_kwargs={"stop_strings": "w7"})
+    with pytest.raises(OptionError, match="vocabulary of a tokenizer"):
+        reward.generate(prompts(2))
+
+
 def test_an_encoder_decoder_writes_from_its_start_token() -> None:
     config = T5Config(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,

@@ -583,6 +583,21 @@ def test_a_function_of_plain_tensors_that_draws_is_noticed() -> None:
     minimize(in_batch, view, data, MeZO(displacement=0.1), **options)
 
 
+@pytest.mark.parametrize("form", ["one number", "little noise"])
+def test_noise_is_noticed_whatever_an_objective_returns(form: str) -> None:
+    x, data = torch.zeros(2), torch.ones(8, 1)
+    random = np.random.default_rng(0)
+
+    def loss(batch: Tensor) -> Tensor:
+        size = 0.01 if form == "little noise" else 0.1
+        values = (x.sum() - batch).square().sum(1) * (1 + size * random.random())
+        return values.mean() if form == "one number" else values
+
+    view, options = ParameterView({"x": x}), {"batch_size": 4, "max_steps": 1, **QUIET}
+    with pytest.warns(NoisyObjectiveWarning, match=r"differ by \d+\.\d%"):
+        minimize(loss, view, data, MeZO(displacement=0.1), **options)
+
+
 def test_a_look_is_not_a_query_and_draws_no_random_number() -> None:
     model = adapted("default")
     drawn: list[float] = []

@@ -37,6 +37,7 @@ SAVING: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_st
 OPTIMIZERS = {
     "mezo": MeZO,
     "svrg": lambda: MeZOSVRG(snapshot_interval=2, snapshot_size=32, num_directions=4),
+    "svrg with kept values": lambda: MeZOSVRG(snapshot_interval=20, num_directions=4),
 }
 
 

@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
     "svrg inner": lambda: MeZOSVRG(
         1e-3, snapshot_interval=3, snapshot_size=16, one_sided=False, num_directions=4
     ),
+    "svrg with kept values": lambda: MeZOSVRG(1e-3, snapshot_interval=20, weight_decay=0.1),
     "svrg decayed": lambda: MeZOSVRG(1e-3, snapshot_interval=5, weight_decay=0.1),
     "svrg annealed": lambda: MeZOSVRG(snapshot_interval=2, annealing=Annealing(window=2)),
     "zo-svrg": lambda: ZOSVRG(1e-3, snapshot_interval=4),

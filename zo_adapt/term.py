@@ -83,6 +83,10 @@ class Shift(NamedTuple):
             coalesced((*scaled(self.terms, shift.decay), *shift.terms)), self.decay * shift.decay
         )
 
+    def plus(self, terms: Iterable[Term]) -> "Shift":
+        """This place and some directions more, each direction once."""
+        return self._replace(terms=coalesced((*self.terms, *terms)))
+
     def inverse(self) -> "Shift":
         """The way back: where this shift starts, seen from where it ends."""
         return Shift(scaled(self.terms, -1.0 / self.decay), 1.0 / self.decay)

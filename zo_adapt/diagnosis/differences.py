@@ -13,7 +13,7 @@ from zo_adapt.evaluation.objective import rows_needed
 from zo_adapt.evaluation.protocol import Evaluator, Probe
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.directions import direction
-from zo_adapt.term import HERE, Shift, coalesced
+from zo_adapt.term import HERE, Shift
 
 PROBE_STREAM = 4
 PARTS = 4
@@ -80,8 +80,7 @@ class Survey:
         groups = self.evaluator.view.groups
 
         def point(seed: int) -> Shift:
-            terms = (*place.terms, *direction(seed, mu, groups)) if mu else place.terms
-            return Shift(coalesced(terms), place.decay)
+            return place.plus(direction(seed, mu, groups)) if mu else place
 
         return [
             [Probe(point(seed), part) for part in parts]

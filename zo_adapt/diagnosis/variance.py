@@ -146,9 +146,13 @@ class VarianceMonitor:
             "data_share": noise.data_share,
         }
         if isinstance(optimizer, VarianceReduced):
-            since = optimizer.snapshot.since
-            found["explained"] = _explained(here, survey.at(mu, since.inverse()))
-            found["distance"] = _norm(since.terms, view)
+            snapshot = optimizer.snapshot
+            found["explained"] = _explained(here, survey.at(mu, snapshot.place))
+            found["distance"] = (
+                _norm(snapshot.since.terms, view)
+                if snapshot.kept is None
+                else snapshot.kept.distance()
+            )
         if self._gradient and last is not None:
             found["cosine"] = self._cosine(last.update.terms, self._batches)
         return found

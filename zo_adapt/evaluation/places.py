@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from zo_adapt.term import HERE, Shift
+from zo_adapt.view.kept import KeptPlace
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -42,13 +43,15 @@ class OnePoint:
         # Layers that are shifted just in time run other kernels than those that are not shifted;
         # a graph draws the factors of as many directions as there were when it was captured.
         self.key: Hashable = None
-        if view.by_layer and shifted:
+        if view.by_layer and shifted and not isinstance(at, KeptPlace):
             self.key = ("layer", len(at.terms)) if view.has_factors else "layer"
 
     def entered(self, replaying: bool = False) -> AbstractContextManager[None]:
         """Inside, the model computes at the point."""
         if self._at is HERE:
             return nullcontext()
+        if isinstance(self._at, KeptPlace):
+            return self._view.shifted_from(self._at.kept, self._at.terms)
         enter = self._view.shifted_for_graphs if replaying else self._view.shifted
         return enter(self._at.terms, self._at.decay)
 

@@ -103,6 +103,8 @@ def _gives_each_row_its_own(objective: Objective, source: Source, *, looked_at: 
         two = source.take([0, 1])
         both = _array(objective(two))
         if both.shape != (2,):
+            if not looked_at:
+                warn_of_noise(both, objective, two)
             return False
         try:
             # What the collate function has drawn, it has drawn for both.
@@ -112,7 +114,7 @@ def _gives_each_row_its_own(objective: Objective, source: Source, *, looked_at: 
         alone = _array(objective(first))
         difference = abs(alone.reshape(-1) - both[:1])
         is_mean = alone.size == 1 and bool((difference <= SAME * abs(both).max()).all())
-        if not is_mean and not looked_at:
+        if not looked_at and bool((difference > NOISE * abs(both).max()).any()):
             warn_of_noise(alone, objective, first)
     except NoisyObjectiveWarning:  # where warnings are errors
         raise
@@ -140,14 +142,25 @@ def warn_of_noise(found: Any, call: Callable[[Any], Any], content: Any) -> None:
         if one.shape == other.shape and abs(one).max() > 0
     ]
     if apart and max(apart) > NOISE:
-        warnings.warn(
-            f"the objective gives values that differ by {max(apart):.1%} for the same examples at "
-            "the same weights: it draws random numbers or depends on something else, and what a "
-            "step learns is the rest of a difference; let it draw the same ones for all points "
-            "(of a generator of its own, seeded by the batch), or average them",
-            NoisyObjectiveWarning,
-            stacklevel=7,
-        )
+        _say_noise(max(apart), "for the same examples at the same weights", "batch")
+
+
+def warn_of_change(before: float | None, now: float) -> None:
+    """Compare two values of a function without data at the same point."""
+    if before is not None and abs(now - before) > NOISE * max(abs(now), abs(before)):
+        apart = abs(now - before) / max(abs(now), abs(before))
+        _say_noise(apart, "at the same point", "step")
+
+
+def _say_noise(apart: float, where: str, seed: str) -> None:
+    warnings.warn(
+        f"the objective gives values that differ by {apart:.1%} {where}: it draws random numbers "
+        "or depends on something else, and what a step learns is the rest of a difference; let it "
+        f"draw the same ones for all points (of a generator of its own, seeded by the {seed}), or "
+        "average them",
+        NoisyObjectiveWarning,
+        stacklevel=8,
+    )
 
 
 def _numbers(value: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from zo_adapt.evaluation.failures import (
     checked_on_nonfinite,
     tried,
 )
+from zo_adapt.evaluation.places import OnePoint
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.values import as_float64
 from zo_adapt.interrupt import uninterrupted
@@ -225,7 +226,7 @@ class AskTell:
         return probes
 
     def _candidate(self, probe: Probe) -> Any:
-        with self._view.shifted(probe.at.terms, probe.at.decay):
+        with OnePoint(self._view, probe.at).entered():
             return self._form.filled(self._box.outer(self._view.tensors))
 
     def _skip(self, candidates: int, bad: float) -> Step:

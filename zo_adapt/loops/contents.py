@@ -18,8 +18,7 @@ MOST_ROWS = 1 << 17
 """Of more rows than so many, as many evenly spaced ones are looked at."""
 MOST_BYTES = 1 << 28
 """And so many bytes of arrays and tables: a third of a second."""
-_PLAIN = (str, bytes, int, float, bool, type(None), np.generic)
-_DEPTH = 6
+PLAIN = (str, bytes, int, float, bool, type(None), np.generic)
 _AT_ONCE = 1000
 """Rows of a table that are read together."""
 Update = Callable[[bytes], None]
@@ -76,7 +75,7 @@ def _feed_column(update: Update, column: Any) -> None:
     is_array = isinstance(column, np.ndarray) and column.dtype != object
     if not (is_array or (isinstance(column, Tensor) and column.ndim)):
         for row in _rows(len(column), MOST_ROWS):
-            _feed(update, column[row], _DEPTH)
+            feed(update, column[row], _whole)
         return
     update(f"{tuple(column.shape)} {column.dtype}".encode())
     if column.nbytes > MOST_BYTES:
@@ -85,27 +84,37 @@ def _feed_column(update: Update, column: Any) -> None:
     update(np.ascontiguousarray(column).tobytes() if is_array else bits(column, None))
 
 
-def _feed(update: Update, value: Any, depth: int) -> None:
-    """A value's content; of what is neither plain nor made of plain things, the kind alone."""
+def feed(update: Update, value: Any, leaf: Callable[[Any], bytes | None], depth: int = 6) -> None:
+    """A value's content; of what is neither plain nor made of plain things, the kind alone.
+
+    Args:
+        update: Takes the bytes.
+        value: Anything.
+        leaf: The bytes of what is not looked into; None: it has none.
+        depth: How many containers deep.
+    """
     update(type(value).__name__.encode() + b"\0")
+    if (data := leaf(value)) is not None:
+        update(data)
+    elif depth and isinstance(value, Mapping):
+        for key, entry in value.items():
+            feed(update, key, leaf, depth - 1)
+            feed(update, entry, leaf, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for entry in value:
+            feed(update, entry, leaf, depth - 1)
+
+
+def _whole(value: Any) -> bytes | None:
     if isinstance(value, list | tuple) and value and type(value[0]) in (int, float):
         for code in "qd":
             with suppress(TypeError, OverflowError):  # at a hundredth of the time of each by itself
-                update(code.encode() + array(code, value).tobytes() + b"\0")
-                return
+                return code.encode() + array(code, value).tobytes() + b"\0"
     if isinstance(value, Tensor):
-        update(f"{list(value.shape)} {value.dtype}".encode() + bits(value))
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        update(f"{value.shape} {value.dtype}".encode() + value.tobytes())
-    elif isinstance(value, _PLAIN):
-        update(repr(value).encode() + b"\0")
-    elif depth and isinstance(value, Mapping):
-        for key, entry in value.items():
-            _feed(update, key, depth - 1)
-            _feed(update, entry, depth - 1)
-    elif depth and isinstance(value, list | tuple):
-        for entry in value:
-            _feed(update, entry, depth - 1)
+        return f"{list(value.shape)} {value.dtype}".encode() + bits(value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return f"{value.shape} {value.dtype}".encode() + value.tobytes()
+    return repr(value).encode() + b"\0" if isinstance(value, PLAIN) else None
 
 
 def _feed_table(update: Update, stored: Any) -> None:

@@ -184,8 +184,11 @@ class KeptRun:
 
     def _apply(self, updates: Sequence[Shift], path: Path) -> None:
         """Go from the start to where the file ends; the ranks do so together."""
+        optimizer, pause = self.optimizer, None
+        if isinstance(optimizer, ZerothOrder) and optimizer.steps_since_kept is not None:
+            pause = len(updates) - optimizer.steps_since_kept, optimizer.keep_values
         try:
-            apply_checked(self.evaluator.view, updates, path)
+            apply_checked(self.evaluator.view, updates, path, pause)
         except BaseException:
             self.close()
             raise

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from zo_adapt.data.sources import Source
 from zo_adapt.evaluation.objective import Objective
+from zo_adapt.loops.contents import PLAIN, feed
 from zo_adapt.view.identity import SAMPLED, bits
 
 ROWS = 32
 """Rows of the data that are looked at, evenly spaced."""
-_PLAIN = (str, bytes, int, float, bool, type(None), np.generic)
 _DEPTH = 6
 LONGEST = 256
 """Entries of a list that are listed in a description."""
@@ -42,7 +42,7 @@ def rows_hash(source: Source) -> str | None:
         return None
     digest = hashlib.sha256()
     for row in np.unique(np.linspace(0, len(source) - 1, ROWS).astype(np.int64)).tolist():
-        _feed(digest.update, read(row), _DEPTH)
+        feed(digest.update, read(row), _in_places)
     return digest.hexdigest()
 
 
@@ -69,22 +69,13 @@ def labels_hash(classes: Any) -> str | None:
     return hashlib.sha256(np.asarray(classes).astype(np.int64).tobytes()).hexdigest()
 
 
-def _feed(update: Callable[[bytes], None], value: Any, depth: int) -> None:
-    """A value's content; of what is neither plain nor made of plain things, the kind alone."""
-    update(type(value).__name__.encode() + b"\0")
+def _in_places(value: Any) -> bytes | None:
+    """As versions did that looked at a few rows alone, and whose files are gone on with."""
     if isinstance(value, Tensor):
-        update(str((list(value.shape), value.dtype)).encode() + bits(value))
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        update(str((value.shape, value.dtype)).encode() + value.tobytes()[: 8 * SAMPLED])
-    elif isinstance(value, _PLAIN):
-        update(repr(value).encode())
-    elif depth and isinstance(value, Mapping):
-        for key, entry in value.items():
-            _feed(update, key, depth - 1)
-            _feed(update, entry, depth - 1)
-    elif depth and isinstance(value, list | tuple):
-        for entry in value:
-            _feed(update, entry, depth - 1)
+        return str((list(value.shape), value.dtype)).encode() + bits(value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return str((value.shape, value.dtype)).encode() + value.tobytes()[: 8 * SAMPLED]
+    return repr(value).encode() if isinstance(value, PLAIN) else None
 
 
 def described(objective: Any, depth: int = _DEPTH) -> Any:
@@ -139,7 +130,7 @@ def bound_values(*objectives: Any) -> str | None:
     for objective in objectives:
         for function in _functions(objective, _DEPTH):
             for name, value in _bound(function):
-                if isinstance(value, _PLAIN):
+                if isinstance(value, PLAIN):
                     digest.update(repr((name, value)).encode())
                     count += 1
     return digest.hexdigest()[:16] if count else None

@@ -38,6 +38,7 @@ from typing import Any, Self
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
+from zo_adapt.evaluation.start_checks import warn_of_change
 from zo_adapt.optimizers.directions import direction
 from zo_adapt.optimizers.nonlinearity import MOST, Nonlinearity
 from zo_adapt.optimizers.responses import Response, distinct, response
@@ -75,6 +76,7 @@ class Calibration:
         farthest: The largest displacement that is tried; None: any.
         counts: Whether values change in jumps.
         least: The smallest displacement that a run is given.
+        here: The value at the weights in the round before, of a function without data.
         rows_factor: By which rows are more than usual: of fewer, the last round could not tell.
         nonlinearity: That of the responses, for which rounds look at half the displacement, too.
             None: it is not measured, as in weights that nobody has trained, and in runs that a
@@ -95,6 +97,7 @@ class Calibration:
     counts: bool = False
     least: float = 0.0
     rows_factor: int = 1
+    here: float | None = None
     nonlinearity: Nonlinearity | None = None
 
     def __post_init__(self) -> None:
@@ -172,7 +175,13 @@ class Calibration:
             self.displacement = min(self.displacement, MOST_LEAP * self.low)
 
     def take(self, evaluations: Sequence[Evaluation]) -> Response:
-        """Narrow the search by the values of the last round's probes."""
+        """Narrow the search by the values of the last round's probes.
+
+        A function without data is asked at the weights in every round: noise shows there.
+        """
+        if isinstance(self._batches[0].source, NoData):
+            warn_of_change(self.here, evaluations[0].value)
+            self.here = evaluations[0].value
         seen = response(self._batches, evaluations)
         if self.counts:
             # Too far harms more than too near, and of few rows either may be chance.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.term import Shift, Term, Terms, coalesced
+from zo_adapt.term import Shift, Term, Terms
 from zo_adapt.view.group import Group
 
 
@@ -28,7 +28,7 @@ class Directions(NamedTuple):
         """The point ``at`` + factor mu z of one direction, on its batch."""
         along = direction(self.seeds[number], factor * self.perturbation_scale, self.groups)
         # One term a direction, also where the place is reached along the same one.
-        return Probe(Shift(coalesced((*at.terms, *along)), at.decay), self.batches[number])
+        return Probe(at.plus(along), self.batches[number])
 
 
 class Estimate(NamedTuple):

@@ -104,7 +104,7 @@ class FirstOrder(Settings):
         return Step(run.steps, 0, float(loss.detach()), self.lr * factor, math.nan)
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step, as JSON can hold it; the moments are ``moments``."""
+        """What changes from step to step, as JSON can hold it; the moments are ``tensors``."""
         run: _Run = vars(self)["_run"]
         return {"steps": run.steps}
 
@@ -112,7 +112,7 @@ class FirstOrder(Settings):
         """Go on from a state; ``start`` comes first."""
         vars(self)["_run"].steps = state["steps"]
 
-    def moments(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors that torch keeps between steps, as "exp_avg/name of the weight"."""
         run: _Run = vars(self)["_run"]
         return {
@@ -122,10 +122,10 @@ class FirstOrder(Settings):
             if isinstance(moment, Tensor)
         }
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Go on with tensors that ``moments`` gave."""
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what ``tensors`` gave."""
         run: _Run = vars(self)["_run"]
-        for key, moment in moments.items():
+        for key, moment in tensors.items():
             kind, _, name = key.partition("/")
             tensor = run.tensors[name]
             # Step counts stay where torch keeps them, on the CPU.

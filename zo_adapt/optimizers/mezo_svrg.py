@@ -33,7 +33,8 @@ class MeZOSVRG(VarianceReduced):
     directions has less of. Where that noise is the larger one ``MeZO()`` does more with the same
     queries; ``diagnose`` says which one is.
 
-    Memory: one copy of the weights. theta_bar is theta minus the terms applied since.
+    Memory: one copy of the weights. theta_bar is theta minus the terms applied since; where these
+    would be many (q > 16) and the view is small, its values are kept instead.
     Queries: K |B| a snapshot step (|B| more with ``shaping="base"``; two-sided 2 |B|) and 4 b a
     minibatch step.
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
@@ -222,6 +224,21 @@ class ZerothOrder(Settings, ABC):
     def load_brief_state(self, state: Mapping[str, Any], updates: Sequence[Shift]) -> None:
         """Go on from a brief state and the updates of all steps so far."""
         self.load_state_dict(state)
+
+    @property
+    def steps_since_kept(self) -> int | None:
+        """How many steps ago the weights had values that the optimizer keeps; None: it has none."""
+        return None
+
+    def keep_values(self) -> None:
+        """Keep the present weights, for a run that is gone on with."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is no JSON of the state: nothing here."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what ``tensors`` gave; ``load_state_dict`` comes first."""
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters in force, for a log and to compare on resuming."""

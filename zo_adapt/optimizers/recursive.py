@@ -62,6 +62,11 @@ class Recursive(VarianceReduced, ABC):
         super().remember(terms, update, noise)
 
     @property
+    def steps_back(self) -> int:
+        """One: the other place is where the weights were before the last step."""
+        return 1
+
+    @property
     def steps_since(self) -> int:
         """The last step alone."""
         return min(self.steps, 1)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
@@ -14,10 +16,13 @@ from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Progress
 from zo_adapt.options import at_least_one, positive_or_none, renamed
 from zo_adapt.term import HERE, Shift, Step, Term, Terms, coalesced, scaled
+from zo_adapt.view.kept import KeptValues
 from zo_adapt.view.parameters import ParameterView
 
 SnapshotSize = int | Literal["auto", "batch", "all"]
 Coupling = Literal["shared", "independent"]
+MOST_STEPS_BACK = 16
+"""A longer way back than so many steps is not drawn anew for every probe."""
 SNAPSHOT_BATCHES = 4
 """Minibatches in a large batch of no given size."""
 
@@ -26,20 +31,27 @@ SNAPSHOT_BATCHES = 4
 class Snapshot:
     """The last snapshot of a run.
 
-    Neither theta_bar nor g is a copy of the weights: g is its terms, and theta_bar is where the
-    weights are less all that was applied since.
+    Neither theta_bar nor g need be a copy of the weights: g is its terms, and theta_bar is where
+    the weights are less all that was applied since.
 
     Args:
         gradient: g, the large-batch estimate at the snapshot.
         directions: N, such that the noise of g is that of an estimate from N directions.
-        since: The updates since then, as one shift.
+        since: The updates since then, as one shift; ``HERE`` where values are kept.
         elsewhere: The directions asked about at theta_bar, of a step that has not been taken.
+        kept: The values of theta_bar, where the way back would be long and the view is small.
     """
 
     gradient: Terms = ()
     directions: float = 1
     since: Shift = HERE
     elsewhere: Directions | None = None
+    kept: KeptValues | None = None
+
+    @property
+    def place(self) -> Shift:
+        """theta_bar."""
+        return self.since.inverse() if self.kept is None else self.kept.at()
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,9 +61,9 @@ class VarianceReduced(ZerothOrder):
     Args:
         estimate: Of the large batch; minibatch steps take its differences along one direction.
         apply: How an estimate is applied.
-        snapshot_interval: q >= 1, steps from one snapshot to the next. With one copy of the weights
-            the way back to theta_bar is one term for every step since, and a minibatch step draws
-            up to q + K directions for each of its probes there: choose tens, not thousands.
+        snapshot_interval: q >= 1, steps from one snapshot to the next. Up to ``MOST_STEPS_BACK``,
+            and of any number with a view that has no room for copies, the way back to theta_bar is
+            a term for every step since, which its probes draw anew; beyond, values are kept.
         snapshot_size: Rows of the large batch; "auto": of four minibatches, or the whole set where
             that is smaller; "batch": of a minibatch; "all": the whole set.
         snapshot_lr: Rate of the snapshot steps; None: as of the others.
@@ -90,7 +102,15 @@ class VarianceReduced(ZerothOrder):
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view, without a snapshot."""
         super().start(view, seed, step_like=step_like)
-        self._set(_snapshot=Snapshot())
+        # Others hold no weights: an optimizer may be copied and outlive its run.
+        kept = KeptValues(view.tensors) if self.steps_back > MOST_STEPS_BACK else None
+        keeps = view.has_room_for_copies
+        self._set(_kept=kept, _snapshot=Snapshot(kept=kept if keeps else None))
+
+    @property
+    def steps_back(self) -> int:
+        """Most steps from theta_bar to the weights."""
+        return self.snapshot_interval
 
     @property
     def snapshot(self) -> Snapshot:
@@ -119,7 +139,7 @@ class VarianceReduced(ZerothOrder):
         there = here if self.coupling == "shared" else self.new_directions(batches)
         snapshot.elsewhere = there
         one = self.estimate.of_one_direction
-        return one.probes(here) + one.probes(there, snapshot.since.inverse())
+        return one.probes(here) + one.probes(there, snapshot.place)
 
     def advance(self, evaluations: Sequence[Evaluation], progress: Progress) -> Step:
         """A step along g, or along g_I(theta) - g_I(theta_bar) + g."""
@@ -128,6 +148,7 @@ class VarianceReduced(ZerothOrder):
             here = self.estimate.combine(self.asked, evaluations)
             snapshot.gradient, snapshot.since = here.terms, HERE
             snapshot.directions = len(here.projected)
+            self.keep_values()
             return self._move(here.terms, here, progress, 1.0 / snapshot.directions, "snapshot")
         one, half = self.estimate.of_one_direction, len(evaluations) // 2
         here = one.combine(self.asked, evaluations[:half])
@@ -182,7 +203,8 @@ class VarianceReduced(ZerothOrder):
             update: What will be applied.
             noise: See ``noise``.
         """
-        self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
+        if self.snapshot.kept is None:
+            self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
 
     def _undecayed(self, update: Shift) -> Shift:
         """The update as a part of ``since``, whose way back divides every term by all decays.
@@ -215,6 +237,7 @@ class VarianceReduced(ZerothOrder):
             "gradient": snapshot.gradient,
             "directions_of_snapshot": snapshot.directions,
             "since": snapshot.since,
+            "keeps": snapshot.kept is not None,
         }
 
     def brief_state(self) -> dict[str, Any]:
@@ -224,7 +247,7 @@ class VarianceReduced(ZerothOrder):
     def load_brief_state(self, state: Mapping[str, Any], updates: Sequence[Shift]) -> None:
         """Go on from a brief state, or from a whole one of a former version."""
         self.load_state_dict(state)
-        if self.snapshot.since == HERE:
+        if self.snapshot.kept is None and self.snapshot.since == HERE:
             for update in updates[len(updates) - self.steps_since :]:
                 self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
 
@@ -242,8 +265,28 @@ class VarianceReduced(ZerothOrder):
                 tuple(Term(*term) for term in state["gradient"]),
                 state["directions_of_snapshot"],
                 Shift(tuple(Term(*term) for term in terms), decay),
+                kept=vars(self)["_kept"] if state.get("keeps", False) else None,
             )
         )
+
+    @property
+    def steps_since_kept(self) -> int | None:
+        """How many steps ago the weights had the values that are kept; None: none are."""
+        return None if self.snapshot.kept is None else self.steps_since
+
+    def keep_values(self) -> None:
+        """Keep the present weights, if any."""
+        if self.snapshot.kept is not None:
+            self.snapshot.kept.keep()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The values that are kept; whoever restores the weights restores them as well."""
+        return {} if self.snapshot.kept is None else self.snapshot.kept.tensors
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what ``tensors`` gave; ``load_state_dict`` comes first."""
+        if self.snapshot.kept is not None and tensors:
+            self.snapshot.kept.load(tensors)
 
 
 def size_named(snapshot_size: SnapshotSize | None) -> SnapshotSize:

@@ -91,8 +91,8 @@ class Checkpoint(NamedTuple):
         view.displacement = kept["displacement"]
         view.resolved_at_start = kept.get("resolved")
 
-    def moments(self) -> dict[str, Any]:
-        """The tensors of a first-order optimizer.
+    def tensors(self) -> dict[str, Any]:
+        """Those of the optimizer: moments of a first-order one, values that a snapshot had.
 
         Raises:
             CorruptTrajectoryError: They are damaged.
@@ -129,9 +129,9 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
             "at_rest": sorted(view.at_rest),
         },
     }
-    if isinstance(optimizer, FirstOrder):
-        moments = {name: t.detach().cpu().contiguous() for name, t in optimizer.moments().items()}
-        data = save(moments)
+    if isinstance(optimizer, FirstOrder) or optimizer.tensors():
+        tensors = {name: t.detach().cpu().contiguous() for name, t in optimizer.tensors().items()}
+        data = save(tensors)
         replace_file(checkpoint / MOMENTS, data)
         state["moments"] = zlib.crc32(data)
     write_state(checkpoint / STATE, state)
@@ -194,8 +194,8 @@ def _restore(run: Run, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> P
             f"the state in {checkpoint.folder} is none of this run ({error!r})"
         ) from error
     run.evaluator.view.leave_at_rest(state.get("view", {}).get("at_rest", ()))
-    if isinstance(run.optimizer, FirstOrder):
-        run.optimizer.load_moments(checkpoint.moments())
+    if isinstance(run.optimizer, FirstOrder | ZerothOrder) and "moments" in state:
+        run.optimizer.load_tensors(checkpoint.tensors())
     return None if position is None else Position(*position)
 
 

@@ -9,7 +9,7 @@ a step.
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -253,8 +253,19 @@ class Replay:
             self.step = 0
 
 
-def apply_checked(view: ParameterView, updates: Sequence[Shift], path: Path) -> None:
+def apply_checked(
+    view: ParameterView,
+    updates: Sequence[Shift],
+    path: Path,
+    pause: tuple[int, Callable[[], None]] | None = None,
+) -> None:
     """Apply updates one after the other, all of them or, where a weight would overflow, none.
+
+    Args:
+        view: What moves.
+        updates: In order.
+        path: Where they stand, for the message.
+        pause: After how many of them something is to be done, and what.
 
     Raises:
         CorruptTrajectoryError: A weight would be infinite; nothing was applied.
@@ -265,13 +276,20 @@ def apply_checked(view: ParameterView, updates: Sequence[Shift], path: Path) -> 
                 f"{path} has a step ({number} from here) that is larger than the range of the "
                 "view's dtype, which no run makes; nothing was applied"
             )
+
+    def apply() -> None:
+        number, do = pause or (0, lambda: None)
+        apply_all(view, updates[:number])
+        do()
+        apply_all(view, updates[number:])
+
     if view.room.holds(updates):
-        apply_all(view, updates)
+        apply()
         return
     # By their bounds alone the weights may leave the dtype's range: only trying tells.
     before = view.snapshot()
     with np.errstate(over="ignore", invalid="ignore"):
-        apply_all(view, updates)
+        apply()
     finite = all(bool(tensor.isfinite().all()) for tensor in view.held.values())
     if any(view.shards.agreed([not finite])):
         view.restore(before)

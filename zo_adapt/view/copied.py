@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zo_adapt.errors import ViewInUseError
 from zo_adapt.interrupt import Guard
+from zo_adapt.noise.accumulate import Accumulation
 from zo_adapt.noise.sums import Sums
 from zo_adapt.view.layers import Plan, Tensors
 
@@ -39,8 +40,12 @@ class Copied:
         """What to restore, one for every context that is open, outermost first."""
 
     @contextmanager
-    def shifted(self, sums: Sums) -> Iterator[None]:
+    def shifted(self, sums: Sums, run: Accumulation | None = None) -> Iterator[None]:
         """Inside, the live tensors hold the shifted values.
+
+        Args:
+            sums: What is added to them, or by ``run`` to other values.
+            run: Writes the tensors; None: from themselves.
 
         Raises:
             ViewInUseError: (at the end) A context that was entered inside is open still, or the
@@ -52,7 +57,7 @@ class Copied:
             torch._foreach_copy_(copy, self._tensors)
         with Guard(lambda: self._restore(copy, kinds)) as guard:
             self._copies.append(copy)
-            self._run(sums)
+            (run or self._run)(sums)
             self._written()
             guard.open()
             yield

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from zo_adapt.interrupt import gradients_off, uninterrupted
 from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.sums import Memory, Sum, Sums
+from zo_adapt.view.kept import KeptValues
 
 
 class Updates:
@@ -68,41 +70,70 @@ class Stacks:
 
     def __init__(self, noise: Noise, places: Mapping[str, Place]) -> None:
         self._noise, self._places = noise, places
-        self._kept: dict[tuple[int, frozenset[int]], tuple[dict[str, Tensor], Accumulation]] = {}
+        self._rooms: dict[tuple[int, frozenset[int]], _Room] = {}
 
-    def __call__(self, sums: Sequence[Sum], count: int) -> dict[str, Tensor]:
-        """The stacks for ``count`` points.
+    def __call__(
+        self,
+        sums: Sequence[Sum],
+        kept: Sequence[KeptValues | None],
+        moving_since: frozenset[int] = frozenset(),
+    ) -> dict[str, Tensor]:
+        """The stacks for n points.
 
         Args:
             sums: What each group adds, point by point.
-            count: n.
+            kept: n, the values that it is added to; None: the live ones.
+            moving_since: Groups whose kept values may be others than the live ones.
         """
-        groups = len(sums) // count
+        count, groups = len(kept), len(sums) // len(kept)
         moving = frozenset(
             i % groups for i, each in enumerate(sums) if each.terms or each.decay != 1.0
         )
-        key = count, moving
-        if key not in self._kept:
-            self._kept[key] = self._room(count, groups, moving)
-        while len(self._kept) > MOST:
-            del self._kept[next(iter(self._kept))]
-        stacks, run = self._kept[key]
-        run(Sums(sums))
-        return stacks
+        if any(kept):
+            moving |= moving_since
+        if (room := self._rooms.get((count, moving))) is None:
+            room = self._rooms[count, moving] = self._room(count, moving)
+        while len(self._rooms) > MOST:
+            del self._rooms[next(iter(self._rooms))]
+        if room.run is None or room.kept != list(kept):
+            # The stacks stay where they are: graphs read them there.
+            room.run, room.kept = self._filling(room.stacks, kept, groups), list(kept)
+        room.run(Sums(sums))
+        return room.stacks
 
-    def _room(
-        self, count: int, groups: int, moving: frozenset[int]
-    ) -> tuple[dict[str, Tensor], Accumulation]:
-        """Stacks for points that move these groups, and what fills them."""
+    def _room(self, count: int, moving: frozenset[int]) -> "_Room":
+        """Stacks for points that move these groups."""
         with gradients_off():
-            stacks = {
-                name: place.source.new_empty((count, *place.source.shape))
-                for name, place in self._places.items()
-                if place.sum in moving
-            }
-        places = [
-            self._places[name]._replace(out=out, sum=row * groups + self._places[name].sum)
-            for name, stack in stacks.items()
-            for row, out in enumerate(stack)
-        ]
-        return stacks, Accumulation(self._noise, places)
+            return _Room(
+                {
+                    name: place.source.new_empty((count, *place.source.shape))
+                    for name, place in self._places.items()
+                    if place.sum in moving
+                }
+            )
+
+    def _filling(
+        self, stacks: Mapping[str, Tensor], kept: Sequence[KeptValues | None], groups: int
+    ) -> Accumulation:
+        return Accumulation(
+            self._noise,
+            [
+                place._replace(
+                    out=out,
+                    source=place.source if values is None else values.tensors[name],
+                    sum=row * groups + place.sum,
+                )
+                for name, stack in stacks.items()
+                for place in (self._places[name],)
+                for row, (out, values) in enumerate(zip(stack, kept, strict=True))
+            ],
+        )
+
+
+@dataclass
+class _Room:
+    """Stacks, and what fills them from the values that were asked for last."""
+
+    stacks: dict[str, Tensor]
+    run: Accumulation | None = None
+    kept: list[KeptValues | None] = field(default_factory=list)

@@ -16,6 +16,7 @@ from zo_adapt.noise.sums import Memory, Sum, Sums
 from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
 from zo_adapt.view.copied import Copied
 from zo_adapt.view.group import Groups
+from zo_adapt.view.kept import KeptPlace, KeptValues
 from zo_adapt.view.layerwise import Layerwise
 from zo_adapt.view.moved import Stacks, Updates
 from zo_adapt.view.precision import Room
@@ -134,6 +135,7 @@ class ParameterView(TunedTensors):
         )
         self.updates = Updates(self._plan(moving, moving))
         self._stacks = Stacks(self.noise, places)
+        self._from_kept: tuple[KeptValues, Copied, Accumulation] | None = None
 
     @contextmanager
     def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
@@ -157,6 +159,26 @@ class ParameterView(TunedTensors):
             yield
 
     @contextmanager
+    def shifted_from(self, kept: KeptValues, terms: Iterable[Term]) -> Iterator[None]:
+        """Inside, the model computes at ``kept + sum_k c_k z(s_k)``; else as ``shifted``.
+
+        By way of a copy, whatever ``scratch`` says.
+        """
+        check_mode(self.tensors)
+        sums = self._packed(coalesced(check_terms(terms, len(self.groups))), 1.0)
+        copied, run = self._ways_from(kept)
+        with self.usage.shifting(), copied.shifted(sums, run):
+            yield
+
+    def _ways_from(self, kept: KeptValues) -> tuple[Copied, Accumulation]:
+        if self._from_kept is None or self._from_kept[0] is not kept:
+            moving = {name: place.source for name, place in self.places().items()}
+            copied = self._way if isinstance(self._way, Copied) else Copied(moving, self._plan)
+            run = self._plan(moving, {name: kept.tensors[name] for name in moving})
+            self._from_kept = kept, copied, run
+        return self._from_kept[1:]
+
+    @contextmanager
     def shifted_for_graphs(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
         """As ``shifted``, for code that only replays graphs that were captured inside it.
 
@@ -169,9 +191,10 @@ class ParameterView(TunedTensors):
     def _sums_of_shift(self, terms: Iterable[Term], decay: float) -> Sums | None:
         """What a shift adds, on every GPU of the view; None for a shift that changes nothing."""
         checked = coalesced(check_terms(terms, len(self.groups)))
-        if not checked and decay == 1.0:
-            return None
-        sums = Sums(self._sums(checked, decay), memory=self.memory)
+        return self._packed(checked, decay) if checked or decay != 1.0 else None
+
+    def _packed(self, terms: Terms, decay: float) -> Sums:
+        sums = Sums(self._sums(terms, decay), memory=self.memory)
         for device in self._gpus:
             sums.on(device)  # now: a graph that is captured inside must not copy them
         return sums
@@ -189,7 +212,14 @@ class ParameterView(TunedTensors):
         Raises:
             TermError: A seed, coefficient or group outside its range.
         """
-        return self._stacks(self.sums_of_points(points), len(points))
+        kept = [point.kept if isinstance(point, KeptPlace) else None for point in points]
+        return self._stacks(self.sums_of_points(points), kept, self._moving_groups)
+
+    @property
+    def _moving_groups(self) -> frozenset[int]:
+        """Those that an update moves."""
+        both = (group.lr * group.perturbation_scale for group in self.groups)
+        return frozenset(index for index, each in enumerate(both) if each)
 
     def sums_of_points(self, points: Sequence[Shift]) -> list[Sum]:
         """What each group adds, point by point.

@@ -186,6 +186,11 @@ class TunedTensors(Identified):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @property
+    def has_room_for_copies(self) -> bool:
+        """Whether copies of the view are small beside its model, and wholly here."""
+        return not (self.by_layer or self.is_sharded)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the model lies in parts on several processes."""
         return self.shards.is_any

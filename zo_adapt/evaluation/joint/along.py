@@ -12,6 +12,7 @@ from zo_adapt.evaluation.places import OnePoint, Place, Route
 from zo_adapt.evaluation.routes import Direct
 from zo_adapt.evaluation.trust import JointCheck
 from zo_adapt.term import Shift
+from zo_adapt.view.kept import KeptPlace
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.shards import WHY_SHARDED
 
@@ -58,7 +59,12 @@ class AlongFactors:
             route: What computes values.
         """
         shifted = OnePoint(self._view, at)
-        if not at.terms or self.candidates is None or not self._is_sound(batch, route):
+        if (
+            not at.terms
+            or isinstance(at, KeptPlace)
+            or self.candidates is None
+            or not self._is_sound(batch, route)
+        ):
             return shifted
         try:
             return self.candidates.at([at], ())

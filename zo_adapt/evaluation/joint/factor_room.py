@@ -67,7 +67,7 @@ class FactorRoom:
         """Draw the factors of these sums, and make the vectors."""
         for factors, entries in self._drawn:
             factors(sums, entries)
-        self.stacks = self._stacks(sums.sums, self.points)
+        self.stacks = self._stacks(sums.sums, [None] * self.points)
 
     @property
     def key(self) -> Hashable:

@@ -28,6 +28,7 @@ from zo_adapt.interrupt import Guard
 from zo_adapt.noise.low_rank import Matrices
 from zo_adapt.noise.sums import Memory, Sums
 from zo_adapt.term import Shift
+from zo_adapt.view.kept import KeptPlace
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
 
@@ -103,8 +104,8 @@ class LowRankCandidates:
         Raises:
             NotJoint: A point that factors are of no use for.
         """
-        if any(point.decay != 1.0 for point in points):
-            raise NotJoint("a point lies where weights have decayed")
+        if any(point.decay != 1.0 or isinstance(point, KeptPlace) for point in points):
+            raise NotJoint("a point lies where weights have decayed, or is seen from kept values")
         sums = self.view.sums_of_points(points)
         groups = len(sums) // len(points)
         count = max(len(each.terms) for each in sums)
