@@ -15,7 +15,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 torch.manual_seed(0)  # draws LoRA's A
 base = AutoModelForCausalLM.from_pretrained(folder)
-model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).to(device)
+# LoRA in the last 8 of 30 layers: those below run once for each example, and are kept.
+config = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, layers_to_transform=list(range(22, 30)))
+model = get_peft_model(base, config).to(device)
 loss = CausalLMLoss(model, tokenizer=tokenizer, max_length=128)
 exact = ExactMatch(loss)
 
@@ -31,7 +33,7 @@ def held_out() -> str:
 
 print(f"held-out before: {held_out()}")
 initialise_lora(model, loss, train, rows=64)
-result = minimize(loss, ParameterView.trainable(model), train, batch_size=16, max_queries=2_000)
+result = minimize(loss, ParameterView.trainable(model), train, batch_size=8, max_queries=4_000)
 print(f"held-out after: {held_out()}\n{result}")
 model.save_pretrained("runs/causal_lm")
 tokenizer.save_pretrained("runs/causal_lm")

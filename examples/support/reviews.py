@@ -8,7 +8,7 @@ QUESTION = "Is this sentence of a film review positive or negative? Answer with 
 
 
 def review_instructions(
-    train: int = 256, test: int = 128, seed: int = 0
+    train: int = 256, test: int = 64, seed: int = 0
 ) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """Folder of SmolLM2-135M-Instruct, and examples of `prompt` and `completion` as messages."""
     corpus = real_data.movie_reviews(min_rating=1.5)
