@@ -1,10 +1,7 @@
 """Tune a soft prompt of a language model that is served: 16 x width numbers before every text.
 
-They begin as an instruction. The base is served here (SmolLM2-135M, fetched once), or by
-a vLLM started with --enable-prompt-embeds (--url). Learned is the sentiment of film reviews.
-
-    python examples/soft_prompt.py
-    python examples/soft_prompt.py --url http://127.0.0.1:8000
+They begin as an instruction; learned is the sentiment of film reviews. The base is served here
+(SmolLM2-135M), or by a vLLM with --enable-prompt-embeds (--url http://127.0.0.1:8000).
 """
 
 import torch
@@ -29,14 +26,15 @@ def main() -> None:
     source = args.model or str(real_data.smollm2_folder())
     table = embedding_table(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids, first = tokenizer(INSTRUCTION)["input_ids"], tokenizer.bos_token_id
-    start = begun_with(ids, table, args.tokens, first=first)
+    ids = tokenizer(INSTRUCTION)["input_ids"]
+    start = begun_with(ids, table, args.tokens, first=tokenizer.bos_token_id)
     model = served_prompt(source, args.tokens, start=start)
-    server: ServedModel = (
-        VLLMServer(args.url, embeddings=table)
-        if args.url
-        else PeftServer(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval())
-    )
+    server: ServedModel
+    if args.url:
+        server = VLLMServer(args.url, embeddings=table)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        server = PeftServer(base.eval())
     try:
         tune(model, server, source, args)
     finally:

@@ -162,7 +162,7 @@ def test_one_number_is_asked_of_the_whole_batch_and_values_of_a_share(make: Any)
         recorder: Recorder = getattr(objective, "function", objective)
         return recorder.rows
 
-    assert rows(one_number) == [2] + [16] * 8
+    assert rows(one_number) == [2, 2] + [16] * 8  # the same two rows twice: does it draw?
     assert rows(each_row) == [2, 1] + [4] * 8
 
 
@@ -172,7 +172,8 @@ def test_a_snapshot_of_one_number_is_one_call() -> None:
         1e-3, snapshot_interval=1, snapshot_size=48, perturbation_scale=1e-2, num_directions=1
     )
     minimize(recorder, one(), torch.arange(64.0), optimizer, batch_size=16, max_steps=1, **QUIET)
-    assert set(recorder.rows[1:]) == {48}
+    assert recorder.rows[:2] == [2, 2]
+    assert set(recorder.rows[2:]) == {48}
 
 
 def test_one_that_says_it_is_a_mean_is_cut_and_not_looked_at() -> None:
@@ -240,7 +241,7 @@ def test_a_metric_of_interest_that_is_one_number_is_one_call() -> None:
         each_row, one(), torch.arange(64.0), MeZO(1e-3), batch_size=4, max_steps=1,
         metrics={"mean": recorder}, **QUIET,
     )  # fmt: skip
-    assert recorder.rows == [2, 64]
+    assert recorder.rows == [2, 2, 64]
     assert result.metrics == {"mean": 31.5}
 
 

@@ -292,8 +292,12 @@ def test_a_signal_ends_the_waiting_for_the_last_reward(begun: Begun) -> None:
     model = lora("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reward = a_reward(stopped, model)
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(reward, probes_of(reward, (2,), 3), **APART)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(reward, probes_of(reward, (2,), 3), **APART)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert len(calls) == 3
     assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
 

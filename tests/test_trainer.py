@@ -470,7 +470,7 @@ def test_a_run_can_be_repeated_and_starts_afresh(tmp_path: Path) -> None:
     hashes = []
     for seed in (5, 5, 6):
         model = lora_model()
-        trainer = trainer_of(tmp_path, model, max_steps=4, seed=seed)
+        trainer = trainer_of(tmp_path, model, max_steps=4, seed=seed, displacement=0.25)
         trainer.train()
         hashes.append(ParameterView.trainable(model).hash())
     assert hashes[0] == hashes[1] != hashes[2]

@@ -23,7 +23,7 @@ def tokens_worth_joining(seconds: Callable[[int], float], tokens: int, most: int
         most: Candidates that there is room for.
 
     Example:
-        >>> tokens_worth_joining(lambda count: max(1.0, count / 4), tokens=100, most=64)
+        >>> tokens_worth_joining(lambda count: max(1.0, count - 3.0), tokens=100, most=64)
         400
         >>> tokens_worth_joining(lambda count: 1.0 * count, tokens=100, most=64)
         100
