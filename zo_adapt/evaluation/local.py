@@ -36,7 +36,8 @@ from zo_adapt.view.buffers import WatchedBuffers
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.getLogger(__name__)
-NO_LIMIT = 1 << 40
+UNBOUNDED_TOKENS = 1 << 40
+"""While it is measured how many are worth joining, nothing but memory limits them."""
 
 
 class LocalEvaluator(CountingEvaluator):
@@ -154,7 +155,7 @@ class LocalEvaluator(CountingEvaluator):
         Args:
             probes: Of a step; its first batch is asked about. They are not counted as queries.
         """
-        self._joint.tokens = NO_LIMIT
+        self._joint.tokens = UNBOUNDED_TOKENS
         with gradients_off(), self.ready(), randomness_kept(self.view.model):
             most = max((len(b.probes) for b in self._blocks(probes)), default=1)
             batch = probes[0].batch
