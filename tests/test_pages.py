@@ -107,3 +107,11 @@ LONGER = {"tune_lora", "generation_reward"}
 def test_an_example_is_short(path: Path) -> None:
     if path.stem not in LONGER:
         assert len(path.read_text().splitlines()) <= 45
+
+
+def test_the_tests_that_hold_the_faults_are_there() -> None:
+    tests = ROOT / "tests"
+    rows = re.findall(r"^\| (\d+) \| `(\S+)` `(\w+)`", (tests / "faults.md").read_text(), re.M)
+    assert [int(number) for number, _, _ in rows] == [*range(1, 35), *range(40, 55)]
+    for number, file, name in rows:
+        assert f"def test_{name}(" in (tests / file).read_text(), f"{number}: {file} {name}"
