@@ -22,6 +22,8 @@ def one_thread() -> Iterator[None]:
 def same_start() -> Iterator[None]:
     """Every test starts from the same global generators, and the session's own are put back."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
