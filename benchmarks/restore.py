@@ -37,7 +37,8 @@ from zo_adapt import MeZO, ParameterView, Shift, Term, minimize, replay
 from zo_adapt.noise.entries import Seeds
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Reader
-from zo_adapt.trajectory.playback import WIDTH, apply_all, header_of
+from zo_adapt.trajectory.header import header_of
+from zo_adapt.trajectory.playback import WIDTH, apply_all
 from zo_adapt.trajectory.writer import Writer
 
 SEED = 0

@@ -32,7 +32,7 @@ def reads(model: nn.Module) -> Reads:
     from transformers.models.auto import modeling_auto as known
 
     config, name = getattr(model, "config", None), type(base_model(model)).__name__
-    both = bool(getattr(config, "is_encoder_decoder", False))
+    both = is_encoder_decoder(model)
     masked = set(known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     causal = set(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     # An encoder's causal class (BertLMHeadModel) looks ahead unless its configuration says not to.
@@ -43,6 +43,11 @@ def reads(model: nn.Module) -> Reads:
     )
     is_masked = not both and (name in masked - causal or (name in causal and looks_ahead))
     return Reads(not (both or is_masked), is_masked, both)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether one text is read and another is written."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_causal(model: nn.Module, objective: str) -> None:
@@ -152,6 +157,40 @@ def _configured_positions(model: nn.Module, are_written: bool) -> int | None:
     owners = (getattr(config, side, None), config)
     said = (getattr(owner, name, None) for owner in owners for name in names)
     return next((int(limit) for limit in said if limit is not None), None)
+
+
+def check_prompt_length(model: nn.Module, width: int, longest: int) -> None:
+    """Refuse prompts that leave no room for completions.
+
+    Args:
+        model: Reads and writes.
+        width: Tokens of the longest prompt.
+        longest: Most tokens of a completion.
+
+    Raises:
+        DataError: Gives the model's limit.
+    """
+    limit = positions(model)
+    used = width if is_encoder_decoder(model) else width + longest - 1
+    if limit is not None and used > limit:
+        raise DataError(
+            f"a prompt has {width} tokens, and with max_new_tokens={longest} that takes {used} "
+            f"positions of the model's {limit}; shorten the prompts or the completions"
+        )
+
+
+def check_completion_length(model: nn.Module, longest: int) -> None:
+    """Refuse completions that the decoder of an encoder-decoder has no positions for.
+
+    Raises:
+        OptionError: Gives the model's limit.
+    """
+    limit = positions(model, are_written=True)
+    if is_encoder_decoder(model) and limit is not None and longest > limit:
+        raise OptionError(
+            f"max_new_tokens={longest}, and the model's decoder has {limit} positions; choose "
+            f"1..{limit}"
+        )
 
 
 def shortest(*limits: int | None) -> int | None:

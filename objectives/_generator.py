@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from objectives._drawing import SHAPING, Draws, own_randomness
-from objectives._fit import positions
+from objectives._fit import check_completion_length, check_prompt_length, is_encoder_decoder
 from objectives._generation_options import (
     GREEDY,
     Ending,
@@ -29,7 +29,7 @@ from objectives._scores import Finite, Given
 from objectives._served import written as written_there
 from objectives._shared_text import SharedText
 from objectives._stages import HalfEnded, can_go_on, rows_of_cache
-from zo_adapt.errors import DataError, OptionError
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.row_blocks import blocks
 from zo_adapt.options import at_least_one
 from zo_adapt.serve.asking import elsewhere
@@ -77,8 +77,8 @@ class Generator:
         top_k: int,
         options: Mapping[str, Any],
     ) -> None:
-        self._model, self._limit = model, positions(model)
-        self._check_completions(max_new_tokens)
+        self._model = model
+        check_completion_length(model, max_new_tokens)
         if not hasattr(model, "generate"):
             raise OptionError(
                 f"{type(model).__name__} has no generate(); load it with AutoModelForCausalLM"
@@ -278,29 +278,10 @@ class Generator:
         Raises:
             DataError: Gives the model's limit.
         """
-        limit = self._limit
-        used = width if self._configured("is_encoder_decoder") else width + self.longest - 1
-        if limit is not None and used > limit:
-            raise DataError(
-                f"a prompt has {width} tokens, and with max_new_tokens={self.longest} that "
-                f"takes {used} positions of the model's {limit}; shorten the prompts or the "
-                "completions"
-            )
-
-    def _check_completions(self, longest: int) -> None:
-        """Refuse completions that the decoder of an encoder-decoder has no positions for."""
-        limit = positions(self._model, are_written=True)
-        if self._configured("is_encoder_decoder") and limit is not None and longest > limit:
-            raise OptionError(
-                f"max_new_tokens={longest}, and the model's decoder has {limit} positions; choose "
-                f"1..{limit}"
-            )
-
-    def _configured(self, name: str) -> Any:
-        return getattr(getattr(self._model, "config", None), name, None)
+        check_prompt_length(self._model, width, self.longest)
 
     def _without_prompt(self, output: Tensor, prompt: Tensor) -> Tensor:
-        if self._configured("is_encoder_decoder"):
+        if is_encoder_decoder(self._model):
             return output[:, 1:]  # the token that starts the decoder
         width = prompt.shape[1]
         # peft's prompt tuning generates from embeddings, and then there is no prompt to leave out.

@@ -14,7 +14,7 @@ from zo_adapt import EvaluationOptions, MeZO, ParameterView, ZOConfig, minimize
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation import local
+from zo_adapt.evaluation.joint import measured
 from zo_adapt.evaluation.joint.measured import least_seconds, tokens_worth_joining
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.ranks.evaluator import RankEvaluator
@@ -76,7 +76,7 @@ def test_a_run_goes_by_what_was_measured(
     times: tuple[float, ...], together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = a_run(evaluation=EvaluationOptions(joint_rows="off", reuse_trunk="off"))
-    monkeypatch.setattr(local, "least_seconds", seconds_of(*times))
+    monkeypatch.setattr(measured, "least_seconds", seconds_of(*times))
     result, _ = a_run()
     assert (result.evaluation.candidates > 1) == together
     assert result.queries == expected.queries, "what was timed is no query"
@@ -89,9 +89,9 @@ def test_a_resumed_run_goes_on_with_the_same_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole.zot", tmp_path / "stopped.zot"
-    monkeypatch.setattr(local, "least_seconds", seconds_of(1, 1.2, 4))
+    monkeypatch.setattr(measured, "least_seconds", seconds_of(1, 1.2, 4))
     expected, there = a_run(trajectory=whole)
-    monkeypatch.setattr(local, "least_seconds", seconds_of(1, 1.2, 4))
+    monkeypatch.setattr(measured, "least_seconds", seconds_of(1, 1.2, 4))
 
     def stop(step: Any) -> None:
         if step.step == 2:
@@ -100,7 +100,7 @@ def test_a_resumed_run_goes_on_with_the_same_number(
     a_run(trajectory=stopped, callback=stop)
     state = read_state(stopped.with_name("stopped.zot.state"))
     assert state["run"]["joint_tokens"] > 0
-    monkeypatch.setattr(local, "least_seconds", seconds_of())  # no time is left to be taken
+    monkeypatch.setattr(measured, "least_seconds", seconds_of())  # no time is left to be taken
     result, view = a_run(trajectory=stopped, resume=True)
     assert result.history == expected.history
     assert view.hash() == there.hash()

@@ -16,8 +16,8 @@ from zo_adapt import StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
 from zo_adapt.evaluation.answers import Block, merged
 from zo_adapt.ranks import launched
-from zo_adapt.ranks.evaluator import shared_out
 from zo_adapt.ranks.replicas import checksum
+from zo_adapt.ranks.share import shared_out
 from zo_adapt.trajectory.file import Reader
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one start of the processes for all of them

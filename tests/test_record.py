@@ -12,7 +12,7 @@ from zo_adapt import MeZO, ParameterView, Shift, Term
 from zo_adapt.noise.entries import LOOK_BACK, Seeds
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Reader
-from zo_adapt.trajectory.playback import header_of
+from zo_adapt.trajectory.header import header_of
 from zo_adapt.trajectory.record import decoded, encoded
 from zo_adapt.trajectory.writer import Writer
 

@@ -19,7 +19,7 @@ from zo_adapt.evaluation.joint.along import AlongFactors
 from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
-from zo_adapt.evaluation.joint.measured import least_seconds, tokens_worth_joining
+from zo_adapt.evaluation.joint.measured import measured_tokens
 from zo_adapt.evaluation.later import made, made_of
 from zo_adapt.evaluation.objective import ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -67,14 +67,8 @@ class LocalEvaluator(CountingEvaluator):
         maximize: bool | None = None,
     ) -> None:
         options = options or EvaluationOptions()
-        super().__init__(
-            objective,
-            view,
-            options,
-            batch_size=batch_size,
-            max_queries=max_queries,
-            maximize=maximize,
-        )
+        limits = {"batch_size": batch_size, "max_queries": max_queries}
+        super().__init__(objective, view, options, **limits, maximize=maximize)
         found = trunk_for(view, options.reuse_trunk), graphs_for(self.objective, view, options)
         self.trunk = found[0] if isinstance(found[0], FrozenTrunk) else None
         self._graphs = found[1] if isinstance(found[1], Graphs) else None
@@ -157,23 +151,17 @@ class LocalEvaluator(CountingEvaluator):
         """
         self._joint.tokens = UNBOUNDED_TOKENS
         with gradients_off(), self.ready(), randomness_kept(self.view.model):
-            most = max((len(b.probes) for b in self._blocks(probes)), default=1)
-            batch = probes[0].batch
-
-            def seconds(count: int) -> float:
-                if self._graphs is not None:
-                    self._graphs.begin()
-                chosen = [Probe(probe.at, batch) for probe in probes[:count]]
-                block = Block(tuple(range(count)), self._parts(chosen[0]) if count == 1 else ())
-                return least_seconds(
-                    lambda: on_host([a.returned for a in self._asked_again(block, chosen)])
-                )
-
-            tokens = len(batch) * max(1, batch.width)
-            found = tokens_worth_joining(seconds, tokens, most) if most > 1 else None
+            most = max((len(block.probes) for block in self._blocks(probes)), default=1)
+            found = measured_tokens(self._call_together, probes, most) if most > 1 else None
         self._joint.tokens, self._joint.most = found, 1
-        if found is not None:
-            logger.info("candidates go together up to %d tokens, as was measured", found)
+
+    def _call_together(self, probes: Sequence[Probe]) -> None:
+        """Compute what the objective returns for probes in one forward, and wait for it."""
+        if self._graphs is not None:
+            self._graphs.begin()
+        parts = self._parts(probes[0]) if len(probes) == 1 else ()
+        block = Block(tuple(range(len(probes))), parts)
+        on_host([answer.returned for answer in self._asked_again(block, probes)])
 
     @property
     def plan(self) -> Plan:

@@ -8,10 +8,9 @@ from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
-from zo_adapt.evaluation.protocol import Evaluator, Measuring
+from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import (
     BOUND,
-    LEAST_SHARES,
     LIMITS,
     check_budget,
     check_settings,
@@ -19,7 +18,7 @@ from zo_adapt.loops.resume import (
     share_as_begun,
     steps_until,
 )
-from zo_adapt.optimizers.first_order import FirstOrder
+from zo_adapt.loops.run_progress import RunProgress
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.ranks.group import Ranks
@@ -27,13 +26,14 @@ from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.ranks.replicas import check_settings_agree
 from zo_adapt.term import Shift, Step
 from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile
+from zo_adapt.trajectory.header import check_header, check_origin, header_of
 from zo_adapt.trajectory.owned_file import OwnedFile
-from zo_adapt.trajectory.playback import apply_checked, check_header, check_origin, header_of
+from zo_adapt.trajectory.playback import apply_checked
 from zo_adapt.trajectory.safe_file import as_json, read_state, remove_scratch, write_state
-from zo_adapt.trajectory.writer import Writer, check_terms_fit
+from zo_adapt.trajectory.writer import Writer
 
 
-class KeptRun:
+class KeptRun(RunProgress):
     """A run's state, and its trajectory.
 
     Where several processes share the run, rank 0 alone reads and writes files; the others are given
@@ -53,11 +53,8 @@ class KeptRun:
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
-        self.optimizer, self.evaluator = optimizer, evaluator
-        self.samples, self.budget, self.seed, self.ranks = samples, budget, seed, ranks
-        view = evaluator.view
-        samples.least_share = LEAST_SHARES[view.is_large and not view.has_factors]
-        self.steps = 0
+        super().__init__(optimizer, evaluator, samples)
+        self.budget, self.seed, self.ranks = budget, seed, ranks
         self.last: Step | None = None
         self.logged: list[Step] = []
         """Steps of the run that were made before this process; filled by resuming."""
@@ -73,59 +70,6 @@ class KeptRun:
     def is_first_rank(self) -> bool:
         """Whether this process writes and logs."""
         return self.ranks is None or self.ranks.is_first
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a run changes beside the weights, and the tensors of a first-order optimizer.
-
-        Raises:
-            OptionError: An optimizer of another origin, which cannot be kept.
-        """
-        if not isinstance(self.optimizer, ZerothOrder | FirstOrder):
-            raise OptionError(
-                f"a run of {type(self.optimizer).__name__} cannot be kept: it is no optimizer of "
-                "this package"
-            )
-        tokens = getattr(self.evaluator, "joint_tokens", None)
-        return {
-            "steps": self.steps,
-            "queries": self.evaluator.queries,
-            "positions": list(self.samples.positions.items()),
-            "optimizer": self.optimizer.state_dict(),
-            **({} if tokens is None else {"joint_tokens": tokens}),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the weights are restored apart."""
-        self.steps = state["steps"]
-        if isinstance(self.evaluator, Measuring):
-            self.evaluator.joint_tokens = state.get("joint_tokens")
-        self._go_back({**state, "positions": dict(state["positions"])})
-
-    def _progress(self) -> dict[str, Any]:
-        """All that a step changes before it is taken."""
-        own = isinstance(self.optimizer, ZerothOrder | FirstOrder)
-        return {
-            "queries": self.evaluator.queries,
-            "positions": dict(self.samples.positions),
-            "optimizer": self.optimizer.state_dict() if own else None,  # type: ignore[attr-defined]
-        }
-
-    def _go_back(self, before: Mapping[str, Any]) -> None:
-        self.evaluator.queries = before["queries"]
-        self.samples.positions = before["positions"]
-        if before["optimizer"] is not None:
-            self.optimizer.load_state_dict(before["optimizer"])  # type: ignore[attr-defined]
-
-    def _check_record(self) -> None:
-        """Refuse, before anything is evaluated, a step that no record can hold."""
-        if not isinstance(self.optimizer, ZerothOrder):
-            return
-        before = self._progress()
-        self.optimizer.propose(self.samples)
-        directions = len(self.optimizer.asked.seeds)
-        self._go_back(before)
-        moving = [group for group in self.evaluator.view.groups if group.perturbation_scale > 0]
-        check_terms_fit(directions * max(1, len(moving)))
 
     def log_to(self, path: Path, settings: Mapping[str, Any], at: Position | None = None) -> None:
         """Append every further step to a file, begun anew or from a place on.
@@ -215,15 +159,12 @@ class KeptRun:
     def _follow(self, data: bytes) -> None:
         """Go on from what rank 0 has read."""
         text, _, content = data.partition(b"\n")
-        state, view = json.loads(text), self.evaluator.view
+        state = json.loads(text)
         with tempfile.TemporaryDirectory(prefix="zo_adapt-") as folder:
             path = Path(folder) / "trajectory.zot"
             path.write_bytes(content)
             reader = Reader(path)
-            check_header(view, reader.header, path)
-            view.leave_at_rest(reader.header.get("at_rest", ()))
-            self.evaluator.memory = reader.header["settings"].get("memory")
-            share_as_begun(self.samples, reader.header["settings"])
+            self._as_begun(reader)
             self.logged = steps_until(reader, Position(*state["position"]))
         self.load_state_dict(state["run"])
 
@@ -276,14 +217,18 @@ class KeptRun:
         )
         self._save_state()
 
-    def _resume(self, owned: OwnedFile, settings: Mapping[str, Any]) -> None:
-        view, path = self.evaluator.view, owned.path
-        reader = Reader(path)
-        check_header(view, reader.header, path)
+    def _as_begun(self, reader: Reader) -> Mapping[str, Any]:
+        """Evaluate as the run that is gone on with; the settings that follow from the file."""
+        view, begun = self.evaluator.view, reader.header["settings"]
+        check_header(view, reader.header, reader.path)
         view.leave_at_rest(reader.header.get("at_rest", ()))
-        begun = reader.header["settings"]
-        check_settings(path, begun, {**settings, **share_as_begun(self.samples, begun)})
         self.evaluator.memory = begun.get("memory")  # whatever there is here: the same bits
+        return share_as_begun(self.samples, begun)
+
+    def _resume(self, owned: OwnedFile, settings: Mapping[str, Any]) -> None:
+        path, reader = owned.path, Reader(owned.path)
+        begun, shares = reader.header["settings"], self._as_begun(reader)
+        check_settings(path, begun, {**settings, **shares})
         state = read_state(self._file.state)  # type: ignore[union-attr]
         budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})
         check_budget(path, budget, self.budget)

@@ -12,7 +12,7 @@ from torch import Tensor
 from zo_adapt.noise import philox
 from zo_adapt.noise.low_rank import Matrices
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
-from zo_adapt.noise.triton_accumulate import TRITON_DTYPES, fields, gaussian, quantile_table
+from zo_adapt.noise.triton_numbers import TRITON_DTYPES, fields, gaussian, quantile_table
 
 DRAWN = 1024
 """Entries of factors that one program draws; a multiple of the entries of a block."""

@@ -9,7 +9,7 @@ from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import arithmetic
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
-from zo_adapt.noise.triton_accumulate import TRITON_DTYPES, quantile_table, summed
+from zo_adapt.noise.triton_numbers import TRITON_DTYPES, quantile_table, summed
 
 BLOCK = 512
 """Elements of one program of one warp; a multiple of every noise's elements per block."""

@@ -17,13 +17,9 @@ from zo_adapt.noise.accumulate import Place, arithmetic
 from zo_adapt.noise.entries import ROUNDING_STREAM
 from zo_adapt.noise.low_rank import Matrices, Rectangle, rectangle_of, scale
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
-from zo_adapt.noise.triton_accumulate import (
-    TRITON_DTYPES,
-    OnCUDA,
-    fields_of,
-    rounded,
-)
+from zo_adapt.noise.triton_accumulate import OnCUDA
 from zo_adapt.noise.triton_factors import FactorsDrawn, keep
+from zo_adapt.noise.triton_numbers import TRITON_DTYPES, fields_of, rounded
 
 ROWS, COLUMNS = 32, 128
 """Of a tile."""

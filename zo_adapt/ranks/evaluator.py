@@ -7,16 +7,15 @@ in one exchange a step.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from zo_adapt.errors import OptionError, ReplicaError
-from zo_adapt.evaluation.answers import Block, evaluations, merged
+from zo_adapt.evaluation.answers import evaluations
 from zo_adapt.evaluation.failures import OnNonFinite
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -26,6 +25,7 @@ from zo_adapt.ranks.carried_errors import carried
 from zo_adapt.ranks.group import COMPARED, EVALUATED, FAILED, FINE, Message, Ranks
 from zo_adapt.ranks.launched import warn_of_shared_gpu
 from zo_adapt.ranks.replicas import check_weights, checksums, short_hash
+from zo_adapt.ranks.share import Share, Whole
 from zo_adapt.ranks.values import Values
 
 ROUNDING = 1e-2
@@ -123,7 +123,7 @@ class RankEvaluator:
         self._local.reserve(sum(len(probe.batch) for probe in probes))
         number, self._number = self._number, self._number + 1
         compares = number % self._ranks.check_every == 0
-        kind = _All if self._together else _Share
+        kind = Whole if self._together else Share
         share = kind(self._local, self._ranks, number, compares)
         failed: Exception | None = None
         try:
@@ -206,81 +206,6 @@ def shared(local: Evaluator, ranks: Ranks | None) -> Evaluator:
     return RankEvaluator(local, ranks)
 
 
-class _Share:
-    """What this rank computes of one step.
-
-    Args:
-        local: Evaluates.
-        ranks: Who shares.
-        number: Of the evaluation.
-        compares: Compute the last block as well, whoever else does, to compare its values. It comes
-            after the others, when what draws at random has drawn for other rows on every rank.
-
-    Attributes:
-        at: Where it is, as a number that grows in the order in which one process would go: so that
-            of several errors the first is known.
-    """
-
-    def __init__(self, local: LocalEvaluator, ranks: Ranks, number: int, compares: bool) -> None:
-        self._local, self._ranks, self._number = local, ranks, number
-        self._compares = compares
-        self._all: list[Block] = []
-        self._owns_last = False
-        self.at = 0
-
-    def computed(self, probes: Sequence[Probe]) -> Values:
-        """The answers to this rank's blocks."""
-        answers = []
-        chosen = partial(self._chosen, probes=probes)
-        for answer in self._local.answers(probes, chosen, self._note):
-            self.at = len(self._all) + answer.probe
-            answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
-        if not self._compares or not self._all:
-            return Values(np.empty(0), answers)
-        last = [answer for answer in answers if self._all[-1].holds(answer)]
-        if not self._owns_last:
-            answers = [answer for answer in answers if not self._all[-1].holds(answer)]
-        return Values(np.concatenate([np.ravel(answer.returned) for answer in last]), answers)
-
-    def _note(self, block: Block) -> None:
-        self.at = self._all.index(block.split()[0])
-
-    def _chosen(self, blocks: list[Block], probes: Sequence[Probe]) -> Iterator[Block]:
-        self._all = [part for block in blocks for part in block.split()]
-        for block in self._shared_out(probes):
-            self._owns_last |= block.split()[-1] == self._all[-1]
-            yield block
-        if self._compares and self._all and not self._owns_last:
-            yield self._all[-1]
-
-    def _shared_out(self, probes: Sequence[Probe]) -> Iterator[Block]:
-        """This rank's blocks: from the queue, or its part of the row."""
-        if self._local.objective.uneven:
-            numbers = self._ranks.queue(self._number)
-            while (number := next(numbers)) < len(self._all):
-                yield self._all[number]
-            return
-        rows = [self._local.rows_of(block, probes) for block in self._all]
-        owners = shared_out(rows, self._ranks.size)
-        yield from merged(
-            [b for b, rank in zip(self._all, owners, strict=True) if rank == self._ranks.rank]
-        )
-
-
-class _All(_Share):
-    """What every rank computes of one step where the model lies in parts on all of them."""
-
-    def computed(self, probes: Sequence[Probe]) -> Values:
-        """The answers, to be compared; those of rank 0 are used."""
-        answers = []
-        for answer in self._local.answers(probes):
-            self.at = answer.probe
-            answers.append(answer.checked(finite=self._local.on_nonfinite == "stop"))
-        compared = [np.ravel(answer.returned) for answer in answers]
-        own = answers if self._ranks.is_first else []
-        return Values(np.concatenate(compared) if compared else np.empty(0), own)
-
-
 def _asked(probes: Sequence[Probe]) -> int:
     """A checksum of points and rows."""
     total = 0
@@ -300,25 +225,3 @@ def _unlike(rank: int, theirs: np.ndarray, first: np.ndarray) -> str:
         "or its collate function draws at random (draw from a generator that the examples seed), "
         "reads other data or other weights, or the ranks compute on devices of different kinds"
     )
-
-
-def shared_out(rows: Sequence[int], ranks: int) -> list[int]:
-    """The rank that computes each block: neighbours stay together, and rows are about even.
-
-    Args:
-        rows: Of each block.
-        ranks: How many there are.
-
-    Example:
-        >>> shared_out([8, 8, 8, 8, 8, 8], 3)
-        [0, 0, 1, 1, 2, 2]
-        >>> shared_out([8, 8], 3)
-        [0, 1]
-    """
-    if len(rows) <= ranks:
-        return list(range(len(rows)))
-    total, before, owners = sum(rows), 0, []
-    for count in rows:
-        owners.append((2 * before + count) * ranks // (2 * total))
-        before += count
-    return owners

@@ -8,7 +8,8 @@ from zo_adapt.errors import TrajectoryError
 from zo_adapt.options import positive, positive_or_none
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Reader
-from zo_adapt.trajectory.playback import apply_checked, check_header
+from zo_adapt.trajectory.header import check_header
+from zo_adapt.trajectory.playback import apply_checked
 from zo_adapt.view.parameters import ParameterView
 
 

@@ -1,9 +1,14 @@
 """Up to how many tokens one more candidate in a forward is cheaper than a forward of its own."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+
+from zo_adapt.evaluation.protocol import Probe
+
+logger = logging.getLogger(__name__)
 
 PAYS = 0.8
 """Share of a forward of its own that one more candidate may cost."""
@@ -39,6 +44,26 @@ def tokens_worth_joining(seconds: Callable[[int], float], tokens: int, most: int
             break
         count, before = 2 * count, now
     return count * tokens
+
+
+def measured_tokens(
+    call: Callable[[Sequence[Probe]], None], probes: Sequence[Probe], most: int
+) -> int:
+    """The tokens up to which this machine is faster with candidates together.
+
+    Args:
+        call: Computes probes in one forward and waits for the end.
+        probes: Of a step. All are asked about the rows of the first.
+        most: Of them that there is room for.
+    """
+    batch = probes[0].batch
+    alike = [Probe(probe.at, batch) for probe in probes]
+    tokens = len(batch) * max(1, batch.width)
+    found = tokens_worth_joining(
+        lambda count: least_seconds(lambda: call(alike[:count])), tokens, most
+    )
+    logger.info("candidates go together up to %d tokens, as was measured", found)
+    return found
 
 
 def least_seconds(work: Callable[[], object]) -> float:
