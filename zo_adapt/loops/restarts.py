@@ -13,7 +13,8 @@ import numpy as np
 
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.failures import Failures, is_failed_simulation
-from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best, number
+from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best
+from zo_adapt.loops.given_losses import number
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.term import MEASUREMENT
