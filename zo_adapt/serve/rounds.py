@@ -64,12 +64,13 @@ def ask(server: ServedModel, asked: Sequence[tuple[str, Question]]) -> list[Any]
         found: Any
         if kind == "score":
             found = server.score(names, texts, starts=numbers, others=option)
-            _check_scores(found, texts)
+            check_scores(found, texts)
         elif kind == "choose":
             found = server.choose(names, texts, option)
+            check_choices(found, len(texts), option)
         else:
             found = server.generate(names, texts, option, numbers or None)
-            _check_lengths(found, option.max_new_tokens)
+            _check_written(found, option.max_new_tokens)
         _check_count(len(found), len(texts))
         first = 0
         for index in indices:
@@ -84,8 +85,14 @@ def _check_count(found: int, asked: int) -> None:
         raise ServedModelError(f"the server gave {found} answers to {asked} texts; ask its makers")
 
 
-def _check_scores(found: Sequence[Scores], texts: Texts) -> None:
-    for one, text in zip(found, texts, strict=False):
+def check_scores(found: Sequence[Scores], texts: Texts) -> None:
+    """Refuse what are no log-probabilities of these texts' tokens.
+
+    Raises:
+        ServerReplyError: Of another number of texts or tokens, or above 0.
+    """
+    _check_count(len(found), len(texts))
+    for one, text in zip(found, texts, strict=True):
         if len(one.log_probs) != len(text):
             raise ServerReplyError(
                 f"the server gave {len(one.log_probs)} scores of {len(text)} tokens; ask its makers"
@@ -97,7 +104,30 @@ def _check_scores(found: Sequence[Scores], texts: Texts) -> None:
             )
 
 
-def _check_lengths(found: Sequence[Sequence[int]], most: int) -> None:
+def check_choices(found: np.ndarray, texts: int, choices: Sequence[int]) -> None:
+    """Refuse what are no log-probabilities of different tokens in one place.
+
+    Raises:
+        ServerReplyError: Too few, one above 0, or more than 1 in sum; NaN is left to the run.
+    """
+    if np.shape(found) != (texts, len(choices)):
+        raise ServerReplyError(
+            f"the server gave log-probabilities of shape {np.shape(found)} for {len(choices)} next "
+            f"tokens after {texts} texts"
+        )
+    _, different = np.unique(choices, return_index=True)
+    with np.errstate(invalid="ignore"):
+        whole = np.logaddexp.reduce(found[:, different], axis=1)
+    if (whole > ABOVE_ZERO).any():  # never so of NaN
+        raise ServerReplyError(
+            "the server gave log-probabilities of next tokens above 0, or of more than 1 in sum: "
+            "these are other numbers"
+        )
+
+
+def _check_written(found: Sequence[Sequence[int]], most: int) -> None:
+    if any(token < 0 for ids in found for token in ids):
+        raise ServerReplyError("the server wrote tokens below 0: these are other numbers")
     longest = max(map(len, found), default=0)
     if longest > most:
         raise ServerReplyError(

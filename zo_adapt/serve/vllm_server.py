@@ -16,8 +16,10 @@ from zo_adapt.serve.http import Connection
 from zo_adapt.serve.loaded_adapters import LoadedAdapters
 from zo_adapt.serve.protocol import Candidate, Limits, Scores, ServedModel, Texts, Writing
 from zo_adapt.serve.replies import (
+    OF_VLLM,
     in_base64,
     next_of,
+    options_of,
     scores_of,
     token_ids_of,
     understood,
@@ -170,7 +172,7 @@ class VLLMServer(ServedModel):
             "include_stop_str_in_output": True,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            **writing.more,
+            **options_of(writing, OF_VLLM),
         }
         draws = writing.temperature > 0
         # A seed belongs to a request: a text that is drawn has one of its own.
