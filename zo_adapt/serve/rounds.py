@@ -1,7 +1,7 @@
 """Objectives that ask a served model, called in rounds: all questions of a round at once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,6 +133,27 @@ def _check_written(found: Sequence[Sequence[int]], most: int) -> None:
         raise ServerReplyError(
             f"the server wrote {longest} tokens where at most {most} were asked for; ask its makers"
         )
+
+
+@contextmanager
+def unloading(server: ServedModel, names: Sequence[str]) -> Iterator[None]:
+    """Afterwards the adapters of these names are gone; names may still be added inside.
+
+    Args:
+        server: Where they are loaded.
+        names: Of the adapters.
+
+    Raises:
+        ServedModelError: They are not unloaded. After another error, that one is raised.
+    """
+    try:
+        yield
+    except BaseException:
+        # The server's last words are in the error; what it says on the way out hides nothing.
+        with suppress(ServedModelError):
+            server.unload(names)
+        raise
+    server.unload(names)
 
 
 class AtOnce:
