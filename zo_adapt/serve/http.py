@@ -176,16 +176,16 @@ def checked_url(url: str, remote: bool) -> str:
     """
     try:
         parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
     except (AttributeError, TypeError, ValueError):  # brackets, or a port beyond 65535
-        is_address = False
-    if not is_address:
+        host = None
+    if not host:
         raise OptionError(f"url={url!r}; give an address such as 'http://127.0.0.1:8000'")
     if parts.username or parts.password:
         raise OptionError(f"the url holds a password; put a token into the variable {TOKEN}")
     if parts.query or parts.fragment:
         raise OptionError(f"the url has more than a path; put a token into the variable {TOKEN}")
-    if not remote and not _is_here(parts.hostname):
+    if not remote and not _is_here(host):
         raise OptionError(
             f"url={url!r} is not of this machine; adapters and texts would be sent there: pass "
             "remote=True if that is meant"
