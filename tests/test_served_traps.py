@@ -314,13 +314,16 @@ class TestToken:
         "http://2130706433",
         "http://[::ffff:8.8.8.8]:8000",
         "http://192.168.0.1:8000",
+        "ftp://me:secret@127.0.0.1",
+        "http://me:secret@127.0.0.1:port",
         "",
         None,
     ],
 )
 def test_what_is_no_address_of_this_machine(url: Any) -> None:
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError) as raised:
         VLLMServer(url)
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "hollow"])

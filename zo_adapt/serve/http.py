@@ -180,7 +180,8 @@ def checked_url(url: str, remote: bool) -> str:
     except (AttributeError, TypeError, ValueError):  # brackets, or a port beyond 65535
         host = None
     if not host:
-        raise OptionError(f"url={url!r}; give an address such as 'http://127.0.0.1:8000'")
+        said = "the url, with what may be a password" if "@" in str(url) else f"url={url!r}"
+        raise OptionError(f"{said}, is none; give an address such as 'http://127.0.0.1:8000'")
     if parts.username or parts.password:
         raise OptionError(f"the url holds a password; put a token into the variable {TOKEN}")
     if parts.query or parts.fragment:
