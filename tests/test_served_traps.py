@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from zo_adapt import (
     ParameterView,
     ServedEvaluator,
     VLLMServer,
+    ZOConfig,
+    ZOTrainer,
     minimize,
     served_lora,
 )
@@ -267,6 +270,38 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(fake: Fake, tmp_path: Path)
     assert fake.loaded  # of the client that is dead
     assert whole("killed") == whole("whole")
     assert not fake.loaded and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_trainer_goes_on_from_a_checkpoint(
+    fake: Fake, connected: Connect, tmp_path: Path
+) -> None:
+    def trained(folder: str, resume: str | None = None) -> str:
+        model = hollow()
+        settings: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        args = ZOConfig(
+            str(tmp_path / folder),
+            max_steps=4,
+            save_steps=2,
+            optimizer="mezo",
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            **settings,
+        )
+        trainer = ZOTrainer(
+            model,
+            args,
+            train_dataset=texts(),
+            objective=CausalLMLoss(model),
+            evaluator=ServedEvaluator(connected()),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert not fake.loaded
+        return ParameterView.trainable(model).hash()
+
+    whole = trained("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    assert trained("again", str(tmp_path / "again" / "checkpoint-2")) == whole
 
 
 class TestToken:
