@@ -12,7 +12,7 @@ and a sum whose parts pull in opposite ways (``loss + reward``) is an error.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Real
@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from objectives._part_values import joined, values_of
 from objectives._shared import shared_forwards
-from zo_adapt.errors import DataError, ObjectiveError, OptionError
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.later import Made, made, made_of
 from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective
 
@@ -122,7 +123,7 @@ class Mixture(Mixable, Objective):
         with shared_forwards():
             batches = self._batches(batch)
             returned = [part(one) for (_, part), one in zip(self.parts, batches, strict=True)]
-        return self._sum([_values(value) for value in returned])
+        return self._sum([values_of(value) for value in returned])
 
     def _sum(self, values: Sequence[Tensor]) -> Tensor:
         if len({value.shape for value in values}) > 1 or values[0].dim() != 1:
@@ -192,7 +193,9 @@ class SetMixture(Mixture, SetObjective):
         """The sum, set-level parts scored once."""
         columns = list(zip(*predictions, strict=True))
         values = [
-            _values(part.score(list(column))) if isinstance(part, SetObjective) else _joined(column)
+            values_of(part.score(list(column)))
+            if isinstance(part, SetObjective)
+            else joined(column)
             for (_, part), column in zip(self.parts, columns, strict=True)
         ]
         return self._sum(values)
@@ -201,7 +204,7 @@ class SetMixture(Mixture, SetObjective):
 def _predicted(part: Objective, batch: Any) -> Any:
     if isinstance(part, SetObjective):
         return part.predict(batch)
-    return _values(part(batch)).detach(), batch
+    return values_of(part(batch)).detach(), batch
 
 
 def _begun(part: Objective, batch: Any) -> Any:
@@ -258,46 +261,6 @@ def _orientation(parts: Sequence[Part]) -> bool:
 def _name(part: Any) -> str:
     name: str = getattr(part, "__name__", type(part).__name__)
     return name
-
-
-def _values(returned: Any) -> Tensor:
-    """What a part returned, float64 on the CPU; what is not a number is left for the loop to say.
-
-    Raises:
-        ObjectiveError: It is not a number, or numbers.
-    """
-    try:
-        return torch.as_tensor(returned).to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ObjectiveError(
-            f"a part of the sum returned {type(returned).__name__}; it must return a float or one "
-            "per example"
-        ) from error
-
-
-def _joined(column: Sequence[tuple[Tensor, Any]]) -> Tensor:
-    """The values of all micro-batches, or their mean by rows where they are means already."""
-    values = [value for value, _ in column]
-    if all(value.dim() == 1 for value in values):
-        return torch.cat(values)
-    if len(values) == 1:
-        return values[0].mean()
-    rows = torch.tensor([_rows(batch) for _, batch in column], dtype=torch.float64)
-    return (torch.stack([value.mean() for value in values]) * rows).sum() / rows.sum()
-
-
-def _rows(batch: Any) -> int:
-    if isinstance(batch, Mapping):
-        return _rows(next(iter(batch.values()), None))
-    # A batch of a class of its own (queries with their documents) knows its rows.
-    if type(batch) is tuple:
-        return _rows(batch[0])
-    if not hasattr(batch, "__len__"):
-        raise DataError(
-            f"a part of the sum gives one number for a whole {type(batch).__name__}, whose rows "
-            "cannot be counted to weight it; return one value per example"
-        )
-    return len(batch)
 
 
 def _equal(one: Any, other: Any) -> bool:

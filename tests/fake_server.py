@@ -47,6 +47,10 @@ class Faults:
             "cut": half of the answer.
         refuses: Every load is refused, with these words.
         keeps: It does not unload.
+        lists: Unloaded adapters are still listed.
+        uneven: An adapter has so much more effect than the one loaded before it.
+        of_its_own: What any adapter adds to the logits of even tokens.
+        echoes: Every request is refused, by what it was sent.
         spins: After a refused load every completion takes so many seconds.
         caches: Texts of so many tokens are answered from a cache that knows no adapters; 0: none.
         replicas: Requests go to one after the other, and each knows the adapters it was sent.
@@ -72,6 +76,10 @@ class Faults:
     lies: str = ""
     refuses: str = ""
     keeps: bool = False
+    lists: bool = False
+    uneven: float = 0.0
+    of_its_own: float = 0.0
+    echoes: int = 0
     spins: float = 0.0
     caches: int = 0
     replicas: int = 1
@@ -136,11 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        adapters = [{"id": name, "parent": "toy"} for name in self.fake.loaded]
+        listed = [*self.fake.loaded, *(self.fake.forgotten if self.fake.faults.lists else ())]
+        adapters = [{"id": name, "parent": "toy"} for name in listed]
         positions = self.fake.faults.positions
         names = ("toy", *self.fake.faults.aliases)
         bases = [{"id": name, "max_model_len": positions, "parent": None} for name in names]
-        self._reply(200, {"data": [*bases, *adapters]})
+        self._answered(200, {"data": [*bases, *adapters]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -157,7 +166,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(2)
             return
-        self._reply(*answer)
+        self._answered(*answer)
+
+    def _answered(self, status: int, content: Any) -> None:
+        if refusal := self.fake.faults.echoes:
+            said = f"not with {self.headers.get('Authorization')}"
+            self._reply(refusal, {"error": {"message": said}})
+        else:
+            self._reply(status, content)
 
     def _answer(self, body: Any) -> tuple[int, Any]:
         if self.path.endswith("load_lora_adapter") and "unload" not in self.path:
@@ -182,7 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_dir():
             return 404, {"error": {"message": f"no lora_path {path}"}}
         fake.modes.append(path.stat().st_mode & 0o777)
-        found = folded(path, faults.leaves_out)
+        found = folded(path, faults.leaves_out) * (1 + faults.uneven * len(fake.ever))
+        found[:, ::2] += faults.of_its_own
         fake.first = found if fake.first is None else fake.first
         fake.place[name] = len(fake.requests) % faults.replicas
         fake.loaded[name] = fake.first if faults.stale else found
@@ -269,13 +286,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _choice(self, index: int, text: list[int], logs: np.ndarray, body: Any) -> dict[str, Any]:
         lies = self.fake.faults.lies
+        said = {"positive": 0.5, "nan": float("nan"), "null": None, "words": "likely"}
         entries: list[Any] = [None]
         for last, token in pairwise(text):
             row = logs[last]
             tokens = {token, *np.argsort(-row)[: body.get("prompt_logprobs", 0)].tolist()}
             if lies == "tokens":
                 tokens = {(token + 1) % VOCABULARY}
-            said = {"positive": 0.5, "nan": float("nan"), "null": None, "words": "likely"}
             entries.append(
                 {str(t): {"logprob": said[lies] if lies in said else float(row[t])} for t in tokens}
             )
@@ -288,10 +305,17 @@ class _Handler(BaseHTTPRequestHandler):
             written.append(token)
             if token in body.get("stop_token_ids", []):
                 break
+        if lies in ("words", "null"):
+            written = [said[lies]]
+        elif lies == "positive":  # for tokens that is a number below 0
+            written = [-5]
         found: dict[str, Any] = {"index": index, "token_ids": written, "text": ""}
         if "logprob_token_ids" in body and not self.fake.faults.old:
             row = logs[text[-1]]
-            tops = {f"token_id:{token}": float(row[token]) for token in body["logprob_token_ids"]}
+            tops = {
+                f"token_id:{token}": said[lies] if lies in said else float(row[token])
+                for token in body["logprob_token_ids"]
+            }
             found["logprobs"] = {"top_logprobs": [tops]}
         if "prompt_logprobs" in body:
             found["prompt_logprobs"] = entries

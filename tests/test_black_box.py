@@ -527,6 +527,18 @@ class TestScipy:
             ends.append(found.x)
         assert not np.array_equal(*ends) and abs(ends[1] - [1.0, 70.0])[0] < 0.1
 
+    @pytest.mark.parametrize("maxiter, restarts", [(1, 2), (4, 2), (7, 1), (9, 0)])
+    def test_restarts_share_the_steps(self, maxiter: int, restarts: int) -> None:
+        method = scipy_method("mezo", maxiter=maxiter, lr=1e-2, restarts=restarts)
+        found = minimize(bowl, np.zeros(3), method=method)
+        assert found.nit == maxiter and found.success
+
+    @pytest.mark.parametrize("maxfev", [30, 100, 101])
+    def test_restarts_leave_no_step_of_calls_unused(self, maxfev: int) -> None:
+        method = scipy_method("mezo", maxfev=maxfev, lr=1e-2, restarts=2)
+        found = minimize(bowl, np.zeros(3), method=method)
+        assert maxfev - 10 < found.nfev <= maxfev
+
     def test_workers(self) -> None:
         ends = []
         for workers in (1, 2, map):

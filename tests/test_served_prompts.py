@@ -128,6 +128,17 @@ class TestMixture:
                 raise AssertionError("not reached")
             assert not fake.ever
 
+    def test_a_server_that_dies_inside_hides_no_error(self, tmp_path: Path) -> None:
+        mixture = AdapterMixture([saved(tmp_path / "a", 1)])
+        with fake_server() as fake, VLLMServer(fake.url, place=tmp_path) as server:
+            with (
+                pytest.raises(ZeroDivisionError),
+                mixture.answering(server, [1.0]),
+            ):
+                fake.faults.keeps = True
+                raise ZeroDivisionError
+            fake.faults.keeps = False
+
     @pytest.mark.parametrize(
         "options, said",
         [

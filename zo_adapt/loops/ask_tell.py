@@ -10,25 +10,15 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import NoData
-from zo_adapt.errors import (
-    NonFiniteObjectiveError,
-    ObjectiveError,
-    OptionError,
-    StepTooLargeError,
-)
-from zo_adapt.evaluation.failures import (
-    MOST_SKIPPED,
-    OnNonFinite,
-    checked_on_nonfinite,
-    tried,
-)
+from zo_adapt.errors import ObjectiveError, OptionError, StepTooLargeError
+from zo_adapt.evaluation.failures import OnNonFinite
 from zo_adapt.evaluation.places import OnePoint
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.evaluation.values import as_float64
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.arguments import check_optimizer
 from zo_adapt.loops.arrays import Form
 from zo_adapt.loops.box import Box, Units
+from zo_adapt.loops.given_losses import GivenLosses
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Budget, Progress
@@ -120,7 +110,6 @@ class AskTell:
         units: Units = None,
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
-        checked_on_nonfinite(on_nonfinite)
         check_optimizer(optimizer)
         if not isinstance(optimizer, ZerothOrder):
             raise OptionError(
@@ -135,11 +124,8 @@ class AskTell:
         self._optimizer.start(self._view, seed)
         self._samples = Samples(NoData(), None, seed)
         self._budget = Budget(max_steps, max_queries)
-        self._sign = -1.0 if maximize else 1.0
+        self._losses = GivenLosses(maximize=maximize, on_nonfinite=on_nonfinite)
         self._asked: list[Probe] = []
-        self._on_nonfinite = on_nonfinite
-        self._worst = -math.inf
-        self._skipped = 0
         self._sum: tuple[int, dict[str, Tensor]] = (0, {})
         self.best: Best | None = None
         self.queries = self.steps = 0
@@ -182,17 +168,23 @@ class AskTell:
             StepTooLargeError: The step would leave the range of the dtype. It is not made, and
                 the run ends with the variables as they were.
         """
-        evaluations = self._checked(values)
+        if not self._asked:
+            raise ObjectiveError("tell without ask; call ask() for the candidates first")
+        losses = self._losses.of(
+            values,
+            len(self._asked),
+            measuring=self._optimizer.is_measuring,
+            first=self.best is None,
+        )
         with uninterrupted():  # the optimizer, the counts and the variables are those of one step
-            return self._taken(evaluations)
+            return self._taken(losses)
 
-    def _taken(self, evaluations: Sequence[Evaluation]) -> Step:
+    def _taken(self, losses: Sequence[float]) -> Step:
         """The step that follows from values, made."""
-        self._note(evaluations)
-        if self._on_nonfinite == "skip" and not self._optimizer.is_measuring:
-            bad = [e.value for e in evaluations if not math.isfinite(e.value)]
-            if bad:
-                return self._skip(len(evaluations), bad[0])
+        self._note(losses)
+        if self._losses.gives_up(losses, measuring=self._optimizer.is_measuring):
+            return self._skipped(len(losses))
+        evaluations = [Evaluation(loss) for loss in losses]
         done = self._budget.used(self.steps, self.queries)
         self.queries += len(evaluations)
         share = self._budget.used(self.steps + 1, self.queries) - done
@@ -205,10 +197,11 @@ class AskTell:
             self.stop_reason = StopReason.STEP_TOO_LARGE
             raise
         self.steps += step.kind != MEASUREMENT
-        self._skipped = 0
         if step.kind != MEASUREMENT and self._budget.used(self.steps, self.queries) > AVERAGED:
             self._average()
-        step = step._replace(step=self.steps, queries=self.queries, value=self._sign * step.value)
+        step = step._replace(
+            step=self.steps, queries=self.queries, value=self._losses.sign * step.value
+        )
         return step.brief()
 
     def _next(self) -> list[Probe]:
@@ -229,84 +222,20 @@ class AskTell:
         with OnePoint(self._view, probe.at).entered():
             return self._form.filled(self._box.outer(self._view.tensors))
 
-    def _skip(self, candidates: int, bad: float) -> Step:
-        """Give a step up; its candidates count, and others are asked about next."""
-        if self._skipped == MOST_SKIPPED:
-            raise NonFiniteObjectiveError(
-                f"{MOST_SKIPPED} steps in a row had a value such as {bad}; start nearer to where "
-                "the function has values, or give bounds"
-            )
-        self._skipped += 1
+    def _skipped(self, candidates: int) -> Step:
+        """A step that is given up; its candidates count, and others are asked about next."""
         self.queries += candidates
         self._asked = []
         return Step(self.steps, self.queries, math.nan, 0.0, math.nan, kind=SKIPPED)
 
-    def _note(self, evaluations: Sequence[Evaluation]) -> None:
-        """Keep the worst value and the best candidate."""
-        values = [e.value for e in evaluations]
-        finite = [value for value in values if math.isfinite(value)]
-        if not finite:
-            return
-        self._worst = max(finite)
-        least = min(finite)
-        if self.best is None or least < self._sign * self.best.value:
-            found = self._candidate(self._asked[values.index(least)])
-            self.best = Best(found, self._sign * least)
+    def _note(self, losses: Sequence[float]) -> None:
+        """Keep the best candidate."""
+        least = min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+        if least < (math.inf if self.best is None else self._losses.sign * self.best.value):
+            found = self._candidate(self._asked[losses.index(least)])
+            self.best = Best(found, self._losses.sign * least)
 
     def _average(self) -> None:
         count, sums = self._sum
         now = {n: t.double() for n, t in self._box.outer(self._view.tensors).items()}
         self._sum = count + 1, {n: t + sums.get(n, 0.0) for n, t in now.items()}
-
-    def _number(self, value: Any) -> float:
-        """A value as one float; NaN where a simulation had none and that is no reason to stop."""
-        failed = value is None or isinstance(value, Exception)
-        return math.nan if failed and self._on_nonfinite != "stop" else number(value)
-
-    def _checked(self, values: Any) -> list[Evaluation]:
-        if not self._asked:
-            raise ObjectiveError("tell without ask; call ask() for the candidates first")
-        is_text = isinstance(values, str | bytes | bytearray | memoryview)
-        is_list = isinstance(values, Sequence | np.ndarray | Tensor) and not is_text
-        if not is_list or getattr(values, "ndim", 1) == 0:
-            raise ObjectiveError(
-                f"tell({values!r:.80}); give a list of one number for each candidate"
-            )
-        errors = [value for value in values if isinstance(value, Exception)]
-        if len(errors) == len(self._asked) and self.best is None and self._on_nonfinite != "stop":
-            raise NonFiniteObjectiveError(
-                f"the function raised an error at every candidate, the last {errors[-1]!r:.120}"
-            ) from errors[-1]
-        numbers = np.array([self._number(value) for value in values])
-        if len(numbers) != len(self._asked):
-            raise ObjectiveError(
-                f"{len(numbers)} values for {len(self._asked)} candidates; give one for each"
-            )
-        is_bad = ~np.isfinite(numbers)
-        own = self._sign * numbers[~is_bad]
-        worst = float(own.max()) if own.size else self._worst
-        # A measurement is not given up for one bad value: how far steps may go would be cut by it.
-        way = tried(self._on_nonfinite, self._skipped if own.size else 0)
-        fills = way == "worst" or self._optimizer.is_measuring
-        if way != "stop" and fills and math.isfinite(worst):
-            numbers[is_bad] = self._sign * worst
-        elif self._optimizer.is_measuring:
-            numbers[is_bad] = math.nan  # differences of infinities would warn
-        elif is_bad.any() and self._on_nonfinite != "skip":
-            first = int(np.flatnonzero(is_bad)[0])
-            raise NonFiniteObjectiveError(
-                f"value {first} is {numbers[first]}; tell finite values for the same candidates"
-            )
-        return [Evaluation(float(self._sign * number)) for number in numbers]
-
-
-def number(value: Any) -> float:
-    """A value of the caller's function, as one float.
-
-    Raises:
-        ObjectiveError: It is not one number.
-    """
-    values = as_float64(value, "the value is", "that is not one number")
-    if values.size != 1:
-        raise ObjectiveError(f"the value {value!r:.80} is not one number")
-    return float(values.item())

@@ -13,7 +13,8 @@ import numpy as np
 
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.failures import Failures, is_failed_simulation
-from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best, number
+from zo_adapt.loops.ask_tell import SKIPPED, AskTell, Best
+from zo_adapt.loops.given_losses import number
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.term import MEASUREMENT
@@ -79,6 +80,8 @@ class Runs:
         """Run until the calls are used up, or something else than that ends a run."""
         start = np.asarray(x0, dtype=np.float64)
         for count in range(self._loop["restarts"] + 1):
+            if count and self._loop["maxiter"] == self.steps:
+                break
             asker = self._asker(start, count)
             reason = _run(asker, self._fun, self._mapping, notify)
             status, message = _outcome(asker, reason, self._loop["maxfev"])
@@ -96,15 +99,15 @@ class Runs:
 
     def _asker(self, start: np.ndarray, count: int) -> AskTell:
         steps, calls = self._loop["maxiter"], self._loop["maxfev"]
-        runs = self._loop["restarts"] + 1
+        runs = self._loop["restarts"] + 1 - count
         if steps is None and calls is None:
             calls = 1000 * start.size
         # One call of each run is left for fun at its last x.
         return AskTell(
             self._optimizer,
             start,
-            max_steps=None if steps is None else max(1, steps // runs),
-            max_queries=None if calls is None else max(0, calls // runs - 1),
+            max_steps=None if steps is None else max(1, (steps - self.steps) // runs),
+            max_queries=None if calls is None else max(0, (calls - self._fun.calls) // runs - 1),
             seed=self._loop["seed"] + count,
             noise=self._loop["noise"],
             bounds=self._bounds,

@@ -6,12 +6,12 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Self
 
 from zo_adapt.data.sources import Source
-from zo_adapt.errors import NotServableError, ServedModelError
+from zo_adapt.errors import NotServableError
 from zo_adapt.evaluation.answers import Answer, CountingEvaluator, evaluations
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -23,7 +23,7 @@ from zo_adapt.serve.adapter import ServedAdapter
 from zo_adapt.serve.asking import Answers, answering
 from zo_adapt.serve.protocol import Candidate, ServedModel, Tuned
 from zo_adapt.serve.report import Report
-from zo_adapt.serve.rounds import AtOnce, Task, answered, first_question
+from zo_adapt.serve.rounds import AtOnce, Task, answered, first_question, unloading
 from zo_adapt.serve.self_test import SelfTest
 from zo_adapt.serve.soft_prompt import SoftPrompt
 from zo_adapt.term import HERE, Shift
@@ -191,17 +191,11 @@ class ServedEvaluator(CountingEvaluator):
     def _loaded(self, points: Sequence[Shift], adapter: Tuned) -> Iterator[list[str]]:
         """Inside, the candidates are on the server, under the names given."""
         names: list[str] = []
-        try:
+        with unloading(self.server, names):
             for tensors in adapter.at(points):
                 names.append(self._names.new())
                 self.server.load(Candidate(names[-1], tensors), adapter.config)
             yield names
-        except BaseException:
-            # The server's last words are in the error; what it says on the way out hides nothing.
-            with suppress(ServedModelError):
-                self.server.unload(names)
-            raise
-        self.server.unload(names)
 
     def _adapter(self, view: ParameterView) -> Tuned:
         prompt = self._lora_config is None and view.is_soft_prompt

@@ -22,6 +22,7 @@ TOKEN = "ZO_ADAPT_SERVER_TOKEN"
 TRIES, FIRST_PAUSE, LONGEST_PAUSE = 6, 0.25, 4.0
 BUSY = frozenset({408, 425, 429, 502, 503, 504})
 """Answers after which the same request may well succeed."""
+DENIED = frozenset({401, 403})
 FAILED = 500
 """Of a question perhaps an accident; of a load it is a refusal."""
 LAST_WORDS = 300
@@ -34,20 +35,13 @@ class Reply(NamedTuple):
         status: Of HTTP.
         content: As JSON, or else as text.
         repeated: Whether the request had been sent before and its answer was lost.
+        words: What it says, in short, without the token.
     """
 
     status: int
     content: Any
     repeated: bool
-
-    @property
-    def words(self) -> str:
-        """What it says, in short."""
-        content = self.content
-        if isinstance(content, dict):
-            error = content.get("error", content)
-            content = error.get("message", error) if isinstance(error, dict) else error
-        return str(content)[:LAST_WORDS]
+    words: str
 
 
 class Connection:
@@ -69,11 +63,11 @@ class Connection:
     ) -> None:
         self.url = checked_url(url, remote)
         self._library = _library()
-        token = os.environ.get(TOKEN)
+        self._token = _token()
         self._client = self._library.Client(
             base_url=self.url,
             timeout=timeout,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
             trust_env=False,  # no proxy of the environment sees the texts
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="zo-serve")
@@ -105,7 +99,8 @@ class Connection:
             except self._library.TransportError as error:
                 trouble, lost = f"{error!r:.{LAST_WORDS}}", True
                 continue
-            reply = Reply(answer.status_code, _content(answer), lost)
+            status, content = answer.status_code, _content(answer)
+            reply = Reply(status, content, lost, self._words(status, content))
             if reply.status not in busy:
                 return reply
             words = f"its last words: {reply.status} {reply.words}"
@@ -157,6 +152,16 @@ class Connection:
             raise errors[0]
         return found
 
+    def _words(self, status: int, content: Any) -> str:
+        if isinstance(content, dict):
+            error = content.get("error", content)
+            content = error.get("message", error) if isinstance(error, dict) else error
+        said = str(content)
+        # Some say back what they were sent.
+        said = (said.replace(self._token, "***") if self._token else said)[:LAST_WORDS]
+        hint = f"; a server's token goes into the variable {TOKEN}" if status in DENIED else ""
+        return said + hint
+
     def close(self) -> None:
         """Close all connections."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -169,14 +174,19 @@ def checked_url(url: str, remote: bool) -> str:
     Raises:
         OptionError: It is none, holds a password or a query, or is of another machine.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise OptionError(f"url={url!r}; give an address such as 'http://127.0.0.1:8000'")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
+    except (AttributeError, TypeError, ValueError):  # brackets, or a port beyond 65535
+        host = None
+    if not host:
+        said = "the url, with what may be a password" if "@" in str(url) else f"url={url!r}"
+        raise OptionError(f"{said}, is none; give an address such as 'http://127.0.0.1:8000'")
     if parts.username or parts.password:
         raise OptionError(f"the url holds a password; put a token into the variable {TOKEN}")
     if parts.query or parts.fragment:
         raise OptionError(f"the url has more than a path; put a token into the variable {TOKEN}")
-    if not remote and not _is_here(parts.hostname):
+    if not remote and not _is_here(host):
         raise OptionError(
             f"url={url!r} is not of this machine; adapters and texts would be sent there: pass "
             "remote=True if that is meant"
@@ -214,3 +224,15 @@ def _content(answer: Any) -> Any:
         return answer.json()
     except ValueError:
         return answer.text
+
+
+def _token() -> str:
+    """The server's token; none is "".
+
+    Raises:
+        OptionError: It cannot be sent. What it is is not said.
+    """
+    token = os.environ.get(TOKEN, "").strip()  # of a file there is a line's end
+    if not (token.isascii() and token.isprintable()):
+        raise OptionError(f"the variable {TOKEN} holds characters that no header can; set it anew")
+    return token

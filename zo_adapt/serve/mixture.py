@@ -14,7 +14,7 @@ from zo_adapt.errors import NotServableError, OptionError
 from zo_adapt.serve.adapter import FEATURES, check_fits, features_of
 from zo_adapt.serve.evaluator import Names
 from zo_adapt.serve.protocol import Candidate, ServedModel
-from zo_adapt.serve.rounds import answered_by
+from zo_adapt.serve.rounds import answered_by, unloading
 
 _MIXABLE = frozenset({"head", "embeddings"})
 """Features of an adapter that its products alone say all of."""
@@ -97,12 +97,11 @@ class AdapterMixture:
         """
         check_fits(self.config, self.modules, self.rank, server.limits)
         name = self._names.new()
-        server.load(Candidate(name, self.at(weights)), self.config)
-        try:
+        tensors = self.at(weights)
+        with unloading(server, [name]):
+            server.load(Candidate(name, tensors), self.config)
             with answered_by(server, name):
                 yield
-        finally:
-            server.unload([name])
 
     def _joined(self, name: str, weights: Sequence[float]) -> Tensor:
         """One factor: those of the adapters along the rank, zeros where one is not on the layer."""

@@ -9,6 +9,7 @@ import numpy as np
 from zo_adapt.errors import NotServableError, ServerReplyError
 from zo_adapt.serve.http import Connection
 from zo_adapt.serve.protocol import BASE, Candidate, Limits, Scores, ServedModel, Texts, Writing
+from zo_adapt.serve.replies import options_of
 
 _TEXTS, _CHATS = "/v1/completions", "/v1/chat/completions"
 
@@ -99,7 +100,7 @@ class OpenAIServer(ServedModel):
             "max_tokens": writing.max_new_tokens,
             "temperature": writing.temperature,
             "top_p": writing.top_p,
-            **writing.more,
+            **options_of(writing, {}),
         }
         if writing.stops:
             asks["stop"] = list(writing.stops)

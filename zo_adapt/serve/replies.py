@@ -11,8 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import ServedModelError, ServerReplyError
-from zo_adapt.serve.protocol import Scores
+from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
+from zo_adapt.serve.protocol import Scores, Writing
+
+OF_VLLM = {
+    "repetition_penalty": "repetition_penalty",
+    "min_p": "min_p",
+    "min_new_tokens": "min_tokens",
+}
+"""Options of what is written that it knows, by transformers' names."""
+_USUAL = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "use_cache": True}
+
+
+def options_of(writing: Writing, known: Mapping[str, str]) -> dict[str, Any]:
+    """More options of what is written, by the server's names.
+
+    Args:
+        writing: What is asked for.
+        known: Those names, by transformers'.
+
+    Raises:
+        NotServableError: One that the server does not know: it would ignore it without a word.
+    """
+    given = {n: v for n, v in writing.more.items() if v is not None and v != _USUAL.get(n)}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise NotServableError(
+            f"this server knows no {unknown[0]} ({given[unknown[0]]!r:.40}); "
+            + (f"it knows {', '.join(sorted(known))}: " if known else "")
+            + "leave it out, or serve the model by PeftServer"
+        )
+    return {known[name]: value for name, value in given.items()}
 
 
 @contextmanager

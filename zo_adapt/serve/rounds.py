@@ -1,7 +1,7 @@
 """Objectives that ask a served model, called in rounds: all questions of a round at once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,12 +64,13 @@ def ask(server: ServedModel, asked: Sequence[tuple[str, Question]]) -> list[Any]
         found: Any
         if kind == "score":
             found = server.score(names, texts, starts=numbers, others=option)
-            _check_scores(found, texts)
+            check_scores(found, texts)
         elif kind == "choose":
             found = server.choose(names, texts, option)
+            check_choices(found, len(texts), option)
         else:
             found = server.generate(names, texts, option, numbers or None)
-            _check_lengths(found, option.max_new_tokens)
+            _check_written(found, option.max_new_tokens)
         _check_count(len(found), len(texts))
         first = 0
         for index in indices:
@@ -84,8 +85,14 @@ def _check_count(found: int, asked: int) -> None:
         raise ServedModelError(f"the server gave {found} answers to {asked} texts; ask its makers")
 
 
-def _check_scores(found: Sequence[Scores], texts: Texts) -> None:
-    for one, text in zip(found, texts, strict=False):
+def check_scores(found: Sequence[Scores], texts: Texts) -> None:
+    """Refuse what are no log-probabilities of these texts' tokens.
+
+    Raises:
+        ServerReplyError: Of another number of texts or tokens, or above 0.
+    """
+    _check_count(len(found), len(texts))
+    for one, text in zip(found, texts, strict=True):
         if len(one.log_probs) != len(text):
             raise ServerReplyError(
                 f"the server gave {len(one.log_probs)} scores of {len(text)} tokens; ask its makers"
@@ -97,12 +104,56 @@ def _check_scores(found: Sequence[Scores], texts: Texts) -> None:
             )
 
 
-def _check_lengths(found: Sequence[Sequence[int]], most: int) -> None:
+def check_choices(found: np.ndarray, texts: int, choices: Sequence[int]) -> None:
+    """Refuse what are no log-probabilities of different tokens in one place.
+
+    Raises:
+        ServerReplyError: Too few, one above 0, or more than 1 in sum; NaN is left to the run.
+    """
+    if np.shape(found) != (texts, len(choices)):
+        raise ServerReplyError(
+            f"the server gave log-probabilities of shape {np.shape(found)} for {len(choices)} next "
+            f"tokens after {texts} texts"
+        )
+    _, different = np.unique(choices, return_index=True)
+    with np.errstate(invalid="ignore"):
+        whole = np.logaddexp.reduce(found[:, different], axis=1)
+    if (whole > ABOVE_ZERO).any():  # never so of NaN
+        raise ServerReplyError(
+            "the server gave log-probabilities of next tokens above 0, or of more than 1 in sum: "
+            "these are other numbers"
+        )
+
+
+def _check_written(found: Sequence[Sequence[int]], most: int) -> None:
+    if any(token < 0 for ids in found for token in ids):
+        raise ServerReplyError("the server wrote tokens below 0: these are other numbers")
     longest = max(map(len, found), default=0)
     if longest > most:
         raise ServerReplyError(
             f"the server wrote {longest} tokens where at most {most} were asked for; ask its makers"
         )
+
+
+@contextmanager
+def unloading(server: ServedModel, names: Sequence[str]) -> Iterator[None]:
+    """Afterwards the adapters of these names are gone; names may still be added inside.
+
+    Args:
+        server: Where they are loaded.
+        names: Of the adapters.
+
+    Raises:
+        ServedModelError: They are not unloaded. After another error, that one is raised.
+    """
+    try:
+        yield
+    except BaseException:
+        # The server's last words are in the error; what it says on the way out hides nothing.
+        with suppress(ServedModelError):
+            server.unload(names)
+        raise
+    server.unload(names)
 
 
 class AtOnce:

@@ -20,6 +20,7 @@ from zo_adapt.evaluation.signal import LEAST, along, correlation, seeds
 from zo_adapt.serve.asking import Question
 from zo_adapt.serve.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
 from zo_adapt.serve.report import Report
+from zo_adapt.serve.rounds import check_choices, check_scores
 from zo_adapt.term import Shift
 from zo_adapt.view.precision import SHARE, finest_perturbation
 
@@ -79,8 +80,7 @@ class SelfTest:
             asks = self._server.limits.scores or self._choices
             return self._parts() if asks else self._of_writing()
         finally:
-            # What the server says on the way out hides nothing.
-            with suppress(ServedModelError):
+            with suppress(ServedModelError):  # the first error is the one that says something
                 self._server.unload(self._loaded)
 
     def _parts(self) -> Report:
@@ -229,7 +229,10 @@ class SelfTest:
         return name
 
     def _unload(self, names: Sequence[str]) -> None:
-        self._server.unload(names)
+        try:
+            self._server.unload(names)
+        except ServedModelError as error:
+            raise self._failed(6, f"an adapter cannot be unloaded ({error})") from error
         self._loaded = [name for name in self._loaded if name not in names]
 
     def _of(self, name: str) -> np.ndarray:
@@ -245,21 +248,20 @@ class SelfTest:
             found = self._ask(names, texts)
         except ServedModelError as error:
             raise self._failed(part, f"a text cannot be scored ({error})") from error
-        if self._choices:
-            return [one.log_probs.astype(np.float64) for one in found]
-        for one, text in zip(found, texts, strict=True):
-            if len(one.log_probs) != len(text) or not np.isfinite(one.log_probs[1:]).all():
-                raise self._failed(
-                    part, f"{len(one.log_probs)} scores of {len(text)} tokens, or not finite ones"
-                )
-            if (one.log_probs[1:] > ROUNDING).any():
-                raise self._failed(part, "a log-probability is above 0: these are other numbers")
-        return [one.log_probs[1:].astype(np.float64) for one in found]
+        first = 0 if self._choices else 1  # nothing is before a text's first token
+        values = [one.log_probs[first:].astype(np.float64) for one in found]
+        if not all(np.isfinite(each).all() for each in values):
+            raise self._failed(part, "log-probabilities that are not finite")
+        return values
 
     def _ask(self, names: Sequence[str], texts: Sequence[Sequence[int]]) -> list[Scores]:
         if self._choices:
-            return [Scores(row) for row in self._server.choose(names, texts, self._choices)]
-        return self._server.score(names, texts)
+            rows = self._server.choose(names, texts, self._choices)
+            check_choices(rows, len(texts), self._choices)
+            return [Scores(row) for row in rows]
+        found = self._server.score(names, texts)
+        check_scores(found, texts)
+        return found
 
     def _equal(self, part: int, found: np.ndarray, wanted: np.ndarray, why: str) -> float:
         if not _same(found, wanted):

@@ -69,10 +69,7 @@ def served_lora(
     if saved:
         tensors = peft.utils.save_and_load.load_peft_weights(str(adapter), device="cpu")
         peft.set_peft_model_state_dict(model, tensors)
-    for parameter in model.parameters():
-        parameter.requires_grad_(not parameter.is_meta)
-    hollow_model: nn.Module = model.eval()
-    return hollow_model
+    return _finished(model)
 
 
 def served_prompt(
@@ -123,10 +120,29 @@ def served_prompt(
         )
     embedding.weight = nn.Parameter(start.detach().clone())
     model.prompt_tokens["default"] = torch.arange(len(start))  # what saving looks up
-    hollow: nn.Module = model.eval()
-    for parameter in hollow.parameters():
+    return _finished(model)
+
+
+def _finished(model: Any) -> nn.Module:
+    """The model, of which what has numbers is trainable, and no forward can be made."""
+    for parameter in model.parameters():
         parameter.requires_grad_(not parameter.is_meta)
-    return hollow
+    model.get_base_model().register_forward_pre_hook(_refuse_forward)
+    finished: nn.Module = model.eval()
+    return finished
+
+
+def _refuse_forward(module: nn.Module, inputs: Any) -> None:
+    """In the place of an error about devices, from somewhere inside.
+
+    Raises:
+        NotServableError: Always.
+    """
+    raise NotServableError(
+        f"the base {type(module).__name__} is served; it has no weights in this process, and no "
+        "forward. Give the run evaluator=ServedEvaluator(server) and an objective that asks: "
+        "CausalLMLoss, VerbalizerLoss, ExactMatch of these, GenerationReward"
+    )
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:

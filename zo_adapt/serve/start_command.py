@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.errors import NotServableError, OptionError, ZOError
+from zo_adapt.options import at_least_one
 from zo_adapt.serve.adapter import FEATURES, REFUSED_BY_VLLM, features_of
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -51,13 +52,17 @@ def command(
 
     Raises:
         NotServableError: What vLLM cannot run: no LoRA, DoRA, biases, lm_head, layers by a pattern.
-        OptionError: A rank beyond what it can be started for.
+        OptionError: No such folder, no adapters at once, a rank beyond what it can be started for
+            or below the adapter's.
 
     Example:
         >>> print(command("HuggingFaceTB/SmolLM2-135M", rank=4))  # doctest: +ELLIPSIS
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server ...
     """
     config = _adapter_config(Path(place))
+    at_least_one("adapters", adapters)
+    if str(place).startswith(("/", ".", "~")) and not Path(place).is_dir():
+        raise OptionError(f"there is no folder {place}; give that of an adapter or a model")
     model = base or (config or {}).get("base_model_name_or_path") or str(place)
     if config is not None and config.get("peft_type", "LORA") != "LORA":
         raise NotServableError(f"{place} is an adapter of type {config['peft_type']}; give LORA")
@@ -68,7 +73,10 @@ def command(
         raise NotServableError(
             f"the adapter in {place} has {FEATURES[refused[0]]}; vLLM serves none"
         )
-    wanted = rank or int((config or {}).get("r", 8))
+    own = int((config or {}).get("r") or 0)
+    wanted = own or 8 if rank is None else at_least_one("rank", rank)
+    if wanted < own:
+        raise OptionError(f"rank {wanted}; the adapter in {place} has rank {own}, which is more")
     largest = next((each for each in RANKS if each >= wanted), None)
     if largest is None:
         raise OptionError(f"rank {wanted}; vLLM serves LoRA of rank 1..{RANKS[-1]}")

@@ -1,7 +1,6 @@
 """A served model behind vLLM's server of the OpenAI interface, with adapters loaded at run time."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,24 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import NotServableError, ServedModelError, ServerReplyError
+from zo_adapt.errors import ServerReplyError
 from zo_adapt.serve.adapter import REFUSED_BY_VLLM
-from zo_adapt.serve.folders import Folders
 from zo_adapt.serve.http import Connection
+from zo_adapt.serve.loaded_adapters import LoadedAdapters
 from zo_adapt.serve.protocol import Candidate, Limits, Scores, ServedModel, Texts, Writing
 from zo_adapt.serve.replies import (
+    OF_VLLM,
     in_base64,
     next_of,
+    options_of,
     scores_of,
     token_ids_of,
     understood,
 )
 from zo_adapt.serve.soft_prompt import PROMPT
 
-logger = logging.getLogger(__name__)
 ROWS = 32
 """Most texts of one request."""
-_LOAD, _UNLOAD, _WRITE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
+_WRITE = "/v1/completions"
 
 
 class VLLMServer(ServedModel):
@@ -83,7 +83,7 @@ class VLLMServer(ServedModel):
             if not base:
                 raise ServerReplyError(f"{url} serves adapters alone, and no base model")
             self.model: str = base[0]["id"]
-            self._folders = Folders(place)
+            self._adapters = LoadedAdapters(self._connection, place)
         except BaseException:
             self._connection.close()
             raise
@@ -96,9 +96,7 @@ class VLLMServer(ServedModel):
             prompts=embeddings is not None,
             refuses=REFUSED_BY_VLLM,
         )
-        self._loaded: list[str] = []
         self._table, self._prompts = embeddings, dict[str, Tensor]()
-        self._unload_left()
 
     @property
     def limits(self) -> Limits:
@@ -107,33 +105,14 @@ class VLLMServer(ServedModel):
 
     def loaded(self) -> list[str]:
         """The adapters that the server says it has."""
-        return [card["id"] for card in self._connection.models() if card.get("parent")]
+        return self._adapters.on_server()
 
     def load(self, candidate: Candidate, lora_config: Mapping[str, Any]) -> None:
         """See ``ServedModel``."""
         if PROMPT in candidate.tensors:
             self._prompts[candidate.name] = candidate.tensors[PROMPT]
-            return
-        folder = self._folders.write(candidate.name, candidate.tensors, lora_config)
-        body = {"lora_name": candidate.name, "lora_path": str(folder)}
-        self._loaded.append(candidate.name)
-        self._note()  # before the server knows it: a kill may come at any moment
-        try:
-            reply = self._connection.send("POST", _LOAD, body)
-        finally:
-            self._folders.remove(candidate.name)
-        # Of a name that is ours alone, "loaded already" means that an answer was lost.
-        is_there = reply.status == 400 and reply.repeated and candidate.name in self.loaded()
-        if reply.status == 200 or is_there:
-            return
-        self._loaded.remove(candidate.name)
-        self._note()
-        if reply.status == 404 and "lora_path" not in reply.words:
-            raise NotServableError(
-                f"{self._connection.url} loads no adapters at run time ({reply.words}); start it "
-                "with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
-            )
-        raise ServerReplyError(f"the adapter was not loaded: {reply.status} {reply.words}")
+        else:
+            self._adapters.load(candidate, lora_config)
 
     def score(
         self,
@@ -193,7 +172,7 @@ class VLLMServer(ServedModel):
             "include_stop_str_in_output": True,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            **writing.more,
+            **options_of(writing, OF_VLLM),
         }
         draws = writing.temperature > 0
         # A seed belongs to a request: a text that is drawn has one of its own.
@@ -206,32 +185,7 @@ class VLLMServer(ServedModel):
 
     def unload(self, names: Sequence[str]) -> None:
         """See ``ServedModel``."""
-        refused = ""
-        for name in names:
-            if self._prompts.pop(name, None) is not None:
-                continue
-            reply = self._connection.send("POST", _UNLOAD, {"lora_name": name})
-            if reply.status in (200, 404):
-                self._loaded = [other for other in self._loaded if other != name]
-            else:
-                refused = f"{name!r} was not unloaded: {reply.status} {reply.words}"
-        self._note()
-        if refused:
-            raise ServerReplyError(refused)
-
-    def _note(self) -> None:
-        self._folders.note_loaded(self._connection.url, self._loaded)
-
-    def _unload_left(self) -> None:
-        """Unload what clients of this machine have left that were killed, or did not close."""
-        for file, names in self._folders.left_on(self._connection.url).items():
-            try:
-                there = set(self.loaded())
-                self.unload([name for name in names if name in there])
-            except ServedModelError as error:  # the next client tries again
-                logger.warning("what a dead client has left was not unloaded: %s", error)
-                continue
-            file.unlink(missing_ok=True)
+        self._adapters.unload([name for name in names if self._prompts.pop(name, None) is None])
 
     def __enter__(self) -> Self:
         return self
@@ -241,13 +195,8 @@ class VLLMServer(ServedModel):
 
     def close(self) -> None:
         """See ``ServedModel``."""
-        try:
-            self.unload(list(self._loaded))
-        except ServedModelError:
-            pass  # it is gone, and its adapters with it
-        finally:
-            self._folders.close()
-            self._connection.close()
+        self._adapters.close()
+        self._connection.close()
 
     def _completed(
         self,
@@ -294,7 +243,7 @@ class VLLMServer(ServedModel):
         try:
             content = self._connection.post(_WRITE, body)
         except ServerReplyError as error:
-            if body["model"] in self._loaded and " answered 404" in str(error):
+            if body["model"] in self._adapters.names and " answered 404" in str(error):
                 raise ServerReplyError(
                     f"{error}; it was loaded a moment ago. A data-parallel server loads an adapter "
                     "on one replica alone: start one for each url, and give "
