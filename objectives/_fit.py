@@ -151,12 +151,12 @@ def positions(model: nn.Module, *, are_written: bool = False) -> int | None:
 
 def _configured_positions(model: nn.Module, are_written: bool) -> int | None:
     config, side = getattr(model, "config", None), "decoder" if are_written else "encoder"
-    names = ["max_position_embeddings", f"max_{side}_position_embeddings"]
+    names = ["max_position_embeddings", f"max_{side}_position_embeddings", "max_seq_len"]
     names += ["max_target_positions"] * are_written
     # Some are made of two models, each with a configuration of its own.
     owners = (getattr(config, side, None), config)
     said = (getattr(owner, name, None) for owner in owners for name in names)
-    return next((int(limit) for limit in said if limit is not None), None)
+    return next((int(limit) for limit in said if limit is not None and limit > 0), None)
 
 
 def check_prompt_length(model: nn.Module, width: int, longest: int) -> None:
@@ -207,6 +207,8 @@ def has_position_table(model: nn.Module) -> bool:
     """Whether a longer text than ``positions`` is an error, not only untrained."""
     # Sines, too, may be a table of so many rows (GPT-J, CTRL).
     limits = [_configured_positions(model, are_written) for are_written in (False, True)]
+    if getattr(getattr(getattr(model, "config", None), "attn_config", None), "alibi", False):
+        return True  # MPT makes a table of its biases, of so many positions
     sines = (len(b) for name, b in model.named_buffers() if b.dim() == 2 and _is_absolute(name))
     return any(True for _ in _position_tables(model)) or any(rows in limits for rows in sines)
 

@@ -275,6 +275,28 @@ def test_a_model_that_returns_a_tuple_has_its_loss_left_out() -> None:
     assert metric(table([[2.0, 0.0], [0.0, 3.0]], [0, 0])) == 0.5
 
 
+def test_mappings_among_outputs_and_their_dtype_are_left_as_trainer_leaves_them() -> None:
+    class Nested(Logits):
+        def forward(self, input: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            return {
+                "heads": {"first": input.half(), "second": [input]},
+                "shift": self.shift + input,
+            }
+
+    def share(prediction: EvalPrediction) -> dict[str, float]:
+        heads, shifted = prediction.predictions
+        assert heads["first"].dtype == np.float16
+        assert heads["second"][0].shape == shifted.shape == (4, 2)
+        return {"share": float((heads["first"].argmax(-1) == prediction.label_ids).mean())}
+
+    metric = MetricObjective(Nested(), compute_metrics=share, metric_for_best_model="share")
+    batch = table([[2.0, 0.0], [0.0, 3.0]], [0, 0])
+    assert metric.score([metric.predict(batch), metric.predict(batch)]) == 0.5
+    batch["input"][1, 0] = torch.nan
+    with pytest.raises(NonFiniteObjectiveError, match="are NaN"):
+        metric(batch)
+
+
 # --- 15, 17: labels are what the configuration says ----------------------------------------------
 
 METRICS = [Accuracy, F1, MatthewsCorrelation, ROCAUC, ExactMatch]
@@ -330,6 +352,24 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out_of_what_is_continue
         for tokenizer in (plain, appending)
     ]
     assert torch.equal(*asked)
+
+
+@pytest.mark.parametrize("after", ["</s> </s>", "</s> <s>"])  # as XLNet's tokenizer: sep, then cls
+def test_all_end_tokens_that_a_tokenizer_appends_are_left_out(after: str) -> None:
+    tokenizer = a_tokenizer(sep_token="</s>", cls_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {after}", special_tokens=[("</s>", END), ("<s>", 0)]
+    )
+    model = tiny_model("llama", "causal")
+    reward = GenerationReward(model, tokenizer, one_each, max_new_tokens=2)
+    assert reward.collate([{"prompt": "w5 w6"}]).input_ids.tolist() == [[5, 6]]
+    assert reward.collate([{"prompt": "w5 </s>"}]).input_ids.tolist() == [[5, END]]
+    pair = CausalLMLoss(model, tokenizer=tokenizer).texts.encoded(
+        {"prompt": "w5", "completion": " w7"}
+    )
+    assert pair["input_ids"][:2] == [5, 7]
+    assert pair["input_ids"].count(END) == 1
+    assert pair["labels"][0] == -100
 
 
 def test_an_end_token_stays_where_the_user_wrote_it_and_where_an_encoder_reads_it() -> None:

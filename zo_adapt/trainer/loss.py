@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
+from zo_adapt.evaluation.start_checks import is_made_of_its_parts
 from zo_adapt.trainer.items import Count, ItemsOfLoss
 
 
@@ -21,6 +23,7 @@ class TrainerLoss(SetObjective):
 
     An item is what the model's loss is a mean over: a label that counts (a token, where labels are
     a row of them), or an example. The loss of micro-batches is that of their batch as a whole.
+    One that is no such mean (in-batch negatives) is computed of whole batches only.
     """
 
     min_rows = 1
@@ -32,6 +35,11 @@ class TrainerLoss(SetObjective):
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
         self._items = ItemsOfLoss(_shifts(trainer))
+
+    def keep_whole_if_needed(self, source: Source) -> None:
+        """Find whether the loss compares the rows of a batch, so that none may be cut."""
+        if not is_made_of_its_parts(self, source, self._model):
+            self.mean_over_rows = False
 
     def predict(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Count]]:
         """The loss of a collated batch, a scalar, and the number of items of each mean in it."""
