@@ -134,6 +134,26 @@ def virtual_tokens(model: nn.Module) -> int:
     return int(config.num_virtual_tokens) if config is not None and is_prompt else 0
 
 
+def takes_the_last_position(model: nn.Module) -> bool:
+    """Whether a classifier takes the last position of a batch for the end of every text in it.
+
+    Decoders do where they are given embeddings and no tokens: behind peft's prompts, but for
+    prefixes, which are keys and values.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    if not virtual_tokens(model):
+        return False
+    config: Any = model.active_peft_config
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    writes = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return (
+        writes
+        and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not str(getattr(config.peft_type, "value", config.peft_type)).startswith("PREFIX")
+    )
+
+
 def positions(model: nn.Module, *, are_written: bool = False) -> int | None:
     """The longest text in tokens that the model is made for; None where nothing says so.
 

@@ -218,6 +218,38 @@ def test_nor_does_padding_on_the_left_change_a_loss(kind: str, family: str) -> N
     assert torch.allclose(words.logits(left), torch.cat(single), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "qwen2", "bert"])
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_nor_does_what_a_classifier_says_of_it(kind: str, family: str) -> None:
+    torch.manual_seed(0)
+    options = {"word_embed_proj_dim": 16} if family == "opt" else {}  # peft knows one width alone
+    config = VIRTUAL[kind]()
+    config.task_type = "SEQ_CLS"
+    for labels in (3, 1):
+        model = tiny_model(family, num_labels=labels, **options)
+        tuned = peft.get_peft_model(model, config).eval()
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0.0, 0.5)
+        if labels == 3:
+            loss = ClassificationLoss(tuned)
+            rows = [{"input_ids": row, "label": i % 3} for i, row in enumerate(token_rows(6))]
+            alone = torch.cat([loss([row]) for row in rows])
+            assert torch.allclose(loss(rows), alone, atol=1e-4)
+            if family == "llama":
+                view = ParameterView.trainable(tuned)
+                minimize(
+                    loss, view, rows, MeZO(displacement=0.1), batch_size=4, max_steps=1, **QUIET
+                )
+        else:
+            scorer = CrossEncoder(tuned, a_tokenizer())
+            query = {"query": "w5", "documents": [text(row) for row in token_rows(4)]}
+            found = scorer.scores(scorer.collate([query | {"relevance": [0] * 4}]))
+            one = query | {"documents": query["documents"][:1], "relevance": [0]}
+            assert torch.allclose(found[:1], scorer.scores(scorer.collate([one])), atol=1e-4)
+
+
 # --- 14: compute_metrics sees what Trainer shows it ----------------------------------------------
 
 
@@ -605,8 +637,12 @@ def test_a_prompt_has_one_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    "returned", [{0: 5.0, 1: 6.0}, {1.0, 2.0}, "12", b"12", ["1", "2"], [1j, 0.0], [[1.0], [2.0]]]
-)
+    "returned",
+    [
+        {0: 5.0, 1: 6.0}, {1.0, 2.0}, "12", b"12", ["1", "2"], [1j, 0.0], [[1.0], [2.0]],
+        torch.ones(2).to_sparse(), torch.ones(2, device="meta"),
+    ],
+)  # fmt: skip
 def test_what_is_no_list_of_numbers_is_no_reward(returned: Any) -> None:
     reward = GenerationReward(
         tiny_model("llama", "causal"), a_tokenizer(), lambda completions, **_: returned,
