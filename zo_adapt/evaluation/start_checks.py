@@ -137,37 +137,38 @@ def _gives_each_row_its_own(objective: Objective, source: Source, *, looked_at: 
 
 
 def is_made_of_its_parts(objective: SetObjective, source: Source, model: nn.Module | None) -> bool:
-    """Whether the score of two rows together is that of the two predicted one by one.
+    """Whether the score of some rows together is that of the same rows predicted one by one.
 
     It is not where a loss compares the rows of a batch (in-batch negatives).
 
     Args:
-        objective: What is asked, three times; nothing is concluded where it fails.
-        source: Of the rows, of which the first two are taken.
+        objective: What is asked about the first eight rows; nothing is concluded where it fails.
+        source: Of the rows.
         model: Whose generators are put back.
     """
-    if len(source) < 2:
-        return True
+    rows = min(8, len(source))
     with gradients_off(), randomness_kept(model), ready(objective, model):
         try:
-            two = source.take([0, 1])
-            whole = _array(objective(two))
-            parts = _array(objective.score([objective.predict(_row(two, row)) for row in (0, 1)]))
+            batch = source.take(range(rows))
+            whole = _array(objective(batch))
+            each = [objective.predict(_row(batch, row, rows)) for row in range(rows)]
+            parts = _array(objective.score(each))
         except Exception as error:  # as above: it says itself where it counts
             if is_from_handler(error):
                 raise
             return True
-    # Two rows without a label that counts say nothing.
+    # Rows without a label that counts say nothing.
     return not abs(whole - parts).max() > SAME * abs(whole).max()
 
 
-def _row(two: Any, row: int) -> Any:
-    """One of two rows that were collated together, with what is of no row (``return_loss``)."""
-    if not isinstance(two, Mapping):
-        return select_rows(two, slice(row, row + 1), 2)
+def _row(batch: Any, row: int, rows: int) -> Any:
+    """One of the rows that were collated together, with what is of no row (``return_loss``)."""
+    part = slice(row, row + 1)
+    if not isinstance(batch, Mapping):
+        return select_rows(batch, part, rows)
     return {
-        name: value if isinstance(value, PLAIN) else select_rows(value, slice(row, row + 1), 2)
-        for name, value in two.items()
+        name: value if isinstance(value, PLAIN) else select_rows(value, part, rows)
+        for name, value in batch.items()
     }
 
 
