@@ -204,7 +204,6 @@ def test_a_view_of_other_memory_is_free_inside_a_shift() -> None:
 
 WAYS: dict[str, dict[str, Any]] = {
     "copy": {"scratch": "copy"},
-    "layer": {"scratch": "layer"},
     "low rank": {"noise": "lowrank"},
 }
 
