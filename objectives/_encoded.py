@@ -140,14 +140,17 @@ class PromptEncoder:
 
 
 def without_end(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
-    """The ids of a text without the end token that the tokenizer itself has put after it."""
-    ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
-    if not (ids and ids[-1] in ends):
-        return list(ids)
-    bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    rest = list(ids[:-1])
+    """The ids of a text without the end tokens that the tokenizer itself has put after it."""
+    names = ("eos_token_id", "sep_token_id", "cls_token_id")  # XLNet's ends with both of the latter
+    ends = {getattr(tokenizer, name, None) for name in names} - {None}
+    rest = list(ids)
+    if not (rest and rest[-1] in ends):
+        return rest
+    bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     # An end that stands in the text itself is the user's, who may mean it.
-    is_appended = not bare or rest[-len(bare) :] == list(bare)
+    while rest and rest[-1] in ends and not (bare and rest[-len(bare) :] == bare):
+        rest.pop()
+    is_appended = not bare or rest[-len(bare) :] == bare
     return rest if is_appended else list(ids)
 
 

@@ -134,6 +134,26 @@ def virtual_tokens(model: nn.Module) -> int:
     return int(config.num_virtual_tokens) if config is not None and is_prompt else 0
 
 
+def takes_the_last_position(model: nn.Module) -> bool:
+    """Whether a classifier takes the last position of a batch for the end of every text in it.
+
+    Decoders do where they are given embeddings and no tokens: behind peft's prompts, but for
+    prefixes, which are keys and values.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    if not virtual_tokens(model):
+        return False
+    config: Any = model.active_peft_config
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    writes = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return (
+        writes
+        and kind not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not str(getattr(config.peft_type, "value", config.peft_type)).startswith("PREFIX")
+    )
+
+
 def positions(model: nn.Module, *, are_written: bool = False) -> int | None:
     """The longest text in tokens that the model is made for; None where nothing says so.
 
@@ -151,12 +171,12 @@ def positions(model: nn.Module, *, are_written: bool = False) -> int | None:
 
 def _configured_positions(model: nn.Module, are_written: bool) -> int | None:
     config, side = getattr(model, "config", None), "decoder" if are_written else "encoder"
-    names = ["max_position_embeddings", f"max_{side}_position_embeddings"]
+    names = ["max_position_embeddings", f"max_{side}_position_embeddings", "max_seq_len"]
     names += ["max_target_positions"] * are_written
     # Some are made of two models, each with a configuration of its own.
     owners = (getattr(config, side, None), config)
     said = (getattr(owner, name, None) for owner in owners for name in names)
-    return next((int(limit) for limit in said if limit is not None), None)
+    return next((int(limit) for limit in said if limit is not None and limit > 0), None)
 
 
 def check_prompt_length(model: nn.Module, width: int, longest: int) -> None:
@@ -207,6 +227,8 @@ def has_position_table(model: nn.Module) -> bool:
     """Whether a longer text than ``positions`` is an error, not only untrained."""
     # Sines, too, may be a table of so many rows (GPT-J, CTRL).
     limits = [_configured_positions(model, are_written) for are_written in (False, True)]
+    if getattr(getattr(getattr(model, "config", None), "attn_config", None), "alibi", False):
+        return True  # MPT makes a table of its biases, of so many positions
     sines = (len(b) for name, b in model.named_buffers() if b.dim() == 2 and _is_absolute(name))
     return any(True for _ in _position_tables(model)) or any(rows in limits for rows in sines)
 

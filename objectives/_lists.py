@@ -5,6 +5,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,8 @@ def as_list(value: Any) -> list[Any] | None:
         return None
     if isinstance(value, Sequence):
         return list(value)
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+        return None
     if isinstance(value, Tensor | np.ndarray) or type(value).__module__.startswith("pandas."):
         return value.tolist() if getattr(value, "ndim", 0) == 1 else None
     return None

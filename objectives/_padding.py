@@ -1,9 +1,14 @@
 """Where the tokens of a padded batch are, whichever side the padding is on."""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+
+from objectives._fit import takes_the_last_position
 from objectives._model import Batch
+from zo_adapt.evaluation.joint.candidates import NotJoint
+from zo_adapt.evaluation.joint.row_blocks import blocks
 
 
 def token_mask(batch: Batch) -> Tensor:
@@ -44,3 +49,28 @@ def right_padded(batch: Batch) -> Batch:
     return {
         name: value[at] if value.shape[:2] == mask.shape else value for name, value in batch.items()
     }
+
+
+def of_whole_texts(model: nn.Module, batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor:
+    """What ``run`` gives for every row, also by a model that would read the end of the padding.
+
+    A decoder with a classifier's head finds the end of a text by its tokens, and is not shown them
+    where peft puts virtual tokens before: it takes the last position. So texts of one length are
+    run at a time there.
+    """
+    if "attention_mask" not in batch or not takes_the_last_position(model):
+        return run(batch)
+    batch = right_padded(batch)
+    mask = token_mask(batch)
+    lengths = mask.sum(1).tolist()
+    if set(lengths) == {mask.shape[1]}:
+        return run(batch)
+    if blocks().count > 1:
+        raise NotJoint("texts behind virtual tokens are classified one length at a time")
+    found: dict[int, Tensor] = {}
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        part = {n: v[rows] if len(v) == len(lengths) else v for n, v in batch.items()}
+        cut = {n: v[:, :length] if v.shape[1:2] == mask.shape[1:] else v for n, v in part.items()}
+        found |= zip(rows, run(cut), strict=True)
+    return torch.stack([found[row] for row in range(len(lengths))])

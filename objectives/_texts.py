@@ -125,7 +125,7 @@ class TextEncoder:
         own = without_end(self._tokenizer, text, ids)
         if end is None or own[-1:] == [end]:
             return ids if end is None else own
-        return ids if ids[-1:] == [end] else [*ids, end]
+        return [*(own if end in ids[len(own) :] else ids), end]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

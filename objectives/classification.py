@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
+from objectives._fit import takes_the_last_position
 from objectives._model import Batch, ModelObjective, at_least_float32, check_range
+from objectives._padding import of_whole_texts
 from zo_adapt.errors import DataError
 
 
@@ -44,6 +46,8 @@ class ClassificationLoss(ModelObjective):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._classes: int | None = None
+        if takes_the_last_position(model):
+            self.capturable = False  # the lengths decide how often it runs
 
     def __call__(self, batch: object) -> Tensor:
         """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
@@ -54,6 +58,10 @@ class ClassificationLoss(ModelObjective):
     def logits(self, batch: object) -> Tensor:
         """Logits of shape (b, C), fp32; labels are not needed."""
         return self._checked_logits(self.forward(self.prepare(batch)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The model's logits, in its own dtype."""
+        return of_whole_texts(self.model, batch, super().forward)
 
     @property
     def pad_token_id(self) -> int | None:

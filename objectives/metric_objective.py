@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from objectives._fit import base_model
 from objectives._model import Batch
-from objectives._set_metric import AnyLabels, Classifier, Predictions, SetMetric, array
+from objectives._set_metric import AnyLabels, Classifier, Predictions, SetMetric
 from zo_adapt.errors import (
     NonFiniteObjectiveError,
     ObjectiveError,
@@ -83,13 +83,15 @@ class MetricObjective(SetMetric):
         Raises:
             DataError: There are no labels.
         """
+        from transformers.trainer_pt_utils import nested_numpify
+
         prepared = self.classifier.prepare(batch)
         labels = self._labels(prepared)
         logits = self._logits(prepared)
         _check_no_nan(logits)
         if self.preprocess is not None:
             logits = self.preprocess(logits, labels)
-        return Predictions(_nested(logits), _nested(labels))
+        return Predictions(*nested_numpify((logits, labels)))
 
     def _labels(self, batch: Batch) -> Any:
         """The labels as Trainer finds them: one field, or several (start and end positions)."""
@@ -102,6 +104,8 @@ class MetricObjective(SetMetric):
         """All that the model returns but the loss, or the one thing that is left."""
         if not isinstance(self.classifier, AnyLabels):
             return self.classifier.logits(batch).detach()
+        from transformers.trainer_pt_utils import nested_detach
+
         outputs = self.classifier.outputs(batch, hidden=())
         ignored = self.classifier.configured("keys_to_ignore_at_inference", ["past_key_values"])
         if isinstance(outputs, Mapping):
@@ -110,7 +114,7 @@ class MetricObjective(SetMetric):
             kept = tuple(outputs[1:])
         else:
             return outputs.detach()
-        kept = _detached(kept)
+        kept = nested_detach(kept)
         return kept[0] if len(kept) == 1 else kept
 
     def score(self, predictions: list[Any]) -> float:
@@ -135,16 +139,17 @@ class MetricObjective(SetMetric):
             ) from error
         return self.metric(logits, labels)
 
-    def metric(self, logits: Any, labels: np.ndarray) -> float:
+    def metric(self, logits: Any, labels: Any) -> float:
         """The named entry of what ``compute_metrics`` returns."""
         from transformers import EvalPrediction
 
         metrics = self.compute_metrics(EvalPrediction(predictions=logits, label_ids=labels))
         value = self._named(metrics)
         if np.isnan(value):
+            first = labels[0] if isinstance(labels, tuple) else labels
             raise UndefinedMetricError(
-                f"compute_metrics gave NaN for {self.name!r} on {len(labels)} rows, whose labels "
-                f"are {np.unique(labels).tolist()[:8]}; raise batch_size or min_rows"
+                f"compute_metrics gave NaN for {self.name!r} on {len(first)} rows, whose labels "
+                f"are {np.unique(first).tolist()[:8]}; raise batch_size or min_rows"
             )
         return value
 
@@ -172,18 +177,14 @@ def _label_names(model: nn.Module) -> list[str]:
     return names or ["labels"]
 
 
-def _detached(outputs: Any) -> Any:
-    if isinstance(outputs, tuple | list):
-        return tuple(_detached(one) for one in outputs)
-    return outputs.detach()
-
-
 def _check_no_nan(outputs: Any) -> None:
     """Refuse predictions that a function would take for classes although they are not numbers.
 
     Raises:
         NonFiniteObjectiveError: NaN among them.
     """
+    if isinstance(outputs, Mapping):
+        outputs = tuple(outputs.values())
     if isinstance(outputs, tuple | list):
         for one in outputs:
             _check_no_nan(one)
@@ -192,13 +193,6 @@ def _check_no_nan(outputs: Any) -> None:
             f"{int(outputs.isnan().sum())} of {outputs.numel()} outputs of the model are NaN; a "
             "smaller lr or perturbation_scale keeps them finite"
         )
-
-
-def _nested(outputs: Any) -> Any:
-    """Arrays of the tensors in a tuple or list."""
-    if isinstance(outputs, tuple | list):
-        return tuple(_nested(one) for one in outputs)
-    return array(outputs)
 
 
 def _float(name: str, value: Any) -> float:

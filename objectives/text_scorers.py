@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from objectives._fit import shortest, tokens_of
 from objectives._lists import as_list
 from objectives._model import Batch, ModelRunner, at_least_float32
-from objectives._padding import last_positions, token_mask
+from objectives._padding import last_positions, of_whole_texts, token_mask
 from objectives.scorers import DOCUMENTS, FeatureScorer, QueryBatch, Scorer, field, one_each
 from zo_adapt.errors import DataError, ObjectiveError, OptionError
 from zo_adapt.options import at_least_one
@@ -136,7 +136,10 @@ class CrossEncoder(TextScorer):
     def scores(self, batch: QueryBatch) -> Tensor:
         """The logits."""
         rows = len(batch.inputs["input_ids"])
-        return one_each(self.in_parts(batch.inputs, self.forward), rows)
+        return one_each(self.in_parts(batch.inputs, self._logits), rows)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return of_whole_texts(self.model, batch, self.forward)
 
 
 class BiEncoder(TextScorer):

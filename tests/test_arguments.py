@@ -139,6 +139,8 @@ def test_data_within_data_and_a_collate_that_is_no_function() -> None:
 
 
 def test_a_view_says_what_it_takes() -> None:
+    with pytest.raises(ArgumentTypeError, match="names are texts, and one is 1"):
+        ParameterView({1: torch.zeros(2)})  # type: ignore[dict-item]
     with pytest.raises(ArgumentTypeError, match=r"Sequential; .*ParameterView\.trainable\(model\)"):
         ParameterView(MODEL)  # type: ignore[arg-type]
     for make in (

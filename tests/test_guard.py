@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from zo_adapt import MeZO, ParameterView, Shift, Term, minimize
+from zo_adapt import EvaluationOptions, MeZO, ParameterView, Shift, Term, minimize
 from zo_adapt.errors import ViewInUseError
 from zo_adapt.evaluation.model_state import replaced_forwards
 from zo_adapt.interrupt import Guard, undone, uninterrupted
@@ -202,11 +202,36 @@ def test_a_view_of_other_memory_is_free_inside_a_shift() -> None:
     assert bias.hash() != start
 
 
-def test_a_model_converted_inside_a_probe_is_named() -> None:
-    model = nn.Linear(3, 3)
-    tuned = ParameterView.full(model)
+WAYS: dict[str, dict[str, Any]] = {
+    "copy": {"scratch": "copy"},
+    "low rank": {"noise": "lowrank"},
+}
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double], ids=["half", "double"])
+@pytest.mark.parametrize("joint_rows", ["auto", "off"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_converted_inside_a_probe_is_named(
+    way: str, joint_rows: Any, convert: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = nn.Linear(3, 3).eval()
+    tuned = ParameterView.full(model, **WAYS[way])
     with pytest.raises(ViewInUseError, match="dtype"), tuned.shifted(TERMS):
-        model.half()
+        convert(model)
+    model.float()
+    calls: list[int] = []
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        calls.append(len(batch))
+        if len(calls) > 6:  # at every call, of which some are at shifted weights
+            (convert if model.weight.dtype == torch.float32 else nn.Module.float)(model)
+        return model(batch.to(model.weight.dtype)).square().mean(1)  # type: ignore[no-any-return]
+
+    with pytest.raises(ViewInUseError, match="dtype"):
+        minimize(
+            loss, tuned, torch.ones(8, 3), MeZO(displacement=0.1), batch_size=8, max_steps=3,
+            evaluation=EvaluationOptions(joint_rows=joint_rows), progress=False,
+        )  # fmt: skip
 
 
 def test_forwards_are_put_back_whatever_comes() -> None:

@@ -23,6 +23,7 @@ from zo_adapt.errors import (
     UnreadTensorWarning,
     ViewError,
 )
+from zo_adapt.evaluation.start_checks import warn_of_noise
 from zo_adapt.evaluation.trunk.cut_point import cut
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 
@@ -596,6 +597,21 @@ def test_noise_is_noticed_whatever_an_objective_returns(form: str) -> None:
     view, options = ParameterView({"x": x}), {"batch_size": 4, "max_steps": 1, **QUIET}
     with pytest.warns(NoisyObjectiveWarning, match=r"differ by \d+\.\d%"):
         minimize(loss, view, data, MeZO(displacement=0.1), **options)
+
+
+def test_two_draws_that_are_alike_by_chance_are_not_the_last_ones() -> None:
+    draws = iter([1.0, 1.0005, 1.0002, 1.05])
+    calls: list[int] = []
+
+    def drawing(batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        return batch * next(draws)
+
+    batch = torch.ones(2)
+    with pytest.warns(NoisyObjectiveWarning, match=r"differ by 5\.0%"):
+        warn_of_noise(drawing(batch), drawing, batch)
+    warn_of_noise(batch, lambda again: calls.append(0) or again, batch)
+    assert calls == [2, 2, 2, 2, 0], "what has the same bits again is not called again"
 
 
 def test_a_look_is_not_a_query_and_draws_no_random_number() -> None:

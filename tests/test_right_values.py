@@ -218,6 +218,38 @@ def test_nor_does_padding_on_the_left_change_a_loss(kind: str, family: str) -> N
     assert torch.allclose(words.logits(left), torch.cat(single), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "qwen2", "bert"])
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_nor_does_what_a_classifier_says_of_it(kind: str, family: str) -> None:
+    torch.manual_seed(0)
+    options = {"word_embed_proj_dim": 16} if family == "opt" else {}  # peft knows one width alone
+    config = VIRTUAL[kind]()
+    config.task_type = "SEQ_CLS"
+    for labels in (3, 1):
+        model = tiny_model(family, num_labels=labels, **options)
+        tuned = peft.get_peft_model(model, config).eval()
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0.0, 0.5)
+        if labels == 3:
+            loss = ClassificationLoss(tuned)
+            rows = [{"input_ids": row, "label": i % 3} for i, row in enumerate(token_rows(6))]
+            alone = torch.cat([loss([row]) for row in rows])
+            assert torch.allclose(loss(rows), alone, atol=1e-4)
+            if family == "llama":
+                view = ParameterView.trainable(tuned)
+                minimize(
+                    loss, view, rows, MeZO(displacement=0.1), batch_size=4, max_steps=1, **QUIET
+                )
+        else:
+            scorer = CrossEncoder(tuned, a_tokenizer())
+            query = {"query": "w5", "documents": [text(row) for row in token_rows(4)]}
+            found = scorer.scores(scorer.collate([query | {"relevance": [0] * 4}]))
+            one = query | {"documents": query["documents"][:1], "relevance": [0]}
+            assert torch.allclose(found[:1], scorer.scores(scorer.collate([one])), atol=1e-4)
+
+
 # --- 14: compute_metrics sees what Trainer shows it ----------------------------------------------
 
 
@@ -275,6 +307,28 @@ def test_a_model_that_returns_a_tuple_has_its_loss_left_out() -> None:
     assert metric(table([[2.0, 0.0], [0.0, 3.0]], [0, 0])) == 0.5
 
 
+def test_mappings_among_outputs_and_their_dtype_are_left_as_trainer_leaves_them() -> None:
+    class Nested(Logits):
+        def forward(self, input: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            return {
+                "heads": {"first": input.half(), "second": [input]},
+                "shift": self.shift + input,
+            }
+
+    def share(prediction: EvalPrediction) -> dict[str, float]:
+        heads, shifted = prediction.predictions
+        assert heads["first"].dtype == np.float16
+        assert heads["second"][0].shape == shifted.shape == (4, 2)
+        return {"share": float((heads["first"].argmax(-1) == prediction.label_ids).mean())}
+
+    metric = MetricObjective(Nested(), compute_metrics=share, metric_for_best_model="share")
+    batch = table([[2.0, 0.0], [0.0, 3.0]], [0, 0])
+    assert metric.score([metric.predict(batch), metric.predict(batch)]) == 0.5
+    batch["input"][1, 0] = torch.nan
+    with pytest.raises(NonFiniteObjectiveError, match="are NaN"):
+        metric(batch)
+
+
 # --- 15, 17: labels are what the configuration says ----------------------------------------------
 
 METRICS = [Accuracy, F1, MatthewsCorrelation, ROCAUC, ExactMatch]
@@ -330,6 +384,24 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out_of_what_is_continue
         for tokenizer in (plain, appending)
     ]
     assert torch.equal(*asked)
+
+
+@pytest.mark.parametrize("after", ["</s> </s>", "</s> <s>"])  # as XLNet's tokenizer: sep, then cls
+def test_all_end_tokens_that_a_tokenizer_appends_are_left_out(after: str) -> None:
+    tokenizer = a_tokenizer(sep_token="</s>", cls_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {after}", special_tokens=[("</s>", END), ("<s>", 0)]
+    )
+    model = tiny_model("llama", "causal")
+    reward = GenerationReward(model, tokenizer, one_each, max_new_tokens=2)
+    assert reward.collate([{"prompt": "w5 w6"}]).input_ids.tolist() == [[5, 6]]
+    assert reward.collate([{"prompt": "w5 </s>"}]).input_ids.tolist() == [[5, END]]
+    pair = CausalLMLoss(model, tokenizer=tokenizer).texts.encoded(
+        {"prompt": "w5", "completion": " w7"}
+    )
+    assert pair["input_ids"][:2] == [5, 7]
+    assert pair["input_ids"].count(END) == 1
+    assert pair["labels"][0] == -100
 
 
 def test_an_end_token_stays_where_the_user_wrote_it_and_where_an_encoder_reads_it() -> None:
@@ -565,8 +637,12 @@ def test_a_prompt_has_one_completion() -> None:
 
 
 @pytest.mark.parametrize(
-    "returned", [{0: 5.0, 1: 6.0}, {1.0, 2.0}, "12", b"12", ["1", "2"], [1j, 0.0], [[1.0], [2.0]]]
-)
+    "returned",
+    [
+        {0: 5.0, 1: 6.0}, {1.0, 2.0}, "12", b"12", ["1", "2"], [1j, 0.0], [[1.0], [2.0]],
+        torch.ones(2).to_sparse(), torch.ones(2, device="meta"),
+    ],
+)  # fmt: skip
 def test_what_is_no_list_of_numbers_is_no_reward(returned: Any) -> None:
     reward = GenerationReward(
         tiny_model("llama", "causal"), a_tokenizer(), lambda completions, **_: returned,

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from tiny_models import tiny_model, token_rows
 from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
 from trajectories import OPTIMIZERS, STEPS, copies, equal, run, tensors
 
 from objectives import CallableObjective, CausalLMLoss, ClassificationLoss
@@ -474,6 +475,8 @@ FORMS: dict[str, Callable[[list[list[int]]], Any]] = {
     "arrays": lambda rows: (np.array(rows, dtype=np.float32), np.arange(len(rows))),
     "dataset": lambda rows: Dataset.from_list([{"x": r, "text": [f"{r[0]}", None]} for r in rows]),
     "shuffled": lambda rows: Dataset.from_list([{"x": r} for r in rows]).shuffle(seed=0),
+    "tensor data set": lambda rows: TensorDataset(torch.tensor(rows), torch.arange(len(rows))),
+    "subset": lambda rows: Subset([{"x": row} for row in rows], range(1000, 2000)),
     "images": lambda rows: [(torch.tensor(row, dtype=torch.float32), 1) for row in rows],
 }
 
@@ -488,6 +491,14 @@ def test_one_changed_row_of_many_is_another_data_set(name: str) -> None:
     assert one is not None
     assert one == again
     assert one != other
+
+
+def test_other_rows_of_one_data_set_are_other_data() -> None:
+    rows = [{"x": [i]} for i in range(6)]
+    parts = ([0, 1], [1, 0], [0, 2])
+    assert len({contents_hash(as_source(Subset(rows, part), list)) for part in parts}) == 3
+    begun = {"all rows of the data": None}  # of a version that did not read them
+    check_settings(Path("f"), begun, {"all rows of the data": "hash"})
 
 
 def test_a_run_is_not_gone_on_with_on_a_changed_row(tmp_path: Path) -> None:

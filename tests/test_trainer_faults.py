@@ -17,12 +17,12 @@ from test_trainer import accuracy, arguments, lora_model, pad, toy_rows, trainer
 from test_trainer_resume import SAVING, STEPS, StopAt
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from objectives import Accuracy, ClassificationLoss
 from zo_adapt import SGD, Adam, MeZO, ParameterView, StopReason, ZOConfig, ZOTrainer, replay
-from zo_adapt.data.labels import class_labels
+from zo_adapt.data.labels import class_labels, labels_to_check
 from zo_adapt.errors import (
     CorruptTrajectoryError,
     DataError,
@@ -517,6 +517,9 @@ def test_a_transform_is_not_run_for_the_labels(tmp_path: Path) -> None:
     data.set_transform(transform)
     assert class_labels(data) == [i % 2 for i in range(64)]
     assert not made
+    stars = Dataset.from_list([{"input_ids": [5], "labels": 1 + i % 2} for i in range(8)])
+    stars.set_transform(lambda rows: rows | {"labels": [stars - 1 for stars in rows["labels"]]})
+    assert labels_to_check(Subset(stars, range(4))) is None  # what is stored is no class
     dropping = Dataset.from_list([{"x": i, "label": i % 2} for i in range(8)])
     dropping.set_transform(lambda rows: {"x": rows["x"]})
     assert class_labels(dropping) == [i % 2 for i in range(8)]

@@ -166,3 +166,38 @@ def test_a_mean_over_tokens_does_not_depend_on_micro_batches(
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("compares", [True, False], ids=["in-batch negatives", "a mean"])
+def test_a_loss_that_compares_the_rows_of_a_batch_sees_all_of_them(
+    tmp_path: Path, compares: bool
+) -> None:
+    seen: list[int] = []
+
+    class Own(ZOTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **_: Any) -> Tensor:
+            seen.append(len(inputs["labels"]))
+            if not compares:
+                return model(**inputs).loss  # type: ignore[no-any-return]
+            del inputs["labels"]
+            texts = model(**inputs).logits.mean(1)
+            return nn.functional.cross_entropy(texts @ texts.T, torch.arange(len(texts)))
+
+    def trainer(name: str, micro_batch_size: int | None) -> Own:
+        return Own(
+            tiny_model("llama", "causal"),
+            arguments(
+                tmp_path / name, max_steps=1, per_device_train_batch_size=8, displacement=0.1,
+                micro_batch_size=micro_batch_size,
+            ),
+            train_dataset=causal_rows(),
+            data_collator=causal_pad,
+        )  # fmt: skip
+
+    trainer("whole", None).train()
+    assert (seen[-1] == 8) is compares
+    if compares:
+        with pytest.raises(OptionError, match="one number for a batch"):
+            trainer("parts", 4).train()
+    else:
+        trainer("parts", 4).train()

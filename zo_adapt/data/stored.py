@@ -40,4 +40,6 @@ def stored_column(data: Any, name: str) -> Sequence[Any] | None:
 
 def is_transformed(data: Any) -> bool:
     """Whether the examples are made of what is stored, by a transform of the user's own."""
+    while isinstance(data, Subset):
+        data = data.dataset
     return bool(getattr(data, "format", None)) and data.format.get("type") == "custom"

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
 
 from zo_adapt.data.forms import Columns
 from zo_adapt.data.sources import Source
@@ -28,9 +29,9 @@ def contents_hash(source: Source) -> str | None:
     """sha256 over the data's rows; None where they cannot be read without side effects.
 
     Read are tensors and arrays, lists of examples, and ``datasets`` tables, of which the stored
-    values, not what a transform makes of them: all of them, up to ``MOST_ROWS`` rows and
-    ``MOST_BYTES`` bytes. Of a tensor with more than 1,024 elements in a list of examples so many
-    are read, of an object of another kind (an image) its class alone.
+    values, not what a transform makes of them, and torch's subsets of these: all of them, up to
+    ``MOST_ROWS`` rows and ``MOST_BYTES`` bytes. Of a tensor with more than 1,024 elements in a list
+    of examples so many are read, of an object of another kind (an image) its class alone.
     """
     with suppress(TypeError):  # it has no weak references
         if source in _known:
@@ -47,6 +48,11 @@ _known: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 def _hash_of(examples: Any) -> str | None:
     digest = hashlib.sha256()
+    if isinstance(examples, Subset):
+        found = _hash_of(examples.dataset)
+        rows = np.asarray(examples.indices, np.int64).tobytes()
+        return found and hashlib.sha256(found.encode() + rows).hexdigest()
+    examples = examples.tensors if isinstance(examples, TensorDataset) else examples
     examples = examples.columns if isinstance(examples, Columns) else examples
     if isinstance(examples, Mapping):
         for name, column in examples.items():

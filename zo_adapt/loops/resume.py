@@ -92,7 +92,8 @@ def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, 
     begun, now = _without_new_entries(begun, now)
     for name in settings:
         value = now[name]
-        if name in begun and not same_description(begun[name], value):
+        is_kept = name in begun and not (name == ALL_ROWS and begun[name] is None)
+        if is_kept and not same_description(begun[name], value):
             raise TrajectoryError(
                 f"{path} was begun with {name}={begun[name]!r:.200}, not {value!r:.200}; resume "
                 "with the same settings, or begin another file"

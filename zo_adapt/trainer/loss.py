@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from zo_adapt.data.sources import Source
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.model_state import EvaluationMode
 from zo_adapt.evaluation.objective import SetObjective
+from zo_adapt.evaluation.start_checks import is_made_of_its_parts
 from zo_adapt.trainer.items import Count, ItemsOfLoss
 
 
@@ -21,6 +24,7 @@ class TrainerLoss(SetObjective):
 
     An item is what the model's loss is a mean over: a label that counts (a token, where labels are
     a row of them), or an example. The loss of micro-batches is that of their batch as a whole.
+    One that is no such mean (in-batch negatives) is computed of whole batches only.
     """
 
     min_rows = 1
@@ -32,6 +36,18 @@ class TrainerLoss(SetObjective):
         halves = (torch.float16, torch.bfloat16)
         self._in_half = any(p.dtype in halves for p in model.parameters())
         self._items = ItemsOfLoss(_shifts(trainer))
+
+    def keep_whole_if_needed(self, source: Source) -> None:
+        """Find whether the loss compares the rows of a batch, so that none may be cut."""
+        if not self._is_usual and not is_made_of_its_parts(self, source, self._model):
+            self.mean_over_rows = False
+
+    @property
+    def _is_usual(self) -> bool:
+        """Whether it is a loss of transformers' own, which are means."""
+        trainer, model = self._trainer, _base(self._model)
+        own = type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func
+        return not own and getattr(model, "loss_type", None) in LOSS_MAPPING
 
     def predict(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Count]]:
         """The loss of a collated batch, a scalar, and the number of items of each mean in it."""
@@ -60,11 +76,16 @@ class TrainerLoss(SetObjective):
 
 def shifts_labels(model: Any) -> bool:
     """Whether a model's loss pairs each label with the position before, as decoders' do."""
-    model = getattr(model, "module", model)  # of a wrapper for several processes
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = _base(model)
     config = getattr(model, "config", None)
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(config, "is_encoder_decoder", False)
+
+
+def _base(model: Any) -> Any:
+    """The model itself, without peft and the wrapper for several processes."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _one_count(items: list[Count]) -> Count:

@@ -235,6 +235,8 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             as_stored = self._batching.is_usual
             check_all_examples(objective, loader.dataset, as_stored=as_stored)
             objective = self._way.prepared(as_objective(objective), source, self.view)
+            if isinstance(objective, TrainerLoss):
+                objective.keep_whole_if_needed(source)
         if self.args.lora_start_rows and self._checkpoint is None:
             start_adapters(self, as_objective(objective), source)
         evaluator = shared(

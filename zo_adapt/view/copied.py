@@ -5,7 +5,6 @@ Costs the view's bytes. For adapters and plain tensors.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from zo_adapt.interrupt import Guard
 from zo_adapt.noise.accumulate import Accumulation
 from zo_adapt.noise.sums import Sums
 from zo_adapt.view.layers import Plan, Tensors
-
-_KIND = attrgetter("dtype", "device", "shape")
+from zo_adapt.view.usage import KIND
 
 
 class Copied:
@@ -48,21 +46,20 @@ class Copied:
             run: Writes the tensors; None: from themselves.
 
         Raises:
-            ViewInUseError: (at the end) A context that was entered inside is open still, or the
-                tensors have another dtype or shape now. They are restored all the same.
+            ViewInUseError: (at the end) A context that was entered inside is open still. The
+                tensors are restored all the same.
         """
         copy = _like(self._tensors) if self._copies else self._room_for_a_copy()
-        kinds = list(map(_KIND, self._tensors))
         with torch.no_grad():
             torch._foreach_copy_(copy, self._tensors)
-        with Guard(lambda: self._restore(copy, kinds)) as guard:
+        with Guard(lambda: self._restore(copy)) as guard:
             self._copies.append(copy)
             (run or self._run)(sums)
             self._written()
             guard.open()
             yield
 
-    def _restore(self, copy: list[Tensor], kinds: list[Any]) -> None:
+    def _restore(self, copy: list[Tensor]) -> None:
         places = [i for i, other in enumerate(self._copies) if other is copy]
         if not places:  # restored with a context further out
             return
@@ -76,15 +73,10 @@ class Copied:
                 f"a shift of the view ended while {inside} that began inside it went on; leave "
                 "them in the reverse order (use `with`)"
             )
-        if list(map(_KIND, self._tensors)) != kinds:
-            raise ViewInUseError(
-                "tensors of the view changed their dtype, device or shape while it was shifted; "
-                "convert the model (half(), to()) before or after a probe"
-            )
 
     def _room_for_a_copy(self) -> list[Tensor]:
         """Always the same while the tensors are of the same kinds: every step needs it."""
-        kinds = list(map(_KIND, self._tensors))
+        kinds = list(map(KIND, self._tensors))
         if kinds != self._kinds:
             self._room, self._kinds = _like(self._tensors), kinds
         return self._room

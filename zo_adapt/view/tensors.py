@@ -73,6 +73,9 @@ def tunable(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
             f"tensors is a {type(tensors).__name__}; give names and tensors"
             + (", or ParameterView.trainable(model), .full(model)" if is_model else "")
         )
+    for name in tensors:
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"the tensors' names are texts, and one is {name!r:.80}")
     given = {name: _shared(name, value) for name, value in tensors.items()}
     for name, tensor in given.items():
         check_tensor(name, tensor)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -41,7 +42,8 @@ leave shifted() first
         """Inside, the calling thread alone may shift the view, again if it likes.
 
         Raises:
-            ViewInUseError: Another thread is shifting it, or another view of its memory is shifted.
+            ViewInUseError: Another thread is shifting it, or another view of its memory is shifted;
+                or (at the end) its tensors have another dtype, device or shape than at the start.
         """
         me = threading.get_ident()
         if self._holder.get("thread", me) != me:
@@ -53,8 +55,17 @@ leave shifted() first
                 raise ViewInUseError(_OTHER_THREAD)
             if self._depth == 1:
                 self._check_others("shifted()")
+            kinds = list(map(KIND, self._tensors.values()))
             guard.open()
-            yield
+            try:
+                yield
+            except Exception as error:
+                # What does not go together any more says so in many ways.
+                if list(map(KIND, self._tensors.values())) != kinds:
+                    raise ViewInUseError(_CONVERTED) from error
+                raise
+            if list(map(KIND, self._tensors.values())) != kinds:
+                raise ViewInUseError(_CONVERTED)
 
     def _leave(self) -> None:
         self._depth -= 1
@@ -84,6 +95,11 @@ leave shifted() first
         return any(held.meeting(tensor) for tensor in other._tensors.values())
 
 
+KIND = attrgetter("dtype", "device", "shape")
+_CONVERTED = (
+    "tensors of the view changed their dtype, device or shape while it was shifted; convert the "
+    "model (half(), to()) before or after a probe"
+)
 _open: list[Usage] = []
 """Those that are shifted now, in any thread, once for every shift."""
 _OTHER_THREAD = (
