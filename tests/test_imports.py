@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ENGINE = sorted((ROOT / "zo_adapt").rglob("*.py"))
 LIGHT = {"torch", "numpy", "tqdm", "zo_adapt", *sys.stdlib_module_names}
 INTEGRATION = sorted((ROOT / "zo_adapt" / "trainer").glob("*.py"))
-KERNELS = ("accumulate", "factors", "gathered", "low_rank")
+KERNELS = ("accumulate", "factors", "gathered", "low_rank", "numbers")
 OPTIONAL = {f"triton_{name}.py": {"triton"} for name in KERNELS}
 """Loaded on the first use of a CUDA view alone."""
 LIGHT_FILES = [path for path in ENGINE if path not in INTEGRATION]
