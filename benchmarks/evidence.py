@@ -36,7 +36,7 @@ import evidence_theory
 from evidence_methods import optimizer_of
 from evidence_pieces import SEEDS, THEORY, Run, open_runs
 from evidence_problems import PROBLEMS, least_squares_rows, squares, squares_at
-from evidence_variance import track_of, watching
+from evidence_variance import Track
 
 from zo_adapt import ZOError, minimize
 
@@ -91,9 +91,12 @@ def of_method(run: Run) -> dict[str, Any]:
     """Tune the problem and measure it."""
     problem = PROBLEMS[run.problem](run.seed)
     curve: list[tuple[int, int, float]] = []
+    track = Track(run, problem) if run.piece == "variance" else None
 
     def look(step: Any) -> None:
-        if step.step in CURVE:
+        if track is not None:
+            track.look(step)
+        elif step.step in CURVE:
             curve.append((step.step, step.queries, round(problem.measure()["training"], 5)))
 
     try:
@@ -106,15 +109,15 @@ def of_method(run: Run) -> dict[str, Any]:
             max_queries=run.queries,
             max_steps=run.steps,
             seed=run.seed,
-            callback=look if run.piece == "methods" and run.seed in SEEDS else None,
-            metrics=watching(run) if run.piece == "variance" else None,
+            callback=look if run.piece in ("methods", "variance") and run.seed in SEEDS else None,
+            metrics=None if track is None else track.metrics,
             progress=False,
         )
     except ZOError as error:
         return {"stopped": str(error).splitlines()[0]}
     found = problem.measure() | {"steps": result.steps, "queries": result.queries}
     found |= {"curve": curve} if curve else {}
-    found |= {"track": track_of(result.history)} if run.piece == "variance" else {}
+    found |= {} if track is None else {"track": track.rows(result.history)}
     return found | {"stopped": result.stop_reason.name}
 
 

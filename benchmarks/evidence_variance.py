@@ -2,33 +2,77 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from evidence_cells import Results, markdown
 from evidence_pieces import DIGITS, LS, SEEDS, WATCHED, Run
+from evidence_problems import Problem
+from torch import Tensor
 
 from zo_adapt import TrackVariance
 from zo_adapt.term import Step
 
-FIGURES = ("direction_noise", "data_noise", "explained", "distance", "cosine")
+FIGURES = ("direction_noise", "data_noise", "explained", "distance")
 NAME = "variance"
+SIZES = {LS: 100, DIGITS: 784 * 32 + 32 + 32 * 16 + 16 + 16 * 10 + 10}
+"""d."""
 
 
-def watching(run: Run) -> dict[str, TrackVariance]:
-    """Forty looks along the run, at as many rows for a direction as its minibatches have."""
-    every = max(1, (run.steps or 1) // 40)
-    return {NAME: TrackVariance(every, batch_size=run.batch_size, gradient=True)}
+class Track:
+    """Forty looks along a run, at as many rows for a direction as its minibatches have.
 
+    Every second is after a minibatch step of q = 2: the looks are an even number of steps apart.
+    """
 
-def track_of(history: Sequence[Step]) -> list[list[float | None]]:
-    """The step and ``FIGURES`` of every look; None: the method has no such figure."""
-    return [
-        [step.step, *(_rounded(step.metrics.get(f"{NAME}_{name}")) for name in FIGURES)]
-        for step in history
-        if step.metrics
-    ]
+    def __init__(self, run: Run, problem: Problem) -> None:
+        self.every = 2 * max(1, (run.steps or 1) // 80)
+        self.metrics = {NAME: TrackVariance(self.every, batch_size=run.batch_size)}
+        self._problem, self._steps = problem, dict[int, tuple[float, float]]()
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def look(self, step: Step) -> None:
+        """Compare a step with the gradient where it began, on all rows."""
+        if self._before is not None:
+            place, gradient = self._before
+            v = (place - self._place()) / (step.lr or 1.0)
+            of_gradient = float(gradient.square().sum())
+            cosine = float(v @ gradient / (v.norm() * gradient.norm()))
+            self._steps[step.step] = cosine, float((v - gradient).square().sum()) / of_gradient
+        at_look = (step.step + 1) % self.every == 0
+        self._before = (self._place(), self._gradient()) if at_look else None
+
+    def _place(self) -> Tensor:
+        return torch.cat([one.detach().double().flatten() for one in self._tensors])
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return list(self._problem.view.tensors.values())
+
+    def _gradient(self) -> Tensor:
+        needed = [tensor.requires_grad for tensor in self._tensors]
+        for tensor in self._tensors:
+            tensor.requires_grad_(True)
+        with torch.enable_grad():
+            loss = self._problem.objective(self._problem.data).mean()
+        found = torch.autograd.grad(loss, self._tensors)
+        for tensor, before in zip(self._tensors, needed, strict=True):
+            tensor.requires_grad_(before)
+        return torch.cat([one.double().flatten() for one in found])
+
+    def rows(self, history: Sequence[Step]) -> list[list[float | None]]:
+        """Step, ``FIGURES``, cosine and squared error over the gradient's; None: not there."""
+        return [
+            [
+                step.step,
+                *(_rounded(step.metrics.get(f"{NAME}_{name}")) for name in FIGURES),
+                *map(_rounded, self._steps.get(step.step, (None, None))),
+            ]
+            for step in history
+            if step.metrics
+        ]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -43,7 +87,8 @@ class Look(NamedTuple):
         direction, data: G and sigma^2, of one example.
         explained: Share of a minibatch estimate that the control variate takes out.
         distance: |theta - theta_bar|.
-        cosine: Of the last step and the negative gradient.
+        cosine: Of the step that ended there, and the negative gradient where it began.
+        error: Its |v - grad f|^2 / |grad f|^2.
         rows: Of a minibatch.
     """
 
@@ -53,6 +98,7 @@ class Look(NamedTuple):
     explained: float | None
     distance: float | None
     cosine: float | None
+    error: float | None
     rows: int
 
     @property
@@ -92,55 +138,56 @@ def looks(found: Results, problem: str, method: str) -> list[list[Look]]:
     return runs if len(runs) == len(SEEDS) else []
 
 
-def mean(runs: Sequence[Sequence[Look]], figure: Callable[[Look], float | None]) -> list[float]:
-    """The mean of the seeds at every look that all of them have; NaN where it is missing."""
-    rows = []
-    for each in zip(*runs, strict=False):
-        values = [value for value in map(figure, each) if value is not None]
-        rows.append(statistics.fmean(values) if len(values) == len(each) else math.nan)
-    return rows
+def pooled(runs: Sequence[Sequence[Look]], part: slice) -> Look:
+    """The means over the seeds and the looks of a part: single ones are too noisy for shares."""
+    parts = [look for run in runs for look in run[part]]
+    means = (_mean([look[i] for look in parts]) for i in range(len(Look._fields)))
+    step, direction, data, explained, distance, cosine, error, rows = means
+    return Look(int(step or 0), direction or 0.0, data or 0.0, explained, distance, cosine,
+                error, int(rows or 1))  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def fifths(runs: Sequence[Sequence[Look]]) -> list[Look]:
+    """The run in five parts."""
+    size = max(1, min(map(len, runs)) // 5)
+    return [pooled(runs, slice(i * size, (i + 1) * size)) for i in range(5)]
 
 
 def table(found: Results) -> str:
     """The first and the last fifth of the runs."""
     header = ["", "part", "G", "sigma² / b", "data's share", "explained",
-              "‖theta - theta_bar‖", "cosine", "error / MeZO's"]  # fmt: skip
+              "‖theta - theta_bar‖", "cosine", "error", "by its parts"]  # fmt: skip
     rows = []
     for problem in (LS, DIGITS):
         for method in WATCHED:
             runs = looks(found, problem, method)
-            fifth = max(1, len(runs[0]) // 5) if runs else 0
-            for name, part in (("first fifth", slice(fifth)), ("last fifth", slice(-fifth, None))):
-                if runs:
-                    cells = (_text(one[part]) for one in _columns(runs, method))
-                    rows.append([f"{problem}, {method}", name, *cells])
+            parts = fifths(runs) if runs else []
+            for name, i in (("first fifth", 0), ("last fifth", -1)) if parts else ():
+                one = parts[i]
+                figures = (one.direction, one.data / one.rows, one.data_share, one.explained,
+                           one.distance, one.cosine, one.error,
+                           error_by_parts(problem, method, one))  # fmt: skip
+                cells = ("-" if value is None else f"{value:.2g}" for value in figures)
+                rows.append([f"{problem}, {method}", name, *cells])
     return markdown(header, rows)
 
 
-def _columns(runs: Sequence[Sequence[Look]], method: str) -> list[list[float]]:
-    figures: list[Callable[[Look], float | None]] = [
-        lambda one: one.direction,
-        lambda one: one.data / one.rows,
-        lambda one: one.data_share,
-        lambda one: one.explained,
-        lambda one: one.distance,
-        lambda one: one.cosine,
-        left_of(method),
-    ]
-    return [mean(runs, figure) for figure in figures]
-
-
-def left_of(method: str) -> Callable[[Look], float | None]:
-    """The share of MeZO's error that a minibatch step of a method has."""
+def left_of(method: str, one: Look) -> float | None:
+    """The share of MeZO's error that a minibatch step of a method has; None: it is MeZO."""
     if "SVRG" not in method:
-        return lambda one: None
-    two = "printed" in method or "two directions" in method
-    return (lambda one: one.left_of_two) if two else (lambda one: one.left)
+        return None
+    return one.left_of_two if "printed" in method or "two directions" in method else one.left
 
 
-def _text(values: Sequence[float]) -> str:
-    found = [value for value in values if not math.isnan(value)]
-    return f"{statistics.fmean(found):.2g}" if found else "-"
+def error_by_parts(problem: str, method: str, one: Look) -> float:
+    """``Look.error`` as expected of G and sigma^2; MeZO: d (G + sigma^2 / b) / G."""
+    left = left_of(method, one)
+    return SIZES[problem] * one.total / one.direction * (1.0 if left is None else left)
 
 
 def draw(found: Results, path: Path) -> None:
@@ -155,42 +202,43 @@ def draw(found: Results, path: Path) -> None:
                 _lines(row, runs, f"C{color}", method)
         row[0].set(yscale="log", ylabel=problem, title="G (line), sigma² / b (dots)")
         row[1].set(ylim=(-0.05, 1.05), title="data's share (dots), explained (line)")
-        row[2].set(yscale="log", title="‖theta - theta_bar‖")
-        row[3].set(title="cosine of step and -gradient")
+        row[2].set(title="‖theta - theta_bar‖ at the looks")
+        row[3].set(title="cosine of step and -gradient")  # where the step began
         row[3].axhline(0, color="grey", linewidth=0.8, linestyle=":")
         for axes in row:
             axes.title.set_fontsize("medium")
             axes.set_xlabel("steps")
-    figure.axes[0].legend(fontsize="x-small", frameon=False)
+    figure.axes[3].legend(fontsize="x-small", frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
 def _lines(row: Any, runs: Sequence[Sequence[Look]], color: str, method: str) -> None:
-    steps = [float(one.step) for one in runs[0]]
-
-    def plot(axes: Any, figure: Callable[[Look], float | None], style: str = "-") -> None:
-        values = mean(runs, figure)
-        if not all(map(math.isnan, values)):
-            label = method if style == "-" else None
-            axes.plot(steps[: len(values)], values, style, color=color, linewidth=1.2,
-                      markersize=3, label=label)  # fmt: skip
-
-    plot(row[0], lambda one: one.direction)
-    plot(row[0], lambda one: one.data / one.rows, ".")
-    plot(row[1], lambda one: one.explained)
-    plot(row[1], lambda one: one.data_share, ".")
-    plot(row[2], lambda one: one.distance)
-    plot(row[3], lambda one: one.cosine)
+    """Means of five looks in a row."""
+    count = min(map(len, runs))
+    means = [pooled(runs, slice(max(0, i - 2), i + 3)) for i in range(count)]
+    for axes, figure, style in (
+        (row[0], lambda one: one.direction, "-"),
+        (row[0], lambda one: one.data / one.rows, "."),
+        (row[1], lambda one: one.explained, "-"),
+        (row[1], lambda one: one.data_share, "."),
+        (row[2], lambda one: one.distance, "-"),
+        (row[3], lambda one: one.cosine, "-"),
+    ):
+        points = [(look.step, figure(one)) for look, one in zip(runs[0], means, strict=False)]
+        drawn = [(step, value) for step, value in points if value is not None]
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), style, color=color, linewidth=1.2, markersize=3,
+                      label=method)  # fmt: skip
 
 
 def claims(found: Results, link: str) -> list[tuple[str, str, str, str, str]]:
     """Whether the variance falls, and which part of it matters."""
     rows = []
     for problem in (LS, DIGITS):
-        setting = f"{problem}, pairs, b = 32, TrackVariance along the runs"
+        setting = f"{problem}, pairs, b = 32, TrackVariance along the runs, by fifths"
         plain = looks(found, problem, "MeZO")
         if plain:
-            shares = mean(plain, lambda one: one.data_share)
+            shares = [one.data_share for one in fifths(plain)]
             text = f"share of the data {min(shares):.2f} to {max(shares):.2f}"
             holds = "yes" if min(shares) > 0.5 else "no" if max(shares) < 0.5 else "in part"
             rows.append(("The noise of the data is the larger part of MeZO's error", setting, text,
@@ -199,9 +247,9 @@ def claims(found: Results, link: str) -> list[tuple[str, str, str, str, str]]:
             runs = looks(found, problem, method)
             if not runs or "SVRG" not in method:
                 continue
-            left = mean(runs, left_of(method))
+            left = [left_of(method, one) or 0.0 for one in fifths(runs)]
             text = f"{min(left):.2f} to {max(left):.2f} of MeZO's on as many rows"
             holds = "yes" if max(left) < 1 else "no" if min(left) > 1 else "in part"
-            rows.append((f"The error of a step is smaller than MeZO's: {method}", setting, text,
-                         holds, link))  # fmt: skip
+            rows.append((f"The error of a minibatch step is smaller than MeZO's: {method}", setting,
+                         text, holds, link))  # fmt: skip
     return rows

@@ -44,8 +44,8 @@ def directions(seeds: list[int]) -> Iterator[Tensor]:
 
 def test_steps_by_hand_are_those_of_mezo(theory: tuple[Any, list[int]]) -> None:
     module, seeds = theory
-    expected = module.gradient_floor(D, 30, 1)
-    found, _ = module.by_hand(D, 30, 1, directions(seeds).__next__)
+    expected = module.gradient_floor(D, 60, 1)
+    found, _ = module.by_hand(D, 60, 1, directions(seeds).__next__)
     assert found == pytest.approx(expected, rel=1e-4)
     assert expected["of the second half"] < 0.9 * expected["mean squared gradient"]
 
