@@ -17,8 +17,6 @@ from zo_adapt.term import Step
 
 FIGURES = ("direction_noise", "data_noise", "explained", "distance")
 NAME = "variance"
-SIZES = {LS: 100, DIGITS: 784 * 32 + 32 + 32 * 16 + 16 + 16 * 10 + 10}
-"""d."""
 
 
 class Track:
@@ -30,7 +28,7 @@ class Track:
     def __init__(self, run: Run, problem: Problem) -> None:
         self.every = 2 * max(1, (run.steps or 1) // 80)
         self.metrics = {NAME: TrackVariance(self.every, batch_size=run.batch_size)}
-        self._problem, self._steps = problem, dict[int, tuple[float, float]]()
+        self._problem, self._steps = problem, dict[int, tuple[float, float, float]]()
         self._before: tuple[Tensor, Tensor] | None = None
 
     def look(self, step: Step) -> None:
@@ -40,7 +38,8 @@ class Track:
             v = (place - self._place()) / (step.lr or 1.0)
             of_gradient = float(gradient.square().sum())
             cosine = float(v @ gradient / (v.norm() * gradient.norm()))
-            self._steps[step.step] = cosine, float((v - gradient).square().sum()) / of_gradient
+            error = float((v - gradient).square().sum()) / of_gradient
+            self._steps[step.step] = cosine, error, of_gradient
         at_look = (step.step + 1) % self.every == 0
         self._before = (self._place(), self._gradient()) if at_look else None
 
@@ -63,12 +62,12 @@ class Track:
         return torch.cat([one.double().flatten() for one in found])
 
     def rows(self, history: Sequence[Step]) -> list[list[float | None]]:
-        """Step, ``FIGURES``, cosine and squared error over the gradient's; None: not there."""
+        """Step, ``FIGURES``, cosine, squared error over the gradient's, and that; or None."""
         return [
             [
                 step.step,
                 *(_rounded(step.metrics.get(f"{NAME}_{name}")) for name in FIGURES),
-                *map(_rounded, self._steps.get(step.step, (None, None))),
+                *map(_rounded, self._steps.get(step.step, (None, None, None))),
             ]
             for step in history
             if step.metrics
@@ -84,32 +83,38 @@ class Look(NamedTuple):
 
     Args:
         step: After which step.
-        direction, data: G and sigma^2, of one example.
+        estimated, data: G and sigma^2 of one example, as TrackVariance has them.
         explained: Share of a minibatch estimate that the control variate takes out.
         distance: |theta - theta_bar|.
         cosine: Of the step that ended there, and the negative gradient where it began.
         error: Its |v - grad f|^2 / |grad f|^2.
+        direction: G, the gradient's square on all rows, by backpropagation.
         rows: Of a minibatch.
     """
 
-    step: int
-    direction: float
+    step: float
+    estimated: float
     data: float
     explained: float | None
     distance: float | None
     cosine: float | None
     error: float | None
-    rows: int
+    direction: float
+    rows: float
 
     @property
     def total(self) -> float:
-        """G + sigma^2 / b: d times it is the mean squared error of a pair on b rows."""
-        return self.direction + self.data / self.rows
+        """Mean p^2 on b rows: d times it is the mean squared error of a pair.
+
+        G + sigma^2 / b where rows are drawn at random; batches of MNIST are stratified by class,
+        which takes a part of sigma^2 out.
+        """
+        return self.estimated + self.data / self.rows
 
     @property
     def data_share(self) -> float:
         """The data's share of it, the most that a better estimate on all rows would take out."""
-        return self.data / self.rows / self.total
+        return 1 - self.direction / self.total
 
     @property
     def left(self) -> float | None:
@@ -142,9 +147,10 @@ def pooled(runs: Sequence[Sequence[Look]], part: slice) -> Look:
     """The means over the seeds and the looks of a part: single ones are too noisy for shares."""
     parts = [look for run in runs for look in run[part]]
     means = (_mean([look[i] for look in parts]) for i in range(len(Look._fields)))
-    step, direction, data, explained, distance, cosine, error, rows = means
-    return Look(int(step or 0), direction or 0.0, data or 0.0, explained, distance, cosine,
-                error, int(rows or 1))  # fmt: skip
+    needed = [
+        Look._fields.index(name) for name in ("step", "estimated", "data", "direction", "rows")
+    ]
+    return Look(*(one or 0.0 if i in needed else one for i, one in enumerate(means)))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -160,8 +166,8 @@ def fifths(runs: Sequence[Sequence[Look]]) -> list[Look]:
 
 def table(found: Results) -> str:
     """The first and the last fifth of the runs."""
-    header = ["", "part", "G", "sigma² / b", "data's share", "explained",
-              "‖theta - theta_bar‖", "cosine", "error", "by its parts"]  # fmt: skip
+    header = ["", "part", "G", "p²", "data's share", "explained",
+              "‖theta - theta_bar‖", "cosine", "error"]  # fmt: skip
     rows = []
     for problem in (LS, DIGITS):
         for method in WATCHED:
@@ -169,12 +175,17 @@ def table(found: Results) -> str:
             parts = fifths(runs) if runs else []
             for name, i in (("first fifth", 0), ("last fifth", -1)) if parts else ():
                 one = parts[i]
-                figures = (one.direction, one.data / one.rows, one.data_share, one.explained,
-                           one.distance, one.cosine, one.error,
-                           error_by_parts(problem, method, one))  # fmt: skip
-                cells = ("-" if value is None else f"{value:.2g}" for value in figures)
+                figures = (one.direction, one.total, one.data_share, one.explained,
+                           one.distance, one.cosine, one.error)  # fmt: skip
+                cells = map(_text, figures)
                 rows.append([f"{problem}, {method}", name, *cells])
     return markdown(header, rows)
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def left_of(method: str, one: Look) -> float | None:
@@ -182,12 +193,6 @@ def left_of(method: str, one: Look) -> float | None:
     if "SVRG" not in method:
         return None
     return one.left_of_two if "printed" in method or "two directions" in method else one.left
-
-
-def error_by_parts(problem: str, method: str, one: Look) -> float:
-    """``Look.error`` as expected of G and sigma^2; MeZO: d (G + sigma^2 / b) / G."""
-    left = left_of(method, one)
-    return SIZES[problem] * one.total / one.direction * (1.0 if left is None else left)
 
 
 def draw(found: Results, path: Path) -> None:
@@ -200,7 +205,7 @@ def draw(found: Results, path: Path) -> None:
             runs = looks(found, problem, method)
             if runs:
                 _lines(row, runs, f"C{color}", method)
-        row[0].set(yscale="log", ylabel=problem, title="G (line), sigma² / b (dots)")
+        row[0].set(yscale="log", ylabel=problem, title="G (line), mean p² (dots)")
         row[1].set(ylim=(-0.05, 1.05), title="data's share (dots), explained (line)")
         row[2].set(title="‖theta - theta_bar‖ at the looks")
         row[3].set(title="cosine of step and -gradient")  # where the step began
@@ -218,7 +223,7 @@ def _lines(row: Any, runs: Sequence[Sequence[Look]], color: str, method: str) ->
     means = [pooled(runs, slice(max(0, i - 2), i + 3)) for i in range(count)]
     for axes, figure, style in (
         (row[0], lambda one: one.direction, "-"),
-        (row[0], lambda one: one.data / one.rows, "."),
+        (row[0], lambda one: one.total, "."),
         (row[1], lambda one: one.explained, "-"),
         (row[1], lambda one: one.data_share, "."),
         (row[2], lambda one: one.distance, "-"),
@@ -248,7 +253,10 @@ def claims(found: Results, link: str) -> list[tuple[str, str, str, str, str]]:
             if not runs or "SVRG" not in method:
                 continue
             left = [left_of(method, one) or 0.0 for one in fifths(runs)]
-            text = f"{min(left):.2f} to {max(left):.2f} of MeZO's on as many rows"
+            text = f"{min(left):.2f} to {max(left):.2f} of MeZO's on as many rows by its parts"
+            whole = [pooled(one, slice(None)).error for one in (runs, plain) if one]
+            if len(whole) == 2:
+                text += "; measured {:.0f} ‖grad f‖², MeZO's {:.0f}".format(*whole)
             holds = "yes" if max(left) < 1 else "no" if min(left) > 1 else "in part"
             rows.append((f"The error of a minibatch step is smaller than MeZO's: {method}", setting,
                          text, holds, link))  # fmt: skip
