@@ -126,7 +126,7 @@ def _theory(found: Results, path: Path) -> None:
         means = [statistics.mean(values) for values in rows.values()]
         floor.plot(list(rows), means, marker="o", markersize=3, label=f"T = {steps:,}")
     floor.set(xscale="log", yscale="log", xlabel="rows of the large batch, of 256")
-    floor.set(ylabel="mean ‖grad f‖², second half")
+    floor.set(ylabel="mean ‖grad f‖², second half", ylim=(1e-3, 2))
     floor.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
     floor.set_xticks([], minor=True)
     floor.legend(fontsize="x-small", frameon=False)

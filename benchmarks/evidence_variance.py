@@ -213,7 +213,7 @@ def draw(found: Results, path: Path) -> None:
         for axes in row:
             axes.title.set_fontsize("medium")
             axes.set_xlabel("steps")
-    figure.axes[3].legend(fontsize="x-small", frameon=False)
+    figure.axes[1].legend(fontsize="x-small", frameon=False, loc="lower left")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -233,7 +233,7 @@ def _lines(row: Any, runs: Sequence[Sequence[Look]], color: str, method: str) ->
         drawn = [(step, value) for step, value in points if value is not None]
         if drawn:
             axes.plot(*zip(*drawn, strict=True), style, color=color, linewidth=1.2, markersize=3,
-                      label=method)  # fmt: skip
+                      label=method if style == "." else None)  # fmt: skip
 
 
 def claims(found: Results, link: str) -> list[tuple[str, str, str, str, str]]:
