@@ -244,6 +244,8 @@ def theory(found: Results) -> Iterator[Claim]:
         if fitted:
             text = f"d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
             holds = "yes" if fitted[1] < -0.9 else "not reached at these T"
+            grows = growing(cells)
+            holds = f"no, it grows at d = {grows[0]}" if grows else holds
             yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= 10 d", text, holds, THEORY
     for steps, floors in by_rows(found).items():
         means = [statistics.mean(values) for values in floors.values()]
@@ -256,8 +258,19 @@ def theory(found: Results) -> Iterator[Claim]:
         squares = [o.get("of the second half") for o in steep]
         worse = sum(s is None or not math.isfinite(s) or s > 1e4 for s in squares)
         text = f"{worse} of {len(steep)} runs diverged at rho = 0.1; at eta = rho / L (d + 2) none"
-        yield ("eta = rho / L is small enough (Gaussian directions)", "the same, 100 steps", text,
+        yield ("eta = rho / L is small enough (Gaussian directions)", "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
                "no" if worse else "yes", THEORY)  # fmt: skip
+
+
+def growing(cells: dict[tuple[int, int], list[float]]) -> list[int]:
+    """The sizes whose squared gradients are largest in the longest runs."""
+    means = {key: statistics.mean(values) for key, values in cells.items()}
+    found = []
+    for size in sorted({d for d, _ in cells}):
+        steps = sorted(t for d, t in cells if d == size)
+        if len(steps) > 1 and means[size, steps[-1]] > 1.5 * means[size, steps[0]]:
+            found.append(size)
+    return found
 
 
 def of_memory(memory: Sequence[dict[str, Any]]) -> Iterator[Claim]:
