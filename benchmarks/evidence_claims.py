@@ -258,7 +258,8 @@ def theory(found: Results) -> Iterator[Claim]:
         squares = [o.get("of the second half") for o in steep]
         worse = sum(s is None or not math.isfinite(s) or s > 1e4 for s in squares)
         text = f"{worse} of {len(steep)} runs diverged at rho = 0.1; at eta = rho / L (d + 2) none"
-        yield ("eta = rho / L is small enough (Gaussian directions)", "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
+        yield ("eta = rho / L is small enough (Gaussian directions)",
+               "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
                "no" if worse else "yes", THEORY)  # fmt: skip
 
 
