@@ -244,8 +244,7 @@ def theory(found: Results) -> Iterator[Claim]:
         if fitted:
             text = f"d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
             holds = "yes" if fitted[1] < -0.9 else "not reached at these T"
-            grows = growing(cells)
-            holds = f"no, it grows at d = {grows[0]}" if grows else holds
+            holds = f"no, it grows at d = {grow[0]}" if (grow := growing(cells)) else holds
             yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= 10 d", text, holds, THEORY
     for steps, floors in by_rows(found).items():
         means = [statistics.mean(values) for values in floors.values()]
