@@ -36,12 +36,15 @@ import evidence_theory
 from evidence_methods import optimizer_of
 from evidence_pieces import SEEDS, THEORY, Run, open_runs
 from evidence_problems import PROBLEMS, least_squares_rows, squares, squares_at
+from evidence_variance import Track
 
 from zo_adapt import ZOError, minimize
 
 RESULTS = Path(__file__).parent / "results"
 CURVE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 """Steps after which the training loss is kept."""
+MOST_STEPS = 1_000
+"""Of the theory's runs by the library; longer ones are in plain tensors, which a test compares."""
 
 
 def result_of(run: Run) -> dict[str, Any]:
@@ -64,8 +67,12 @@ def of_theory(run: Run) -> dict[str, Any]:
     if run.piece == "moments":
         return evidence_theory.moments(dimensions, run.seed)
     try:
+        if run.piece == "Theorem 5.3" and steps > MOST_STEPS:
+            return evidence_theory.theorem_by_hand(run.method, dimensions, steps, run.seed)[0]
         if run.piece == "Theorem 5.3":
             return evidence_theory.theorem(run.method, dimensions, steps, run.seed)
+        if steps > MOST_STEPS:
+            return evidence_theory.by_hand(dimensions, steps, run.seed)[0]
         return evidence_theory.gradient_floor(dimensions, steps, run.seed)
     except ZOError as error:
         return {"stopped": str(error).splitlines()[0]}
@@ -84,9 +91,12 @@ def of_method(run: Run) -> dict[str, Any]:
     """Tune the problem and measure it."""
     problem = PROBLEMS[run.problem](run.seed)
     curve: list[tuple[int, int, float]] = []
+    track = Track(run, problem) if run.piece == "variance" else None
 
     def look(step: Any) -> None:
-        if step.step in CURVE:
+        if track is not None:
+            track.look(step)
+        elif step.step in CURVE:
             curve.append((step.step, step.queries, round(problem.measure()["training"], 5)))
 
     try:
@@ -99,13 +109,15 @@ def of_method(run: Run) -> dict[str, Any]:
             max_queries=run.queries,
             max_steps=run.steps,
             seed=run.seed,
-            callback=look if run.piece == "methods" and run.seed in SEEDS else None,
+            callback=look if run.piece in ("methods", "variance") and run.seed in SEEDS else None,
+            metrics=None if track is None else track.metrics,
             progress=False,
         )
     except ZOError as error:
         return {"stopped": str(error).splitlines()[0]}
     found = problem.measure() | {"steps": result.steps, "queries": result.queries}
     found |= {"curve": curve} if curve else {}
+    found |= {} if track is None else {"track": track.rows(result.history)}
     return found | {"stopped": result.stop_reason.name}
 
 
@@ -169,7 +181,7 @@ def work(arguments: argparse.Namespace) -> None:
             if time.monotonic() > saved + 5:
                 save(new, arguments.into)
                 saved = time.monotonic()
-            shown = {k: v for k, v in found.items() if k != "curve"}
+            shown = {k: v for k, v in found.items() if k not in ("curve", "track")}
             print(len(new), *run, shown, flush=True)
         pool.terminate()
         pool.join()

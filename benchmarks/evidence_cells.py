@@ -143,10 +143,11 @@ def exponents(cells: Mapping[tuple[int, int], Sequence[float]]) -> tuple[float, 
     return float(a), float(b)
 
 
-def by_rows(found: Results) -> dict[int, list[float]]:
-    """Squared gradients late in a run of Theorem 5.3, by the rows of the large batch."""
-    cells: dict[int, list[float]] = defaultdict(list)
-    for run, one in found.of("Theorem 5.3"):
+def by_rows(found: Results) -> dict[int, dict[int, list[float]]]:
+    """Squared gradients late in a run of Theorem 5.3, by steps and rows of the large batch."""
+    cells: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run, one in sorted(found.of("Theorem 5.3"), key=lambda pair: pair[0].steps or 0):
         if run.method.startswith("large batch"):
-            cells[int(run.method.split()[-1])].append(one["of the second half"])
-    return dict(sorted(cells.items()))
+            rows = int(run.method.split()[-1])
+            cells[run.steps or 0][rows].append(one["of the second half"])
+    return {steps: dict(sorted(rows.items())) for steps, rows in cells.items()}

@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import evidence_variance
 from evidence_cells import Cell, Results, Where, by_rows, by_size, exponents, markdown
+from evidence_pieces import DIGITS, LS, ONE_SAMPLE, RECURSIVE, SHORT
 from evidence_theory import bound
 
-LS, DIGITS = "least squares", "MNIST"
 SVRG = "MeZO-SVRG as printed"
 ONE_RATE = "MeZO-SVRG, one rate, shared direction"
 EIGHT = "MeZO, 8 directions compared"
@@ -19,6 +20,11 @@ OBJECTIVES = {
     "NDCG": (Where("objectives", "ranking, NDCG", 4_000, None, 16), "NDCG"),
     "reward": (Where("objectives", "generation, reward", 1_000, None, 16), "reward"),
 }
+PRECISIONS = {
+    "fp32": Where("methods", DIGITS, queries=200_000),
+    "bf16": Where("bf16", "MNIST, bf16", queries=200_000),
+}
+"""The same perceptron, data and budget."""
 Claim = tuple[str, str, str, str, str]
 """Claim, setting, found, whether it holds, figure or table."""
 CURVES, BATCHES, MEMORY = (
@@ -26,12 +32,13 @@ CURVES, BATCHES, MEMORY = (
     "[figure](#batch-sizes)",
     "[figure](#memory)",
 )
-THEORY = "[table](#theory)"
+THEORY, VARIANCE = "[table](#theory)", "[figure](#variance-along-a-run)"
 
 
 def claims(found: Results, memory: Sequence[dict[str, Any]]) -> str:
     """Those that have results."""
     rows = [*variance_reduction(found), *details(found), *rows_of_a_batch(found), *own(found)]
+    rows += [*others(found), *in_bf16(found), *evidence_variance.claims(found, VARIANCE)]
     rows += [*theory(found), *of_memory(memory)]
     return markdown(["claim", "setting", "found", "holds", "figure or table"], rows)
 
@@ -97,6 +104,38 @@ def variance_reduction(found: Results) -> Iterator[Claim]:
             where = Where("encoder", problem, *budget, 64)
             yield from versus(found, f"{ahead} on an encoder", where, "accuracy", SVRG, "MeZO",
                               ONE_RATE, link=table, label=label)  # fmt: skip
+
+
+def others(found: Results) -> Iterator[Claim]:
+    """Open question 3: other variance reduction, at equal queries."""
+    link = "[table](#least-squares-and-mnist)"
+    for where, figure in (
+        (Where("methods", LS, queries=100_000), "training"),
+        (Where("methods", DIGITS, queries=200_000), "accuracy"),
+    ):
+        for method in RECURSIVE:
+            yield from versus(found, f"{method} learns more than MeZO", where, figure, method,
+                              "MeZO", link=link)  # fmt: skip
+    for where, figure in (
+        (Where("one sample a forward", LS, queries=4_000), "training"),
+        (Where("one sample a forward", DIGITS, queries=20_000), "accuracy"),
+    ):
+        for method in ONE_SAMPLE[1:]:
+            yield from versus(found, f"{method} learns more than MeZO", where, figure, method,
+                              "MeZO", link=link)  # fmt: skip
+
+
+def in_bf16(found: Results) -> Iterator[Claim]:
+    """Whether half precision costs anything."""
+    for method in SHORT[:4]:
+        full, half = (found.cell(where, method) for where in PRECISIONS.values())
+        if full.runs and half.runs:
+            text = f"bf16 {half.short('accuracy')}; fp32 {full.short('accuracy')}"
+            least = better(full, half, "accuracy")
+            holds = "no" if least == "yes" else "yes"
+            yield (f"{method} learns as much in bf16 as in fp32",
+                   "MNIST, equal 200,000 queries, held-out accuracy", text, holds,
+                   "[table](#bf16)")  # fmt: skip
 
 
 def details(found: Results) -> Iterator[Claim]:
@@ -200,25 +239,38 @@ def theory(found: Results) -> Iterator[Claim]:
             text = f"{min(shares):.2f} to {max(shares):.2f} of what the descent lemma allows"
             yield ("The mean of ‖grad f‖² is below c d / T (Theorem 5.3)", f"{name}, {sizes}",
                    text, "yes" if max(shares) <= 1 else "no", THEORY)  # fmt: skip
-        fitted = exponents({key: values for key, values in cells.items() if key[1] >= key[0]})
+        late = {key: values for key, values in cells.items() if key[1] >= 10 * key[0]}
+        fitted = exponents(late)
         if fitted:
             text = f"d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
             holds = "yes" if fitted[1] < -0.9 else "not reached at these T"
-            yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= d", text, holds, THEORY
-    floors = by_rows(found)
-    if floors:
+            holds = f"no, it grows at d = {grow[0]}" if (grow := growing(cells)) else holds
+            yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= 10 d", text, holds, THEORY
+    for steps, floors in by_rows(found).items():
         means = [statistics.mean(values) for values in floors.values()]
-        text = f"{min(means):.2f} to {max(means):.2f} for b from {min(floors)} to {max(floors)}"
+        text = f"{min(means):.2g} to {max(means):.2g} for b from {min(floors)} to {max(floors)}"
         yield ("A floor of O(1 / b) is left by a large batch of b < n rows (Theorem 5.3)",
-               "d = 10, n = 256, 1,000 steps", text,
+               f"d = 10, n = 256, {steps:,} steps", text,
                "seen" if means[0] > 2 * means[-1] else "not seen", THEORY)  # fmt: skip
     steep = [o for run, o in found.of("Theorem 5.3") if run.method == "eta = rho / L"]
     if steep:
         squares = [o.get("of the second half") for o in steep]
         worse = sum(s is None or not math.isfinite(s) or s > 1e4 for s in squares)
         text = f"{worse} of {len(steep)} runs diverged at rho = 0.1; at eta = rho / L (d + 2) none"
-        yield ("eta = rho / L is small enough (Gaussian directions)", "the same, 100 steps", text,
+        yield ("eta = rho / L is small enough (Gaussian directions)",
+               "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
                "no" if worse else "yes", THEORY)  # fmt: skip
+
+
+def growing(cells: dict[tuple[int, int], list[float]]) -> list[int]:
+    """The sizes whose squared gradients are largest in the longest runs."""
+    means = {key: statistics.mean(values) for key, values in cells.items()}
+    found = []
+    for size in sorted({d for d, _ in cells}):
+        steps = sorted(t for d, t in cells if d == size)
+        if len(steps) > 1 and means[size, steps[-1]] > 1.5 * means[size, steps[0]]:
+            found.append(size)
+    return found
 
 
 def of_memory(memory: Sequence[dict[str, Any]]) -> Iterator[Claim]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_cells import DIVERGED, Cell, Results, Where
+import evidence_variance
+from evidence_cells import DIVERGED, Cell, Results, Where, by_rows, by_size
 from evidence_pieces import SEEDS
 
 SHOWN = (
@@ -37,6 +38,8 @@ def draw(found: Results, memory: Sequence[dict[str, Any]], folder: Path) -> None
     folder.mkdir(exist_ok=True)
     _curves(found, folder / "evidence-curves.svg")
     _batches(found, folder / "evidence-batches.svg")
+    evidence_variance.draw(found, folder / "evidence-variance.svg")
+    _theory(found, folder / "evidence-theory.svg")
     if memory:
         _memory(memory, folder / "evidence-memory.svg")
 
@@ -98,6 +101,35 @@ def _batches(found: Results, path: Path) -> None:
     axes.set_xticks([], minor=True)
     axes.set_title("MNIST perceptron, 200,000 queries", fontsize="medium")
     axes.legend(fontsize="x-small", frameon=False)
+    _save(figure, path)
+
+
+def _theory(found: Results, path: Path) -> None:
+    """Mean squared gradients by T, and by the rows of the large batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    rate, floor = figure.subplots(1, 2)
+    for style, piece, method, name in (
+        ("-", "rate of convergence", "MeZO", "MeZO"),
+        (":", "Theorem 5.3", "eta = rho / L (d + 2)", "MeZO-SVRG"),
+    ):
+        cells = by_size(found, piece, method)
+        for color, d in enumerate(sorted({d for d, _ in cells})):
+            steps = sorted(t for size, t in cells if size == d)
+            means = [statistics.mean(cells[d, t]) for t in steps]
+            rate.plot(steps, means, style, color=f"C{color}", marker="o", markersize=3,
+                      label=f"{name}, d = {d}")  # fmt: skip
+    rate.set(xscale="log", yscale="log", xlabel="T", ylabel="mean ‖grad f‖²")
+    rate.legend(fontsize="x-small", frameon=False)
+    for steps, rows in by_rows(found).items():
+        means = [statistics.mean(values) for values in rows.values()]
+        floor.plot(list(rows), means, marker="o", markersize=3, label=f"T = {steps:,}")
+    floor.set(xscale="log", yscale="log", xlabel="rows of the large batch, of 256")
+    floor.set(ylabel="mean ‖grad f‖², second half", ylim=(1e-3, 2))
+    floor.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
+    floor.set_xticks([], minor=True)
+    floor.legend(fontsize="x-small", frameon=False)
     _save(figure, path)
 
 

@@ -1,7 +1,8 @@
 r"""Other packages on the least squares of benchmarks/evidence.py, where they are installed.
 
     python -m pip install --no-deps --target FOLDER \
-        mezo==0.0.1 torchzero==0.4.4 eggroll-es==0.2.0 cma==4.5.0
+        mezo==0.0.1 torchzero==0.4.4 eggroll-es==0.2.0 cma==4.5.0 nevergrad==1.0.12 \
+        bayesian-optimization==1.4.0 colorama directsearch typing_extensions
     PYTHONPATH=FOLDER python benchmarks/evidence.py --pieces packages
 """
 
@@ -79,17 +80,50 @@ def of_cma(x: Tensor, rows: Rows, lr: float) -> None:
     x.copy_(torch.from_numpy(search.mean))
 
 
+def of_nevergrad(x: Tensor, rows: Rows, lr: float) -> None:
+    """NGOpt's own choice for so many variables and calls; the rate is the first sigma."""
+    import nevergrad
+
+    calls = rows.left // rows.batch_size
+    space = nevergrad.p.Array(init=x.numpy().copy()).set_mutation(sigma=lr)
+    space.random_state.seed(int(rows.generator.initial_seed()))
+    search = nevergrad.optimizers.NGOpt(parametrization=space, budget=calls)
+    for batch in rows.batches(1):
+        asked = search.ask()
+        search.tell(asked, float(rows.value(torch.from_numpy(asked.value), batch)))
+    x.copy_(torch.from_numpy(search.recommend().value))
+
+
+def of_cobyqa(x: Tensor, rows: Rows, lr: float) -> None:
+    """SciPy's COBYQA; the rate is the first radius, and every call is on rows of its own."""
+    from scipy.optimize import minimize
+
+    batches = rows.batches(1)
+    calls = rows.left // rows.batch_size
+    found = minimize(
+        lambda at: float(rows.value(torch.from_numpy(at), next(batches))),
+        x.numpy().copy(),
+        method="COBYQA",
+        options={"maxfev": calls, "initial_tr_radius": lr, "final_tr_radius": 1e-8},
+    )
+    x.copy_(torch.from_numpy(found.x))
+
+
 PACKAGES: dict[str, tuple[str, Callable[[Tensor, Rows, float], None]]] = {
     "mezo 0.0.1": ("mezo", of_mezo),
     "torchzero 0.4.4, MeZO": ("torchzero", of_torchzero),
     "eggroll-es 0.2.0": ("eggroll", of_eggroll),
     "cma 4.5.0, CMA-ES": ("cma", of_cma),
+    "nevergrad 1.0.12, NGOpt": ("nevergrad", of_nevergrad),
+    "SciPy 1.17, COBYQA": ("scipy", of_cobyqa),
 }
 GRIDS = {
     "eggroll-es 0.2.0": (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
     "cma 4.5.0, CMA-ES": (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
+    "nevergrad 1.0.12, NGOpt": (3e-2, 3e-1, 3.0),
+    "SciPy 1.17, COBYQA": (3e-2, 3e-1, 3.0),
 }
-"""Of rank-shaped steps and of a first sigma, which have other units than a rate."""
+"""Of rank-shaped steps, a first sigma and a first radius, which have other units than a rate."""
 
 
 def installed() -> list[str]:

@@ -31,6 +31,8 @@ COUNTING = ("MeZO()", "MeZOSVRG()", "MeZO, mu = 0.01",
 ENCODER = ("MeZO", *EQUAL[1:3], "MeZO()", "MeZOSVRG()")
 FITTING = tuple(name for name in ABLATIONS if name != "large batch 1024")
 FIRST_ORDER = ("FO-SGD", "FO-Adam")
+ONE_SAMPLE = ("MeZO", "ZO-SVRG (Algorithm 2)", "ZO-SAGA")
+WATCHED = ("MeZO", "MeZO-SVRG as printed", "MeZO-SVRG, one rate, shared direction")
 
 
 class Run(NamedTuple):
@@ -91,7 +93,9 @@ PLAN = (
     Cell("objectives", "ranking, NDCG", COUNTING, queries=4_000, batch_size=16),
     Cell("objectives", "MNIST, F1", COUNTING, queries=50_000, batch_size=128),
     Cell("objectives", "generation, reward", COUNTING, queries=1_000, batch_size=16),
-    Cell("one sample a forward", LS, ("MeZO", "ZO-SVRG (Algorithm 2)", "ZO-SAGA"), queries=4_000),
+    Cell("one sample a forward", LS, ONE_SAMPLE, queries=4_000),
+    Cell("one sample a forward", DIGITS, ONE_SAMPLE, queries=20_000),
+    Cell("bf16", "MNIST, bf16", (*EQUAL[:3], "MeZO()"), queries=200_000),
     Cell("packages", LS, tuple(installed()), queries=100_000),
     Cell("encoder", "encoder, LoRA", ENCODER, queries=30_000, batch_size=64),
     Cell("encoder", "encoder, LoRA", ENCODER[:3], steps=150, batch_size=64),
@@ -126,6 +130,16 @@ def tuned(results: Mapping[str, Any], run: Run) -> float | None:
     return min(losses, key=losses.__getitem__)
 
 
+def watched(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Runs whose noise is watched, at the rates that were chosen for as many steps."""
+    for problem, steps, length in ((LS, 2_000, 2_000), (DIGITS, 1_000, 300)):
+        for method, seed in itertools.product(WATCHED, SEEDS):
+            run = Run("methods", problem, method, None, 32, None, steps, seed)
+            lr = tuned(results, run)
+            if lr is not None:
+                yield run._replace(piece="variance", lr=lr, steps=length)
+
+
 def theory(quick: bool) -> Iterator[Run]:
     """Runs that have no rate to choose."""
     horizons = (100, 1000)
@@ -141,8 +155,12 @@ def theory(quick: bool) -> Iterator[Run]:
         yield Run("Theorem 5.3", of, "eta = rho / L", None, 16, None, 100, seed)
         for steps in horizons:
             yield Run("Theorem 5.3", of, "eta = rho / L (d + 2)", None, 16, None, steps, seed)
-    for seed, rows in itertools.product(SEEDS, (16, 32, 64, 128, 256)):
-        yield Run("Theorem 5.3", "d = 10", f"large batch {rows}", None, 16, None, 1_000, seed)
+    for seed, rows, steps in itertools.product(SEEDS, (16, 32, 64, 128, 256), (1_000, 10_000)):
+        yield Run("Theorem 5.3", "d = 10", f"large batch {rows}", None, 16, None, steps, seed)
+    for steps, seed, d in itertools.product((10_000, 100_000), SEEDS, (10, 100, 1000)):
+        of = f"d = {d}"
+        yield Run("rate of convergence", of, "MeZO", None, 1, None, steps, seed)
+        yield Run("Theorem 5.3", of, "eta = rho / L (d + 2)", None, 16, None, steps, seed)
 
 
 def open_runs(results: Mapping[str, Any], quick: bool, pieces: Sequence[str]) -> Iterator[Run]:
@@ -159,7 +177,7 @@ def open_runs(results: Mapping[str, Any], quick: bool, pieces: Sequence[str]) ->
             else:
                 runs = [run._replace(lr=lr, seed=seed) for seed in SEEDS]
             yield from (one for one in runs if one.key not in results)
-    for run in theory(quick):
+    for run in itertools.chain([] if quick else watched(results), theory(quick)):
         if run.key not in results and wanted(run.piece, run.problem, pieces):
             yield run
 

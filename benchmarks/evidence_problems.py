@@ -65,7 +65,9 @@ def least_squares(seed: int) -> Problem:
     return Problem(objective, ParameterView({"x": x}), data, lambda: squares_at(x, seed))
 
 
-def perceptron(seed: int, kind: str = "loss", images: int = 2_048) -> Problem:
+def perceptron(
+    seed: int, kind: str = "loss", images: int = 2_048, dtype: torch.dtype = torch.float32
+) -> Problem:
     """Table 5's 784-32-16-10 perceptron from scratch, so many images of MNIST to learn from.
 
     ``kind``: "loss"; "accuracy" and "F1" tune these themselves.
@@ -76,21 +78,24 @@ def perceptron(seed: int, kind: str = "loss", images: int = 2_048) -> Problem:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10)
-    )
-    pixels, labels = found.train.float() / 255, found.train_labels
+    ).to(dtype)
+    pixels, labels = (found.train.float() / 255).to(dtype), found.train_labels
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     train, held_out = order[:images], order[images : images + VALIDATION]
     data = {"input": pixels[train], "labels": labels[train]}
     others = {
         "validation": {"input": pixels[held_out], "labels": labels[held_out]},
-        "accuracy": {"input": found.test.float() / 255, "labels": found.test_labels},
+        "accuracy": {
+            "input": (found.test.float() / 255).to(dtype),
+            "labels": found.test_labels,
+        },
     }
     kinds = {"loss": ClassificationLoss, "accuracy": Accuracy, "F1": F1}
     objective = kinds[kind](model)
 
     def badness(rows: dict[str, Tensor]) -> float:
         if kind == "loss":
-            return float(F.cross_entropy(model(rows["input"]), rows["labels"]))
+            return float(F.cross_entropy(model(rows["input"]).float(), rows["labels"]))
         return 1 - float(torch.as_tensor(objective(rows)).mean())
 
     @torch.no_grad()
@@ -184,6 +189,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "least squares": least_squares,
     "MNIST": perceptron,
     "MNIST, 16,384 images": partial(perceptron, images=16_384),
+    "MNIST, bf16": partial(perceptron, dtype=torch.bfloat16),
     "MNIST, accuracy": partial(perceptron, kind="accuracy"),
     "MNIST, F1": partial(perceptron, kind="F1"),
     "ranking, NDCG": ranking,

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_variance
 from evidence_cells import Results, Where, by_rows, by_size, exponents, markdown, spread
-from evidence_claims import OBJECTIVES, claims
+from evidence_claims import OBJECTIVES, PRECISIONS, claims
 from evidence_figures import draw
 from evidence_methods import ABLATIONS, METHODS, OWN
 from evidence_packages import PACKAGES
-from evidence_pieces import COUNTING, SHORT
+from evidence_pieces import COUNTING, ONE_SAMPLE, SHORT
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +37,9 @@ def report(results: Mapping[str, Any]) -> None:
         "batch sizes": batch_sizes(found),
         "objectives": table(found, COUNTING, objectives()),
         "packages": packages(found),
+        "variance": evidence_variance.table(found),
+        "one sample": table(found, ONE_SAMPLE, one_sample()),
+        "bf16": precision(found),
         "largest": largest(memory),
         "moments": moments(found),
         "rate of convergence": convergence(found, "rate of convergence", "MeZO"),
@@ -57,7 +61,6 @@ def least_squares() -> Columns:
     """Training loss by budget."""
     budgets = [Where("methods", LS, queries=q) for q in (100_000, 1_000_000)]
     budgets += [Where("methods", LS, steps=2_000)]
-    budgets += [Where("one sample a forward", LS, queries=4_000)]
     return {one.budget: (one, "training") for one in budgets}
 
 
@@ -66,6 +69,29 @@ def mnist() -> Columns:
     budgets = Where("methods", DIGITS, queries=200_000), Where("methods", DIGITS, steps=1_000)
     figures = {"training": "loss", "accuracy": "accuracy"}
     return {f"{figures[f]}, {b.budget}": (b, f) for b in budgets for f in figures}
+
+
+def one_sample() -> Columns:
+    """What needs a forward for every sample."""
+    least, digits = (
+        Where("one sample a forward", name, queries=n)
+        for name, n in ((LS, 4_000), (DIGITS, 20_000))
+    )
+    return {
+        f"{LS}, loss, {least.budget}": (least, "training"),
+        f"{DIGITS}, loss, {digits.budget}": (digits, "training"),
+        f"{DIGITS}, accuracy, {digits.budget}": (digits, "accuracy"),
+    }
+
+
+def precision(found: Results) -> str:
+    """The perceptron in bf16 beside fp32."""
+    columns = {
+        f"{name}, {figure}": (where, key)
+        for name, where in PRECISIONS.items()
+        for figure, key in (("loss", "training"), ("accuracy", "accuracy"))
+    }
+    return table(found, SHORT[:4], columns)
 
 
 def encoder() -> Columns:
@@ -181,14 +207,21 @@ def convergence(found: Results, piece: str, method: str) -> str:
     text = markdown(["d", *(f"T = {t:,}" for t in steps)], rows)
     fitted = exponents(cells)
     if fitted:
-        text += f"\n\nFit over all: proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}."
+        text += f"\n\nFit over all: proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
+        late = exponents({key: values for key, values in cells.items() if key[1] >= 10 * key[0]})
+        text += f"; over T >= 10 d: d^{late[0]:.2f} T^{late[1]:.2f}." if late else "."
     return text
 
 
 def large_batch(found: Results) -> str:
     """Where the squared gradient stays, by the rows of the large batch of 256."""
-    rows = [[f"{b}", spread(values)] for b, values in by_rows(found).items()]
-    return markdown(["rows of the large batch", "mean ‖grad f‖², second half of the steps"], rows)
+    by_steps = by_rows(found)
+    sizes = sorted({b for cells in by_steps.values() for b in cells})
+    rows = [
+        [f"{b}", *(spread(cells[b]) if b in cells else "-" for cells in by_steps.values())]
+        for b in sizes
+    ]
+    return markdown(["rows of the large batch", *(f"T = {t:,}" for t in by_steps)], rows)
 
 
 def origins() -> str:

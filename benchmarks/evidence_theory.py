@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +15,35 @@ ROWS, SMOOTHNESS, RHO = 256, 2.0, 0.1
 """n and L of ``finite_sum``, and rho of Theorem 5.3."""
 
 
-def smooth(dimensions: int, seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """A smooth non-convex function: a quadratic with waves, L about 2; and where to begin."""
+class Smooth(NamedTuple):
+    """A smooth non-convex function, a quadratic with waves: L about 2."""
+
+    scales: Tensor
+    phases: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value at x, or at each row of it."""
+        return (0.5 * self.scales * x.square() + torch.cos(x + self.phases)).sum(-1)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """The gradient at x."""
+        return self.scales * x - torch.sin(x + self.phases)
+
+
+def smooth(dimensions: int, seed: int) -> tuple[Smooth, Tensor]:
+    """A function, and where to begin."""
     generator = torch.Generator().manual_seed(seed)
     scales = torch.rand(dimensions, generator=generator, dtype=torch.float64)
     phases = 2 * math.pi * torch.rand(dimensions, generator=generator, dtype=torch.float64)
+    start = 2 * torch.randn(dimensions, generator=generator, dtype=torch.float64)
+    return Smooth(scales, phases), start
 
-    def f(x: Tensor) -> Tensor:
-        return (0.5 * scales * x.square() + torch.cos(x + phases)).sum(-1)
 
-    return f, 2 * torch.randn(dimensions, generator=generator, dtype=torch.float64)
+def rows_of(dimensions: int, seed: int) -> Tensor:
+    """What row i adds to the gradient of ``smooth``, 0 on average."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = torch.randn(ROWS, dimensions, generator=generator, dtype=torch.float64)
+    return rows - rows.mean(0)
 
 
 def bound(dimensions: int) -> float:
@@ -39,13 +58,6 @@ def bound(dimensions: int) -> float:
     return sum(drops) / 3 * 4 * (dimensions + 2) / (1 - SMOOTHNESS / 8)
 
 
-def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of f at x."""
-    x = x.detach().requires_grad_(True)
-    (found,) = torch.autograd.grad(f(x), x)
-    return found
-
-
 def moments(dimensions: int, seed: int, draws: int = 20_000) -> Figures:
     """First and second moment of the estimate: unbiased, and E|g|^2 = (d + 2) |grad f|^2.
 
@@ -53,7 +65,7 @@ def moments(dimensions: int, seed: int, draws: int = 20_000) -> Figures:
     """
     mu = 1e-4
     f, x = smooth(dimensions, seed)
-    true = gradient(f, x)
+    true = f.gradient(x)
     z = torch.randn(
         draws, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -87,28 +99,90 @@ def theorem(method: str, dimensions: int, steps: int, seed: int) -> Figures:
     "large batch b" at the second rate.
     """
     f, start = smooth(dimensions, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    rows = torch.randn(ROWS, dimensions, generator=generator, dtype=torch.float64)
-    rows -= rows.mean(0)
+    rows = rows_of(dimensions, seed)
 
     def of_rows(x: Tensor, batch: Tensor) -> Tensor:
         return f(x) + batch @ x  # gradients of unlike rows differ by them, and by 0 on average
 
-    rate = RHO / SMOOTHNESS / (1 if method == "eta = rho / L" else dimensions + 2)
-    size = int(method.split()[-1]) if method.startswith("large batch") else "all"
     optimizer = MeZOSVRG(
         estimate=TwoSided(1, perturbation_scale=1 / math.sqrt(dimensions * steps)),
-        apply=Rate(rate, schedule="constant"),
+        apply=Rate(_rate_of(method, dimensions), schedule="constant"),
         snapshot_interval=math.ceil(dimensions / (31 * RHO)),
-        snapshot_size=size,
+        snapshot_size=_large_batch_of(method),
         coupling="shared",
     )
     return _run(of_rows, f, start, optimizer, rows, steps, seed)
 
 
+def _rate_of(method: str, dimensions: int) -> float:
+    return RHO / SMOOTHNESS / (1 if method == "eta = rho / L" else dimensions + 2)
+
+
+def _large_batch_of(method: str) -> int | Literal["all"]:
+    return int(method.split()[-1]) if method.startswith("large batch") else "all"
+
+
+def by_hand(
+    dimensions: int, steps: int, seed: int, draw: Callable[[], Tensor] | None = None
+) -> tuple[Figures, Tensor]:
+    """``gradient_floor`` in plain tensors, for many steps; and where it ends.
+
+    ``draw``: gives the next direction; None: standard normal ones of the seed.
+    """
+    f, x = smooth(dimensions, seed)
+    draw = draw or _gaussian(dimensions, seed)
+    mu, rate = 1 / math.sqrt(dimensions * steps), 1 / (4 * (dimensions + 2))
+    squares = []
+    for _ in range(steps):
+        z = draw()
+        x = x - rate * _slope(f, x, mu * z, mu) * z
+        squares.append(_square(f, x))
+    return _figures(squares), x
+
+
+def theorem_by_hand(
+    method: str, dimensions: int, steps: int, seed: int, draw: Callable[[], Tensor] | None = None
+) -> tuple[Figures, Tensor]:
+    """``theorem`` in plain tensors, for many steps; and where it ends.
+
+    The rows' parts are linear, so those of a minibatch cancel along a shared direction: no
+    minibatch is drawn.
+    """
+    f, x = smooth(dimensions, seed)
+    draw, rows = draw or _gaussian(dimensions, seed), rows_of(dimensions, seed)
+    generator = torch.Generator().manual_seed(seed)
+    mu, rate = 1 / math.sqrt(dimensions * steps), _rate_of(method, dimensions)
+    interval, size = math.ceil(dimensions / (31 * RHO)), _large_batch_of(method)
+    squares, snapshot, g = [], x, x
+    for step in range(steps):
+        z = draw()
+        p = _slope(f, x, mu * z, mu)
+        if step % interval == 0:
+            chosen = torch.randperm(ROWS, generator=generator)[: ROWS if size == "all" else size]
+            snapshot, g = x, (p + rows[chosen].mean(0) @ z) * z
+            x = x - rate * g
+        else:
+            x = x - rate * ((p - _slope(f, snapshot, mu * z, mu)) * z + g)
+        squares.append(_square(f, x))
+    return _figures(squares), x
+
+
+def _gaussian(dimensions: int, seed: int) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed + 2)
+    return lambda: torch.randn(dimensions, generator=generator, dtype=torch.float64)
+
+
+def _slope(f: Smooth, x: Tensor, step: Tensor, mu: float) -> Tensor:
+    return (f(x + step) - f(x - step)) / (2 * mu)
+
+
+def _square(f: Smooth, x: Tensor) -> float:
+    return float(f.gradient(x).square().sum())
+
+
 def _run(
     of_rows: Callable[[Tensor, Any], Tensor],
-    f: Callable[[Tensor], Tensor],
+    f: Smooth,
     start: Tensor,
     optimizer: Optimizer,
     data: Any,
@@ -116,7 +190,7 @@ def _run(
     seed: int,
 ) -> Figures:
     x = start.clone()
-    squares = []
+    squares: list[float] = []
     minimize(
         lambda batch: of_rows(x, batch) if data is not None else float(of_rows(x, batch)),
         ParameterView({"x": x}),
@@ -125,9 +199,13 @@ def _run(
         batch_size=None if data is None else 16,
         max_steps=steps,
         seed=seed,
-        callback=lambda step: squares.append(float(gradient(f, x).square().sum())),
+        callback=lambda step: squares.append(_square(f, x)),
         progress=False,
     )
+    return _figures(squares)
+
+
+def _figures(squares: list[float]) -> Figures:
     half = squares[len(squares) // 2 :]
     return {
         "mean squared gradient": sum(squares) / len(squares),
