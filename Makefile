@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 # what several tests share (processes that were started) is made by one worker alone.
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
-.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure older oldest evidence clean
+.PHONY: help setup demo test soak attack serve-test lint types pytest wheel docs figure older oldest newest evidence clean
 
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make docs   build the pages into docs/_build/html; a broken link is an error"
 	@echo "make figure run the main job beside Adam and draw the README's figure"
 	@echo "make oldest run what depends on them with the oldest versions that are supported (6 GB)"
+	@echo "make newest run a part of the tests by the newest Python that is supported (6 GB)"
 	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (under 15 minutes)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
 	@echo "make serve-test  a vLLM server from start to end, in .serve-venv (3.5 GB, once)"
@@ -138,6 +139,30 @@ $(OLDEST_STAMP):
 
 oldest: $(OLDEST_STAMP)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(OLDEST_TESTS)
+
+# The newest Python that is supported, with the usual versions: NEWEST_PYTHON=/path/to/python3.12 for
+# another one. What pip finds as its torch may come with CUDA, so this one lies outside the tree, too.
+NEWEST_PYTHON ?= $(shell for python in python3.13 python3.12; do \
+	"$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
+NEWEST_VENV ?= $(HOME)/.cache/zo_adapt/newest
+NEWEST_TESTS ?= $(addprefix tests/test_,imports.py docstrings.py pages.py command_line.py arguments.py \
+	interrupt.py minimize.py optimizers.py trajectory.py ask_tell.py data.py ranks.py trainer.py \
+	trainer_resume.py lora_start.py generation.py served.py view.py noise.py)
+NEWEST_STAMP = $(NEWEST_VENV)/.set-up-$(shell { echo "$(NEWEST_PYTHON)"; cat constraints.txt pyproject.toml; } \
+	| cksum | cut -d" " -f1)
+
+newest:
+	@[[ -n "$(NEWEST_PYTHON)" ]] || { echo "neither python3.13 nor python3.12 is on the path: \
+	make newest NEWEST_PYTHON=/path/to/python3.13" >&2; exit 1; }
+	@[[ -e $(NEWEST_STAMP) ]] || { \
+		echo "setting up $(NEWEST_VENV), once: 3 GB to download, 6 GB on the disk"; \
+		"$(NEWEST_PYTHON)" -m venv --clear $(NEWEST_VENV); \
+		$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-cache-dir \
+			--constraint constraints.txt '.[test]'; \
+		$(NEWEST_VENV)/bin/python -m pip uninstall --quiet --yes zo_adapt; \
+		touch $(NEWEST_STAMP); }
+	$(NEWEST_VENV)/bin/python -V
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS)
 
 # Built, installed alone into an environment that only borrows the dependencies, and imported from
 # elsewhere: what users get, not what lies in this folder.

@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from zo_adapt_cli import main
+from zo_adapt_cli.examples import read_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory'")
 TASKS = {
@@ -87,6 +88,15 @@ def test_what_is_saved_is_what_was_tuned(view: str, tmp_path: Path) -> None:
         assert any(not torch.equal(one, other) for one, other in pairs)
         assert after.config.id2label == {0: "no", 1: "yes"}
     assert "| labels | 0: no, 1: yes |" in (folder / "README.md").read_text()
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    file = tmp_path / "rows.jsonl"
+    for end in ("\n", "\r\n"):
+        text = end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+        file.write_bytes(text.encode())
+        assert read_lines(file) == rows
 
 
 def test_faults_are_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def read_lines(path: str | Path) -> list[Example]:
         DataError: A line that is no JSON object; names the line.
     """
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
