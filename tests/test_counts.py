@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from objectives import F1, NDCG, Accuracy, ClassificationLoss
 from zo_adapt import MeZO, MeZOSVRG, ParameterView, diagnose, minimize
-from zo_adapt.optimizers.calibration import COUNT_RATIO, COUNT_SHARE, Calibration
+from zo_adapt.optimizers.calibration import COUNT_RATIO, Calibration
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.responses import Response
+from zo_adapt.optimizers.search import COUNT_SHARE
 
 
 def rows() -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ def test_the_search_ends_at_a_third_of_where_damage_is_half_of_the_signal(start:
     search = Calibration(start, target=COUNT_RATIO, counts=True)
     while not search.finished and search.rounds < 12:
         rho = search.displacement
-        search._narrow(Response(even=COUNT_RATIO * rho**2 / 0.3, odd=rho))
+        search.narrow(Response(even=COUNT_RATIO * rho**2 / 0.3, odd=rho))
     assert search.finished
     assert search.found == pytest.approx(0.3 * COUNT_SHARE, rel=0.3)
 
@@ -115,7 +116,7 @@ def test_the_search_ends_at_a_third_of_where_damage_is_half_of_the_signal(start:
 def test_where_no_value_changes_a_count_goes_as_far_as_the_view_assumes() -> None:
     search = Calibration(0.25, target=COUNT_RATIO, counts=True)
     while not search.finished:
-        search._narrow(Response(even=0.0, odd=0.0))
+        search.narrow(Response(even=0.0, odd=0.0))
     assert search.found == pytest.approx(0.25)
 
 
@@ -123,7 +124,7 @@ def test_a_module_that_may_be_new_goes_no_nearer_in_diagnose_than_in_a_run() -> 
     """Right by chance alone, it shows damage by chance, which shrinks no step below the usual."""
     search = Calibration(1.0, target=COUNT_RATIO, counts=True, least=0.1)
     for _ in range(4):
-        search._narrow(Response(even=1.0, odd=0.1))
+        search.narrow(Response(even=1.0, odd=0.1))
     assert search.found == 0.1
 
 

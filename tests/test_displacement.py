@@ -117,20 +117,20 @@ def test_a_budget_too_small_for_measurements_has_none_and_stays_near() -> None:
 def test_within_bounds_the_search_goes_no_further_than_they_allow() -> None:
     assert Calibration(4.0, farthest=1.5).displacement == 1.5
     search = Calibration(0.9, farthest=1.0)
-    search._narrow(Response(even=0.05, odd=1.0))  # much further
+    search.narrow(Response(even=0.05, odd=1.0))  # much further
     assert (search.displacement, search.finished) == (1.0, False)
-    search._narrow(Response(even=0.2, odd=1.2))  # near: a part of it is followed
+    search.narrow(Response(even=0.2, odd=1.2))  # near: a part of it is followed
     assert (search.displacement, search.finished) == (1.0, True)
 
 
 def test_a_budget_for_one_look_does_not_leap_beyond_it() -> None:
     search = Calibration(0.25)
-    search._narrow(Response(even=1e-6, odd=1.0))
+    search.narrow(Response(even=1e-6, odd=1.0))
     assert search.displacement == 8.0
     search.give_up()
     assert (search.displacement, search.finished) == (0.5, True)
     flat = Calibration(0.25)
-    flat._narrow(Response(even=0.0, odd=0.0))
+    flat.narrow(Response(even=0.0, odd=0.0))
     flat.give_up()
     assert flat.displacement == 0.25
 
@@ -228,7 +228,7 @@ def test_a_count_goes_as_far_as_the_view_assumes() -> None:
 def test_where_nothing_responds_the_displacement_is_the_views() -> None:
     search = Calibration(0.25)
     while not search.finished:
-        search._narrow(Response(even=0.0, odd=0.0))
+        search.narrow(Response(even=0.0, odd=0.0))
     assert (search.displacement, search.rounds) == (0.25, 4)
 
 
@@ -252,7 +252,7 @@ def test_the_search_ends_where_damage_is_a_fifth_of_the_signal(start: float, rig
     search = Calibration(start)
     while not search.finished and search.rounds < 12:
         rho = search.displacement
-        search._narrow(Response(even=RATIO * rho**2 / right, odd=rho))
+        search.narrow(Response(even=RATIO * rho**2 / right, odd=rho))
     assert search.finished
     assert search.displacement == pytest.approx(right, rel=0.3)
 
@@ -400,7 +400,7 @@ def test_a_run_of_the_first_version_goes_on_as_it_was_begun(
 def test_a_round_that_cannot_tell_is_asked_again_on_more_rows() -> None:
     """Rows of a language model differed by more than any damage, and a search leapt to 32 times."""
     search = Calibration(0.25)
-    search._narrow(Response(even=-0.06, odd=0.22, error=0.15))
+    search.narrow(Response(even=-0.06, odd=0.22, error=0.15))
     assert (search.displacement, search.rows_factor, search.finished) == (0.25, 2, False)
-    search._narrow(Response(even=0.1, odd=0.22, error=0.01))
+    search.narrow(Response(even=0.1, odd=0.22, error=0.01))
     assert search.displacement < 0.25

@@ -83,7 +83,7 @@ def test_the_search_ends_where_responses_are_as_linear_as_is_right(start: float)
     while not search.finished and search.rounds < 12:
         rho = search.displacement
         bend = MOST * rho**2 / (0.7 + 0.3 * rho**2)
-        search._narrow(Response(even=0.1 * rho**2, odd=rho, nonlinearity=bend))
+        search.narrow(Response(even=0.1 * rho**2, odd=rho, nonlinearity=bend))
     assert search.finished
     assert search.displacement == pytest.approx(1.0, rel=0.3)
 
@@ -94,7 +94,7 @@ def test_noise_of_the_values_is_not_taken_for_nonlinearity(seen: list[float]) ->
     search = Calibration(1.0, target=TRAINED_RATIO, nonlinearity=Nonlinearity())
     for bend in seen:
         assert search.nonlinearity is not None
-        search._narrow(Response(even=0.01, odd=1.0, nonlinearity=bend))
+        search.narrow(Response(even=0.01, odd=1.0, nonlinearity=bend))
     assert search.nonlinearity is None
     assert (search.displacement, search.low, search.high) == (1.0, None, None)
 

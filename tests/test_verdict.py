@@ -66,7 +66,7 @@ def test_where_responses_are_linear_a_longer_displacement_is_named(
     assert made.state.finder is not None
     search = made.state.finder.calibration
     search.nonlinearity = Nonlinearity()  # as of a model that was trained
-    search._narrow(Response(even=0.4, odd=1.0, nonlinearity=bend))
+    search.narrow(Response(even=0.4, odd=1.0, nonlinearity=bend))
     assert ("displacement=0.5:" in verdict(steps(LINE), 1.0, made)) is further
 
 

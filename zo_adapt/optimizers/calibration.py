@@ -40,83 +40,32 @@ from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.start_checks import warn_of_change
 from zo_adapt.optimizers.directions import direction
-from zo_adapt.optimizers.nonlinearity import MOST, Nonlinearity
+from zo_adapt.optimizers.nonlinearity import Nonlinearity
 from zo_adapt.optimizers.responses import Response, distinct, response
-from zo_adapt.optimizers.round_size import LEAST_DIRECTIONS, LEAST_ROWS, MOST_FACTOR, RoundSize
+from zo_adapt.optimizers.round_size import LEAST_DIRECTIONS, LEAST_ROWS, RoundSize
 from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.optimizers.search import RATIO, Search
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
-RATIO, TRAINED_RATIO, WITHOUT_DATA = 0.2, 0.4, 0.5
+TRAINED_RATIO, WITHOUT_DATA, COUNT_RATIO = 0.4, 0.5, 0.5
 """Of the even to the odd response, where the displacement is right; see ``Calibration.aim``."""
-COUNT_RATIO, COUNT_SHARE = 0.5, 1 / 3
-"""The ratio that is looked for where values are counts, and how much of that way is right."""
-UNSEEN_FACTOR, MOST_LEAP = 1 / 8, 2.0
-"""Of the view's displacement where the budget allows no look, and beyond what was looked at."""
-MOST_ROUNDS, MOST_FAILURES, MOST_FLAT, MOST_STRAIGHT = 12, 4, 4, 6
-FLAT_FACTOR = 8.0
-"""How much further to look where nothing responds."""
+MOST_ROUNDS = 12
 
 
 @dataclass
-class Calibration:
-    """A search for the displacement, one round of probes at a time.
+class Calibration(Search):
+    """The search by forward passes: which probes a round needs, and what their values say.
 
     Args:
-        displacement: The one tried now, and in the end the one found.
-        finished: Whether it is found.
-        rounds: Done so far.
         queries: Made so far.
-        low, high: The largest displacement that was too small, the smallest that was too large;
-            None: none was.
-        last: Displacement and odd response of the round before.
         alone: Whether rows are asked about one at a time.
-        begun: The displacement that the search began with.
-        target: The ratio that is right.
-        farthest: The largest displacement that is tried; None: any.
-        counts: Whether values change in jumps.
-        least: The smallest displacement that a run is given.
         here: The value at the weights in the round before, of a function without data.
-        rows_factor: By which rows are more than usual: of fewer, the last round could not tell.
-        nonlinearity: That of the responses, for which rounds look at half the displacement, too.
-            None: it is not measured, as in weights that nobody has trained, and in runs that a
-            former version began.
     """
 
-    displacement: float
-    finished: bool = False
-    rounds: int = 0
     queries: int = 0
-    low: float | None = None
-    high: float | None = None
-    last: tuple[float, float] | None = None
     alone: bool = False
-    begun: float = 0.0
-    target: float = RATIO
-    farthest: float | None = None
-    counts: bool = False
-    least: float = 0.0
-    rows_factor: int = 1
     here: float | None = None
-    nonlinearity: Nonlinearity | None = None
-
-    def __post_init__(self) -> None:
-        self.displacement = self._within(self.displacement)
-        self.begun = self.begun or self.displacement
-
-    @property
-    def found(self) -> float:
-        """How far a run should go, by what was seen so far."""
-        return max(self.displacement * self._share, self.least)
-
-    @property
-    def _as_begun(self) -> float:
-        """Of which a run goes as far as the search began, or may go."""
-        return self._within(self.begun / self._share)
-
-    @property
-    def _share(self) -> float:
-        return COUNT_SHARE if self.counts else 1.0
 
     def aim(self, samples: Samples, budget: Budget, numel: int) -> None:
         """Choose the ratio of damage to signal that is looked for.
@@ -162,18 +111,6 @@ class Calibration:
         self.queries += sum(len(probe.batch) for probe in probes)
         return probes
 
-    def give_up(self) -> None:
-        """End the search where the budget does: no further than what was seen allows."""
-        if self.finished:
-            return
-        self.finished = True
-        if self.rounds == 0:
-            self.displacement *= UNSEEN_FACTOR / self._share
-        elif self.last is not None and self.last[1] == 0.0 and self.high is None:
-            self.displacement = self._as_begun
-        elif self.low is not None:
-            self.displacement = min(self.displacement, MOST_LEAP * self.low)
-
     def take(self, evaluations: Sequence[Evaluation]) -> Response:
         """Narrow the search by the values of the last round's probes.
 
@@ -189,17 +126,11 @@ class Calibration:
             if evaluations[0].per_example is None:
                 # The ratio is one of rows, whose mean scatters less than they do.
                 seen = seen._replace(odd=seen.odd * math.sqrt(len(self._batches[0])))
-        self._narrow(seen)
+        self.narrow(seen)
         if self._several and evaluations[0].per_example is None and not self.finished:
             # Means of several rows scatter less than rows do, and the ratio is one of rows: they
             # are asked about alone from now on, at the same number of queries.
             self.alone, self.low, self.high, self.last = True, None, None, None
-        return seen
-
-    def take_failure(self) -> Response:
-        """Narrow the search where the objective was not finite."""
-        seen = Response(math.inf, math.inf)
-        self._narrow(seen)
         return seen
 
     def _parts(self, samples: Samples, budget: Budget) -> list[Batch]:
@@ -213,86 +144,6 @@ class Calibration:
         if too_few or too_dear or self.rounds == MOST_ROUNDS:
             return []
         return samples.aside(rows).split(size.parts(samples, rows))
-
-    def _narrow(self, seen: Response) -> None:
-        self.rounds += 1
-        here, ratio = self.displacement, seen.ratio
-        if ratio < self.target < seen.doubt and self.rows_factor < MOST_FACTOR:
-            # Rows that differ so much show no damage as often as they show any: a leap from here
-            # has ended where a model forgets all. The same again, on more of them.
-            self.rows_factor *= 2
-            return
-        if ratio == math.inf and self.low is None and self.rounds == MOST_FAILURES:
-            # Not for lying too far, then: the step itself will say what is wrong.
-            self.finished = True
-            return
-        if seen.odd == 0.0 and self.high is None and self.rounds == MOST_FLAT:
-            # Nothing responds at any distance: the steps say so, from where they would be.
-            self.displacement, self.finished = self._as_begun, True
-            return
-        if seen.is_straight and self.high is None and self.rounds == MOST_STRAIGHT:
-            # Nothing bends at any distance, and so nothing bounds it.
-            self.displacement, self.finished = self._as_begun, True
-            return
-        if self._is_too_noisy(seen):
-            self.nonlinearity, self.displacement = None, self._within(self.begun)
-            self.low = self.high = self.last = None
-            return
-        factor = self._factor(seen) if ratio < math.inf else 1 / 16
-        too_far = ratio >= self.target or seen.nonlinearity >= MOST or self._saturates(seen)
-        if too_far:
-            self.high = here if self.high is None else min(self.high, here)
-        else:
-            self.low = here if self.low is None else max(self.low, here)
-        self.last = (here, seen.odd)
-        if too_far and factor > 1.0:
-            factor = 0.25
-        if self.rounds > 1 and 0.7 < factor < 1.4:
-            # Two rounds agree: what is left is their noise, of which a part is followed.
-            self.displacement, self.finished = self._within(here * factor**0.7), True
-            return
-        if factor > 1.0 and here == self.farthest:
-            self.finished = True
-            return
-        self.displacement = self._within(self._between(here * factor))
-        between = self.low is not None and self.high is not None
-        if self.rounds > 3 and between and self.high < 2.5 * self.low:  # type: ignore[operator]
-            self.finished = True
-
-    def _factor(self, seen: Response) -> float:
-        """By which the displacement should change, as the ratios grow with it."""
-        if seen.odd == 0.0:
-            return FLAT_FACTOR
-        # Far below the target the ratio is mostly noise: only that it is far below is known.
-        most = 32.0 if seen.ratio < self.target / 20 and self.rounds < 7 else 4.0
-        factor = self.target / max(seen.ratio, 1e-9)
-        if self.nonlinearity is not None:
-            factor = min(factor, self.nonlinearity.factor(seen))
-        return min(max(factor, 1 / 32), most)
-
-    def _is_too_noisy(self, seen: Response) -> bool:
-        """Whether values are too noisy for their nonlinearity; damage, a mean, is still seen."""
-        if self.nonlinearity is None or not math.isfinite(seen.ratio):
-            return False
-        last = None if self.last is None else self.last[0]
-        is_noise = self.nonlinearity.is_noise(seen, self.displacement, last)
-        return is_noise and seen.ratio < self.target
-
-    def _saturates(self, seen: Response) -> bool:
-        """Whether the signal no longer grows with the displacement: values are anything there."""
-        if self.last is None or self.counts:
-            return False
-        before, odd = self.last
-        return self.displacement > 1.9 * before and odd > 0.0 and seen.odd < 1.2 * odd
-
-    def _within(self, wanted: float) -> float:
-        return wanted if self.farthest is None else min(wanted, self.farthest)
-
-    def _between(self, wanted: float) -> float:
-        low, high = self.low or 0.0, math.inf if self.high is None else self.high
-        if low < wanted < high or low == 0.0 or high == math.inf:
-            return wanted
-        return math.sqrt(low * high)
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as JSON can hold it."""

@@ -8,7 +8,7 @@ it is applied (``ByDistance``, ``Rate``). The classics are:
                 difference of two estimates on a minibatch, here and at the snapshot
     ZO-SVRG     the same with a direction for every sample
 
-Both choices are values: what changes over a run is in ``RunState``, made by ``start``. A way to
+Both choices are values: what changes over a run is in ``RunState``, made by ``begun``. A way to
 apply that is to be found by measurements has a ``Finder`` there: between two steps, what is asked
 may be its probes, and the ``Step`` that follows from their values moves nothing.
 """
@@ -17,7 +17,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,21 +26,14 @@ from zo_adapt.data.sources import Batch
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.failures import with_values
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation, Evaluator, Probe
-from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.estimator import Estimator
-from zo_adapt.optimizers.finder import finder_of
-from zo_adapt.optimizers.run_state import RunState
+from zo_adapt.optimizers.run_state import RunState, begun
 from zo_adapt.optimizers.schedule import NO_BUDGET, NO_LIMIT, Budget, Progress
 from zo_adapt.optimizers.settings import Settings
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.term import MEASUREMENT, Shift, Step, Terms
 from zo_adapt.view.parameters import ParameterView
-from zo_adapt.view.precision import (
-    check_resolution,
-    finest_perturbation,
-    usual_perturbation,
-)
 
 
 class Optimizer(Protocol):
@@ -89,29 +81,8 @@ class ZerothOrder(Settings, ABC):
             PerturbationError: mu is below the resolution of a tensor's dtype.
             ViewError: The weights are not finite.
         """
-        displacement = self.apply.displacement_on(view.displacement)
-        finest = finest_perturbation(view)
-        resolved = view.resolved_at_start
-        if resolved is None:
-            resolved = max(finest, view.least_perturbation / 4)
-        usual_scale = partial(usual_perturbation, finest=resolved, step_like=step_like)
-        mu = self.estimate.perturbation_scale or usual_scale(displacement)
-        if view.resolved_at_start is None:
-            check_resolution(view, mu, finest)
-        finder = None
-        if self.apply.finds_displacement:
-            finder = finder_of(view, displacement, step_like=step_like)
-        self._set(
-            _state=RunState(
-                seed,
-                view.groups,
-                mu,
-                Descent(self.apply, displacement),
-                usual_scale if self.estimate.perturbation_scale is None else None,
-                finder,
-                resolved,
-            )
-        )
+        given = self.estimate.perturbation_scale
+        self._set(_state=begun(view, seed, self.apply, given, step_like=step_like))
 
     @property
     def state(self) -> RunState:

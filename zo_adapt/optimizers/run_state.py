@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from zo_adapt.data.samples import Samples
@@ -12,10 +13,13 @@ from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.noise.entries import Seeds
 from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions
-from zo_adapt.optimizers.finder import Finder
+from zo_adapt.optimizers.finder import Finder, finder_of
 from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.term import MEASUREMENT, Step
 from zo_adapt.view.group import Group
+from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.precision import check_resolution, finest_perturbation, usual_perturbation
 
 FLAT_STEPS = 20
 """Steps after which the user is warned, if none of them saw any difference."""
@@ -180,3 +184,40 @@ class RunState:
         elif self.finder is not None:
             self.finder.load_state_dict(state["finder"])
             self._follow(self.finder)
+
+
+def begun(
+    view: ParameterView,
+    seed: int,
+    apply: StepSize,
+    perturbation_scale: float | None,
+    *,
+    step_like: bool,
+) -> RunState:
+    """The state of a run that is about to begin.
+
+    Args:
+        view: What will move.
+        seed: Of the directions.
+        apply: How estimates are applied.
+        perturbation_scale: mu, or None for the one that suits the displacement.
+        step_like: Whether the objective changes in jumps.
+
+    Raises:
+        PerturbationError: mu is below the resolution of a tensor's dtype.
+        ViewError: The weights are not finite.
+    """
+    displacement = apply.displacement_on(view.displacement)
+    finest = finest_perturbation(view)
+    resolved = view.resolved_at_start
+    if resolved is None:
+        resolved = max(finest, view.least_perturbation / 4)
+    usual_scale = partial(usual_perturbation, finest=resolved, step_like=step_like)
+    mu = perturbation_scale or usual_scale(displacement)
+    if view.resolved_at_start is None:
+        check_resolution(view, mu, finest)
+    finder = None
+    if apply.finds_displacement:
+        finder = finder_of(view, displacement, step_like=step_like)
+    usual = usual_scale if perturbation_scale is None else None
+    return RunState(seed, view.groups, mu, Descent(apply, displacement), usual, finder, resolved)
