@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class ModelRunner:
     """
 
     pad_to_multiple_of: int | None = None
+    made_with: Mapping[str, Any] = MappingProxyType({})
+    """As in ``Objective``."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -55,6 +55,7 @@ class RankingMetric(Mixable, SetObjective):
         if undefined not in ("error", "skip"):
             raise OptionError(f"undefined={undefined!r}; choose 'error' or 'skip'")
         self.scorer, self.undefined = scorer_of(model), undefined
+        self.made_with = {"model": self.scorer}
         self.min_rows = checked_min_rows(min_rows)
 
     @property

@@ -75,6 +75,7 @@ class SetMetric(Mixable, SetObjective):
         self.classifier: Classifier = (
             ClassificationLoss(model) if isinstance(model, nn.Module) else model
         )
+        self.made_with = {"model": self.classifier}
         self.min_rows = checked_min_rows(min_rows)
         self.check_labels = getattr(self.classifier, "check_labels", None)
 

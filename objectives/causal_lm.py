@@ -96,14 +96,14 @@ class CausalLMLoss(TokenLoss):
     ) -> None:
         check_causal(model, "CausalLMLoss")
         super().__init__(model, reduction=reduction)
-        self.texts = TextEncoder(
-            tokenizer,
-            max_length=max_length,
-            longest=self.longest,
-            completion_only=completion_only,
-            assistant_only=assistant_only,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        options: dict[str, Any] = {
+            "max_length": max_length,
+            "completion_only": completion_only,
+            "assistant_only": assistant_only,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        self.made_with = options | {"tokenizer": tokenizer}
+        self.texts = TextEncoder(tokenizer, longest=self.longest, **options)
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """A batch from examples of tokens or of text."""

@@ -139,22 +139,26 @@ class GenerationReward(Mixable, SetObjective):
         model = Absent() if model is None else model
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.prompt_field = prompt_field
+        writing: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+        }
+        self.made_with = writing | {
+            "reward_funcs": reward_funcs,
+            "reward_weights": reward_weights,
+            "chat_template_kwargs": chat_template_kwargs,
+            "generation_kwargs": generation_kwargs,
+        }
         self._evaluating = EvaluationMode(model)
         self.reward_funcs = Rewards(reward_funcs, reward_weights)
         # An encoder reads the end token of its text; to a text that goes on there is none yet.
         continued = not reads(model).is_encoder_decoder
         self._encode = PromptEncoder(tokenizer, chat_template_kwargs, is_continued=continued)
         self._side: Side = "left" if continued else "right"
-        self._generator = Generator(
-            model,
-            tokenizer,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            options=generation_kwargs or {},
-        )
+        self._generator = Generator(model, tokenizer, options=generation_kwargs or {}, **writing)
         self.independent_rows = self._generator.independent
         self.row_bytes, self.stand_in = self._row_bytes, self._stand_in
         # Of a class with a `predict` of its own, that is what counts.

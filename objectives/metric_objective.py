@@ -73,6 +73,11 @@ class MetricObjective(SetMetric):
         self._label_names = _label_names(model) if isinstance(model, nn.Module) else ["labels"]
         self.compute_metrics, self.name = compute_metrics, metric_for_best_model
         self.preprocess = preprocess_logits_for_metrics
+        self.made_with = {
+            "model": self.classifier,
+            "metric_for_best_model": metric_for_best_model,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         inferred = not metric_for_best_model.endswith("loss")
         self.maximize = inferred if greater_is_better is None else greater_is_better
         self.step_like = inferred  # a loss is smooth

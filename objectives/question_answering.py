@@ -146,6 +146,7 @@ class SpanMetric(Mixable, SetObjective):
         self.loss = (
             model if isinstance(model, QuestionAnsweringLoss) else QuestionAnsweringLoss(model)
         )
+        self.made_with = {"model": self.loss}
         self.max_answer_length = at_least_one("max_answer_length", max_answer_length)
         self.min_rows = checked_min_rows(min_rows)
         self.check_columns = self.loss.check_columns

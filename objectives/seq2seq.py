@@ -58,6 +58,7 @@ class Seq2SeqLoss(TokenLoss):
     ) -> None:
         check_encoder_decoder(model, "Seq2SeqLoss")
         super().__init__(model, reduction=reduction)
+        self.made_with = {"tokenizer": tokenizer, "max_length": max_length}
         self._tokenizer = tokenizer
         own = None if max_length is None else at_least_one("max_length", max_length)
         self._longest_target = positions(model, are_written=True)

@@ -112,6 +112,7 @@ class EntityF1(Mixable, SetObjective):
             model if isinstance(model, TokenClassificationLoss) else TokenClassificationLoss(model)
         )
         self.min_rows = checked_min_rows(min_rows)
+        self.made_with = {"model": self.classifier, "labels": labels}
         self.tags = _tags(labels, self.classifier.configured("id2label"))
 
     @property

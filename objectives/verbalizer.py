@@ -66,6 +66,12 @@ class VerbalizerLoss(ModelObjective):
         mask_token_id: int | None = None,
     ) -> None:
         super().__init__(model)
+        self.made_with = {
+            "label_words": label_words,
+            "template": template,
+            "max_length": max_length,
+            "tokenizer": tokenizer,
+        }
         self.label_ids = label_word_ids(tokenizer, label_words)
         self.prompt: Prompt | None = None
         kind = reads(model)

@@ -5,6 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -30,13 +31,13 @@ class Objective(ABC):
 
     Attributes:
         collate: ``list of examples -> batch``. None: torch's default, or the loop's own.
-        evaluating: Called, a context in which the model is ready (in evaluation mode). None: the
-            caller keeps it so, and a model with dropout switched on is refused.
+        evaluating: Called, a context in which the model is ready. None: the caller keeps it so,
+            and a model with dropout switched on is refused.
         maximize: More is better: a reward or a metric. Falls by default.
         independent_rows: The value of a row depends on that row alone, not on random draws or on
             the other rows of the batch; several points may then be evaluated in one call.
-        step_like: The value changes in jumps, as a count does, so that the usual perturbation is
-            too small to see any; the optimizers then perturb further.
+        step_like: The value changes in jumps, as a count does; the optimizers then perturb further
+            than is usual, to see any.
         mean_over_rows: The value of a batch is the mean over its rows, so that a batch may be cut:
             over several directions, and into micro-batches, whose means are weighted by their
             rows. False: a batch stays in one call. "auto": True if it gives one value per example,
@@ -45,28 +46,28 @@ class Objective(ABC):
             error in them counts as no value per example.)
         min_rows: Fewest rows of the part of a batch that one direction sees. "all": every
             direction sees the whole batch.
-        check_labels: Called with a tensor of labels, raises where one cannot be. With all labels at
-            the start, where the data hold one integer an example. None: any will do.
+        check_labels: Called at the start with a tensor of all labels, where the data hold one
+            integer an example; raises where one cannot be. None: any will do.
         check_columns: Called at the start with a function, name of a field -> its values of all
             examples (None where they would have to be made first); raises where one cannot be.
-        capturable: A call on a GPU does the same kernels for every batch of one shape and never
-            waits for their results, so that a CUDA graph can replay them.
-        row_bytes: Called with a batch, the memory that one of its rows takes while it is evaluated;
-            as many rows then go together as the device has room for. None: a number of tokens is
-            the limit.
+        capturable: A call on a GPU runs the same kernels for all batches of one shape and waits for
+            no result of them, so that a CUDA graph can replay them.
+        row_bytes: Called with a batch, the memory that a row takes while it is evaluated: as many
+            go together as the device has room for. None: a number of tokens is the limit.
         stand_in: Called with a batch, numbers of its rows that change smoothly with the weights and
-            come of the same forwards as the value; joint forwards are checked by them. None: by
-            what the objective returns, which will not do where that jumps.
-        uneven: Calls take times that their rows do not say, as texts do that end where
-            they will: several processes then take them from a queue, one by one.
+            come of the same forwards as the value, for checks of joint forwards. None: the value
+            itself, which will not do where it jumps.
+        uneven: Rows do not say how long calls take (texts end where they will): several processes
+            then take them from a queue, one by one.
         predict_later: Of a ``SetObjective``, called in place of ``predict`` where more batches
             follow: does what needs the model and returns an object whose ``result()`` waits for
             the predictions (a ``concurrent.futures.Future``, say), whose ``cancel()`` gives them
             up. It is asked for them when the model has computed what follows.
-        on_nonfinite: What a run makes of points without a value, where a call raised an error or
-            gave NaN or infinity: "stop" ends it; "worst" takes them for the worst other value of
-            the step; "skip" gives the step up, and the next one has other points. See
-            ``CallableObjective``.
+        on_nonfinite: What a run makes of points where a call raised an error or gave NaN or
+            infinity: "stop" ends it; "worst" takes them for the worst other value of the step;
+            "skip" gives the step up, and the next has other points. See ``CallableObjective``.
+        made_with: Arguments that no attribute has the name of, for a trajectory's header: a run is
+            not gone on with by an objective that was made otherwise.
 
     Example:
         >>> import torch
@@ -95,6 +96,7 @@ class Objective(ABC):
     uneven: bool = False
     predict_later: Callable[[Any], Later] | None = None
     on_nonfinite: Literal["stop", "worst", "skip"] = "stop"
+    made_with: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def __call__(self, batch: Any, /) -> Any:
@@ -134,7 +136,6 @@ class SetObjective(Objective):
 
     min_rows: int | Literal["all"] = "all"
     mean_over_rows: bool | Literal["auto"] = True
-    """Here: rows may be predicted in micro-batches."""
 
     def __call__(self, batch: Any, /) -> Any:
         """The score of one batch."""
@@ -236,9 +237,8 @@ def as_objective(given: ObjectiveLike) -> Objective:
     if isinstance(given, Objective):
         return given
     if isinstance(given, type):
-        raise ArgumentTypeError(
-            f"the objective is the class {given.__name__}; make one: {given.__name__}(...)"
-        )
+        name = given.__name__
+        raise ArgumentTypeError(f"the objective is the class {name}; make one: {name}(...)")
     said = attributes_of(given)
     if callable(getattr(given, "predict", None)) and callable(getattr(given, "score", None)):
         return _WrappedSet(given, said)

@@ -92,7 +92,7 @@ def described(objective: Any, depth: int = _DEPTH) -> Any:
     if isinstance(objective, int | np.integer):
         return int(objective)
     if isinstance(objective, list | tuple | Mapping) and len(objective) > LONGEST:
-        return f"{_kind(type(objective))} of {len(objective)}"
+        return f"{kind_of(type(objective))} of {len(objective)}"
     if depth and isinstance(objective, list | tuple):
         return [described(entry, depth - 1) for entry in objective]
     if depth and isinstance(objective, Mapping):
@@ -100,19 +100,19 @@ def described(objective: Any, depth: int = _DEPTH) -> Any:
     if isinstance(objective, functools.partial):
         return [described(objective.func), described(objective.args), described(objective.keywords)]
     if inspect.ismethod(objective):
-        return [described(objective.__func__), _kind(type(objective.__self__))]
+        return [described(objective.__func__), kind_of(type(objective.__self__))]
     if inspect.isfunction(objective):
-        return [_kind(objective), *_version(), _code(objective.__code__)]
+        return [kind_of(objective), *_version(), _code(objective.__code__)]
     if depth and (isinstance(objective, Objective) or depth == _DEPTH):
-        return {"class": _kind(type(objective)), **_arguments(objective, depth - 1)}
-    return _kind(type(objective))  # models, tokenizers
+        return {"class": kind_of(type(objective)), **_arguments(objective, depth - 1)}
+    return kind_of(type(objective))  # models, tokenizers
 
 
 def _arguments(objective: Any, depth: int) -> dict[str, Any]:
-    return {name: described(value, depth) for name, value in _given(objective)}
+    return {name: described(value, depth) for name, value in arguments_of(objective)}
 
 
-def _given(objective: Any) -> list[tuple[str, Any]]:
+def arguments_of(objective: Any) -> list[tuple[str, Any]]:
     """The attributes that arguments have the names of."""
     own = getattr(objective, "__dict__", {})
     names = _parameters(type(objective))
@@ -148,7 +148,7 @@ def _functions(value: Any, depth: int) -> Iterator[FunctionType]:
         for entry in value:
             yield from _functions(entry, depth - 1)
     elif depth and (isinstance(value, Objective) or depth == _DEPTH):
-        for _, entry in _given(value):
+        for _, entry in arguments_of(value):
             yield from _functions(entry, depth - 1)
 
 
@@ -159,7 +159,8 @@ def _parameters(kind: type) -> set[str]:
         return set()
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The full name of a class or a function."""
     bases = getattr(value, "__bases__", ())
     if bases and bases[0].__name__ == "FSDPModule":  # of a model in parts, what the whole one is
         value = bases[1]

@@ -9,6 +9,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.contents import configured, contents_hash
+from zo_adapt.loops.made_with import made_with
 from zo_adapt.loops.origin import (
     bound_values,
     collate_described,
@@ -29,6 +30,7 @@ LEAST_SHARES = (4, 16)
 direction costs as much as the forward of a few rows, so there are fewer directions."""
 ALL_ROWS = "all rows of the data"
 CONFIG = "config"
+MADE_WITH = "what the objective was made with"
 BOUND = "values that functions have as defaults or from around them"
 """Names of settings, as an error says them."""
 
@@ -54,6 +56,7 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
         **data_settings(samples),
         CONFIG: configured(evaluator.view.model),
         "objective": described(evaluator.objective),
+        MADE_WITH: made_with(evaluator.objective),
         BOUND: bound_values(evaluator.objective, getattr(samples.source, "collate", None)),
     }
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.loops.contents import configured
+from zo_adapt.loops.made_with import made_with
 from zo_adapt.loops.origin import bound_values, described
-from zo_adapt.loops.resume import BOUND, CONFIG, data_settings
+from zo_adapt.loops.resume import BOUND, CONFIG, MADE_WITH, data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
@@ -83,6 +84,7 @@ class WholeCheckpoints:
             **data,
             CONFIG: configured(self.view.model),
             "objective": described(run.evaluator.objective),
+            MADE_WITH: made_with(run.evaluator.objective),
             "compute_loss_func": described(self.compute_loss_func),
             BOUND: bound_values(run.evaluator.objective, self.compute_loss_func),
             "label_smoothing_factor": self.args.label_smoothing_factor,
