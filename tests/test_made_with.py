@@ -24,7 +24,7 @@ from objectives import (
 from zo_adapt import MeZO, ParameterView, minimize
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.objective import as_objective
-from zo_adapt.loops.made_with import made_with
+from zo_adapt.loops.objective_parts import made_with
 
 WORDS = ["[END]", "good", "bad", "so", "so-so", "fine", "a", "b"]
 

@@ -9,7 +9,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.contents import configured, contents_hash
-from zo_adapt.loops.made_with import made_with
+from zo_adapt.loops.objective_parts import made_with
 from zo_adapt.loops.origin import (
     bound_values,
     collate_described,

@@ -10,7 +10,7 @@ from torch import nn
 
 from zo_adapt.errors import TrajectoryError
 from zo_adapt.loops.contents import configured
-from zo_adapt.loops.made_with import made_with
+from zo_adapt.loops.objective_parts import made_with
 from zo_adapt.loops.origin import bound_values, described
 from zo_adapt.loops.resume import BOUND, CONFIG, MADE_WITH, data_settings
 from zo_adapt.loops.run import Run
