@@ -1,6 +1,5 @@
 """ParameterView: the tensors that may change, and the only code that changes them."""
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
@@ -9,24 +8,18 @@ from torch import Tensor, nn
 
 from zo_adapt.errors import OptionError
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.noise.accumulate import Accumulation, Place
-from zo_adapt.noise.entries import tensor_key
-from zo_adapt.noise.gathered import Gathered
-from zo_adapt.noise.sums import Memory, Sum, Sums
+from zo_adapt.noise.sums import Sum, Sums
 from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
-from zo_adapt.view.copied import Copied
 from zo_adapt.view.group import Groups
 from zo_adapt.view.kept import KeptPlace, KeptValues
-from zo_adapt.view.layerwise import Layerwise
-from zo_adapt.view.moved import Stacks, Updates
+from zo_adapt.view.planned import PlannedMoves
 from zo_adapt.view.precision import Room
 from zo_adapt.view.shards import local
 from zo_adapt.view.tensors import check_mode
-from zo_adapt.view.tuned import Scratch, TunedTensors
-from zo_adapt.view.usage import Usage
+from zo_adapt.view.tuned import Scratch
 
 
-class ParameterView(TunedTensors):
+class ParameterView(PlannedMoves):
     """An ordered mapping name -> live tensor: what an optimizer may change, and nothing else.
 
     ``shifted(terms)`` computes at theta + sum_k c_k z(s_k) and restores every bit;
@@ -79,16 +72,6 @@ class ParameterView(TunedTensors):
         scratch: Scratch = "auto",
     ) -> None:
         super().__init__(tensors, model=model, noise=noise, groups=groups, scratch=scratch)
-        self._keys = {name: tensor_key(name) for name in self.tensors}
-        self.usage = Usage(self.tensors)
-        self.memory = Memory()
-        """Where the GPUs read the terms that the view is shifted by."""
-        self._gpus = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
-        self.room = Room(self.held.values(), self.noise.largest, self.shards)
-        """What the dtypes can still hold."""
-        self.at_rest: frozenset[str] = frozenset()
-        """Names of the tensors that stay as they are."""
-        self._plan_moves()
         self.check_adapters()
 
     def leave_at_rest(self, names: Iterable[str]) -> None:
@@ -117,25 +100,6 @@ class ParameterView(TunedTensors):
                 self._set_noise(name)
             self.room = Room(self.held.values(), self.noise.largest, self.shards)
             self._plan_moves()
-
-    def _find_parts(self) -> None:
-        """Look where the parts lie now: FSDP moves them when a model is loaded or converted."""
-        if self.is_sharded and any(map(operator.is_not, self._parts, self.held.values())):
-            self.room = Room(self.held.values(), self.noise.largest, self.shards)
-            self._plan_moves()
-
-    def _plan_moves(self) -> None:
-        self._parts = list(self.held.values())
-        places = self.places()
-        moving = {name: place.source for name, place in places.items()}
-        self._way: Copied | Layerwise = (
-            Layerwise(self.model, moving, self._plan, self._rows, self.inspection.shared)
-            if self.model is not None and self.by_layer
-            else Copied(moving, self._plan, self.shards.forget_gathered)
-        )
-        self.updates = Updates(self._plan(moving, moving))
-        self._stacks = Stacks(self.noise, places)
-        self._from_kept: tuple[KeptValues, Copied, Accumulation] | None = None
 
     @contextmanager
     def shifted(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
@@ -170,14 +134,6 @@ class ParameterView(TunedTensors):
         with self.usage.shifting(), copied.shifted(sums, run):
             yield
 
-    def _ways_from(self, kept: KeptValues) -> tuple[Copied, Accumulation]:
-        if self._from_kept is None or self._from_kept[0] is not kept:
-            moving = {name: place.source for name, place in self.places().items()}
-            copied = self._way if isinstance(self._way, Copied) else Copied(moving, self._plan)
-            run = self._plan(moving, {name: kept.tensors[name] for name in moving})
-            self._from_kept = kept, copied, run
-        return self._from_kept[1:]
-
     @contextmanager
     def shifted_for_graphs(self, terms: Iterable[Term], decay: float = 1.0) -> Iterator[None]:
         """As ``shifted``, for code that only replays graphs that were captured inside it.
@@ -192,12 +148,6 @@ class ParameterView(TunedTensors):
         """What a shift adds, on every GPU of the view; None for a shift that changes nothing."""
         checked = coalesced(check_terms(terms, len(self.groups)))
         return self._packed(checked, decay) if checked or decay != 1.0 else None
-
-    def _packed(self, terms: Terms, decay: float) -> Sums:
-        sums = Sums(self._sums(terms, decay), memory=self.memory)
-        for device in self._gpus:
-            sums.on(device)  # now: a graph that is captured inside must not copy them
-        return sums
 
     def recorded(self) -> AbstractContextManager[None]:
         """Inside, a graph is captured that reads what is computed in it, and the live tensors."""
@@ -215,12 +165,6 @@ class ParameterView(TunedTensors):
         kept = [point.kept if isinstance(point, KeptPlace) else None for point in points]
         return self._stacks(self.sums_of_points(points), kept, self._moving_groups)
 
-    @property
-    def _moving_groups(self) -> frozenset[int]:
-        """Those that an update moves."""
-        both = (group.lr * group.perturbation_scale for group in self.groups)
-        return frozenset(index for index, each in enumerate(both) if each)
-
     def sums_of_points(self, points: Sequence[Shift]) -> list[Sum]:
         """What each group adds, point by point.
 
@@ -232,11 +176,6 @@ class ParameterView(TunedTensors):
             for terms, decay in points
             for each in self._sums(coalesced(check_terms(terms, len(self.groups))), decay)
         ]
-
-    def places(self) -> dict[str, Place]:
-        """Every tensor that moves, with its noise key and its group."""
-        moving = {name: t for name, t in self.held.items() if name not in self.at_rest}
-        return self._places(moving, moving)
 
     def apply(self, update: Shift) -> None:
         """Move theta <- decay * theta + sum_k c_k z(s_k), one pass, one rounding to the dtype.
@@ -272,36 +211,6 @@ class ParameterView(TunedTensors):
             self.updates(self._sums(terms, decay), terms[0].seed if terms else None)
             self.shards.forget_gathered()
             self.room.moved(terms, decay)
-
-    def _plan(self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Accumulation:
-        return Accumulation(self.noise, self._places(outs, sources).values())
-
-    def _places(
-        self, outs: Mapping[str, Tensor], sources: Mapping[str, Tensor]
-    ) -> dict[str, Place]:
-        return {
-            name: Place(
-                outs[name],
-                source,
-                self._keys[name],
-                self._group_of[name],
-                self.shards.parts.get(name),
-            )
-            for name, source in sources.items()
-        }
-
-    def _rows(self, name: str, table: Tensor) -> Gathered:
-        return Gathered(self.noise, table, self._keys[name], self._group_of[name])
-
-    def _sums(self, terms: Sequence[Term], decay: float) -> list[Sum]:
-        """What each group adds. Weights that do not move do not shrink either."""
-        return [
-            Sum(
-                [(t.seed, t.coefficient) for t in terms if t.group in (None, index)],
-                decay if group.decays and group.lr * group.perturbation_scale else 1.0,
-            )
-            for index, group in enumerate(self.groups)
-        ]
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Write a snapshot back into the live tensors."""
