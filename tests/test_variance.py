@@ -57,6 +57,24 @@ def test_noise_of_a_quadratic_is_what_it_is() -> None:
     assert result.metrics["noise_data_share"] == pytest.approx(shares, rel=0.2)
 
 
+def test_the_noise_is_that_of_single_examples_though_batches_are_stratified() -> None:
+    """At 0 the gradients of the two classes are -2 and 2: G is 0, and sigma^2 4 d."""
+    x = torch.zeros(8)
+    labels = torch.arange(256) % 2
+    data = [{"y": 2.0 * float(label) - 1, "labels": int(label)} for label in labels]
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return (batch["y"][:, None].float() - x).square().sum(1)
+
+    view, watch = ParameterView({"x": x}), TrackVariance(every=1, num_directions=256, batch_size=2)
+    options: dict[str, Any] = {"batch_size": 16, "max_steps": 1, "progress": False}
+    optimizer = MeZO(lr=1e-12, perturbation_scale=1e-3)
+    found = minimize(loss, view, data, optimizer, metrics={"v": watch}, **options).metrics
+    assert found is not None
+    assert found["v_data_noise"] == pytest.approx(32, rel=0.3)
+    assert abs(found["v_direction_noise"]) < 8  # of stratified pairs: -32
+
+
 def test_the_control_variate_explains_much_near_its_snapshot_and_less_far_away() -> None:
     found = []
     for rate in (1e-5, 2e-3):

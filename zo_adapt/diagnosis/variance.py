@@ -119,7 +119,10 @@ class VarianceMonitor:
         self._evaluator = LocalEvaluator(
             objective, evaluator.view, evaluation, batch_size=self._rows
         )
-        classes = None if samples.classes is None else samples.classes.tolist()
+        # Rows that stand for all classes have less noise than sigma^2 / b.
+        # A score of a set may need every class.
+        is_set = isinstance(objective, SetObjective)
+        classes = samples.classes.tolist() if is_set and samples.classes is not None else None
         own = Samples(samples.source, self._rows, samples.seed, classes)
         self._batches = [own.minibatch() for _ in range(asked.num_directions)]
         self._seed, self._size = samples.seed, len(samples.source)
