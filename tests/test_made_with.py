@@ -124,7 +124,7 @@ def test_parts_of_a_class_of_ones_own_are_seen() -> None:
         def __call__(self, batch: Tensor) -> float:
             return float(batch.sum()) * sum(self.weights)
 
-    for kind, one, other in ((Own, 1.0, 2.0), (Weighted, [1.0], [1.0, 2.0])):
+    for kind, one, other in ((Own, 1.0, 2.0), (Own, "cpu", "a"), (Weighted, [1.0], [1.0, 2.0])):
         first, again, second = (as_objective(kind(each)) for each in (one, one, other))  # type: ignore[arg-type]
         assert made_with(first) == made_with(again) != made_with(second)
 
@@ -150,6 +150,23 @@ def test_a_run_is_not_gone_on_with_by_another_template(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="what the objective was made with"):
         go(2, template="{text} so-so")
     assert go(2).steps == 2
+
+
+def test_a_device_is_no_difference() -> None:
+    on = [made_with(as_objective(Own(device))) for device in ("cpu", "cuda:1")]  # type: ignore[arg-type]
+    assert on[0] == on[1]
+
+
+def test_values_around_a_reward_function_tell_it_apart() -> None:
+    def longer_than(least: int) -> Callable[..., list[float]]:
+        def reward_of(completions: list[str], **columns: Any) -> list[float]:
+            return [float(len(text) > least) for text in completions]
+
+        return reward_of
+
+    model = gpt2()
+    made = [made_with(reward(model, reward_funcs=longer_than(least))) for least in (3, 3, 4)]
+    assert made[0] == made[1] != made[2]
 
 
 def test_a_tensor_argument_is_no_part_of_the_header() -> None:

@@ -390,44 +390,6 @@ class TestServer:
             ]
         assert [s.value for s in found[0].history] == [s.value for s in found[1].history]
 
-    @pytest.mark.parametrize(
-        "kind, lies, said",
-        [
-            ("loss", "tokens", "other tokens"),
-            ("loss", "short", "prompt_logprobs"),
-            ("loss", "positive", "above 0"),
-            ("loss", "null", "cannot be read"),
-            ("loss", "words", "cannot be read"),
-            ("loss", "cut", "answered 200"),
-            ("greedy", "long", "8 tokens where at most 5"),
-            ("greedy", "cut", "answered 200"),
-            ("verbalizer", "cut", "answered 200"),
-        ],
-    )
-    def test_begins_to_lie_in_the_middle_of_a_run(
-        self, fake: Fake, kind: str, lies: str, said: str
-    ) -> None:
-        model = hollow()
-        objective, rows = objective_of(kind, model)
-        view, kept = ParameterView.trainable(model), []
-
-        def lie(step: Any) -> None:
-            kept.append(view.hash())
-            fake.faults.lies = lies if len(kept) == 2 else ""
-
-        with pytest.raises(ServerReplyError, match=said):
-            minimize(
-                objective,
-                view,
-                rows,
-                MeZO(lr=1e-3),
-                max_steps=6,
-                callback=lie,
-                evaluator=ServedEvaluator(vllm(fake.url)),
-                **QUIET,
-            )
-        assert len(kept) == 2 and view.hash() == kept[-1] and not fake.loaded
-
     def test_gives_nan_in_the_middle_of_a_run(self, fake: Fake) -> None:
         def lie(step: Any) -> None:
             fake.faults.lies = "nan"

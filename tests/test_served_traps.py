@@ -190,6 +190,15 @@ class TestSelfTest:
 @pytest.mark.parametrize(
     "kind, lies, said",
     [
+        ("loss", "tokens", "other tokens"),
+        ("loss", "short", "prompt_logprobs"),
+        ("loss", "positive", "above 0"),
+        ("loss", "null", "cannot be read"),
+        ("loss", "words", "cannot be read"),
+        ("loss", "cut", "answered 200"),
+        ("greedy", "long", "8 tokens where at most 5"),
+        ("greedy", "cut", "answered 200"),
+        ("verbalizer", "cut", "answered 200"),
         ("verbalizer", "positive", "above 0"),
         ("verbalizer", "null", "cannot be read"),
         ("verbalizer", "words", "cannot be read"),

@@ -28,7 +28,6 @@ from zo_adapt.view.trace import leaves_of
 
 SAME = 0.02
 """Relative difference up to which a row's value alone and beside another is rounding (fp16)."""
-PLAIN = (bool, int, float, str, type(None))
 NOISE = 1e-3
 """Relative difference of two values at one place that is more than rounding."""
 CALLS = 4
@@ -166,8 +165,9 @@ def _row(batch: Any, row: int, rows: int) -> Any:
     part = slice(row, row + 1)
     if not isinstance(batch, Mapping):
         return select_rows(batch, part, rows)
+    single = (bool, int, float, str, type(None))
     return {
-        name: value if isinstance(value, PLAIN) else select_rows(value, part, rows)
+        name: value if isinstance(value, single) else select_rows(value, part, rows)
         for name, value in batch.items()
     }
 

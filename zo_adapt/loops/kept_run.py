@@ -12,6 +12,7 @@ from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import (
     BOUND,
     LIMITS,
+    MADE_WITH,
     check_budget,
     check_settings,
     run_settings,
@@ -139,8 +140,8 @@ class KeptRun(RunProgress):
 
     def _open_together(self, ranks: Ranks, settings: Mapping[str, Any], resume: bool) -> None:
         """Rank 0 opens the file; the others are given what they need to go on."""
-        # Those may differ: a function may know its own rank or device.
-        alike = {name: value for name, value in settings.items() if name != BOUND}
+        # Those may differ: a function or an object may know its own rank.
+        alike = {name: value for name, value in settings.items() if name not in (BOUND, MADE_WITH)}
         check_settings_agree(ranks, alike)
         with self.evaluator.view.hashes_kept():
             data = ranks.from_first(lambda: self._opened(settings, resume))

@@ -5,18 +5,22 @@ Apart from ``origin.described``, which files of before have: it looks at fewer a
 
 import dataclasses
 import hashlib
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
 from zo_adapt.evaluation.objective import Objective
-from zo_adapt.loops.origin import LONGEST, arguments_of, described, kind_of
+from zo_adapt.loops.origin import LONGEST, arguments_of, bound_values, described, kind_of
 
 DEPTH = 8
 """Parts in parts that are looked at."""
 TOKENS = 64
 """Tokens of a vocabulary that are looked at, evenly spaced."""
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
 
 def made_with(value: Any, depth: int = DEPTH) -> Any:
@@ -37,6 +41,10 @@ def made_with(value: Any, depth: int = DEPTH) -> Any:
     """
     if isinstance(value, Enum | PurePath):
         return str(value)
+    if isinstance(value, str) and _DEVICE.fullmatch(value):
+        return "a device"  # a run may go on elsewhere, and every process has its own
+    if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, partial):
+        return {"code": described(value, 0), "values around it": bound_values(value)}
     if isinstance(value, list | tuple) and depth and len(value) <= LONGEST:
         return [made_with(entry, depth - 1) for entry in value]
     if isinstance(value, Mapping) and depth and len(value) <= LONGEST:
