@@ -147,7 +147,8 @@ def test_a_run_is_not_gone_on_with_by_another_template(tmp_path: Path) -> None:
         )
 
     assert go(1).steps == 1
-    with pytest.raises(TrajectoryError, match="what the objective was made with"):
+    said = r"made with='\{text\} so', not '\{text\} so-so' \(its template\)"
+    with pytest.raises(TrajectoryError, match=said):
         go(2, template="{text} so-so")
     assert go(2).steps == 2
 

@@ -33,6 +33,8 @@ CONFIG = "config"
 MADE_WITH = "what the objective was made with"
 BOUND = "values that functions have as defaults or from around them"
 """Names of settings, as an error says them."""
+SHOWN = 200
+"""Letters of a setting in an error: of a longer one, which begins alike, the part that differs."""
 
 
 def data_settings(samples: Samples) -> dict[str, Any]:
@@ -56,8 +58,8 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
         **data_settings(samples),
         CONFIG: configured(evaluator.view.model),
         "objective": described(evaluator.objective),
-        MADE_WITH: made_with(evaluator.objective),
         BOUND: bound_values(evaluator.objective, getattr(samples.source, "collate", None)),
+        MADE_WITH: made_with(evaluator.objective),
     }
 
 
@@ -97,10 +99,25 @@ def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, 
         value = now[name]
         is_kept = name in begun and not (name == ALL_ROWS and begun[name] is None)
         if is_kept and not same_description(begun[name], value):
+            before, after, part = begun[name], value, ""
+            if f"{before!r:.{SHOWN}}" == f"{after!r:.{SHOWN}}":
+                before, after, part = _first_difference(before, after)
             raise TrajectoryError(
-                f"{path} was begun with {name}={begun[name]!r:.200}, not {value!r:.200}; resume "
-                "with the same settings, or begin another file"
+                f"{path} was begun with {name}={before!r:.{SHOWN}}, not {after!r:.{SHOWN}}{part}; "
+                "resume with the same settings, or begin another file"
             )
+
+
+def _first_difference(one: Any, other: Any, part: str = "") -> tuple[Any, Any, str]:
+    """What two descriptions have where they differ first, and the name of that part."""
+    pairs: list[tuple[Any, Any, str]] = []
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = [*one, *(key for key in other if key not in one)]
+        pairs = [(one.get(key), other.get(key), f" (its {key})") for key in names]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(*pair, part) for pair in zip(one, other, strict=True)]
+    differing = next((pair for pair in pairs if not same_description(*pair[:2])), None)
+    return (one, other, part) if differing is None else _first_difference(*differing)
 
 
 def _without_new_entries(

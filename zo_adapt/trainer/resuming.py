@@ -84,9 +84,9 @@ class WholeCheckpoints:
             **data,
             CONFIG: configured(self.view.model),
             "objective": described(run.evaluator.objective),
-            MADE_WITH: made_with(run.evaluator.objective),
             "compute_loss_func": described(self.compute_loss_func),
             BOUND: bound_values(run.evaluator.objective, self.compute_loss_func),
+            MADE_WITH: made_with(run.evaluator.objective),
             "label_smoothing_factor": self.args.label_smoothing_factor,
         }
 
