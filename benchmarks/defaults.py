@@ -78,10 +78,15 @@ PLAIN += [
     cell._replace(view=cell.view + SVRG, sweep=False) for cell in PLAIN if "MNIST" not in cell.task
 ]
 CELLS = [
-    *(Cell(view, task, sweep=False) for task in LONG for view in VIEWS if view.endswith(WHITE)),
-    *(Cell(view, MATRIX[0]) for view in VIEWS),
     *(
-        Cell(view, task, seeds=3 if view.endswith(WHITE) else 2)
+        Cell(view, task, sweep=False, seeds=5)
+        for task in LONG
+        for view in VIEWS
+        if view.endswith(WHITE)
+    ),
+    *(Cell(view, MATRIX[0], seeds=5) for view in VIEWS),
+    *(
+        Cell(view, task, seeds=5 if view.endswith(WHITE) else 3)
         for task in MATRIX[1:]
         for view in VIEWS
     ),

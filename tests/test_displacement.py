@@ -3,22 +3,27 @@
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from problems import Problem, bits, logistic, problem, regression, squares
+from problems import Problem, bits, flat, logistic, problem, regression, squares
 from torch import Tensor
 
 from objectives import CallableObjective
 from zo_adapt import AskTell, MeZO, MeZOSVRG, ParameterView, Step, minimize, replay
+from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import as_source
 from zo_adapt.optimizers.calibration import RATIO, Calibration
 from zo_adapt.optimizers.former_looks import Evidence
 from zo_adapt.optimizers.look_ahead import LookAhead, narrowed, parabola
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.responses import Response
+from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.optimizers.step_size import ByDistance
 from zo_adapt.term import Shift, Term
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -326,17 +331,26 @@ def test_looks_come_early_and_end_before_the_steps_get_short() -> None:
     assert sum(done < 0.25 for done in due) > 12
 
 
-@pytest.mark.parametrize(("schedule", "cools"), [("auto", True), ("linear", False)])
-def test_a_run_that_looks_keeps_its_rate_unless_a_schedule_is_given(
-    schedule: str, cools: bool
-) -> None:
-    x, optimizer = torch.zeros(4, dtype=torch.float64), MeZO(schedule=schedule)
-    minimize(
+@pytest.mark.parametrize("schedule", ["auto", "cooldown", "linear"])
+def test_rates_are_kept_to_the_last_eighth_unless_a_schedule_is_given(schedule: str) -> None:
+    x, rates = torch.zeros(4, dtype=torch.float64), list[float]()
+    optimizer = MeZO(displacement=0.25, schedule=schedule)
+    result = minimize(
         lambda _: float((x - 3.0).square().sum()), ParameterView({"x": x}), None, optimizer,
-        max_steps=200, **QUIET,
+        max_steps=64, callback=lambda step: rates.append(step.lr), **QUIET,
     )  # fmt: skip
-    assert (optimizer.state.descent.step_size.schedule == "cooldown") is cools
-    assert optimizer.settings()["schedule"] == "linear"
+    assert result.steps == 64
+    assert optimizer.settings()["schedule"] == ("linear" if schedule == "linear" else "cooldown")
+    falls = [k for k, (one, other) in enumerate(pairwise(rates)) if other < 0.999 * one]
+    assert falls == ([*range(63)] if schedule == "linear" else [*range(56, 63)])
+
+
+@pytest.mark.parametrize(("is_new", "looks"), [(True, True), (False, False)])
+def test_only_weights_that_nobody_has_trained_are_looked_at(is_new: bool, looks: bool) -> None:
+    """On trained ones looks did harm, also where directions outnumber the view."""
+    samples, ahead = Samples(as_source(range(64)), 16, 0), LookAhead()
+    ahead.plan(samples, Budget(None, 100_000), 144, 8, 500, is_new=is_new)
+    assert ahead.acts is looks
 
 
 def test_a_look_changes_as_much_as_it_knows() -> None:
@@ -368,6 +382,37 @@ def begins_as_in_version_1(monkeypatch: pytest.MonkeyPatch) -> None:
         init(self, *values, **({"former": Evidence()} | named))
 
     monkeypatch.setattr(LookAhead, "__init__", former)
+    steps_fall_as_before(monkeypatch)
+
+
+def steps_fall_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a schedule that is not given be what it was before "cooldown" was usual."""
+    usual = property(lambda self: "linear" if self.schedule == "auto" else self.schedule)
+    monkeypatch.setattr(ByDistance, "schedule_in_force", usual)
+
+
+@pytest.mark.parametrize("given", [{}, {"schedule": "linear"}])
+def test_a_run_whose_steps_fell_linearly_goes_on_so(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(file: Path, stop: int | None = None, resume: bool = False) -> Tensor:
+        def callback(step: Step) -> None:
+            if step.step == stop:
+                raise StopIteration
+
+        at = problem()
+        minimize(
+            at.objective, at.view, at.data, MeZO(**given), batch_size=8, max_steps=40, seed=3,
+            callback=callback, trajectory=file, resume=resume, **QUIET,
+        )  # fmt: skip
+        return flat(at.view)
+
+    with monkeypatch.context() as patch:
+        steps_fall_as_before(patch)
+        whole = run(tmp_path / "whole.zot")
+        run(tmp_path / "part.zot", stop=20)
+    assert torch.equal(bits(whole), bits(run(tmp_path / "part.zot", resume=True)))
+    assert not torch.equal(bits(whole), bits(run(tmp_path / "now.zot"))) or given
 
 
 @OPTIMIZERS

@@ -16,6 +16,7 @@ from zo_adapt.loops.resume import (
     check_budget,
     check_settings,
     run_settings,
+    schedule_as_begun,
     share_as_begun,
     steps_until,
 )
@@ -224,12 +225,13 @@ class KeptRun(RunProgress):
         check_header(view, reader.header, reader.path)
         view.leave_at_rest(reader.header.get("at_rest", ()))
         self.evaluator.memory = begun.get("memory")  # whatever there is here: the same bits
-        return share_as_begun(self.samples, begun)
+        shares = share_as_begun(self.samples, begun)
+        return {**shares, **schedule_as_begun(self.optimizer, begun)}
 
     def _resume(self, owned: OwnedFile, settings: Mapping[str, Any]) -> None:
         path, reader = owned.path, Reader(owned.path)
-        begun, shares = reader.header["settings"], self._as_begun(reader)
-        check_settings(path, begun, {**settings, **shares})
+        begun, as_begun = reader.header["settings"], self._as_begun(reader)
+        check_settings(path, begun, {**settings, **as_begun})
         state = read_state(self._file.state)  # type: ignore[union-attr]
         budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})
         check_budget(path, budget, self.budget)

@@ -18,6 +18,8 @@ from zo_adapt.loops.origin import (
     rows_hash,
     same_description,
 )
+from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
+from zo_adapt.optimizers.run_state import FORMER_SCHEDULE
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Position, Reader
@@ -80,6 +82,22 @@ def share_as_begun(samples: Samples, begun: Mapping[str, Any]) -> dict[str, int]
             return {"share": samples.share}
     samples.least_share = usual
     return {"share": samples.share}
+
+
+def schedule_as_begun(optimizer: Optimizer, begun: Mapping[str, Any]) -> dict[str, str]:
+    """Let steps shrink as a run has let them so far, whatever is usual by now.
+
+    Args:
+        optimizer: Of the run.
+        begun: Its settings.
+
+    Returns:
+        The setting as it is now; empty where it is the optimizer's own.
+    """
+    if begun.get("schedule") != FORMER_SCHEDULE or not isinstance(optimizer, ZerothOrder):
+        return {}
+    is_former = optimizer.state.keep_former_schedule()
+    return {"schedule": FORMER_SCHEDULE} if is_former else {}
 
 
 def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ FLAT_STEPS = 20
 FLAT_SHARE, FLAT_DIRECTIONS, FEWEST_STEPS = 0.9, 100, 3
 """Or this share of zeros, judged on so many directions of so many steps at least."""
 
+FORMER_SCHEDULE = "linear"
 LEAST_SLOPE = 1e-3
 """Of the first slope: probes come no nearer where it falls further."""
 
@@ -122,8 +123,18 @@ class RunState:
     asked: Directions | None = None
 
     def __post_init__(self) -> None:
-        self._apply = self.descent.step_size
+        self._is_former = False
         self.at_start = (self.descent.displacement, self.perturbation_scale)
+
+    def keep_former_schedule(self) -> bool:
+        """Step as before "cooldown" was usual; False where a schedule is given.
+
+        Steps fell linearly then, but where looks along the updates found how long they should be.
+        """
+        if self.descent.step_size.schedule == "auto":
+            self._is_former = True
+            self.descent.step_size = replace(self.descent.step_size, schedule=FORMER_SCHEDULE)
+        return self._is_former
 
     def new_seeds(self, count: int) -> list[int]:
         """Seeds of ``count`` new directions: a function of the run's seed and a counter."""
@@ -156,7 +167,8 @@ class RunState:
         """Let steps and probes go as far as was found."""
         descent = self.descent
         descent.displacement = finder.displacement
-        descent.step_size = self._apply.while_looking if finder.looks_along else self._apply
+        if self._is_former and finder.looks_along:
+            descent.step_size = replace(descent.step_size, schedule="cooldown")
         if self.usual_scale is not None:
             far = finder.displacement
             if finder.looks_along:

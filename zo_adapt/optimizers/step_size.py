@@ -9,7 +9,7 @@ Three ways, s(t) the schedule at progress t, r the running scale of the projecte
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -75,13 +75,8 @@ class StepSize(Settings, ABC):
 
     @property
     def schedule_in_force(self) -> str | Schedule:
-        """That of a run whose steps are not looked at on the way."""
+        """That of a run."""
         return self.schedule
-
-    @property
-    def while_looking(self) -> "StepSize":
-        """That of a run that looks along its updates, and makes steps longer or shorter by it."""
-        return self
 
     def displacement_on(self, usual: float) -> float:
         """How far a weight may go on a view that lets it go as far as ``usual``."""
@@ -110,13 +105,13 @@ class ByDistance(StepSize):
 
     Args:
         displacement: rho, in the parameters' units, > 0. None: found by forward passes, of 2 to 5%
-            of the queries before the first step and, in views that are small beside the run's
-            directions, 3.5% later. Then no step goes further than 1.5 rho along the gradient. Of
-            an objective that counts (``step_like``) it is what the view assumes over a new head, at
-            most that over trained weights, and up to their size in a module that may be untrained.
+            of the queries before the first step and, in weights that nobody has trained where they
+            are few beside the run's directions, 3.5% later. Then no step goes further than 1.5 rho
+            along the gradient. Of an objective that counts (``step_like``) it is what the view
+            assumes over a new head, at most that over trained weights, and up to their size in a
+            module that may be untrained.
         schedule: "constant", "linear", "cosine", "cooldown" (constant, and linearly to zero in the
-            last eighth) or a callable of the progress. "auto": "cooldown" in a run that looks along
-            its updates later, which finds the length at which steps gain the most; else "linear".
+            last eighth) or a callable of the progress. "auto": "cooldown".
         weight_decay: Decoupled, as in AdamW.
         scale_memory: beta of the running scale r, 0 <= beta < 1.
         annealing: Algorithm 4 of MeZO-SVRG, ``Annealing(...)``, or None.
@@ -139,13 +134,12 @@ class ByDistance(StepSize):
 
     @property
     def schedule_in_force(self) -> str | Schedule:
-        """Linear, unless another is given."""
-        return "linear" if self.schedule == "auto" else self.schedule
+        """Constant to the last eighth, unless another is given.
 
-    @property
-    def while_looking(self) -> StepSize:
-        """Constant to the last eighth, unless another is given."""
-        return replace(self, schedule="cooldown") if self.schedule == "auto" else self
+        Noise adds up in squares: of all schedules that let it go as far, the constant one goes the
+        farthest along the gradient, and the end lets what noise moved last come to rest.
+        """
+        return "cooldown" if self.schedule == "auto" else self.schedule
 
     @property
     def normalized(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from zo_adapt.errors import OptionError
@@ -43,6 +43,8 @@ class ZOConfig(TrainingArguments):
         learning_rate: None: the step by distance, the optimizers' default. A number: the plain
             step at that rate.
         num_train_epochs: None: as many as ``max_queries`` is enough for; without it Trainer's 3.
+        lr_scheduler_type: "warmup_stable_decay", where rates fall linearly in the last eighth of
+            the steps (``lr_scheduler_kwargs`` says otherwise), or another of Trainer's.
         optimizer: "mezo", "mezo-svrg", "zo-svrg", "zo-spider", "zo-page", "zo-storm" or "zo-saga".
         displacement: How far noise alone would move a weight over the run, for the step by
             distance. None: measured by forward passes.
@@ -76,6 +78,9 @@ class ZOConfig(TrainingArguments):
 
     learning_rate: float | None = _option(None, "None: the step by distance.")  # type: ignore[assignment]
     num_train_epochs: float | None = _option(None, "None: 3, or as many as max_queries is for.")  # type: ignore[assignment]
+    lr_scheduler_type: SchedulerType | str = _option(
+        "warmup_stable_decay", "How rates change; usual: they fall in the last eighth."
+    )
     optimizer: str = _option("mezo", "mezo, mezo-svrg or zo-svrg, -spider, -page, -storm, -saga.")
     displacement: float | None = _option(None, "How far noise alone would move a weight.")
     perturbation_scale: float | None = _option(None, "mu.")

@@ -8,7 +8,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 import torch
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import SchedulerType, has_length
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import ZOError
@@ -51,6 +51,18 @@ class PlannedSteps:
         return super().set_initial_training_values(  # type: ignore[misc,no-any-return]
             args, dataloader, *total_batch_size
         )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's; the rates of ``warmup_stable_decay`` fall in the last eighth, unless said."""
+        given, steps = self.args.lr_scheduler_kwargs, num_training_steps
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            falling = min(math.ceil(steps / 8), steps - self.args.get_warmup_steps(steps))
+            usual = {"num_decay_steps": max(falling, 0), "decay_type": "linear"}
+            self.args.lr_scheduler_kwargs = usual | (given or {})
+        try:
+            return super().create_scheduler(steps, optimizer)  # type: ignore[misc]
+        finally:
+            self.args.lr_scheduler_kwargs = given
 
     def _planned_steps(self, dataloader: Any) -> int | None:
         """Steps that the budget of queries is enough for, where that can be known."""
