@@ -59,7 +59,7 @@ class DropoutError(ZOError, RuntimeError):
 
 
 class ChangingBufferError(ZOError, RuntimeError):
-    """Every forward changes a buffer (BatchNorm's statistics): no two points see one model."""
+    """A forward changes a buffer (BatchNorm's statistics) or a weight: no two points see one model."""
 
 
 class ObjectiveError(ZOError, ValueError):
