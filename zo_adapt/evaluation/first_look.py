@@ -25,6 +25,7 @@ from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept, warn_of_noise
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
+from zo_adapt.view.attributes import Attributes
 from zo_adapt.view.buffers import Buffers, check_max_norm
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.shards import gathering_modules
@@ -58,6 +59,7 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
         DropoutError: The model is not in evaluation mode.
     """
     view.leave_at_rest(())
+    view.changing = frozenset()
     if view.model is None:
         return
     check_max_norm(view.model)
@@ -114,6 +116,7 @@ def _unread(
     others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not holds(p)}
     trace = Trace({**view.tensors, **others}, gathered_by)
     entered, buffers, weights = set[str](), Buffers(model), Weights(view, model)
+    attributes = Attributes(model)
 
     def value() -> Any:
         with randomness_kept(model):
@@ -124,7 +127,10 @@ def _unread(
     trace.leave(found)
     _check_buffers(buffers, value)
     _check_weights(weights, view, model, value)
-    warn_of_noise(found, call, content)
+    view.changing = frozenset(attributes.changed())
+    # What is made at first use is none of those that every call changes.
+    again = Attributes(model) if view.changing else None
+    warn_of_noise(found, call, content, list if again is None else again.changed)
     reached = set(trace.names(trace.reached))
     # Of a tensor in parts, a process may hold nothing that could be seen to be read.
     is_any, *are_read = view.shards.agreed([bool(reached), *(n in reached for n in view.tensors)])

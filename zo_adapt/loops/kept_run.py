@@ -10,6 +10,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import (
+    AROUND,
     BOUND,
     LIMITS,
     MADE_WITH,
@@ -141,7 +142,11 @@ class KeptRun(RunProgress):
     def _open_together(self, ranks: Ranks, settings: Mapping[str, Any], resume: bool) -> None:
         """Rank 0 opens the file; the others are given what they need to go on."""
         # Those may differ: a function or an object may know its own rank.
-        alike = {name: value for name, value in settings.items() if name not in (BOUND, MADE_WITH)}
+        alike = {
+            name: value
+            for name, value in settings.items()
+            if name not in (AROUND, BOUND, MADE_WITH)
+        }
         check_settings_agree(ranks, alike)
         with self.evaluator.view.hashes_kept():
             data = ranks.from_first(lambda: self._opened(settings, resume))
