@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
+from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError, ZOError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import (
     AROUND,
@@ -16,6 +16,7 @@ from zo_adapt.loops.resume import (
     MADE_WITH,
     check_budget,
     check_settings,
+    check_state,
     run_settings,
     share_as_begun,
     steps_until,
@@ -237,14 +238,17 @@ class KeptRun(RunProgress):
         check_settings(path, begun, {**settings, **shares})
         state = read_state(self._file.state)  # type: ignore[union-attr]
         budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})
-        check_budget(path, budget, self.budget)
         try:
+            check_budget(path, budget, self.budget)
             at = Position(*state["position"])
             self.logged = steps_until(reader, at)
+            check_state(path, state["run"], self.logged)
             self.load_state_dict(state["run"])
             updates = [step.update for step in self.logged]
             self.optimizer.load_brief_state(state["run"]["optimizer"], updates)  # type: ignore[attr-defined]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, ZOError):
+                raise
             raise CorruptTrajectoryError(
                 f"the state beside {path} is none of this run ({error!r})"
             ) from error

@@ -1,12 +1,12 @@
 """What a run that goes on must have in common with the run that was begun."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import TrajectoryError
+from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.around import read_around
 from zo_adapt.loops.contents import configured, contents_hash, set_in_modules
@@ -158,6 +158,30 @@ def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
             raise TrajectoryError(
                 f"{path} was begun with {name}={before}, not {now}; resume with the same or a "
                 "larger budget, or begin another file"
+            )
+
+
+def check_state(path: Path, state: Mapping[str, Any], steps: Sequence[Step]) -> None:
+    """Refuse a state that says something else than the records it comes after.
+
+    Args:
+        path: As in ``check_settings``.
+        state: Of the run.
+        steps: The records.
+
+    Raises:
+        CorruptTrajectoryError: Names what differs.
+    """
+    least = {"steps": len(steps), "queries": steps[-1].queries if steps else 0}
+    for name, expected in least.items():
+        said = state[name]
+        is_count = isinstance(said, int) and not isinstance(said, bool)
+        # A step that was given up for want of values has made queries, too.
+        is_right = is_count and (said == expected or (name == "queries" and said > expected))
+        if not is_right:
+            raise CorruptTrajectoryError(
+                f"the state beside {path} has {name}={said!r:.40}, and the records before it "
+                f"{expected}: it belongs to another file; put the two together that belong"
             )
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from zo_adapt.errors import TrajectoryError
@@ -116,7 +117,7 @@ class WholeCheckpoints:
         with _parameters_kept(model or self.model):
             try:
                 super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
                 raise TrajectoryError(
                     f"{folder} holds weights that this model does not take ({error!s:.200}); "
                     "resume with the model, the adapter and its options that it was saved from"
