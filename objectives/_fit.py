@@ -66,10 +66,12 @@ def check_head(model: nn.Module, objective: str) -> None:
         known.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     )
     if any(name in mapping.values() for mapping in others):
-        right = "AutoModelForSeq2SeqLM" if is_encoder_decoder(model) else "AutoModelForCausalLM"
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        masked = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and objective == "VerbalizerLoss"
+        right = "Seq2SeqLM" if is_encoder_decoder(model) else "MaskedLM" if masked else "CausalLM"
         raise OptionError(
-            f"{objective} predicts tokens, and the head of {name} does not; load the model with "
-            f"{right}"
+            f"{objective} is of predicted tokens, and the head of {name} gives none; load the "
+            f"model with AutoModelFor{right}"
         )
 
 

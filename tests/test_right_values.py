@@ -697,6 +697,8 @@ def heads() -> dict[str, Callable[[], Any]]:
     return {
         "AutoModelForCausalLM": lambda: CausalLMLoss(tiny_model("llama")),
         "AutoModelForSeq2SeqLM": lambda: Seq2SeqLoss(hf.BartForSequenceClassification(bart)),
+        "AutoModelForMaskedLM": lambda: VerbalizerLoss(tiny_model("bert"), [5, 6], mask_token_id=3),
+        "VerbalizerLoss.*AutoModelForCausalLM": lambda: VerbalizerLoss(tiny_model("llama"), [5, 6]),
         "AutoModelForSeq2SeqLM$": lambda: Seq2SeqLoss(hf.BartForQuestionAnswering(bart)),
         "choices of an example": lambda: ClassificationLoss(
             hf.BertForMultipleChoice(hf.BertConfig(**small))
