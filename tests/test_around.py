@@ -161,9 +161,27 @@ def test_files_of_before_are_gone_on_with(tmp_path: Path) -> None:
     check_settings(tmp_path, kept, new)
 
 
+def test_what_is_taken_from_a_module_of_ones_own_is_a_global() -> None:
+    view, found = ParameterView({"x": torch.zeros(2)}), []
+    for scale in (2.0, 2.0, 3.0):
+        made, settings = program(), types.ModuleType("settings")
+        settings.__dict__["SCALE"] = scale
+        exec("def loss(value):\n    return 2 * value", settings.__dict__)
+        made.__dict__["settings"] = settings
+        exec("def value(batch):\n    return settings.loss(batch) * settings.SCALE", made.__dict__)
+        found.append(read_around(view, made.value))
+    assert found[0] == found[1] != found[2]
+    assert found[0]["settings.SCALE of value"] == "2.0"
+    assert "loss" in found[0]
+
+
 def test_functions_of_libraries_and_arrays_of_objects_are_left_out() -> None:
     view = ParameterView({"x": torch.zeros(2)})
     assert not read_around(view, nn.functional.cross_entropy, np.mean, None)
+    found = read_around(view, lambda batch: np.pi * torch.pi * len(str(types.__doc__)))
+    assert list(found) == [
+        "test_functions_of_libraries_and_arrays_of_objects_are_left_out.<locals>.<lambda>"
+    ]
     objects = np.array([object()])
     found = read_around(view, lambda batch: (objects, 0.0)[1])
     assert not any(name.startswith("objects of") for name in found)

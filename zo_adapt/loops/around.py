@@ -6,13 +6,14 @@ Apart from ``origin.described`` and ``bound_values``, which files of before have
 import dis
 import hashlib
 import inspect
+import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import PurePath
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,10 @@ class _Walk:
         for name in sorted(set(_names(function.__code__, "LOAD_GLOBAL"))):
             if name in around and name not in self._assigned[id(around)]:
                 yield name, around[name]
+        for module, name in sorted(set(_of_modules(function.__code__))):
+            held = around.get(module)
+            if isinstance(held, ModuleType) and _is_of_no_library(held) and name in vars(held):
+                yield f"{module}.{name}", vars(held)[name]
 
     def _numbers(self, value: Any) -> str | None:
         """A hash of a tensor's numbers; None of weights."""
@@ -162,6 +167,23 @@ def _is_own(function: FunctionType) -> bool:
     """Whether a function is of nobody's library, whose version would have to stay the same."""
     root = (function.__module__ or "").partition(".")[0]
     return root not in NOT_OWN and not function.__code__.co_filename.startswith(_LIBRARIES)
+
+
+def _is_of_no_library(module: ModuleType) -> bool:
+    path = getattr(module, "__file__", None) or ""
+    root = module.__name__.partition(".")[0]
+    is_built_in = root in sys.builtin_module_names or root in sys.stdlib_module_names
+    return not (is_built_in or root in NOT_OWN or path.startswith(_LIBRARIES))
+
+
+def _of_modules(code: CodeType) -> Iterator[tuple[str, str]]:
+    """Names of globals, and of what is taken from them at once (``settings.SCALE``)."""
+    for first, second in pairwise(dis.get_instructions(code)):
+        if first.opname == "LOAD_GLOBAL" and second.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield str(first.argval), str(second.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _of_modules(constant)
 
 
 def _assigned_in(around: Mapping[str, Any]) -> Iterator[str]:
