@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from zo_adapt import MeZO, MeZOSVRG, ParameterView, minimize
+from objectives import CallableObjective
+from zo_adapt import MeZO, MeZOSVRG, ParameterView, ZOConfig, ZOTrainer, minimize
 from zo_adapt.errors import NoisyObjectiveWarning, TrajectoryError
 from zo_adapt.loops.around import read_around
 from zo_adapt.loops.contents import set_in_modules
@@ -59,6 +61,9 @@ def function(batch):
     SEEN[len(SEEN)] = STEPS
     value = (helper(model(batch).to(DEVICE)) * SCALE - TARGET).square().mean(1)
     return value * float(WEIGHTS[0]) + SIZES[0]
+
+def of_rows(batch):
+    return function(batch["x"])
 
 class Own:
     def __init__(self, weights):
@@ -225,3 +230,33 @@ def test_an_attribute_that_forwards_change_is_no_setting(tmp_path: Path) -> None
             trajectory=tmp_path / "run.zot", resume=True,
         )  # fmt: skip
         assert not any("seen" in name for name in set_in_modules(model, view.changing))
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_a_training_is_compared_with_how_it_began(tmp_path: Path) -> None:
+    """A global that another module moves on is in its checkpoints as it was at the start."""
+
+    def train(steps: int, **changes: Any) -> int:
+        made = program(**changes)
+        args = ZOConfig(
+            str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=8,
+            logging_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+
+        class Moving(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                made.SCALE = 5.0
+
+        trainer = ZOTrainer(
+            made.model, args, train_dataset=list(DATA),
+            data_collator=lambda rows: {"x": torch.stack(rows)},
+            objective=CallableObjective(made.of_rows, model=made.model),
+            zo_optimizer=MeZO(displacement=0.1), callbacks=[Moving()],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=True if any(tmp_path.glob("checkpoint-*")) else None)
+        return trainer.state.global_step
+
+    assert train(2) == 2
+    with pytest.raises(TrajectoryError, match="SCALE of function"):
+        train(4, scale=3.0)
+    assert train(4) == 4
