@@ -18,7 +18,7 @@ from zo_adapt.interrupt import Guard, undone, uninterrupted
 TERMS = [Term(1, 0.5)]
 KINDS = [
     number
-    for name in ("SIGINT", "SIGTERM", "SIGALRM")
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGPROF", "SIGXCPU")
     if (number := getattr(signal, name, None)) is not None
 ]
 
