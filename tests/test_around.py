@@ -18,12 +18,13 @@ from zo_adapt.loops.contents import set_in_modules
 from zo_adapt.loops.resume import check_settings
 
 PROGRAM = """
-import numpy as np, torch
+import numpy as np, torch, types
 from torch import nn
 
 SCALE, TEMPLATE, PATH = {scale}, "a text", "{path}"
 TARGET, WEIGHTS = torch.tensor([{target}, 0.0]), np.array([{weight}])
 SIZES = ({size}, 1)
+CONFIG, SPACE = {{"rate": {entry}, "seen": 0}}, types.SimpleNamespace(power={power}, calls=0)
 STEPS, SEEN, DEVICE = {begun}, {{}}, "{device}"
 
 def helper(value):
@@ -32,6 +33,9 @@ def helper(value):
 def count(step):
     global STEPS
     STEPS += 1
+
+def moved_on():
+    SPACE.calls += 1
 
 def not_called():
     return "{path}"
@@ -59,7 +63,9 @@ model = Net().eval()
 
 def function(batch):
     SEEN[len(SEEN)] = STEPS
+    noted = SEEN[0] + SPACE.calls
     value = (helper(model(batch).to(DEVICE)) * SCALE - TARGET).square().mean(1)
+    value = value * CONFIG["rate"] ** SPACE.power
     return value * float(WEIGHTS[0]) + SIZES[0]
 
 def of_rows(batch):
@@ -77,7 +83,7 @@ own = Own(torch.tensor([{argument}, 1.0]))
 USUAL: dict[str, Any] = {
     "scale": 2.0, "path": "one", "target": 1.0, "weight": 0.5, "size": 1, "begun": 0, "sign": "+",
     "device": "cpu", "eps": 1e-5, "slope": 0.01, "gain": 1.0, "rate": 0.1, "outer": "torch.tanh",
-    "factor": 1.0, "argument": 1.0,
+    "factor": 1.0, "argument": 1.0, "entry": 2.0, "power": 1,
 }  # fmt: skip
 DATA = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -105,6 +111,8 @@ def tuned(steps: int, folder: Path, objective: str = "function", **changes: Any)
         ({"target": 2.0}, "TARGET of function"),
         ({"weight": 0.7}, "WEIGHTS of function"),
         ({"size": 2}, "SIZES of function"),
+        ({"entry": 3.0}, r"CONFIG\['rate'\] of function"),
+        ({"power": 2}, r"SPACE\.power of function"),
         ({"sign": "-"}, "helper"),
         ({"outer": "torch.relu"}, r"Net\.out"),
         ({"eps": 1e-3}, r"LayerNorm\.eps"),
@@ -156,6 +164,9 @@ def test_a_run_is_gone_on_with_in_the_program_that_began_it(tmp_path: Path) -> N
             callback=made.count, **options,
         )  # fmt: skip
         assert result.steps == steps
+    assert not {"SEEN[0] of function", "SPACE.calls of function"} & {
+        *read_around(ParameterView.full(made.model), made.function)
+    }
     assert "x of value" not in read_around(ParameterView({"x": x}), made.value)
 
 

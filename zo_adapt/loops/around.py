@@ -3,23 +3,24 @@
 Apart from ``origin.described`` and ``bound_values``, which files of before have.
 """
 
-import dis
 import hashlib
 import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import PurePath
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zo_adapt.loops.code_names import Read, Written, attribute_names, global_names, reads
 from zo_adapt.loops.contents import PLAIN
 from zo_adapt.loops.objective_parts import DEPTH, DEVICE, has_parts
 from zo_adapt.loops.origin import LONGEST, NOT_OWN, arguments_of, bound_to, described
@@ -39,9 +40,10 @@ def read_around(view: ParameterView, *objectives: Any) -> dict[str, Any]:
 
     Of every function of the caller's own, of those that it calls by a global name and of the
     methods of classes of the caller's own, the model's modules among them: the code; globals that
-    are plain and that no function of their module assigns; and tensors and arrays, also among the
-    arguments of an objective. Not lists and mappings, which may be filled as it is called, and not
-    weights.
+    are plain and that no function of their module assigns; what it takes from globals by a fixed
+    key (``settings.SCALE``, ``CONFIG["scale"]``), if no function of its module writes there; and
+    tensors and arrays, also among the arguments of an objective. Not lists and mappings as a whole,
+    which may be filled as it is called, and not weights.
 
     Args:
         view: Whose tensors, and those of its model, are known otherwise.
@@ -63,11 +65,11 @@ class _Walk:
     def __init__(self, view: ParameterView) -> None:
         held = dict(view.tensors)
         if view.model is not None:
-            dense = (t for t in tensors_held(view.model) if type(t) in (Tensor, torch.nn.Parameter))
+            dense = (t for t in tensors_held(view.model) if type(t) in (Tensor, nn.Parameter))
             held |= {str(number): tensor for number, tensor in enumerate(dense)}
         self._weights = Addresses(held)
         self._seen: set[int] = set()
-        self._assigned: dict[int, set[str]] = {}
+        self._written: dict[int, Written] = {}
 
     def of(self, value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
         """The names and values in an objective, or in an argument of one."""
@@ -104,7 +106,7 @@ class _Walk:
         while left:
             method = methods.pop(left.pop(), None)
             if method is not None and _is_own(method):
-                left += [name for name in _attributes(method.__code__) if name in methods]
+                left += [name for name in attribute_names(method.__code__) if name in methods]
                 yield from self._of_function(method, depth)
 
     def _of_function(self, function: Any, depth: int) -> Iterator[tuple[str, Any]]:
@@ -114,26 +116,33 @@ class _Walk:
         self._seen.add(id(function))
         name = function.__qualname__
         yield name, described(function, 0)
-        for around, value in (*bound_to(function), *self._globals(function)):
+        for around, value in self._read_by(function):
             if inspect.isfunction(value):
                 yield from self._of_function(value, depth - 1)
             elif isinstance(value, Tensor | np.ndarray):
                 if (text := self._numbers(value)) is not None:
                     yield f"{around} of {name}", text
-            elif (text := _text(value)) is not None:
+            elif value is not None and (text := _text(value)) is not None:
                 yield f"{around} of {name}", text
 
-    def _globals(self, function: FunctionType) -> Iterator[tuple[str, Any]]:
-        around = function.__globals__
-        if id(around) not in self._assigned:
-            self._assigned[id(around)] = set(_assigned_in(around))
-        for name in sorted(set(_names(function.__code__, "LOAD_GLOBAL"))):
-            if name in around and name not in self._assigned[id(around)]:
+    def _read_by(self, function: FunctionType) -> Iterator[tuple[str, Any]]:
+        """Names and values from around a function; not what its module's functions write."""
+        around, bound = function.__globals__, dict(bound_to(function))
+        if id(around) not in self._written:
+            self._written[id(around)] = Written.by(around)
+        written = self._written[id(around)]
+        yield from bound.items()
+        for name in sorted(global_names(function.__code__) - written.names):
+            if name in around:
                 yield name, around[name]
-        for module, name in sorted(set(_of_modules(function.__code__))):
-            held = around.get(module)
-            if isinstance(held, ModuleType) and _is_of_no_library(held) and name in vars(held):
-                yield f"{module}.{name}", vars(held)[name]
+        for read in reads(function.__code__):
+            held = bound.get(read.name, around.get(read.name))
+            kept = written.filled if read.is_entry else written.attributes
+            if (
+                read.name not in written.names
+                and (read.name if read.is_entry else read.key) not in kept
+            ):
+                yield str(read), _entry(held, read)
 
     def _numbers(self, value: Any) -> str | None:
         """A hash of a tensor's numbers; None of weights."""
@@ -169,45 +178,21 @@ def _is_own(function: FunctionType) -> bool:
     return root not in NOT_OWN and not function.__code__.co_filename.startswith(_LIBRARIES)
 
 
+def _entry(held: Any, read: Read) -> Any:
+    """What is read; None where it is no entry, or an attribute of something that is no setting."""
+    if read.is_entry:
+        is_there = isinstance(held, Mapping | list | tuple)
+        with suppress(LookupError, TypeError):
+            return held[read.key] if is_there else None
+        return None
+    if isinstance(held, ModuleType) and not _is_of_no_library(held):
+        return None
+    own = {} if isinstance(held, nn.Module | Tensor) else getattr(held, "__dict__", {})
+    return own.get(read.key)
+
+
 def _is_of_no_library(module: ModuleType) -> bool:
     path = getattr(module, "__file__", None) or ""
     root = module.__name__.partition(".")[0]
     is_built_in = root in sys.builtin_module_names or root in sys.stdlib_module_names
     return not (is_built_in or root in NOT_OWN or path.startswith(_LIBRARIES))
-
-
-def _of_modules(code: CodeType) -> Iterator[tuple[str, str]]:
-    """Names of globals, and of what is taken from them at once (``settings.SCALE``)."""
-    for first, second in pairwise(dis.get_instructions(code)):
-        if first.opname == "LOAD_GLOBAL" and second.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield str(first.argval), str(second.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _of_modules(constant)
-
-
-def _assigned_in(around: Mapping[str, Any]) -> Iterator[str]:
-    """Globals that functions of their module assign: counters, say, which a run moves on."""
-    classes = [v for v in list(around.values()) if inspect.isclass(v)]
-    own = [*around.values(), *(v for kind in classes for v in vars(kind).values())]
-    for function in own:
-        if inspect.isfunction(function) and function.__globals__ is around:
-            yield from _names(function.__code__, "STORE_GLOBAL")
-
-
-def _names(code: CodeType, instruction: str) -> Iterator[str]:
-    """Names that an instruction has, in a function and in those inside it."""
-    for each in dis.get_instructions(code):
-        if each.opname == instruction:
-            yield str(each.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant, instruction)
-
-
-def _attributes(code: CodeType) -> Iterator[str]:
-    """Names that a function, or one inside it, takes from objects."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _attributes(constant)
