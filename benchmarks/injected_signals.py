@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from zo_adapt import interrupt
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+SIGNALS = interrupt.SIGNALS
 
 
 class Cut(Exception):
-    """What the handlers of SIGTERM and SIGALRM raise."""
+    """What the handlers of all signals but SIGINT raise."""
 
 
 class Subject(NamedTuple):
@@ -59,7 +59,7 @@ armed = [True]
 
 
 def cut_off(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGTERM and SIGALRM."""
+    """The handler of all signals but SIGINT."""
     if armed[0]:
         raise Cut
 

@@ -50,12 +50,55 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def check_head(model: nn.Module, objective: str) -> None:
+    """Refuse a model whose head is for classes or spans where the tokens of a text are predicted.
+
+    Raises:
+        OptionError: Names the class to load it with.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    name = type(base_model(model)).__name__
+    others = (
+        known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        known.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    )
+    if any(name in mapping.values() for mapping in others):
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        masked = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and objective == "VerbalizerLoss"
+        right = "Seq2SeqLM" if is_encoder_decoder(model) else "MaskedLM" if masked else "CausalLM"
+        raise OptionError(
+            f"{objective} is of predicted tokens, and the head of {name} gives none; load the "
+            f"model with AutoModelFor{right}"
+        )
+
+
+def check_one_row_a_text(model: nn.Module, objective: str) -> None:
+    """Refuse a model that chooses among several texts of an example.
+
+    Raises:
+        OptionError: Names what to do.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    name = type(base_model(model)).__name__
+    if name in known.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        raise OptionError(
+            f"{objective} is of models that give logits for a text, and {name} gives one for each "
+            "of the choices of an example; write a function of a batch that calls the model and "
+            "returns a loss for every example"
+        )
+
+
 def check_causal(model: nn.Module, objective: str) -> None:
     """Refuse a model whose logits do not predict the next token.
 
     Raises:
         OptionError: Names the objective that fits it.
     """
+    check_head(model, objective)
     found, name = reads(model), type(base_model(model)).__name__
     if found.is_encoder_decoder:
         raise OptionError(
@@ -81,6 +124,7 @@ def check_encoder_decoder(model: nn.Module, objective: str) -> None:
             f"{objective} is of encoder-decoder models (T5, BART), and "
             f"{type(base_model(model)).__name__} is none; choose CausalLMLoss"
         )
+    check_head(model, objective)
 
 
 def base_model(model: nn.Module) -> nn.Module:

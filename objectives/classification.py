@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from objectives._collate import IGNORED
-from objectives._fit import takes_the_last_position
+from objectives._fit import check_one_row_a_text, takes_the_last_position
 from objectives._model import Batch, ModelObjective, at_least_float32, check_range
 from objectives._padding import of_whole_texts
 from zo_adapt.errors import DataError
@@ -44,6 +44,7 @@ class ClassificationLoss(ModelObjective):
     capturable = True
 
     def __init__(self, model: nn.Module) -> None:
+        check_one_row_a_text(model, type(self).__name__)
         super().__init__(model)
         self._classes: int | None = None
         if takes_the_last_position(model):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives._fit import reads, shortest
+from objectives._fit import check_head, reads, shortest
 from objectives._head import narrow_logits
 from objectives._model import Batch, ModelObjective, at_least_float32, check_range
 from objectives._padding import last_positions, right_padded, token_mask
@@ -39,8 +39,8 @@ class VerbalizerLoss(ModelObjective):
         mask_token_id: For prompts given as ``input_ids`` to a masked language model.
 
     Raises:
-        OptionError: A label word is not one token, the tokenizer is missing, or a masked language
-            model without a mask.
+        OptionError: A label word is not one token, the tokenizer is missing, a masked language
+            model without a mask, or a model without a head for tokens.
         DataError: (when called) A field or the labels are missing; no place to answer.
 
     Example:
@@ -65,6 +65,7 @@ class VerbalizerLoss(ModelObjective):
         max_length: int | None = None,
         mask_token_id: int | None = None,
     ) -> None:
+        check_head(model, "VerbalizerLoss")
         super().__init__(model)
         self.made_with = {
             "label_words": label_words,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zo_adapt import EvaluationOptions, MeZO, ParameterView, Shift, Term, minimize
 from zo_adapt.errors import ViewInUseError
@@ -18,7 +18,7 @@ from zo_adapt.interrupt import Guard, undone, uninterrupted
 TERMS = [Term(1, 0.5)]
 KINDS = [
     number
-    for name in ("SIGINT", "SIGTERM", "SIGALRM")
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGPROF", "SIGXCPU")
     if (number := getattr(signal, name, None)) is not None
 ]
 
@@ -320,3 +320,59 @@ def test_changes_are_undone_in_reverse_also_where_one_of_them_fails() -> None:
     with pytest.raises(ValueError, match="third"), undone(changes()):
         done.append("never here")
     assert done == ["second undone", "first undone"]
+
+
+def clamped(x: Tensor) -> None:
+    x.clamp_(max=0.2)
+
+
+def put_back(x: Tensor) -> None:
+    before = x.clone()
+    x.mul_(2.0)
+    x.copy_(before)
+
+
+@pytest.mark.parametrize("change", [clamped, put_back])
+def test_a_tensor_that_an_objective_writes_must_be_put_back(
+    change: Callable[[Tensor], None],
+) -> None:
+    """Without a model nothing is looked at before: torch's count of writes tells."""
+    tuned = view()
+    before, x = tuned.hash(), tuned.tensors["x"]
+
+    def value(_: object) -> float:
+        change(x)
+        return float((x - 1).square().sum())
+
+    options: dict[str, Any] = {"max_steps": 2, "progress": False}
+    if change is put_back:
+        assert minimize(value, tuned, None, MeZO(lr=0.1), **options).steps == 2
+        return
+    with pytest.raises(ViewInUseError, match="changed 'x' in place"):
+        minimize(value, tuned, None, MeZO(lr=0.1), **options)
+    assert tuned.hash() == before
+
+
+@pytest.mark.parametrize("way", ["joint", "lowrank", "alone"])
+def test_writes_that_large_batches_alone_make_are_named_in_every_way(way: str) -> None:
+    model = nn.Linear(4, 2)
+    noise = "lowrank" if way == "lowrank" else "gaussian"
+    tuned = ParameterView.full(model, noise=noise)
+
+    def value(batch: Tensor) -> Tensor:
+        if len(batch) > 2:  # the first look is at two rows
+            with torch.no_grad():
+                model.weight.mul_(0.999)
+        return model(batch).square().mean(1)
+
+    with pytest.raises(ViewInUseError, match="changed 'weight' in place"):
+        minimize(
+            value,
+            tuned,
+            torch.randn(16, 4),
+            MeZO(displacement=0.1),
+            batch_size=8,
+            max_steps=4,
+            progress=False,
+            evaluation=EvaluationOptions(joint_rows="off" if way == "alone" else "auto"),
+        )

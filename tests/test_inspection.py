@@ -365,6 +365,65 @@ def test_a_buffer_that_large_batches_change_is_noticed(kind: str, way: str) -> N
     assert all(torch.equal(bits(b), bits(before[0][n])) for n, b in model.named_buffers())
 
 
+def written(tensor: nn.Parameter) -> None:
+    with torch.no_grad():
+        tensor.mul_(0.999)
+
+
+def written_unseen(tensor: nn.Parameter) -> None:
+    """Torch does not count these; and the second time nothing is changed any more."""
+    tensor.data.clamp_(-0.1, 0.1)
+
+
+def replaced_by(tensor: nn.Parameter) -> None:
+    tensor.data = tensor.data * 0.999
+
+
+@pytest.mark.parametrize("scratch", ["copy", "layer"])
+@pytest.mark.parametrize("change", [written, written_unseen, replaced_by])
+@pytest.mark.parametrize("frozen", [False, True], ids=["tuned", "frozen"])
+def test_weights_that_an_objective_changes_in_place_are_named(
+    change: Callable[[nn.Parameter], None], scratch: Any, frozen: bool
+) -> None:
+    """Those that are tuned, at once, and put back; frozen ones where every call changes them."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    view = ParameterView.matching(model, "^2" if frozen else "^0", scratch=scratch)
+    before = view.hash()
+
+    def loss(batch: Tensor) -> Tensor:
+        change(model[0].weight)  # type: ignore[arg-type]
+        return model(batch).square().sum(1)
+
+    if frozen and change is written_unseen:
+        assert run_of(loss, view).steps == 1
+        return
+    with pytest.raises(ChangingBufferError, match=r"'0\.weight' in place"):
+        run_of(loss, view)
+    assert view.hash() == before
+
+
+def run_of(loss: Callable[[Tensor], Tensor], view: ParameterView) -> Any:
+    return minimize(
+        loss, view, torch.randn(8, 4), MeZO(displacement=0.1), batch_size=4, max_steps=1, **QUIET
+    )
+
+
+def test_weights_that_are_put_back_are_fine() -> None:
+    """An objective may be of rounded weights, say."""
+    model = nn.Linear(4, 2)
+    view = ParameterView.full(model)
+
+    def loss(batch: Tensor) -> Tensor:
+        exact = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.copy_((exact * 16).round() / 16)
+            found: Tensor = model(batch).square().sum(1)
+            model.weight.copy_(exact)
+        return found
+
+    assert run_of(loss, view).steps == 1
+
+
 def test_a_table_that_large_batches_make_longer_is_none_of_these() -> None:
     model, calls = OfLarge("a table"), []
     model.layer.register_forward_hook(lambda *_: calls.append(1))

@@ -11,6 +11,7 @@ import peft
 import pytest
 import sklearn.metrics as reference
 import torch
+import transformers as hf
 from tiny_models import MASK, PAD, VOCABULARY, tiny_config, tiny_model, token_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -685,6 +686,30 @@ def test_a_text_that_is_missing_is_not_the_word_none() -> None:
 
 
 # --- 25: what a model takes, and what it is ------------------------------------------------------
+
+
+def heads() -> dict[str, Callable[[], Any]]:
+    small = {"vocab_size": 32, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    bart = hf.BartConfig(
+        vocab_size=32, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    return {
+        "AutoModelForCausalLM": lambda: CausalLMLoss(tiny_model("llama")),
+        "AutoModelForSeq2SeqLM": lambda: Seq2SeqLoss(hf.BartForSequenceClassification(bart)),
+        "AutoModelForMaskedLM": lambda: VerbalizerLoss(tiny_model("bert"), [5, 6], mask_token_id=3),
+        "VerbalizerLoss.*AutoModelForCausalLM": lambda: VerbalizerLoss(tiny_model("llama"), [5, 6]),
+        "AutoModelForSeq2SeqLM$": lambda: Seq2SeqLoss(hf.BartForQuestionAnswering(bart)),
+        "choices of an example": lambda: ClassificationLoss(
+            hf.BertForMultipleChoice(hf.BertConfig(**small))
+        ),
+    }
+
+
+@pytest.mark.parametrize("words", heads())
+def test_a_head_that_says_something_else_is_named(words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        heads()[words]()
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")

@@ -59,7 +59,7 @@ from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import MAGIC, VERSION, Reader
 from zo_adapt.trajectory.owned_file import OwnedFile
-from zo_adapt.trajectory.safe_file import replace_file
+from zo_adapt.trajectory.safe_file import read_state, replace_file, write_state
 from zo_adapt.trajectory.tools import main
 from zo_adapt.trajectory.writer import Writer
 
@@ -246,6 +246,39 @@ def test_a_trajectory_that_was_lost_is_not_begun_anew(tmp_path: Path, resume: bo
         run(tensors(), tmp_path / "f", MeZO(), resume=resume)
     assert not (tmp_path / "f").exists()
     assert (tmp_path / "f.state").read_bytes() == state
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f").symlink_to(tmp_path / "gone")
+    with pytest.raises(TrajectoryWriteError, match="a link to what is not there"):
+        run(tensors(), tmp_path / "f", MeZO())
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("steps", 2), ("steps", "3"), ("steps", True), ("queries", 1), ("queries", math.inf)],
+)
+def test_a_state_that_says_something_else_than_the_records_is_named(
+    tmp_path: Path, entry: str, value: Any
+) -> None:
+    """As that of another run may, whose records happen to be as long."""
+    run(tensors(), tmp_path / "f", MeZO(), stop=3)
+    state = read_state(tmp_path / "f.state")
+    write_state(tmp_path / "f.state", state | {"run": state["run"] | {entry: value}})
+    live = tensors()
+    with pytest.raises(CorruptTrajectoryError, match=f"{entry}="):
+        run(live, tmp_path / "f", MeZO(), resume=True)
+    assert equal(live, tensors())
+
+
+@pytest.mark.parametrize("entry", ["budget", "position", "run"])
+@pytest.mark.parametrize("value", [3, "x", [], {"max_steps": "x"}])
+def test_a_state_of_another_form_is_named(tmp_path: Path, entry: str, value: Any) -> None:
+    run(tensors(), tmp_path / "f", MeZO(), stop=3)
+    write_state(tmp_path / "f.state", read_state(tmp_path / "f.state") | {entry: value})
+    with pytest.raises(CorruptTrajectoryError, match="none of this run"):
+        run(tensors(), tmp_path / "f", MeZO(), resume=True)
 
 
 def test_what_kills_left_is_cleared_away(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ OTHERS: dict[str, tuple[Any, Any, str]] = {
     "another dtype": (
         lambda: tiny_model("distilbert"),
         lambda: tiny_model("distilbert", dtype=torch.bfloat16),
-        "belongs to another view",
+        "belongs to another view: .*float32.*, here .*bfloat16",
     ),
     "prompts": (
         lambda: adapted(peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)),
@@ -255,6 +255,26 @@ def test_a_checkpoint_of_another_model_or_adapter_is_named(tmp_path: Path, case:
     with pytest.raises(TrajectoryError, match=words):
         trainer_of(tmp_path, other(), **options | {"max_steps": 4}).train(
             resume_from_checkpoint=True
+        )
+
+
+def emptied(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"")
+
+
+def without_its_end(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [(emptied, "does not take"), (without_its_end, "trainer_state.json")]
+)
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path: Path, damage: Any, words: str) -> None:
+    trainer_of(tmp_path, tiny_model("bert"), **SAVING | {"max_steps": 3}).train()
+    damage(tmp_path / "checkpoint-3")
+    with pytest.raises(TrajectoryError, match=words):
+        trainer_of(tmp_path, tiny_model("bert"), **SAVING).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
         )
 
 
@@ -431,6 +451,27 @@ def test_what_the_objective_replaces_is_said(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ZOTrainer(model, args, train_dataset=toy_rows(16), data_collator=pad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile.*:UserWarning")
+def test_a_compiled_model_that_the_objective_does_not_call_is_said(tmp_path: Path) -> None:
+    model = lora_model()
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    with pytest.warns(UserWarning, match="torch_compile .the objective calls the model"):
+        ZOTrainer(
+            model, args, train_dataset=toy_rows(16), data_collator=pad,
+            objective=ClassificationLoss(model),
+        )  # fmt: skip
+
+
+def test_trainers_loss_is_computed_along_factors(tmp_path: Path) -> None:
+    """What it predicts is no number: the score is, and that is compared."""
+    trainer = trainer_of(
+        tmp_path, tiny_model("bert"), max_steps=1, zo_optimizer=MeZO(displacement=0.1),
+        noise="lowrank",
+    )  # fmt: skip
+    trainer.train()
+    assert "factors" not in trainer.evaluation.why_not
 
 
 @pytest.mark.parametrize("name", ["polynomial", "cosine_with_min_lr"])

@@ -59,7 +59,7 @@ class DropoutError(ZOError, RuntimeError):
 
 
 class ChangingBufferError(ZOError, RuntimeError):
-    """Every forward changes a buffer (BatchNorm's statistics): no two points see one model."""
+    """Forwards change a buffer (BatchNorm's) or a weight: no two points see one model."""
 
 
 class ObjectiveError(ZOError, ValueError):

@@ -19,9 +19,12 @@ from typing import Any, Self
 import torch
 from torch.utils import _python_dispatch
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
+_NAMES = (
+    *("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGBREAK"),
+    *("SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGPROF", "SIGXCPU"),
 )
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Those that ask a program to end, or that a time limit or a queue of jobs sends."""
 CONTEXTS = (contextlib, torch.autograd.grad_mode, torch.overrides, _python_dispatch)
 OWN_FILES = (str(Path(__file__).parent), *(str(module.__file__) for module in CONTEXTS))
 """Frames of these files lie between a body and its undoing."""

@@ -25,10 +25,12 @@ from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept, warn_of_noise
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
+from zo_adapt.view.attributes import Attributes
 from zo_adapt.view.buffers import Buffers, check_max_norm
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.shards import gathering_modules
 from zo_adapt.view.trace import Trace, leaves_of
+from zo_adapt.view.weights import Weights
 
 logger = logging.getLogger(__name__)
 LOOK_SEED = 3
@@ -51,11 +53,13 @@ def look_first(objective: Objective, source: Source, view: ParameterView) -> Non
         view: What is tuned. Tensors that the value does not depend on are left at rest.
 
     Raises:
-        ChangingBufferError: Every evaluation changes a buffer or a weight of the model.
+        ChangingBufferError: Every evaluation changes a buffer or a weight of the model, or one a
+            weight that is tuned.
         ViewError: The value depends on no tensor of the view.
         DropoutError: The model is not in evaluation mode.
     """
     view.leave_at_rest(())
+    view.changing = frozenset()
     if view.model is None:
         return
     check_max_norm(view.model)
@@ -111,7 +115,8 @@ def _unread(
     holds = view.inspection.holding()
     others = {f"{OTHER}{n}": p for n, p in model.named_parameters() if not holds(p)}
     trace = Trace({**view.tensors, **others}, gathered_by)
-    entered, buffers = set[str](), Buffers(model)
+    entered, buffers, weights = set[str](), Buffers(model), Weights(view, model)
+    attributes = Attributes(model)
 
     def value() -> Any:
         with randomness_kept(model):
@@ -121,7 +126,11 @@ def _unread(
         found = value()
     trace.leave(found)
     _check_buffers(buffers, value)
-    warn_of_noise(found, call, content)
+    _check_weights(weights, view, model, value)
+    view.changing = frozenset(attributes.changed())
+    # What is made at first use is none of those that every call changes.
+    again = Attributes(model) if view.changing else None
+    warn_of_noise(found, call, content, list if again is None else again.changed)
     reached = set(trace.names(trace.reached))
     # Of a tensor in parts, a process may hold nothing that could be seen to be read.
     is_any, *are_read = view.shards.agreed([bool(reached), *(n in reached for n in view.tensors)])
@@ -146,6 +155,33 @@ def _check_buffers(buffers: Buffers, value: Callable[[], Any]) -> None:
         raise ChangingBufferError(
             f"every evaluation changes {drifting[0]!r} ({len(drifting)} buffers in all), so that "
             "no two points would see the same model; call model.eval() before tuning"
+        )
+
+
+def _check_weights(
+    weights: Weights, view: ParameterView, model: nn.Module, value: Callable[[], Any]
+) -> None:
+    """Tell an objective that changes weights, in place and for good, from one that puts them back.
+
+    What is tuned must stay; frozen weights may be made ready at first use.
+    """
+    if tuned := weights.tuned_changed():
+        weights.restore()
+        raise ChangingBufferError(
+            f"the objective changes {tuned[0]!r} in place ({len(tuned)} tensors of the view in "
+            "all), which it is to be evaluated at; compute with a changed copy of the weights, or "
+            "put back the numbers that were there. If they are made ready at first use, call it "
+            "once before the view is made"
+        )
+    if not weights.frozen_changed():
+        return
+    weights_then = Weights(view, model)
+    value()
+    if frozen := weights_then.frozen_changed():
+        raise ChangingBufferError(
+            f"every evaluation changes {frozen[0]!r} in place ({len(frozen)} frozen weights in "
+            "all), so that no two points would see the same model; load the model anew, and "
+            "compute with a changed copy of the weights"
         )
 
 

@@ -49,7 +49,8 @@ class OnePoint:
     def entered(self, replaying: bool = False) -> AbstractContextManager[None]:
         """Inside, the model computes at the point."""
         if self._at is HERE:
-            return nullcontext()
+            watched = not (replaying or self._view.is_sharded)
+            return self._view.usage.watching() if watched else nullcontext()
         if isinstance(self._at, KeptPlace):
             return self._view.shifted_from(self._at.kept, self._at.terms)
         enter = self._view.shifted_for_graphs if replaying else self._view.shifted

@@ -100,7 +100,7 @@ class JointCheck:
             place = self._candidates.at([Shift(terms)], ())
             with place.entered():
                 returned = self._route(part.content, place.key)
-            return place, _rms(_numbers(returned, len(part), by_row=False) - shifted)
+            return place, _rms(self._read(returned, len(part), by_row=False) - shifted)
 
         return self._compared("along factors it differs", part, base, error, by_row=False)
 
@@ -178,7 +178,21 @@ class JointCheck:
             inside = self._scored(returned)
         if inside != self._scored(returned):
             raise NoRowsError("the score is not of the predictions alone")
-        return _numbers(returned, len(part), by_row)
+        return self._read(returned, len(part), by_row)
+
+    def _read(self, returned: Any, rows: int, by_row: bool) -> np.ndarray:
+        """Numbers to compare: the predictions, or their score where these are none.
+
+        Raises:
+            NoRowsError: There is not one entry for each row, where there must be.
+        """
+        try:
+            return as_matrix(select_rows(returned, slice(None), rows), rows)
+        except NoRowsError:
+            if by_row:
+                raise
+            value = returned if self._score is None else self._score([returned])
+            return as_float64(value, "the objective returned", "return numbers").reshape(1, -1)
 
     def _scored(self, returned: Any) -> str:
         """The score of predictions or the error that they give."""
@@ -199,21 +213,7 @@ class JointCheck:
         place = OnePoint(view, Shift(terms))
         with place.entered():
             returned = self._route(part.content, place.key)
-        return _rms(_numbers(returned, len(part), by_row=len(base) == len(part)) - base)
-
-
-def _numbers(returned: Any, rows: int, by_row: bool) -> np.ndarray:
-    """What an objective returned, (rows, n), or where it need not be by row (1, 1).
-
-    Raises:
-        NoRowsError: There is not one entry for each row, where there must be.
-    """
-    try:
-        return as_matrix(select_rows(returned, slice(None), rows), rows)
-    except NoRowsError:
-        if by_row:
-            raise
-        return as_float64(returned, "the objective returned", "return numbers").reshape(1, -1)
+        return _rms(self._read(returned, len(part), by_row=len(base) == len(part)) - base)
 
 
 def _rms(values: np.ndarray) -> float:

@@ -2,7 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -180,3 +181,40 @@ def _entries(said: Mapping[Any, Any], before: str) -> Iterator[tuple[str, Any]]:
             yield from _entries(value, f"{before}{name}.")
         elif isinstance(value, str | int | float) and value == value:
             yield f"{before}{name}", value
+
+
+def set_in_modules(model: nn.Module | None, changing: Collection[str] = ()) -> dict[str, Any]:
+    """What modules were made with that no tensor and no configuration says, by class.
+
+    What torch's own classes name as their constants (``eps``, ``stride``, ``negative_slope``), and
+    floats of any class: each value with the number of modules that have it.
+
+    Args:
+        model: Any torch module.
+        changing: Names, as here, that a forward changes.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for module in () if model is None else model.modules():
+        kind = type(module)
+        named = getattr(kind, "__constants__", ()) if kind.__module__.startswith("torch.nn") else ()
+        for name, value in vars(module).items():
+            if not (name in named or isinstance(value, float)) or not isinstance(value, _SETTING):
+                continue
+            full = f"{kind.__module__}.{kind.__qualname__}.{name}"
+            if name.startswith("_") or full in changing or any(p in full for p in _OF_TRAINING):
+                continue
+            counts.setdefault(full, Counter())[repr(value)] += 1
+    return {name: sorted(found.items()) for name, found in sorted(counts.items())}
+
+
+_SETTING = (bool, int, float, str, tuple)
+_OF_TRAINING = (
+    "Dropout",
+    "dropout",
+    "DropPath",
+    "drop_path",
+    "_drop",
+    "drop_",
+    "pdrop",
+    "momentum",
+)

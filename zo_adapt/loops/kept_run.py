@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError
+from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError, ZOError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.loops.resume import (
+    AROUND,
     BOUND,
     LIMITS,
     MADE_WITH,
     check_budget,
     check_settings,
+    check_state,
     run_settings,
     schedule_as_begun,
     share_as_begun,
@@ -142,7 +144,11 @@ class KeptRun(RunProgress):
     def _open_together(self, ranks: Ranks, settings: Mapping[str, Any], resume: bool) -> None:
         """Rank 0 opens the file; the others are given what they need to go on."""
         # Those may differ: a function or an object may know its own rank.
-        alike = {name: value for name, value in settings.items() if name not in (BOUND, MADE_WITH)}
+        alike = {
+            name: value
+            for name, value in settings.items()
+            if name not in (AROUND, BOUND, MADE_WITH)
+        }
         check_settings_agree(ranks, alike)
         with self.evaluator.view.hashes_kept():
             data = ranks.from_first(lambda: self._opened(settings, resume))
@@ -234,14 +240,17 @@ class KeptRun(RunProgress):
         check_settings(path, begun, {**settings, **as_begun})
         state = read_state(self._file.state)  # type: ignore[union-attr]
         budget = state.get("budget", {name: begun[name] for name in LIMITS if name in begun})
-        check_budget(path, budget, self.budget)
         try:
+            check_budget(path, budget, self.budget)
             at = Position(*state["position"])
             self.logged = steps_until(reader, at)
+            check_state(path, state["run"], self.logged)
             self.load_state_dict(state["run"])
             updates = [step.update for step in self.logged]
             self.optimizer.load_brief_state(state["run"]["optimizer"], updates)  # type: ignore[attr-defined]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, ZOError):
+                raise
             raise CorruptTrajectoryError(
                 f"the state beside {path} is none of this run ({error!r})"
             ) from error

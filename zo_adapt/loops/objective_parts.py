@@ -20,7 +20,8 @@ DEPTH = 8
 """Parts in parts that are looked at."""
 TOKENS = 64
 """Tokens of a vocabulary that are looked at, evenly spaced."""
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+"""Names that every process may have its own of."""
 
 
 def made_with(value: Any, depth: int = DEPTH) -> Any:
@@ -41,7 +42,7 @@ def made_with(value: Any, depth: int = DEPTH) -> Any:
     """
     if isinstance(value, Enum | PurePath):
         return str(value)
-    if isinstance(value, str) and _DEVICE.fullmatch(value):
+    if isinstance(value, str) and DEVICE.fullmatch(value):
         return "a device"  # a run may go on elsewhere, and every process has its own
     if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, partial):
         return {"code": described(value, 0), "values around it": bound_values(value)}
@@ -51,7 +52,7 @@ def made_with(value: Any, depth: int = DEPTH) -> Any:
         return {str(key): made_with(entry, depth - 1) for key, entry in value.items()}
     if callable(getattr(value, "convert_ids_to_tokens", None)):
         return _tokenizer(value)
-    if isinstance(value, type) or not depth or not _has_parts(value):
+    if isinstance(value, type) or not depth or not has_parts(value):
         return described(value, 0)
     return {"class": kind_of(type(value))} | {
         name: _own_class(entry, depth - 1) if name == "wrapped" else made_with(entry, depth - 1)
@@ -59,7 +60,8 @@ def made_with(value: Any, depth: int = DEPTH) -> Any:
     }
 
 
-def _has_parts(value: Any) -> bool:
+def has_parts(value: Any) -> bool:
+    """Whether a value's arguments say what it does: an objective, or what says so itself."""
     return (
         isinstance(value, Objective)
         or hasattr(value, "made_with")
@@ -69,7 +71,7 @@ def _has_parts(value: Any) -> bool:
 
 def _own_class(value: Any, depth: int) -> Any:
     """Of what was no objective before it was wrapped; a function is its code."""
-    if _has_parts(value) or not hasattr(value, "__dict__") or hasattr(value, "__code__"):
+    if has_parts(value) or not hasattr(value, "__dict__") or hasattr(value, "__code__"):
         return made_with(value, depth)
     parts = {name: made_with(entry, depth) for name, entry in arguments_of(value)}
     return {"class": kind_of(type(value))} | parts

@@ -129,7 +129,7 @@ def bound_values(*objectives: Any) -> str | None:
     digest, count = hashlib.sha256(), 0
     for objective in objectives:
         for function in _functions(objective, _DEPTH):
-            for name, value in _bound(function):
+            for name, value in bound_to(function):
                 if isinstance(value, PLAIN):
                     digest.update(repr((name, value)).encode())
                     count += 1
@@ -176,10 +176,11 @@ def collate_described(source: Source) -> Any:
     collate = getattr(source, "collate", None)
     owner = getattr(collate, "__func__", collate)
     module = str(getattr(owner, "__module__", None) or type(owner).__module__)
-    return None if module.partition(".")[0] in _NOT_OWN else described(collate)
+    return None if module.partition(".")[0] in NOT_OWN else described(collate)
 
 
-_NOT_OWN = ("zo_adapt", "objectives", "torch", "transformers", "builtins")
+NOT_OWN = ("zo_adapt", "objectives", "torch", "transformers", "builtins")
+"""Packages whose functions are known by their versions."""
 
 
 def _code(code: CodeType) -> str:
@@ -188,7 +189,7 @@ def _code(code: CodeType) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bound(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def bound_to(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Defaults, and values from around the function, of those that it does not assign to itself."""
     for index, value in enumerate(function.__defaults__ or ()):
         yield f"default {index}", value

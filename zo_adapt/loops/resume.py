@@ -1,14 +1,15 @@
 """What a run that goes on must have in common with the run that was begun."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import TrajectoryError
+from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.loops.contents import configured, contents_hash
+from zo_adapt.loops.around import read_around
+from zo_adapt.loops.contents import configured, contents_hash, set_in_modules
 from zo_adapt.loops.objective_parts import made_with
 from zo_adapt.loops.origin import (
     bound_values,
@@ -32,6 +33,8 @@ LEAST_SHARES = (4, 16)
 direction costs as much as the forward of a few rows, so there are fewer directions."""
 ALL_ROWS = "all rows of the data"
 CONFIG = "config"
+MODULES = "settings of the model's modules"
+AROUND = "functions, globals and tensors that a value depends on"
 MADE_WITH = "what the objective was made with"
 BOUND = "values that functions have as defaults or from around them"
 """Names of settings, as an error says them."""
@@ -52,6 +55,7 @@ def data_settings(samples: Samples) -> dict[str, Any]:
 
 def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
     """All of a run's settings that are neither the optimizer's nor its budget."""
+    collate = getattr(samples.source, "collate", None)
     return {
         "batch_size": samples.batch_size,
         "micro_batch_size": evaluator.micro_batch_size,
@@ -59,9 +63,11 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
         "sign": evaluator.sign,
         **data_settings(samples),
         CONFIG: configured(evaluator.view.model),
+        MODULES: set_in_modules(evaluator.view.model, evaluator.view.changing),
         "objective": described(evaluator.objective),
-        BOUND: bound_values(evaluator.objective, getattr(samples.source, "collate", None)),
+        BOUND: bound_values(evaluator.objective, collate),
         MADE_WITH: made_with(evaluator.objective),
+        AROUND: read_around(evaluator.view, evaluator.objective, collate),
     }
 
 
@@ -141,15 +147,16 @@ def _first_difference(one: Any, other: Any, part: str = "") -> tuple[Any, Any, s
 def _without_new_entries(
     begun: Mapping[str, Any], now: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same with a model's configuration as far as both versions have its entries."""
-    one, other = begun.get(CONFIG), now.get(CONFIG)
-    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
-        return dict(begun), now
-    differing = [name for name in one if name in other and one[name] != other[name]]
-    return (
-        {**begun, CONFIG: {name: one[name] for name in differing}},
-        {**now, CONFIG: {name: other[name] for name in differing}},
-    )
+    """The same with parts that are mappings as far as both versions have their entries."""
+    begun = dict(begun)
+    for part in (CONFIG, MODULES, AROUND):
+        one, other = begun.get(part), now.get(part)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            both = [name for name in one if name in other]
+            differing = [name for name in both if not same_description(one[name], other[name])]
+            begun[part] = {name: one[name] for name in differing}
+            now = {**now, part: {name: other[name] for name in differing}}
+    return begun, now
 
 
 def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
@@ -169,6 +176,30 @@ def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
             raise TrajectoryError(
                 f"{path} was begun with {name}={before}, not {now}; resume with the same or a "
                 "larger budget, or begin another file"
+            )
+
+
+def check_state(path: Path, state: Mapping[str, Any], steps: Sequence[Step]) -> None:
+    """Refuse a state that says something else than the records it comes after.
+
+    Args:
+        path: As in ``check_settings``.
+        state: Of the run.
+        steps: The records.
+
+    Raises:
+        CorruptTrajectoryError: Names what differs.
+    """
+    least = {"steps": len(steps), "queries": steps[-1].queries if steps else 0}
+    for name, expected in least.items():
+        said = state[name]
+        is_count = isinstance(said, int) and not isinstance(said, bool)
+        # A step that was given up for want of values has made queries, too.
+        is_right = is_count and (said == expected or (name == "queries" and said > expected))
+        if not is_right:
+            raise CorruptTrajectoryError(
+                f"the state beside {path} has {name}={said!r:.40}, and the records before it "
+                f"{expected}: it belongs to another file; put the two together that belong"
             )
 
 

@@ -66,6 +66,8 @@ def warn_of_ignored(args: Any, has_objective: bool, options: Mapping[str, Any]) 
         names.append("fp16 (on a CPU; bf16 has one)")
     if has_objective and args.label_smoothing_factor:
         names.append("label_smoothing_factor (the objective is the loss)")
+    if has_objective and args.torch_compile:
+        names.append("torch_compile (the objective calls the model that it was made with)")
     if has_objective and options.get("compute_loss_func") is not None:
         names.append("compute_loss_func (the objective is the loss)")
     if names:

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from zo_adapt.errors import TrajectoryError
-from zo_adapt.loops.contents import configured
+from zo_adapt.loops.around import read_around
+from zo_adapt.loops.contents import configured, set_in_modules
 from zo_adapt.loops.objective_parts import made_with
 from zo_adapt.loops.origin import bound_values, described
-from zo_adapt.loops.resume import BOUND, CONFIG, MADE_WITH, data_settings
+from zo_adapt.loops.resume import AROUND, BOUND, CONFIG, MADE_WITH, MODULES, data_settings
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
@@ -34,6 +36,8 @@ class WholeCheckpoints:
     _samples: TrainerSamples
     _checkpoint: Checkpoint | None = None
     _is_begun: bool
+    _settings_begun: dict[str, Any] | None = None
+    """What the run depends on, as it was when the run began: globals may be others since."""
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **options: Any
@@ -65,7 +69,8 @@ class WholeCheckpoints:
 
     def _begin_log(self, run: Run) -> None:
         folder = Path(self.args.output_dir or ".")
-        begin_log(run, folder, self._settings(), self._checkpoint)
+        self._settings_begun = self._settings()
+        begin_log(run, folder, self._settings_begun, self._checkpoint)
         if self.args.lora_start_rows and self._checkpoint is None and self.is_first_rank:
             save_start(self.view, folder)
         self._checkpoint, self._is_begun = None, True
@@ -83,17 +88,24 @@ class WholeCheckpoints:
             "batch_size": self.args.train_batch_size,
             **data,
             CONFIG: configured(self.view.model),
+            MODULES: set_in_modules(self.view.model, self.view.changing),
             "objective": described(run.evaluator.objective),
             "compute_loss_func": described(self.compute_loss_func),
             BOUND: bound_values(run.evaluator.objective, self.compute_loss_func),
             MADE_WITH: made_with(run.evaluator.objective),
+            AROUND: read_around(
+                self.view,
+                run.evaluator.objective,
+                self.compute_loss_func,
+                type(self).compute_loss,  # type: ignore[attr-defined]
+            ),
             "label_smoothing_factor": self.args.label_smoothing_factor,
         }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self._run is not None and self.is_first_rank:
-            save_state(self._run, Path(output_dir), self._settings())
+            save_state(self._run, Path(output_dir), self._settings_begun or self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.view.resolved_at_start = None
@@ -105,7 +117,7 @@ class WholeCheckpoints:
         with _parameters_kept(model or self.model):
             try:
                 super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
                 raise TrajectoryError(
                     f"{folder} holds weights that this model does not take ({error!s:.200}); "
                     "resume with the model, the adapter and its options that it was saved from"

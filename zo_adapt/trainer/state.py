@@ -50,13 +50,19 @@ class Checkpoint(NamedTuple):
         """
         folder = Path(folder)
         try:
-            return cls(folder, read_state(folder / STATE))
+            found = cls(folder, read_state(folder / STATE))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise TrajectoryError(
                 f"{folder} has no {STATE}: it was not saved by ZOTrainer, or with save_only_model, "
                 "or with an optimizer of another origin; resume from another, or start from its "
                 "weights"
             ) from error
+        if not _is_whole(folder):
+            raise CorruptTrajectoryError(
+                f"{folder} was not written to its end: its trainer_state.json is missing or "
+                "damaged; resume from another checkpoint"
+            )
+        return found
 
     @property
     def groups(self) -> Groups:
@@ -76,12 +82,10 @@ class Checkpoint(NamedTuple):
         if kept["fingerprint"] != view.fingerprint():
             view.follow_noise("gaussian")  # what was usual before
         if kept["fingerprint"] != view.fingerprint():
-            groups = [group.as_list() for group in view.groups]
             raise TrajectoryError(
-                f"{self.folder} belongs to another view: {kept['tensors']} tensors with "
-                f"{kept['scalars']:,} scalars in groups {kept['groups']}, here "
-                f"{len(view.tensors)} with {view.numel:,} in {groups}; resume with the same view, "
-                "or start from the checkpoint's weights"
+                f"{self.folder} belongs to another view: {_said(kept)}, here "
+                f"{_said(_described(view))}; resume with the same view, or start from the "
+                "checkpoint's weights"
             )
         if kept["base"] is not None and not view.has_base(kept["base"]):
             raise TrajectoryError(
@@ -120,9 +124,7 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
         "settings": dict(settings),
         "view": {
             "fingerprint": view.fingerprint(),
-            "tensors": len(view.tensors),
-            "scalars": view.numel,
-            "groups": [group.as_list() for group in view.groups],
+            **_described(view),
             "displacement": view.displacement,
             "resolved": optimizer.state.resolved if isinstance(optimizer, ZerothOrder) else None,
             "base": view.base_hash(),
@@ -135,6 +137,24 @@ def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
         replace_file(checkpoint / MOMENTS, data)
         state["moments"] = zlib.crc32(data)
     write_state(checkpoint / STATE, state)
+
+
+def _described(view: ParameterView) -> dict[str, Any]:
+    return {
+        "tensors": len(view.tensors),
+        "scalars": view.numel,
+        "groups": [group.as_list() for group in view.groups],
+        "dtypes": sorted({str(tensor.dtype) for tensor in view.tensors.values()}),
+        "noise": view.noise.name,
+        "first": next(iter(view.tensors)),
+    }
+
+
+def _said(view: Mapping[str, Any]) -> str:
+    """A view in a line; what versions before did not keep is left out."""
+    size = f"{view['tensors']} tensors with {view['scalars']:,} scalars in groups {view['groups']}"
+    more = [f"{name} {view[name]}" for name in ("dtypes", "noise", "first") if name in view]
+    return ", ".join([size, *more])
 
 
 def begin_log(
@@ -224,13 +244,19 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-[0-9]*")}
     for _, checkpoint in sorted(found.items(), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            warnings.warn(f"{checkpoint} was not written to its end: left aside", stacklevel=2)
-        else:
+        if _is_whole(checkpoint):
             return str(checkpoint)
+        warnings.warn(f"{checkpoint} was not written to its end: left aside", stacklevel=2)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether Trainer's own state, which it writes last, is there and can be read."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _found(path: Path, checkpoint: Path) -> bool:

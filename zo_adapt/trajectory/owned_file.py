@@ -77,6 +77,11 @@ class OwnedFile:
             try:
                 os.link(scratch, self.path)  # unlike renaming, it never replaces
             except FileExistsError:
+                if self.path.is_symlink() and not self.path.exists():
+                    raise TrajectoryWriteError(
+                        f"{self.path} is a link to what is not there; remove it, or choose "
+                        "another name"
+                    ) from None
                 raise TrajectoryInUseError(
                     f"{self.path} has just been begun by another run; choose another name"
                 ) from None

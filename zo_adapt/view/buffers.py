@@ -61,7 +61,7 @@ class Buffers:
         return [
             name
             for name, (_, copy) in self._copies.items()
-            if (now := self._now(name)) is None or not _equal(now, copy)
+            if (now := self._now(name)) is None or not same_bits(now, copy)
         ]
 
     def restore(self) -> None:
@@ -146,8 +146,8 @@ def check_max_norm(model: nn.Module) -> None:
             )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit: NaN is equal to itself."""
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, where NaN is equal to itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))

@@ -114,12 +114,15 @@ class ParameterView(PlannedMoves):
 
         Raises:
             TermError: A seed, coefficient or group outside its range.
+            ViewInUseError: (at the end) The body has given a tensor other numbers, for the second
+                time.
         """
         check_mode(self.tensors)
         self._find_parts()
         sums = self._sums_of_shift(terms, decay)
         way = nullcontext() if sums is None else self._way.shifted(sums)
-        with self.usage.shifting(), way, self.shards.noting_failures():
+        watching = nullcontext() if self.is_sharded else self.usage.watching()
+        with self.usage.shifting(), way, self.shards.noting_failures(), watching:
             yield
 
     @contextmanager
@@ -131,7 +134,7 @@ class ParameterView(PlannedMoves):
         check_mode(self.tensors)
         sums = self._packed(coalesced(check_terms(terms, len(self.groups))), 1.0)
         copied, run = self._ways_from(kept)
-        with self.usage.shifting(), copied.shifted(sums, run):
+        with self.usage.shifting(), copied.shifted(sums, run), self.usage.watching():
             yield
 
     @contextmanager

@@ -66,6 +66,8 @@ class TunedTensors(Identified):
         self.resolved_at_start: float | None = None
         """The smallest mu that the weights resolved as a run began which is gone on with at the
         weights that it has reached; None: they are looked at."""
+        self.changing: frozenset[str] = frozenset()
+        """Attributes of the model's modules, by class, that a forward was seen to change."""
         self.farthest: float | None = None
         """The largest displacement that makes sense, where the variables have bounds."""
         self.groups, self._group_of = assign_groups(

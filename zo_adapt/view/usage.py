@@ -10,6 +10,7 @@ from torch import Tensor
 from zo_adapt.errors import ViewInUseError
 from zo_adapt.interrupt import Guard
 from zo_adapt.view.addresses import Addresses
+from zo_adapt.view.buffers import same_bits
 
 
 class Usage:
@@ -36,6 +37,8 @@ leave shifted() first
         self._tensors = tensors
         self._holder: dict[str, int] = {}  # setdefault is atomic; a lock could not be pickled
         self._depth = 0
+        self._written: set[str] = set()
+        """Names of tensors that were written inside a shift, and may have been put back."""
 
     @contextmanager
     def shifting(self) -> Iterator[None]:
@@ -66,6 +69,36 @@ leave shifted() first
                 raise
             if list(map(KIND, self._tensors.values())) != kinds:
                 raise ViewInUseError(_CONVERTED)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a shift is in force: what an objective writes to the tensors, it must put back.
+
+        Torch counts writes. Tensors that were written once are compared from the next time on.
+
+        Raises:
+            ViewInUseError: (at the end) One of them was given other numbers.
+        """
+        copies = {name: self._tensors[name].detach().clone() for name in self._written}
+        depth, counts = self._depth, self._counts()
+        yield
+        if self._depth != depth:  # shifts that end in the wrong order: they say so themselves
+            return
+        now = self._counts()
+        self._written.update(name for name, count in counts.items() if now[name] != count)
+        changed = [n for n, copy in copies.items() if not same_bits(self._tensors[n], copy)]
+        if changed:
+            raise ViewInUseError(
+                f"the objective changed {changed[0]!r} in place ({len(changed)} tensors of the "
+                "view in all), so that no value was that of a probe's weights; compute with a "
+                "changed copy of the weights, or put back the numbers that were there"
+            )
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            name: 0 if tensor.is_inference() else tensor._version
+            for name, tensor in self._tensors.items()
+        }
 
     def _leave(self) -> None:
         self._depth -= 1

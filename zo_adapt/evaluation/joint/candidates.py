@@ -133,8 +133,12 @@ class ManyPoints:
             ViewInUseError: Another thread uses the view.
         """
         forwards = {} if replaying else self._forwards()
-        shifting = self._usage.shifting()
-        with shifting, replaced_forwards(forwards), calling_in(self._blocks):
+        with (
+            self._usage.shifting(),
+            replaced_forwards(forwards),
+            calling_in(self._blocks),
+            self._usage.watching(),
+        ):
             yield
 
     def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:

@@ -187,6 +187,7 @@ class LowRankPoints:
             Guard(self._put_back) as guard,
             replaced_forwards(forwards),
             calling_in(self._here),
+            self._usage.watching(),
         ):
             guard.open()
             yield

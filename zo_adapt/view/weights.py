@@ -1,0 +1,68 @@
+"""A model's weights before a forward, to find which ones an objective changes in place."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from zo_adapt.interrupt import gradients_off
+from zo_adapt.view.buffers import same_bits
+from zo_adapt.view.identity import bits
+from zo_adapt.view.parameters import ParameterView
+
+
+class Weights:
+    """What a model's weights were: copies of a view that is small, of others 1,024 numbers each.
+
+    Args:
+        view: The weights that are tuned.
+        model: The model that holds them.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 2)
+        >>> view = ParameterView.matching(model, "weight")
+        >>> before = Weights(view, model)
+        >>> _ = model.weight.data.clamp_(max=0.0), model.bias.data.add_(1.0)
+        >>> before.tuned_changed(), before.frozen_changed()
+        (['weight'], ['bias'])
+        >>> before.restore()
+        >>> before.tuned_changed()
+        []
+    """
+
+    def __init__(self, view: ParameterView, model: nn.Module) -> None:
+        holds = view.inspection.holding()
+        # Of a model in parts, what is here is put together and taken apart by every forward.
+        self._tuned = {} if view.is_sharded else view.tensors
+        self._frozen = {
+            name: parameter
+            for name, parameter in (
+                {} if view.is_sharded else dict(model.named_parameters())
+            ).items()
+            if not holds(parameter)
+        }
+        self._copies = {} if view.is_large or view.is_sharded else view.snapshot()
+        self._bits = _bits(self._frozen) | ({} if self._copies else _bits(self._tuned))
+
+    def tuned_changed(self) -> list[str]:
+        """Names of the view's tensors that hold other numbers now."""
+        if not self._copies:
+            return self._others(self._tuned)
+        return [name for name, t in self._tuned.items() if not same_bits(t, self._copies[name])]
+
+    def frozen_changed(self) -> list[str]:
+        """Names of the weights beside the view that hold other numbers now."""
+        return self._others(self._frozen)
+
+    def restore(self) -> None:
+        """Put the view's numbers back, where they were copied."""
+        with gradients_off():
+            for name in self.tuned_changed() if self._copies else ():
+                self._tuned[name].copy_(self._copies[name])
+
+    def _others(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        return [name for name, now in _bits(tensors).items() if now != self._bits[name]]
+
+
+def _bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    return {name: bits(tensor) for name, tensor in tensors.items()}
