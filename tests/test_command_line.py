@@ -49,6 +49,7 @@ def lines(path: Path, head: str, count: int = 40) -> str:
 
 
 def tune(tmp_path: Path, objective: str, *more: str, view: str = "lora") -> Path:
+    torch.manual_seed(0)  # of the model that is tuned
     head = TASKS[objective]
     model, data = saved(tmp_path / "base", head), lines(tmp_path / "d.jsonl", head)
     command = (
@@ -88,6 +89,27 @@ def test_what_is_saved_is_what_was_tuned(view: str, tmp_path: Path) -> None:
         assert any(not torch.equal(one, other) for one, other in pairs)
         assert after.config.id2label == {0: "no", 1: "yes"}
     assert "| labels | 0: no, 1: yes |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rows", [None, 0, 5])
+def test_an_adapter_starts_where_the_texts_are_unless_it_is_not_to(
+    rows: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = () if rows is None else ("--lora_start_rows", str(rows))
+    folder = tune(tmp_path, "loss", "--disable_tqdm", "false", *more)
+    taken = 32 if rows is None else rows  # of 128 those that there are
+    said = f"from the inputs of {taken} examples: {taken} forwards of one sample"
+    assert (said in capsys.readouterr().err) == bool(taken)
+    card = (folder / "README.md").read_text()
+    assert (f" steps; {taken} more for the adapter's A |" in card) == bool(taken)
+    assert (tmp_path / "out" / "initial_adapter").exists() == bool(taken)
+
+
+def test_other_views_have_no_such_start_and_may_be_spelled_as_in_python(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no LoRA on a linear layer"):
+        tune(tmp_path, "loss", "--lora_start_rows", "8", view="last_layers")
+    folder = tune(tmp_path, "soft-accuracy", "--layers", "1", view="last_layers")
+    assert "| view | last-layers: " in (folder / "README.md").read_text()
 
 
 def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:

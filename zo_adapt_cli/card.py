@@ -26,6 +26,9 @@ def write_card(
         for name in names
     )
     schedule = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
+    start = trainer.lora_start_queries
+    steps = f"{trainer.state.global_step} steps"
+    steps += f"; {start:,} more for the adapter's A" if start else ""
     section = f"""
 ## Tuned by forward passes alone
 
@@ -35,7 +38,7 @@ def write_card(
 | objective | {given.objective} |
 | view | {given.view}: {trainer.view} |
 | optimizer | {trainer.args.build_optimizer()}, schedule {schedule} |
-| budget | {trainer.queries:,} queries (forwards of one sample), {trainer.state.global_step} steps |
+| budget | {trainer.queries:,} queries (forwards of one sample), {steps} |
 | data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
 | labels | {_labels(trainer.model)} |
 | seed | {trainer.args.seed} |
