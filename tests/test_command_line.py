@@ -1,6 +1,7 @@
 """The command line: what could be tuned, and a run from a file to an adapter with a card."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from page_models import classifier, tokenizer
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
@@ -103,6 +105,23 @@ def test_an_adapter_starts_where_the_texts_are_unless_it_is_not_to(
     card = (folder / "README.md").read_text()
     assert (f" steps; {taken} more for the adapter's A |" in card) == bool(taken)
     assert (tmp_path / "out" / "initial_adapter").exists() == bool(taken)
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    saving = ("--save_strategy", "steps", "--save_steps", "1", "--displacement", "0.25")
+    folder = tune(tmp_path, "loss", *saving)
+    whole = load_file(folder / "adapter_model.safetensors")
+    shutil.rmtree(folder)
+    first, *later = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert later
+    for checkpoint in later:  # as if it had been killed after its first step
+        shutil.rmtree(checkpoint)
+    tune(tmp_path, "loss", *saving, "--resume_from_checkpoint", "true")
+    again = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    saved_first = load_file(first / "adapter_model.safetensors")
+    assert any(not torch.equal(whole[name], saved_first[name]) for name in whole)
+    assert "steps; " not in (folder / "README.md").read_text(), "A was made before"
 
 
 def test_other_views_have_no_such_start_and_may_be_spelled_as_in_python(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def tune(given: TuneArguments, args: ZOConfig) -> dict[str, float]:
         metrics=Metrics(watched, data=test),
     )
     figures = _measured(watched, test, "before")
-    trainer.train()
+    resume = args.resume_from_checkpoint  # "true": the newest in the output folder
+    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
     figures |= _measured(watched, test, "after")
     for name in watched:
         print(f"held-out {name}: {figures[f'{name} before']:.3f} -> {figures[f'{name} after']:.3f}")
