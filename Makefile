@@ -144,9 +144,11 @@ oldest: $(OLDEST_STAMP)
 
 # The newest Python that is supported, with the usual versions: NEWEST_PYTHON=/path/to/python3.12 for
 # another one. What pip finds as its torch may come with CUDA, so this one lies outside the tree, too.
-NEWEST_PYTHON ?= $(shell for python in python3.13 python3.12; do \
+PYENV_VERSIONS := $(HOME)/.pyenv/versions
+NEWEST_PYTHON ?= $(shell for python in python3.13 $(wildcard $(PYENV_VERSIONS)/3.13.*/bin/python3.13) \
+	python3.12 $(wildcard $(PYENV_VERSIONS)/3.12.*/bin/python3.12); do \
 	"$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
-NEWEST_VENV ?= $(HOME)/.cache/zo_adapt/newest
+NEWEST_VENV ?= $(HOME)/.cache/zo_adapt/newest-$(notdir $(NEWEST_PYTHON))
 NEWEST_TESTS ?= $(addprefix tests/test_,imports.py docstrings.py pages.py command_line.py arguments.py \
 	interrupt.py minimize.py optimizers.py trajectory.py ask_tell.py data.py ranks.py trainer.py \
 	trainer_resume.py lora_start.py generation.py served.py view.py noise.py)
@@ -154,7 +156,7 @@ NEWEST_STAMP = $(NEWEST_VENV)/.set-up-$(shell { echo "$(NEWEST_PYTHON)"; cat con
 	| cksum | cut -d" " -f1)
 
 newest:
-	@[[ -n "$(NEWEST_PYTHON)" ]] || { echo "neither python3.13 nor python3.12 is on the path: \
+	@[[ -n "$(NEWEST_PYTHON)" ]] || { echo "neither python3.13 nor python3.12 is on the path or pyenv's: \
 	make newest NEWEST_PYTHON=/path/to/python3.13" >&2; exit 1; }
 	@[[ -e $(NEWEST_STAMP) ]] || { \
 		echo "setting up $(NEWEST_VENV), once: 3 GB to download, 6 GB on the disk"; \
