@@ -1,6 +1,7 @@
 """The command line: what could be tuned, and a run from a file to an adapter with a card."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_a_run_ends_with_an_adapter_and_a_card(
     assert card.startswith("---"), "peft's own card comes first"
     assert f"| objective | {objective} |" in card
     assert "32 examples tuned on, 8 held out" in card
+    assert re.search(r"; displacement [\d.e-]+, found by forward passes \|", card)
     assert "queries (forwards of one sample)" in card
     assert (folder / "adapter_model.safetensors").exists()
     assert "->" in capsys.readouterr().out

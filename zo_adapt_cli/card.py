@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from zo_adapt import Rate
+from zo_adapt.optimizers.optimizer import ZerothOrder
+
 
 def write_card(
     folder: Path, given: Any, trainer: Any, figures: Mapping[str, float], rows: tuple[int, int]
@@ -37,7 +40,7 @@ def write_card(
 | base model | {given.model} |
 | objective | {given.objective} |
 | view | {given.view}: {trainer.view} |
-| optimizer | {trainer.args.build_optimizer()}, schedule {schedule} |
+| optimizer | {trainer.args.build_optimizer()}, schedule {schedule}{_displacement(trainer)} |
 | budget | {trainer.queries:,} queries (forwards of one sample), {steps} |
 | data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
 | labels | {_labels(trainer.model)} |
@@ -50,6 +53,15 @@ def write_card(
 """
     path.write_text(before.rstrip() + "\n" + section, encoding="utf-8")
     return path
+
+
+def _displacement(trainer: Any) -> str:
+    """How far the run was to go, where the steps have a distance and not a rate."""
+    optimizer = trainer.zo_optimizer
+    if not isinstance(optimizer, ZerothOrder) or isinstance(optimizer.apply, Rate):
+        return ""
+    how = "found by forward passes" if trainer.args.displacement is None else "given"
+    return f"; displacement {optimizer.state.descent.displacement:.3g}, {how}"
 
 
 def _version() -> str:
