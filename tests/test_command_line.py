@@ -142,7 +142,7 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
         assert read_lines(file) == rows
 
 
-def test_faults_are_one_line(tmp_path: Path) -> None:
+def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": 0}\n{"text": ')
     with pytest.raises(SystemExit, match="line 2"):
         main(["tune", "--model", "none", "--data", str(tmp_path / "broken.jsonl")])
@@ -150,6 +150,12 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="needs 'text'"):
         model = saved(tmp_path / "base", "classification")
         main(["tune", "--model", model, "--data", str(tmp_path / "fields.jsonl")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["tune", "--model", "none"])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3, "and not a line for each of Trainer's options"
+    assert said[-1] == "zo-adapt tune: error: --data is needed"
     with pytest.raises(SystemExit, match="no command 'tone'"):
         main(["tone"])
 

@@ -22,6 +22,8 @@ MAX_QUERIES = 20_000
 """Budget where neither queries nor steps nor epochs are given."""
 LORA_START_ROWS = 128
 """Examples from which a new LoRA adapter gets its A unless another number is given."""
+USAGE = """zo-adapt tune --model MODEL --data FILE.jsonl [--objective ...] [--view ...] [OPTIONS]
+       --help lists all options, those of Trainer among them"""
 SPELLED = ("last_layers", "soft_accuracy", "causal_lm", "exact_match")
 """As in Python; here they have a hyphen."""
 TEXT = ("causal-lm", "exact-match")
@@ -73,7 +75,7 @@ class TuneArguments:
 
 def main(words: Sequence[str]) -> None:
     """Tune, say what came of it, save adapter and card."""
-    parser = HfArgumentParser((TuneArguments, ZOConfig), prog="zo-adapt tune")  # type: ignore[arg-type]
+    parser = HfArgumentParser((TuneArguments, ZOConfig), prog="zo-adapt tune", usage=USAGE)  # type: ignore[arg-type]
     words = [word.replace("_", "-") if word in SPELLED else word for word in words]
     parser.set_defaults(
         output_dir="runs/tune",
