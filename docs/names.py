@@ -39,9 +39,6 @@ class PublicNames(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The table."""
         lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 50 30", ""]
-        for row in (("Name", "What it is", "In the guide"), *rows(self.arguments[0])):
-            lines += [
-                f"   {'-' if column else '* -'} {cell}".replace("   -", "     -")
-                for column, cell in enumerate(row)
-            ]
+        for name, said, pages in (("Name", "What it is", "In the guide"), *rows(self.arguments[0])):
+            lines += [f"   * - {name}", f"     - {said}", f"     - {pages}"]
         return self.parse_text_to_nodes("\n".join(lines))
