@@ -24,10 +24,11 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 help:
 	@echo "make demo   tune a LoRA adapter on real text by forward passes alone (under 10 minutes)"
 	@echo "make test   format, lint, types, tests, and the wheel installed outside the tree"
-	@echo "make older  a part of the tests with the oldest transformers and peft; make test has it"
 	@echo "make docs   build the pages into docs/_build/html; a broken link is an error"
 	@echo "make figure run the main job beside Adam and draw the README's figure"
-	@echo "make oldest run what depends on them with the oldest versions that are supported (6 GB)"
+	@echo "make oldest run what depends on them with the oldest versions that are supported (6 GB, once a machine);"
+	@echo "            make test runs a part of it"
+	@echo "make older  that part with the oldest transformers and peft on the newest torch (a minute to set up)"
 	@echo "make newest run a part of the tests by the newest Python that is supported (6 GB)"
 	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (38 minutes on two busy cores)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
@@ -56,7 +57,7 @@ test: $(STAMP)
 	$(MAKE) --no-print-directory wheel
 	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory pytest
-	$(MAKE) --no-print-directory older
+	$(MAKE) --no-print-directory oldest OLDEST_TESTS="$(OLDER_TESTS)"
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --kills 100
@@ -104,7 +105,7 @@ figure: $(STAMP)
 	$(BIN)/python benchmarks/beside_adam.py --draw runs/beside_adam.json docs/figures/beside_adam.png
 
 # The oldest transformers and peft that are supported, on the torch of $(VENV), which is only borrowed:
-# what users come with most often, in a minute of setting up.
+# what users come with most often, in a minute of setting up, while you work.
 OLDER_VENV := $(VENV)/older
 OLDER_STAMP := $(OLDER_VENV)/.set-up-$(shell cksum <oldest.txt | cut -d" " -f1)
 OLDER_TESTS ?= $(addprefix tests/test_,trainer.py trainer_resume.py lora_start.py last_layers.py \
@@ -122,13 +123,15 @@ older: $(OLDER_STAMP)
 	OMP_NUM_THREADS=1 $(OLDER_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(OLDER_TESTS)
 
 # The lower ends of all ranges of pyproject.toml, by the tests of what depends on them; all of them:
-# make oldest OLDEST_TESTS=tests. That torch comes with CUDA (6 GB), so the environment lies outside
-# the tree and a machine sets it up once. The package itself is not in it: the tree is tested.
+# make oldest OLDEST_TESTS=tests; those of make test are OLDER_TESTS. Of that torch pip finds no build for
+# CPUs alone unless it is told where: it comes with CUDA (6 GB), so the environment lies outside the tree and
+# a machine sets it up once. The package itself is not in it: the tree is tested.
 OLDEST_VENV ?= $(HOME)/.cache/zo_adapt/oldest
 OLDEST_TESTS ?= $(wildcard tests/test_trainer*.py) $(addprefix tests/test_,pages.py command_line.py \
 	lora_start.py last_layers.py families_and_tuners.py generation.py spans.py served.py trunk.py \
 	candidates.py view.py noise.py)
-OLDEST_STAMP := $(OLDEST_VENV)/.set-up-$(shell cat oldest.txt pyproject.toml | cksum | cut -d" " -f1)
+OLDEST_STAMP := $(OLDEST_VENV)/.set-up-$(shell { cat oldest.txt; \
+	sed -n '/^requires-python/p; /^dependencies/,/^\[project.scripts/p' pyproject.toml; } | cksum | cut -d" " -f1)
 
 $(OLDEST_STAMP):
 	@echo "setting up $(OLDEST_VENV), once: 3 GB to download, 6 GB on the disk"
@@ -144,9 +147,11 @@ oldest: $(OLDEST_STAMP)
 
 # The newest Python that is supported, with the usual versions: NEWEST_PYTHON=/path/to/python3.12 for
 # another one. What pip finds as its torch may come with CUDA, so this one lies outside the tree, too.
-NEWEST_PYTHON ?= $(shell for python in python3.13 python3.12; do \
+PYENV_VERSIONS := $(HOME)/.pyenv/versions
+NEWEST_PYTHON ?= $(shell for python in python3.13 $(wildcard $(PYENV_VERSIONS)/3.13.*/bin/python3.13) \
+	python3.12 $(wildcard $(PYENV_VERSIONS)/3.12.*/bin/python3.12); do \
 	"$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
-NEWEST_VENV ?= $(HOME)/.cache/zo_adapt/newest
+NEWEST_VENV ?= $(HOME)/.cache/zo_adapt/newest-$(notdir $(NEWEST_PYTHON))
 NEWEST_TESTS ?= $(addprefix tests/test_,imports.py docstrings.py pages.py command_line.py arguments.py \
 	interrupt.py minimize.py optimizers.py trajectory.py ask_tell.py data.py ranks.py trainer.py \
 	trainer_resume.py lora_start.py generation.py served.py view.py noise.py)
@@ -154,7 +159,7 @@ NEWEST_STAMP = $(NEWEST_VENV)/.set-up-$(shell { echo "$(NEWEST_PYTHON)"; cat con
 	| cksum | cut -d" " -f1)
 
 newest:
-	@[[ -n "$(NEWEST_PYTHON)" ]] || { echo "neither python3.13 nor python3.12 is on the path: \
+	@[[ -n "$(NEWEST_PYTHON)" ]] || { echo "neither python3.13 nor python3.12 is on the path or pyenv's: \
 	make newest NEWEST_PYTHON=/path/to/python3.13" >&2; exit 1; }
 	@[[ -e $(NEWEST_STAMP) ]] || { \
 		echo "setting up $(NEWEST_VENV), once: 3 GB to download, 6 GB on the disk"; \

@@ -2,9 +2,15 @@
 
 import itertools
 import re
+import sys
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from names import PublicNames
 
 project = "zo_adapt"
 author = "The zo_adapt authors"
@@ -25,6 +31,7 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "zo_adapt"
+html_show_copyright = False
 html_theme_options = {"sidebar_hide_name": False}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -110,3 +117,4 @@ def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list
 def setup(app: Any) -> None:
     """Formulas first, then napoleon's sections."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.add_directive("public-names", PublicNames)

@@ -110,7 +110,11 @@ class CausalLMLoss(TokenLoss):
         return super().collate([self.texts.encoded(example) for example in examples])
 
     def __call__(self, batch: object) -> Tensor:
-        """Losses of shape (b,), fp32, of a collated batch or a list of examples."""
+        """Losses of shape (b,), fp32, of a collated batch or a list of examples.
+
+        Raises:
+            RuntimeError: While a CUDA graph is captured, of a batch that ``collate`` has not made.
+        """
         prepared = self.prepare(batch)
         is_fixed = PLACES in prepared or (self._is_on_gpu and "labels" not in prepared)
         if elsewhere() is None and is_fixed:

@@ -1,5 +1,6 @@
 """What the pages' code calls yours: tiny models, a tokenizer and a few examples."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def yours(folder: Path) -> dict[str, Any]:
     causal = get_peft_model(tiny_model("llama", "causal"), LoraConfig(task_type="CAUSAL_LM", r=2))
     for name in ("formal", "brief"):  # what a mixture is made of
         causal.save_pretrained(folder / name)
+    tiny_model("bert").save_pretrained(folder / "base")  # what a command line tunes
+    tokenizer().save_pretrained(folder / "base")
+    lines = [{"text": f"{'ab'[i % 2]} {'cd'[i // 2 % 2]}", "label": i % 2} for i in range(40)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     encoder = get_peft_model(
         hf.BertModel(tiny_config("bert")), LoraConfig(r=2, target_modules=["query", "value"])
     )

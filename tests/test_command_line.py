@@ -1,6 +1,8 @@
 """The command line: what could be tuned, and a run from a file to an adapter with a card."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from page_models import classifier, tokenizer
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
@@ -49,6 +52,7 @@ def lines(path: Path, head: str, count: int = 40) -> str:
 
 
 def tune(tmp_path: Path, objective: str, *more: str, view: str = "lora") -> Path:
+    torch.manual_seed(0)  # of the model that is tuned
     head = TASKS[objective]
     model, data = saved(tmp_path / "base", head), lines(tmp_path / "d.jsonl", head)
     command = (
@@ -69,6 +73,7 @@ def test_a_run_ends_with_an_adapter_and_a_card(
     assert card.startswith("---"), "peft's own card comes first"
     assert f"| objective | {objective} |" in card
     assert "32 examples tuned on, 8 held out" in card
+    assert re.search(r"; displacement [\d.e-]+, found by forward passes \|", card)
     assert "queries (forwards of one sample)" in card
     assert (folder / "adapter_model.safetensors").exists()
     assert "->" in capsys.readouterr().out
@@ -90,6 +95,44 @@ def test_what_is_saved_is_what_was_tuned(view: str, tmp_path: Path) -> None:
     assert "| labels | 0: no, 1: yes |" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("rows", [None, 0, 5])
+def test_an_adapter_starts_where_the_texts_are_unless_it_is_not_to(
+    rows: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = () if rows is None else ("--lora_start_rows", str(rows))
+    folder = tune(tmp_path, "loss", "--disable_tqdm", "false", *more)
+    taken = 32 if rows is None else rows  # of 128 those that there are
+    said = f"from the inputs of {taken} examples: {taken} forwards of one sample"
+    assert (said in capsys.readouterr().err) == bool(taken)
+    card = (folder / "README.md").read_text()
+    assert (f" steps; {taken} more for the adapter's A |" in card) == bool(taken)
+    assert (tmp_path / "out" / "initial_adapter").exists() == bool(taken)
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    saving = ("--save_strategy", "steps", "--save_steps", "1", "--displacement", "0.25")
+    folder = tune(tmp_path, "loss", *saving)
+    whole = load_file(folder / "adapter_model.safetensors")
+    shutil.rmtree(folder)
+    first, *later = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert later
+    for checkpoint in later:  # as if it had been killed after its first step
+        shutil.rmtree(checkpoint)
+    tune(tmp_path, "loss", *saving, "--resume_from_checkpoint", "true")
+    again = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    saved_first = load_file(first / "adapter_model.safetensors")
+    assert any(not torch.equal(whole[name], saved_first[name]) for name in whole)
+    assert "steps; " not in (folder / "README.md").read_text(), "A was made before"
+
+
+def test_other_views_have_no_such_start_and_may_be_spelled_as_in_python(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no LoRA on a linear layer"):
+        tune(tmp_path, "loss", "--lora_start_rows", "8", view="last_layers")
+    folder = tune(tmp_path, "soft-accuracy", "--layers", "1", view="last_layers")
+    assert "| view | last-layers: " in (folder / "README.md").read_text()
+
+
 def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
     file = tmp_path / "rows.jsonl"
@@ -99,7 +142,7 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
         assert read_lines(file) == rows
 
 
-def test_faults_are_one_line(tmp_path: Path) -> None:
+def test_faults_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": 0}\n{"text": ')
     with pytest.raises(SystemExit, match="line 2"):
         main(["tune", "--model", "none", "--data", str(tmp_path / "broken.jsonl")])
@@ -107,6 +150,12 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="needs 'text'"):
         model = saved(tmp_path / "base", "classification")
         main(["tune", "--model", model, "--data", str(tmp_path / "fields.jsonl")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["tune", "--model", "none"])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3, "and not a line for each of Trainer's options"
+    assert said[-1] == "zo-adapt tune: error: --data is needed"
     with pytest.raises(SystemExit, match="no command 'tone'"):
         main(["tone"])
 

@@ -10,7 +10,7 @@ import torch
 from problems import Problem, flat, logistic, problem
 from torch import Tensor
 
-from objectives import ROCAUC, Accuracy
+from objectives import ROCAUC, Accuracy, CallableObjective
 from zo_adapt import Data, Metrics, MeZO, ParameterView, Result, Step, StopReason, minimize
 from zo_adapt.errors import ArgumentTypeError, DataError, OptionError
 
@@ -230,3 +230,11 @@ def test_the_trainer_logs_metrics_beside_its_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         assert logged[-1]["right"] == pytest.approx(accuracy(accuracy.collate(held_out)))
     assert trainer.queries == 6 * 2 * 8  # the metrics' own do not count
+
+
+def test_nothing_right_is_0_and_not_minus_0(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = CallableObjective(lambda batch: 0.0, maximize=True)
+    result = run(problem(), metrics=Metrics({"right": wrong}, every=1), progress=True)
+    assert math.copysign(1.0, result.metrics["right"]) == 1.0
+    assert "right=0" in (shown := capsys.readouterr().err)
+    assert "right=-0" not in shown

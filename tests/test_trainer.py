@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -606,7 +607,9 @@ def test_adapters_may_start_where_the_training_data_are(tmp_path: Path) -> None:
     """The trajectory replays from the adapter that was saved as it started."""
     model = lora_model()
     plain = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
-    trainer_of(tmp_path, model, max_steps=3, optimizer="mezo", lora_start_rows=24).train()
+    trainer = trainer_of(tmp_path, model, max_steps=3, optimizer="mezo", lora_start_rows=24)
+    trainer.train()
+    assert trainer.lora_start_queries == 24
     for name, p in model.named_parameters():
         if "lora_A" in name:
             assert not torch.equal(p, plain[name])
@@ -617,3 +620,21 @@ def test_adapters_may_start_where_the_training_data_are(tmp_path: Path) -> None:
     stream = Dataset.from_list(toy_rows(64)).to_iterable_dataset()
     with pytest.raises(OptionError, match="lora_start_rows"):
         trainer_of(tmp_path, max_steps=3, train_dataset=stream, lora_start_rows=8).train()
+
+
+@pytest.mark.parametrize("optimizer", ["mezo", "mezo-svrg"])
+def test_what_a_run_will_cost_is_said_once_and_changes_nothing(
+    optimizer: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_queries": 400, "displacement": 0.25, "optimizer": optimizer}
+    said = trainer_of(tmp_path / "said", disable_tqdm=False, **options)
+    said.train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "queries planned" in line]
+    assert len(lines) == 1
+    assert re.search(
+        r"MeZO(SVRG)? on [\d,]+ scalars in \d+ tensors; a step makes \d+ queries", lines[0]
+    )
+    monkeypatch.setattr(ZOTrainer, "_say_once", lambda *_: None)
+    silent = trainer_of(tmp_path / "silent", **options)
+    silent.train()
+    assert silent.view.hash() == said.view.hash()

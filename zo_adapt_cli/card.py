@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from zo_adapt import Rate
+from zo_adapt.optimizers.optimizer import ZerothOrder
+
 
 def write_card(
     folder: Path, given: Any, trainer: Any, figures: Mapping[str, float], rows: tuple[int, int]
@@ -26,6 +29,9 @@ def write_card(
         for name in names
     )
     schedule = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
+    start = trainer.lora_start_queries
+    steps = f"{trainer.state.global_step} steps"
+    steps += f"; {start:,} more for the adapter's A" if start else ""
     section = f"""
 ## Tuned by forward passes alone
 
@@ -34,8 +40,8 @@ def write_card(
 | base model | {given.model} |
 | objective | {given.objective} |
 | view | {given.view}: {trainer.view} |
-| optimizer | {trainer.args.build_optimizer()}, schedule {schedule} |
-| budget | {trainer.queries:,} queries (forwards of one sample), {trainer.state.global_step} steps |
+| optimizer | {trainer.args.build_optimizer()}, schedule {schedule}{_displacement(trainer)} |
+| budget | {trainer.queries:,} queries (forwards of one sample), {steps} |
 | data | {Path(given.data).name}: {rows[0]} examples tuned on, {rows[1]} held out |
 | labels | {_labels(trainer.model)} |
 | seed | {trainer.args.seed} |
@@ -47,6 +53,15 @@ def write_card(
 """
     path.write_text(before.rstrip() + "\n" + section, encoding="utf-8")
     return path
+
+
+def _displacement(trainer: Any) -> str:
+    """How far the run was to go, where the steps have a distance and not a rate."""
+    optimizer = trainer.zo_optimizer
+    if not isinstance(optimizer, ZerothOrder) or isinstance(optimizer.apply, Rate):
+        return ""
+    how = "found by forward passes" if trainer.args.displacement is None else "given"
+    return f"; displacement {optimizer.state.descent.displacement:.3g}, {how}"
 
 
 def _version() -> str:

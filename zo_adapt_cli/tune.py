@@ -1,5 +1,6 @@
 """``zo-adapt tune``: a model, a file of examples, an objective and a view; ends with an adapter."""
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,12 @@ from zo_adapt_cli.examples import Example, class_names, held_out, read_lines, to
 
 MAX_QUERIES = 20_000
 """Budget where neither queries nor steps nor epochs are given."""
+LORA_START_ROWS = 128
+"""Examples from which a new LoRA adapter gets its A unless another number is given."""
+USAGE = """zo-adapt tune --model MODEL --data FILE.jsonl [--objective ...] [--view ...] [OPTIONS]
+       --help lists all options, those of Trainer among them"""
+SPELLED = ("last_layers", "soft_accuracy", "causal_lm", "exact_match")
+"""As in Python; here they have a hyphen."""
 TEXT = ("causal-lm", "exact-match")
 """Objectives of language models; the others are of classifiers."""
 
@@ -30,6 +37,10 @@ def _option(default: Any, text: str) -> Any:
 @dataclass
 class TuneArguments:
     """What ``zo-adapt tune`` asks for; everything of ``ZOConfig`` is an option as well.
+
+    With ``--view lora`` the adapter's A comes from 128 training examples (``initialise_lora``);
+    these forwards are said, and are beside the budget. ``--lora_start_rows 0`` leaves A as peft
+    draws it.
 
     Args:
         model: Hub name or folder.
@@ -64,13 +75,27 @@ class TuneArguments:
 
 def main(words: Sequence[str]) -> None:
     """Tune, say what came of it, save adapter and card."""
-    parser = HfArgumentParser((TuneArguments, ZOConfig), prog="zo-adapt tune")  # type: ignore[arg-type]
-    parser.set_defaults(output_dir="runs/tune", report_to="none", per_device_train_batch_size=16)
+    parser = HfArgumentParser((TuneArguments, ZOConfig), prog="zo-adapt tune", usage=USAGE)  # type: ignore[arg-type]
+    words = [word.replace("_", "-") if word in SPELLED else word for word in words]
+    parser.set_defaults(
+        output_dir="runs/tune",
+        report_to="none",
+        per_device_train_batch_size=16,
+        lora_start_rows=LORA_START_ROWS if _asked_view(words) == "lora" else 0,
+    )
     given, args = parser.parse_args_into_dataclasses(args=list(words))
     for name in ("model", "data"):
         if getattr(given, name) is None:
             parser.error(f"--{name} is needed")
     tune(given, args)
+
+
+def _asked_view(words: Sequence[str]) -> str:
+    """The view, which says what the other defaults are."""
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--view", default="lora")
+    view: str = first.parse_known_args(list(words))[0].view
+    return view
 
 
 def tune(given: TuneArguments, args: ZOConfig) -> dict[str, float]:
@@ -97,7 +122,8 @@ def tune(given: TuneArguments, args: ZOConfig) -> dict[str, float]:
         metrics=Metrics(watched, data=test),
     )
     figures = _measured(watched, test, "before")
-    trainer.train()
+    resume = args.resume_from_checkpoint  # "true": the newest in the output folder
+    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
     figures |= _measured(watched, test, "after")
     for name in watched:
         print(f"held-out {name}: {figures[f'{name} before']:.3f} -> {figures[f'{name} after']:.3f}")

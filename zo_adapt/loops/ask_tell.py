@@ -92,7 +92,7 @@ class AskTell:
         >>> while candidates := asker.ask():
         ...     record = asker.tell([float(((x - 3) ** 2).sum()) for x in candidates])
         >>> bool((abs(asker.x - 3) < 0.05).all()), asker.queries
-        (True, 999)
+        (True, 998)
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def scipy_method(optimizer: str | ZerothOrder = "mezo", **options: Any) -> Calla
         >>> result = minimize(lambda x: ((x - 3) ** 2).sum(), [0.0, 0.0],
         ...                   method=scipy_method(maxfev=900))
         >>> bool(abs(result.x - 3).max() < 0.1), result.nfev, result.nit
-        (True, 899, 104)
+        (True, 898, 105)
     """
     return _Method(optimizer, options)
 

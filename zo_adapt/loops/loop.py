@@ -89,7 +89,7 @@ class Bar:
         bar.update((step.queries if self._in_queries else step.step) - bar.n)
         self._metrics |= step.metrics or {}
         said = {"value": step.value, **self._metrics}
-        words = {name: f"{value:.4g}" for name, value in said.items()}
+        words = {name: f"{value + 0.0:.4g}" for name, value in said.items()}  # -0 as 0
         if not self._in_queries:
             words["queries"] = f"{step.queries:,}"
         bar.set_postfix(words, refresh=False)

@@ -248,6 +248,7 @@ def _measured(evaluator: Evaluator, source: Source) -> float:
     whole = Batch(source, range(len(source)))
     try:
         # The evaluator gives losses: its sign turns them into what the metric itself said.
-        return evaluator.sign * evaluator.evaluate([Probe(HERE, whole)])[0].value
+        # Of a metric that is maximised 0 would be -0.
+        return evaluator.sign * evaluator.evaluate([Probe(HERE, whole)])[0].value + 0.0
     except (NonFiniteObjectiveError, UndefinedMetricError):
         return math.nan

@@ -147,6 +147,9 @@ class SGD(FirstOrder):
         schedule: "constant", "linear", "cosine" or a callable of the progress.
         weight_decay: As torch.optim has it.
 
+    Raises:
+        OptionError: A number outside its range.
+
     Example:
         >>> SGD(lr=1e-2)
         SGD(lr=0.01)
@@ -163,6 +166,10 @@ class Adam(FirstOrder):
         lr: Learning rate.
         schedule: "constant", "linear", "cosine" or a callable of the progress.
         weight_decay: As torch.optim has it.
+
+    Raises:
+        OptionError: A number outside its range.
+        ViewError: (when a run begins) Weights in float16, in which Adam's eps is 0.
 
     Example:
         >>> Adam(lr=1e-3)

@@ -43,6 +43,7 @@ class PeftServer(ServedModel):
 
     Raises:
         NotServableError: The model cannot be copied, or is an encoder-decoder.
+        ServerReplyError: (when asked) An adapter loaded twice, not loaded, or that does not fit.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

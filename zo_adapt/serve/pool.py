@@ -21,7 +21,8 @@ class ServerPool(ServedModel):
         servers: At least one; closed together.
 
     Raises:
-        OptionError: None.
+        OptionError: No server.
+        ServerReplyError: (when asked) An adapter of that name is not loaded.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

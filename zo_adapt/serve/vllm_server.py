@@ -56,6 +56,7 @@ class VLLMServer(ServedModel):
 
     Raises:
         ServerLostError: There is no server.
+        ServerReplyError: It serves no base model (when asked: an answer that cannot be right).
         OptionError: The url.
         MissingPackageError: httpx is not installed.
 

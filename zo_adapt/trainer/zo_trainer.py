@@ -23,6 +23,7 @@ from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import check_evaluator, checked_objective
+from zo_adapt.loops.loop import announce
 from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.run import Run
@@ -75,6 +76,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
     Attributes:
         stop_reason: Why training ended before its last step, or None. See ``StopReason``.
         queries: Forward passes of one sample made by training steps.
+        lora_start_queries: Those that ``lora_start_rows`` took, beside ``queries``.
 
     Raises:
         OptionError: Arguments that contradict each other or cannot work.
@@ -133,7 +135,8 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
         self._metrics = as_metrics(metrics)
         self._monitor: Monitor | None = None
         self._run: Run | None = None
-        self._is_begun = False
+        self._is_begun = self._is_said = False
+        self.lora_start_queries = 0
         self._end = AtRunEnds(self)
         self.add_callback(self._end)
 
@@ -173,6 +176,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             if not self._is_begun:
                 self._look(self._run.evaluator.objective, rows)
                 self._begin_log(self._run)
+            self._say_once(self._run)
             step = self._run.step()
             loss = step.value
             self._end.steps.append(step.brief())
@@ -189,6 +193,12 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             if is_last or self.queries == self.args.max_queries:
                 self._end.stop(StopReason.MAX_QUERIES, made=True)
         return torch.tensor(loss, device=self.args.device)
+
+    def _say_once(self, run: Run) -> None:
+        """What is about to happen and what it will cost, before the first step."""
+        if not self._is_said:
+            self._is_said = True
+            announce(run.outlook(), shown=self.is_first_rank and not self.args.disable_tqdm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the figures of the zeroth-order steps."""
@@ -237,8 +247,9 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             objective = self._way.prepared(as_objective(objective), source, self.view)
             if isinstance(objective, TrainerLoss):
                 objective.keep_whole_if_needed(source)
+        self.lora_start_queries = 0
         if self.args.lora_start_rows and self._checkpoint is None:
-            start_adapters(self, as_objective(objective), source)
+            self.lora_start_queries = start_adapters(self, as_objective(objective), source)
         evaluator = shared(
             self._way.bound_to(
                 as_objective(objective),
@@ -266,7 +277,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             ranks=ranks,
         )
         self._monitor.follow(self._run)
-        self._is_begun = False
+        self._is_begun = self._is_said = False
         # Of a stream the first examples come with the first step; a checkpoint knows what they say.
         if source.has_length or self._checkpoint is not None:
             self._begin_log(self._run)

@@ -28,6 +28,7 @@ class Group:
 
     Raises:
         OptionError: Neither a pattern nor names, or both; a factor that is no number >= 0.
+        ArgumentTypeError: A pattern that is no string, names that are no list of them.
 
     Example:
         >>> Group(r"classifier", lr=10.0)
