@@ -2,12 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import evidence_variance
 from evidence_cells import Cell, Results, Where, by_rows, by_size, exponents, markdown
-from evidence_pieces import DIGITS, LS, ONE_SAMPLE, RECURSIVE, SHORT
+from evidence_pieces import DIGITS, LS, ONE_SAMPLE, RECURSIVE
 from evidence_theory import bound
 
 SVRG = "MeZO-SVRG as printed"
@@ -20,11 +20,6 @@ OBJECTIVES = {
     "NDCG": (Where("objectives", "ranking, NDCG", 4_000, None, 16), "NDCG"),
     "reward": (Where("objectives", "generation, reward", 1_000, None, 16), "reward"),
 }
-PRECISIONS = {
-    "fp32": Where("methods", DIGITS, queries=200_000),
-    "bf16": Where("bf16", "MNIST, bf16", queries=200_000),
-}
-"""The same perceptron, data and budget."""
 Claim = tuple[str, str, str, str, str]
 """Claim, setting, found, whether it holds, figure or table."""
 CURVES, BATCHES, MEMORY = (
@@ -35,10 +30,10 @@ CURVES, BATCHES, MEMORY = (
 THEORY, VARIANCE = "[table](#theory)", "[figure](#variance-along-a-run)"
 
 
-def claims(found: Results, memory: Sequence[dict[str, Any]]) -> str:
-    """Those that have results."""
+def claims(found: Results, memory: Sequence[dict[str, Any]], more: Iterable[Claim] = ()) -> str:
+    """Those that have results, with more of other files."""
     rows = [*variance_reduction(found), *details(found), *rows_of_a_batch(found), *own(found)]
-    rows += [*others(found), *in_bf16(found), *evidence_variance.claims(found, VARIANCE)]
+    rows += [*others(found), *more, *evidence_variance.claims(found, VARIANCE)]
     rows += [*theory(found), *of_memory(memory)]
     return markdown(["claim", "setting", "found", "holds", "figure or table"], rows)
 
@@ -123,19 +118,6 @@ def others(found: Results) -> Iterator[Claim]:
         for method in ONE_SAMPLE[1:]:
             yield from versus(found, f"{method} learns more than MeZO", where, figure, method,
                               "MeZO", link=link)  # fmt: skip
-
-
-def in_bf16(found: Results) -> Iterator[Claim]:
-    """Whether half precision costs anything."""
-    for method in SHORT[:4]:
-        full, half = (found.cell(where, method) for where in PRECISIONS.values())
-        if full.runs and half.runs:
-            text = f"bf16 {half.short('accuracy')}; fp32 {full.short('accuracy')}"
-            least = better(full, half, "accuracy")
-            holds = "no" if least == "yes" else "yes"
-            yield (f"{method} learns as much in bf16 as in fp32",
-                   "MNIST, equal 200,000 queries, held-out accuracy", text, holds,
-                   "[table](#bf16)")  # fmt: skip
 
 
 def details(found: Results) -> Iterator[Claim]:
