@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence_language
+import evidence_readme
 import evidence_time
 import evidence_variance
 from evidence_cells import Results, Where, by_rows, by_size, exponents, markdown, spread
@@ -33,6 +34,7 @@ def report(results: Mapping[str, Any]) -> None:
     found = Results(results)
     memory = json.loads(LARGEST.read_text())["rows"] if LARGEST.exists() else []
     more = [*evidence_language.claims(found), *evidence_time.claims(found, TIME)]
+    more += evidence_readme.claims()
     tables = {
         "claims": claims(found, memory, more),
         "least squares": table(found, ALL, least_squares()),
