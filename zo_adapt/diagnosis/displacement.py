@@ -6,14 +6,11 @@ from typing import NamedTuple
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.noise import philox
 from zo_adapt.optimizers.calibration import Calibration
 from zo_adapt.optimizers.finder import finder_of
 from zo_adapt.optimizers.nonlinearity import MOST
 from zo_adapt.optimizers.responses import Response
 from zo_adapt.optimizers.schedule import NO_LIMIT
-
-SEARCH_STREAM = 6
 
 
 class Found(NamedTuple):
@@ -53,11 +50,7 @@ def find_displacement(evaluator: LocalEvaluator, samples: Samples, seed: int) ->
     search.aim(samples, NO_LIMIT, view.numel)
     looks: list[tuple[float, Response]] = []
 
-    def new_seeds(count: int) -> list[int]:
-        words = philox.words_numpy(seed, len(looks), SEARCH_STREAM, 0, -(-count // 4))
-        return [int(word) for word in words[:count]]
-
-    while probes := search.probes(samples, view.groups, new_seeds, NO_LIMIT):
+    while probes := search.probes(samples, view.groups, seed, NO_LIMIT):
         at = search.displacement
         try:
             looks.append((at, search.take(evaluator.evaluate(probes))))

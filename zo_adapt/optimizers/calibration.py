@@ -31,7 +31,7 @@ later in a run the first ratio shrinks the steps too much, so it is not.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -39,6 +39,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.start_checks import warn_of_change
+from zo_adapt.noise import philox
 from zo_adapt.optimizers.directions import direction
 from zo_adapt.optimizers.nonlinearity import Nonlinearity
 from zo_adapt.optimizers.responses import Response, distinct, response
@@ -51,6 +52,7 @@ from zo_adapt.view.group import Group
 TRAINED_RATIO, WITHOUT_DATA, COUNT_RATIO = 0.4, 0.5, 0.5
 """Of the even to the odd response, where the displacement is right; see ``Calibration.aim``."""
 MOST_ROUNDS = 12
+SEARCH_STREAM = 6
 
 
 @dataclass
@@ -88,10 +90,18 @@ class Calibration(Search):
         self,
         samples: Samples,
         groups: Sequence[Group],
-        new_seeds: Callable[[int], list[int]],
+        seed: int,
         budget: Budget,
     ) -> list[Probe]:
-        """The points of the next round; none where it is found, or the budget is too small."""
+        """The points of the next round; none where it is found, or the budget is too small.
+
+        Args:
+            samples: Where rows come from.
+            groups: The parts of the view.
+            seed: Of the run. The search draws directions apart from the steps, whose are the same
+                as where the displacement is given.
+            budget: Of the run.
+        """
         parts = [] if self.finished else self._parts(samples, budget)
         if not parts:
             self.give_up()
@@ -102,7 +112,7 @@ class Calibration(Search):
         parts *= -(-LEAST_DIRECTIONS // len(parts))
         self._batches = parts
         probes = [Probe(HERE, batch) for batch in distinct(parts)]
-        pairs = [*zip(new_seeds(len(parts)), parts, strict=True)]
+        pairs = [*zip(self._seeds(seed, len(parts)), parts, strict=True)]
         for distance, asked in ((1.0, pairs), (0.5, pairs[:once])):
             for seed, batch in asked:
                 for sign in (distance, -distance):
@@ -132,6 +142,11 @@ class Calibration(Search):
             # are asked about alone from now on, at the same number of queries.
             self.alone, self.low, self.high, self.last = True, None, None, None
         return seen
+
+    def _seeds(self, seed: int, count: int) -> list[int]:
+        words = philox.words_numpy(seed, self.rounds, SEARCH_STREAM, 0, -(-count // philox.WORDS))
+        seeds: list[int] = words[:count].tolist()
+        return seeds
 
     def _parts(self, samples: Samples, budget: Budget) -> list[Batch]:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""

@@ -1,7 +1,7 @@
 """The displacement of a run that was given none: found before its first step, mended later."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zo_adapt.data.samples import Samples
@@ -76,7 +76,7 @@ class Finder:
         self,
         samples: Samples,
         groups: Sequence[Group],
-        new_seeds: Callable[[int], list[int]],
+        seed: int,
         budget: Budget,
         done: float,
     ) -> list[Probe]:
@@ -85,14 +85,14 @@ class Finder:
         Args:
             samples: Where rows come from.
             groups: The parts of the view.
-            new_seeds: Draws seeds of directions.
+            seed: Of the run.
             budget: Of the run.
             done: Share of it that is used.
         """
         found: list[Probe] = []
         if self.is_calibrating:
             self.calibration.aim(samples, budget, self.numel)
-            found = self.calibration.probes(samples, groups, new_seeds, budget)
+            found = self.calibration.probes(samples, groups, seed, budget)
             self.displacement = self.calibration.found
         elif self.look_ahead.is_due(done):
             found = self.look_ahead.probes(samples)

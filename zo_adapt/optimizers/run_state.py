@@ -135,7 +135,7 @@ class RunState:
         if self.finder is None:
             return []
         done = budget.used(self.steps, queries)
-        probes = self.finder.probes(samples, self.groups, self.new_seeds, budget, done)
+        probes = self.finder.probes(samples, self.groups, self.seed, budget, done)
         self._follow(self.finder)
         return probes
 
