@@ -6,7 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import evidence_variance
-from evidence_cells import Cell, Results, Where, by_rows, by_size, exponents, markdown
+from evidence_cells import (
+    Cell,
+    Results,
+    Where,
+    by_rows,
+    by_size,
+    exponents,
+    growing,
+    late,
+    markdown,
+)
 from evidence_pieces import DIGITS, LS, ONE_SAMPLE, RECURSIVE
 from evidence_theory import bound
 
@@ -221,12 +231,12 @@ def theory(found: Results) -> Iterator[Claim]:
             text = f"{min(shares):.2f} to {max(shares):.2f} of what the descent lemma allows"
             yield ("The mean of ‖grad f‖² is below c d / T (Theorem 5.3)", f"{name}, {sizes}",
                    text, "yes" if max(shares) <= 1 else "no", THEORY)  # fmt: skip
-        late = {key: values for key, values in cells.items() if key[1] >= 10 * key[0]}
-        fitted = exponents(late)
+        fitted, grow = exponents(late(cells)), growing(cells)
         if fitted:
             text = f"d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
+            text += f" without d = {grow[0]}" if grow else ""
             holds = "yes" if fitted[1] < -0.9 else "not reached at these T"
-            holds = f"no, it grows at d = {grow[0]}" if (grow := growing(cells)) else holds
+            holds = f"no, it grows at d = {grow[0]}" if grow else holds
             yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= 10 d", text, holds, THEORY
     for steps, floors in by_rows(found).items():
         means = [statistics.mean(values) for values in floors.values()]
@@ -242,17 +252,6 @@ def theory(found: Results) -> Iterator[Claim]:
         yield ("eta = rho / L is small enough (Gaussian directions)",
                "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
                "no" if worse else "yes", THEORY)  # fmt: skip
-
-
-def growing(cells: dict[tuple[int, int], list[float]]) -> list[int]:
-    """The sizes whose squared gradients are largest in the longest runs."""
-    means = {key: statistics.mean(values) for key, values in cells.items()}
-    found = []
-    for size in sorted({d for d, _ in cells}):
-        steps = sorted(t for d, t in cells if d == size)
-        if len(steps) > 1 and means[size, steps[-1]] > 1.5 * means[size, steps[0]]:
-            found.append(size)
-    return found
 
 
 def of_memory(memory: Sequence[dict[str, Any]]) -> Iterator[Claim]:

@@ -10,7 +10,17 @@ import evidence_language
 import evidence_readme
 import evidence_time
 import evidence_variance
-from evidence_cells import Results, Where, by_rows, by_size, exponents, markdown, spread
+from evidence_cells import (
+    Results,
+    Where,
+    by_rows,
+    by_size,
+    exponents,
+    growing,
+    late,
+    markdown,
+    spread,
+)
 from evidence_claims import OBJECTIVES, claims
 from evidence_figures import draw
 from evidence_language import PRECISIONS, VIEWS, by_queries, by_steps
@@ -224,11 +234,10 @@ def convergence(found: Results, piece: str, method: str) -> str:
         for d in dimensions
     ]
     text = markdown(["d", *(f"T = {t:,}" for t in steps)], rows)
-    fitted = exponents(cells)
+    fitted, grow = exponents(late(cells)), growing(cells)
     if fitted:
-        text += f"\n\nFit over all: proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
-        late = exponents({key: values for key, values in cells.items() if key[1] >= 10 * key[0]})
-        text += f"; over T >= 10 d: d^{late[0]:.2f} T^{late[1]:.2f}." if late else "."
+        text += f"\n\nFit over T >= 10 d{f', without d = {grow[0]}' if grow else ''}: "
+        text += f"proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}."
     return text
 
 
