@@ -62,8 +62,9 @@ def better(one: Cell, other: Cell, figure: str) -> str:
 
 
 def named(found: Results, where: Where, figure: str, *methods: str) -> str:
-    """The means of methods, by name."""
-    return "; ".join(f"{name} {found.cell(where, name).short(figure)}" for name in methods)
+    """The means of methods that have results, by name."""
+    cells = ((name, found.cell(where, name)) for name in methods)
+    return "; ".join(f"{name} {cell.short(figure)}" for name, cell in cells if cell.runs)
 
 
 def versus(

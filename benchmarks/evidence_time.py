@@ -69,7 +69,7 @@ def ways(found: Results, problem: str) -> dict[str, Way]:
         if run.problem == problem and one.get("clock"):
             runs.setdefault(run.method, {})[run.seed] = run, one
     whole = {method: seeds for method, seeds in runs.items() if len(seeds) == len(SEEDS)}
-    if "MeZO" not in whole:
+    if "MeZO" not in whole or len(whole) < 2:
         return {}
     sign = -1 if FIGURES[problem] == "training" else 1
 
