@@ -36,6 +36,7 @@ import evidence_theory
 from evidence_methods import optimizer_of
 from evidence_pieces import SEEDS, THEORY, Run, open_runs
 from evidence_problems import PROBLEMS, least_squares_rows, squares, squares_at
+from evidence_time import Clock
 from evidence_variance import Track
 
 from zo_adapt import ZOError, minimize
@@ -43,6 +44,8 @@ from zo_adapt import ZOError, minimize
 RESULTS = Path(__file__).parent / "results"
 CURVE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 """Steps after which the training loss is kept."""
+WATCHED = ("methods", "variance", "time")
+"""Pieces whose runs are looked at on their way."""
 MOST_STEPS = 1_000
 """Of the theory's runs by the library; longer ones are in plain tensors, which a test compares."""
 
@@ -92,10 +95,13 @@ def of_method(run: Run) -> dict[str, Any]:
     problem = PROBLEMS[run.problem](run.seed)
     curve: list[tuple[int, int, float]] = []
     track = Track(run, problem) if run.piece == "variance" else None
+    clock = Clock(run, problem) if run.piece == "time" else None
 
     def look(step: Any) -> None:
         if track is not None:
             track.look(step)
+        elif clock is not None:
+            clock.look(step)
         elif step.step in CURVE:
             curve.append((step.step, step.queries, round(problem.measure()["training"], 5)))
 
@@ -109,7 +115,7 @@ def of_method(run: Run) -> dict[str, Any]:
             max_queries=run.queries,
             max_steps=run.steps,
             seed=run.seed,
-            callback=look if run.piece in ("methods", "variance") and run.seed in SEEDS else None,
+            callback=look if run.piece in WATCHED and run.seed in SEEDS else None,
             metrics=None if track is None else track.metrics,
             progress=False,
         )
@@ -118,6 +124,7 @@ def of_method(run: Run) -> dict[str, Any]:
     found = problem.measure() | {"steps": result.steps, "queries": result.queries}
     found |= {"curve": curve} if curve else {}
     found |= {} if track is None else {"track": track.rows(result.history)}
+    found |= {} if clock is None else {"clock": clock.rows}
     return found | {"stopped": result.stop_reason.name}
 
 
@@ -181,7 +188,7 @@ def work(arguments: argparse.Namespace) -> None:
             if time.monotonic() > saved + 5:
                 save(new, arguments.into)
                 saved = time.monotonic()
-            shown = {k: v for k, v in found.items() if k not in ("curve", "track")}
+            shown = {k: v for k, v in found.items() if k not in ("curve", "track", "clock")}
             print(len(new), *run, shown, flush=True)
         pool.terminate()
         pool.join()

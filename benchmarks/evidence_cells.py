@@ -143,6 +143,25 @@ def exponents(cells: Mapping[tuple[int, int], Sequence[float]]) -> tuple[float, 
     return float(a), float(b)
 
 
+def growing(cells: Mapping[tuple[int, int], Sequence[float]]) -> list[int]:
+    """The sizes whose squared gradients are largest in the longest runs."""
+    means = {key: statistics.mean(values) for key, values in cells.items()}
+    found = []
+    for size in sorted({d for d, _ in cells}):
+        steps = sorted(t for d, t in cells if d == size)
+        if len(steps) > 1 and means[size, steps[-1]] > 1.5 * means[size, steps[0]]:
+            found.append(size)
+    return found
+
+
+def late(
+    cells: Mapping[tuple[int, int], Sequence[float]],
+) -> dict[tuple[int, int], Sequence[float]]:
+    """Those of T >= 10 d, of the sizes that do not grow."""
+    grow = growing(cells)
+    return {(d, t): v for (d, t), v in cells.items() if t >= 10 * d and d not in grow}
+
+
 def by_rows(found: Results) -> dict[int, dict[int, list[float]]]:
     """Squared gradients late in a run of Theorem 5.3, by steps and rows of the large batch."""
     cells: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

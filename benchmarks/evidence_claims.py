@@ -2,12 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import evidence_variance
-from evidence_cells import Cell, Results, Where, by_rows, by_size, exponents, markdown
-from evidence_pieces import DIGITS, LS, ONE_SAMPLE, RECURSIVE, SHORT
+from evidence_cells import (
+    Cell,
+    Results,
+    Where,
+    by_rows,
+    by_size,
+    exponents,
+    growing,
+    late,
+    markdown,
+)
+from evidence_pieces import DIGITS, LS, ONE_SAMPLE, RECURSIVE
 from evidence_theory import bound
 
 SVRG = "MeZO-SVRG as printed"
@@ -20,11 +30,6 @@ OBJECTIVES = {
     "NDCG": (Where("objectives", "ranking, NDCG", 4_000, None, 16), "NDCG"),
     "reward": (Where("objectives", "generation, reward", 1_000, None, 16), "reward"),
 }
-PRECISIONS = {
-    "fp32": Where("methods", DIGITS, queries=200_000),
-    "bf16": Where("bf16", "MNIST, bf16", queries=200_000),
-}
-"""The same perceptron, data and budget."""
 Claim = tuple[str, str, str, str, str]
 """Claim, setting, found, whether it holds, figure or table."""
 CURVES, BATCHES, MEMORY = (
@@ -35,10 +40,10 @@ CURVES, BATCHES, MEMORY = (
 THEORY, VARIANCE = "[table](#theory)", "[figure](#variance-along-a-run)"
 
 
-def claims(found: Results, memory: Sequence[dict[str, Any]]) -> str:
-    """Those that have results."""
+def claims(found: Results, memory: Sequence[dict[str, Any]], more: Iterable[Claim] = ()) -> str:
+    """Those that have results, with more of other files."""
     rows = [*variance_reduction(found), *details(found), *rows_of_a_batch(found), *own(found)]
-    rows += [*others(found), *in_bf16(found), *evidence_variance.claims(found, VARIANCE)]
+    rows += [*others(found), *more, *evidence_variance.claims(found, VARIANCE)]
     rows += [*theory(found), *of_memory(memory)]
     return markdown(["claim", "setting", "found", "holds", "figure or table"], rows)
 
@@ -57,8 +62,9 @@ def better(one: Cell, other: Cell, figure: str) -> str:
 
 
 def named(found: Results, where: Where, figure: str, *methods: str) -> str:
-    """The means of methods, by name."""
-    return "; ".join(f"{name} {found.cell(where, name).short(figure)}" for name in methods)
+    """The means of methods that have results, by name."""
+    cells = ((name, found.cell(where, name)) for name in methods)
+    return "; ".join(f"{name} {cell.short(figure)}" for name, cell in cells if cell.runs)
 
 
 def versus(
@@ -122,20 +128,7 @@ def others(found: Results) -> Iterator[Claim]:
     ):
         for method in ONE_SAMPLE[1:]:
             yield from versus(found, f"{method} learns more than MeZO", where, figure, method,
-                              "MeZO", link=link)  # fmt: skip
-
-
-def in_bf16(found: Results) -> Iterator[Claim]:
-    """Whether half precision costs anything."""
-    for method in SHORT[:4]:
-        full, half = (found.cell(where, method) for where in PRECISIONS.values())
-        if full.runs and half.runs:
-            text = f"bf16 {half.short('accuracy')}; fp32 {full.short('accuracy')}"
-            least = better(full, half, "accuracy")
-            holds = "no" if least == "yes" else "yes"
-            yield (f"{method} learns as much in bf16 as in fp32",
-                   "MNIST, equal 200,000 queries, held-out accuracy", text, holds,
-                   "[table](#bf16)")  # fmt: skip
+                              "MeZO", link="[table](#one-sample-a-forward)")  # fmt: skip
 
 
 def details(found: Results) -> Iterator[Claim]:
@@ -239,12 +232,12 @@ def theory(found: Results) -> Iterator[Claim]:
             text = f"{min(shares):.2f} to {max(shares):.2f} of what the descent lemma allows"
             yield ("The mean of ‖grad f‖² is below c d / T (Theorem 5.3)", f"{name}, {sizes}",
                    text, "yes" if max(shares) <= 1 else "no", THEORY)  # fmt: skip
-        late = {key: values for key, values in cells.items() if key[1] >= 10 * key[0]}
-        fitted = exponents(late)
+        fitted, grow = exponents(late(cells)), growing(cells)
         if fitted:
             text = f"d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
+            text += f" without d = {grow[0]}" if grow else ""
             holds = "yes" if fitted[1] < -0.9 else "not reached at these T"
-            holds = f"no, it grows at d = {grow[0]}" if (grow := growing(cells)) else holds
+            holds = f"no, it grows at d = {grow[0]}" if grow else holds
             yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= 10 d", text, holds, THEORY
     for steps, floors in by_rows(found).items():
         means = [statistics.mean(values) for values in floors.values()]
@@ -260,17 +253,6 @@ def theory(found: Results) -> Iterator[Claim]:
         yield ("eta = rho / L is small enough (Gaussian directions)",
                "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
                "no" if worse else "yes", THEORY)  # fmt: skip
-
-
-def growing(cells: dict[tuple[int, int], list[float]]) -> list[int]:
-    """The sizes whose squared gradients are largest in the longest runs."""
-    means = {key: statistics.mean(values) for key, values in cells.items()}
-    found = []
-    for size in sorted({d for d, _ in cells}):
-        steps = sorted(t for d, t in cells if d == size)
-        if len(steps) > 1 and means[size, steps[-1]] > 1.5 * means[size, steps[0]]:
-            found.append(size)
-    return found
 
 
 def of_memory(memory: Sequence[dict[str, Any]]) -> Iterator[Claim]:

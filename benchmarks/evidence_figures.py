@@ -9,6 +9,7 @@ from typing import Any
 
 import evidence_variance
 from evidence_cells import DIVERGED, Cell, Results, Where, by_rows, by_size
+from evidence_language import HALVES, QUERIES, VIEWS, by_queries
 from evidence_pieces import SEEDS
 
 SHOWN = (
@@ -40,6 +41,7 @@ def draw(found: Results, memory: Sequence[dict[str, Any]], folder: Path) -> None
     _batches(found, folder / "evidence-batches.svg")
     evidence_variance.draw(found, folder / "evidence-variance.svg")
     _theory(found, folder / "evidence-theory.svg")
+    _language(found, folder / "evidence-language.svg")
     if memory:
         _memory(memory, folder / "evidence-memory.svg")
 
@@ -101,6 +103,30 @@ def _batches(found: Results, path: Path) -> None:
     axes.set_xticks([], minor=True)
     axes.set_title("MNIST perceptron, 200,000 queries", fontsize="medium")
     axes.legend(fontsize="x-small", frameon=False)
+    _save(figure, path)
+
+
+def _language(found: Results, path: Path) -> None:
+    """Accuracy of the causal language model by view and precision, a dot for every seed."""
+    from matplotlib.figure import Figure
+
+    if not any(found.cell(by_queries(view), "MeZO").runs for view in VIEWS[1:]):
+        return  # a picture of one view says no more than the table
+    names = ("MeZO", "MeZO-SVRG as printed", "MeZO()", "FO-SGD", "FO-Adam")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, half in zip(figure.subplots(1, 2, sharey=True), HALVES, strict=True):
+        for color, method in enumerate(names):
+            places, values = list[float](), list[float]()
+            for place, view in enumerate(VIEWS):
+                good = found.cell(by_queries(view, half), method).good("accuracy")
+                places += [place + 0.13 * (color - 2)] * len(good)
+                values += good
+            axes.plot(places, values, "o", color=f"C{color}", label=method, markersize=5)
+        axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(VIEWS)), VIEWS)
+        axes.set(title=f"{'bf16' if half else 'fp32'}, equal {QUERIES:,} queries")
+    figure.axes[0].set_ylabel("held-out accuracy")
+    figure.axes[0].legend(fontsize="x-small", frameon=False)
     _save(figure, path)
 
 

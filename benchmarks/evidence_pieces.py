@@ -32,6 +32,8 @@ ENCODER = ("MeZO", *EQUAL[1:3], "MeZO()", "MeZOSVRG()")
 FITTING = tuple(name for name in ABLATIONS if name != "large batch 1024")
 FIRST_ORDER = ("FO-SGD", "FO-Adam")
 ONE_SAMPLE = ("MeZO", "ZO-SVRG (Algorithm 2)", "ZO-SAGA")
+TIMED = ("MeZO", *EQUAL[1:3], *EQUAL[4:])
+LANGUAGE = (*EQUAL[:3], "MeZO()", *FIRST_ORDER)
 WATCHED = ("MeZO", "MeZO-SVRG as printed", "MeZO-SVRG, one rate, shared direction")
 
 
@@ -79,7 +81,7 @@ PLAN = (
     Cell("methods", LS, (*EQUAL, *RECURSIVE), queries=100_000, quick=True),
     Cell("methods", DIGITS, EQUAL, queries=200_000),
     Cell("methods", LS, (*EQUAL, "MeZO, all rows", *RECURSIVE), steps=2_000, quick=True),
-    Cell("methods", DIGITS, ("MeZO", "MeZO, all rows", *EQUAL[1:-1]), steps=1_000),
+    Cell("methods", DIGITS, ("MeZO", "MeZO, all rows", *EQUAL[1:], *RECURSIVE), steps=1_000),
     Cell("ablations", DIGITS, tuple(ABLATIONS), queries=200_000),
     Cell("ablations", LS, FITTING, queries=1_000_000),
     *(Cell("batch sizes", DIGITS, SHORT, queries=200_000, batch_size=b)
@@ -102,15 +104,26 @@ PLAN = (
     Cell("encoder", "encoder, all weights", ENCODER, queries=30_000, batch_size=64),
     Cell("encoder", "encoder, LoRA", FIRST_ORDER, queries=30_000, batch_size=64),
     Cell("encoder", "encoder, all weights", FIRST_ORDER, queries=30_000, batch_size=64),
+    *(Cell("causal LM", f"causal LM, {view}", LANGUAGE, queries=10_000, batch_size=16)
+      for view in ("LoRA", "last layers", "all weights", "LoRA, bf16", "all weights, bf16",
+                   "last layers, bf16")),
+    *(Cell("causal LM", f"causal LM, {view}", (*LANGUAGE[:3], *LANGUAGE[4:]), steps=100,
+           batch_size=16)
+      for view in ("last layers", "LoRA, bf16", "LoRA", "all weights, bf16")),
 )  # fmt: skip
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 GRIDS = {
     LS: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "encoder, LoRA": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
     "encoder, all weights": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
     "ranking, NDCG": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
-}
+    **{f"causal LM, {view}{half}": rates
+       for half in ("", ", bf16")
+       for view, rates in (("LoRA", (1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
+                           ("last layers", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)),
+                           ("all weights", (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)))},
+}  # fmt: skip
 
 
 def grid_of(run: Run) -> Sequence[float]:
@@ -138,6 +151,23 @@ def watched(results: Mapping[str, Any]) -> Iterator[Run]:
             lr = tuned(results, run)
             if lr is not None:
                 yield run._replace(piece="variance", lr=lr, steps=length)
+
+
+def timed(results: Mapping[str, Any]) -> Iterator[Run]:
+    """Runs that are read against the clock, at the rates that were chosen.
+
+    Long ones of Algorithm 1 at the rates for as many steps as the papers have.
+    """
+    for problem, queries, steps in ((DIGITS, 200_000, 1_000), (LS, 100_000, 2_000)):
+        cell = Run("methods", problem, "", None, 32, None, None, TUNING)
+        for method, seed in itertools.product(TIMED, SEEDS):
+            by_steps = "SVRG," in method or "printed" in method
+            run = cell._replace(method=method, queries=None if by_steps else queries,
+                                steps=steps if by_steps else None)  # fmt: skip
+            lr = None if method in OWN else tuned(results, run)
+            if lr is not None or method in OWN:
+                longer = {"steps": 4 * steps} if by_steps else {"queries": 2 * queries}
+                yield run._replace(piece="time", lr=lr, seed=seed, **longer)
 
 
 def theory(quick: bool) -> Iterator[Run]:
@@ -177,7 +207,8 @@ def open_runs(results: Mapping[str, Any], quick: bool, pieces: Sequence[str]) ->
             else:
                 runs = [run._replace(lr=lr, seed=seed) for seed in SEEDS]
             yield from (one for one in runs if one.key not in results)
-    for run in itertools.chain([] if quick else watched(results), theory(quick)):
+    more = [] if quick else itertools.chain(watched(results), timed(results))
+    for run in itertools.chain(more, theory(quick)):
         if run.key not in results and wanted(run.piece, run.problem, pieces):
             yield run
 

@@ -1,4 +1,7 @@
-"""What benchmarks/evidence.py tunes: least squares, a perceptron, an encoder, and metrics."""
+"""What benchmarks/evidence.py tunes: least squares, a perceptron, an encoder, and metrics.
+
+The causal language model is in evidence_lm.py.
+"""
 
 import os
 from collections.abc import Callable
@@ -7,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from evidence_lm import causal_lm
 from torch import Tensor, nn
 
 from objectives import F1, NDCG, Accuracy, ClassificationLoss, GenerationReward
@@ -196,4 +200,11 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "generation, reward": generation,
     "encoder, LoRA": partial(encoder, view="lora"),
     "encoder, all weights": partial(encoder, view="full"),
+    **{
+        f"causal LM, {view}{', bf16' if dtype == torch.bfloat16 else ''}": partial(
+            causal_lm, view=view, dtype=dtype
+        )
+        for view in ("LoRA", "last layers", "all weights")
+        for dtype in (torch.float32, torch.bfloat16)
+    },
 }

@@ -6,13 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_language
+import evidence_readme
+import evidence_time
 import evidence_variance
-from evidence_cells import Results, Where, by_rows, by_size, exponents, markdown, spread
-from evidence_claims import OBJECTIVES, PRECISIONS, claims
+from evidence_cells import (
+    Results,
+    Where,
+    by_rows,
+    by_size,
+    exponents,
+    growing,
+    late,
+    markdown,
+    spread,
+)
+from evidence_claims import OBJECTIVES, claims
 from evidence_figures import draw
+from evidence_language import PRECISIONS, VIEWS, by_queries, by_steps
 from evidence_methods import ABLATIONS, METHODS, OWN
 from evidence_packages import PACKAGES
-from evidence_pieces import COUNTING, ONE_SAMPLE, SHORT
+from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"
@@ -20,6 +34,7 @@ LARGEST = RESULTS / "largest.json"
 PAGE = DOCS / "evidence.md"
 BEGIN, END = "<!-- tables: {} -->", "<!-- end: {} -->"
 ALL = (*METHODS, *OWN)
+TIME = "[table](#seconds)"
 LS, DIGITS = "least squares", "MNIST"
 Columns = Mapping[str, tuple[Where, str]]
 
@@ -28,8 +43,10 @@ def report(results: Mapping[str, Any]) -> None:
     """Put every table into its place on the page, and draw the figures."""
     found = Results(results)
     memory = json.loads(LARGEST.read_text())["rows"] if LARGEST.exists() else []
+    more = [*evidence_language.claims(found), *evidence_time.claims(found, TIME)]
+    more += evidence_readme.claims()
     tables = {
-        "claims": claims(found, memory),
+        "claims": claims(found, memory, more),
         "least squares": table(found, ALL, least_squares()),
         "MNIST": table(found, ALL, mnist()),
         "encoder": table(found, ALL, encoder()),
@@ -40,6 +57,9 @@ def report(results: Mapping[str, Any]) -> None:
         "variance": evidence_variance.table(found),
         "one sample": table(found, ONE_SAMPLE, one_sample()),
         "bf16": precision(found),
+        "time": evidence_time.table(found),
+        "causal LM": table(found, LANGUAGE, language("")),
+        "causal LM, bf16": table(found, LANGUAGE, language(", bf16")),
         "largest": largest(memory),
         "moments": moments(found),
         "rate of convergence": convergence(found, "rate of convergence", "MeZO"),
@@ -103,6 +123,15 @@ def encoder() -> Columns:
         "all weights": Where("encoder", full, queries=30_000, batch_size=64),
     }
     return {f"{k.split(',')[0]}, {b.budget}": (b, "accuracy") for k, b in budgets.items()}
+
+
+def language(half: str) -> Columns:
+    """Accuracy of the causal language model by what is tuned."""
+    return {
+        f"{view}, {where.budget}": (where, "accuracy")
+        for view in VIEWS
+        for where in (by_queries(view, half), by_steps(view, half))
+    }
 
 
 def ablations() -> Columns:
@@ -205,11 +234,10 @@ def convergence(found: Results, piece: str, method: str) -> str:
         for d in dimensions
     ]
     text = markdown(["d", *(f"T = {t:,}" for t in steps)], rows)
-    fitted = exponents(cells)
+    fitted, grow = exponents(late(cells)), growing(cells)
     if fitted:
-        text += f"\n\nFit over all: proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
-        late = exponents({key: values for key, values in cells.items() if key[1] >= 10 * key[0]})
-        text += f"; over T >= 10 d: d^{late[0]:.2f} T^{late[1]:.2f}." if late else "."
+        text += f"\n\nFit over T >= 10 d{f', without d = {grow[0]}' if grow else ''}: "
+        text += f"proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}."
     return text
 
 

@@ -1,5 +1,6 @@
 """The scripts behind docs/evidence.md: long runs of the theory are those of the library."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,3 +63,57 @@ def test_the_gradient_is_that_of_the_function(theory: tuple[Any, list[int]]) -> 
     f, x = theory[0].smooth(D, 0)
     x.requires_grad_(True)
     torch.testing.assert_close(torch.autograd.grad(f(x), x)[0], f.gradient(x.detach()))
+
+
+def timed(method: str, seed: int, looks: list[tuple[int, int, float, float]]) -> tuple[str, Any]:
+    """A run read against the clock, as it is kept."""
+    run = ["time", "MNIST", method, 0.003, 32, 400_000, None, seed]
+    return json.dumps(run), {"training": 1.0, "clock": looks}
+
+
+def test_a_method_is_timed_until_it_is_as_good_as_mezo_at_its_best_on_the_same_seed(
+    theory: tuple[Any, list[int]],
+) -> None:
+    from evidence_cells import Results
+    from evidence_time import claims, ways
+
+    runs = []
+    for seed in range(3):
+        best = 0.5 + seed / 10
+        plain = [(10, 640, 1.0, 0.2), (20, 1280, 2.0 + seed, best), (30, 1920, 9.0, best - 0.1)]
+        runs.append(timed("MeZO", seed, plain))
+        runs.append(timed("MeZO()", seed, [(5, 160, 0.5, best - 0.1), (6, 192, 0.6, best + 0.1)]))
+        short = best if seed == 1 else best - 0.01
+        runs.append(timed("MeZO-SVRG as printed", seed, [(4, 9000, 1.0, short)]))
+    found = Results(dict(runs))
+    there = ways(found, "MNIST")
+    assert there["MeZO"].mean("seconds") == 3.0  # 2, 3 and 4: not at its end, which is worse
+    assert there["MeZO()"].mean("queries") == 192
+    assert there["MeZO-SVRG as printed"].mean("seconds") is None
+    assert [look is not None for look in there["MeZO-SVRG as printed"].reached] == [0, 1, 0]
+    by_method = {row[0].split(" reaches")[0]: row for row in claims(found, "")}
+    assert by_method["MeZO()"][3] == "yes"
+    assert by_method["MeZO-SVRG as printed"][2:4] == (
+        "MeZO 3 s; MeZO-SVRG as printed in 1 of 3 runs",
+        "no",
+    )
+
+
+def test_a_grid_is_tried_first_and_seeds_run_at_its_best_rate(
+    theory: tuple[Any, list[int]],
+) -> None:
+    from evidence_pieces import SEEDS, TUNING, grid_of, open_runs
+
+    piece = ["bf16: MNIST"]
+
+    def missing(results: dict[str, Any]) -> list[Any]:
+        return [run for run in open_runs(results, False, piece) if run.method == "MeZO"]
+
+    first = missing({})
+    rates = grid_of(first[0])
+    assert [(run.lr, run.seed) for run in first] == [(lr, TUNING) for lr in rates]
+    results = {run.key: {"validation": abs((run.lr or 0.0) - rates[2])} for run in first}
+    results[first[-1].key] = {"validation": None}  # diverged
+    then = missing(results)
+    assert [(run.lr, run.seed) for run in then] == [(rates[2], seed) for seed in SEEDS]
+    assert missing(results | {run.key: {} for run in then}) == []
