@@ -34,8 +34,8 @@ def save(kept: dict[str, Any], path: Path) -> None:
     os.replace(aside, path)
 
 
-def _order(row: dict[str, Any]) -> tuple[str, int, float, bool]:
-    return row["cell"], row["seed"], row["multiple"] or 0.0, row["looks"]
+def _order(row: dict[str, Any]) -> tuple[str, int, float, str]:
+    return row["cell"], row["seed"], row["multiple"] or 0.0, row["schedule"]
 
 
 def score(row: Row) -> float:
@@ -91,9 +91,9 @@ class Compared(NamedTuple):
         return unit + ("" if self.is_fresh else "*") + ("" if self.is_near else " (no)")
 
 
-def compared(rows: Sequence[Row], multiple: float, *, looks: bool) -> Compared | None:
+def compared(rows: Sequence[Row], multiple: float) -> Compared | None:
     """A cell's default and best, on seeds that the choice has not seen where there are any."""
-    ours = {r["seed"]: score(r) for r in rows if not r["multiple"] and r["looks"] is looks}
+    ours = {r["seed"]: score(r) for r in rows if not r["multiple"]}
     theirs = {r["seed"]: score(r) for r in rows if r["multiple"] == multiple}
     both = sorted(ours.keys() & theirs.keys())
     fresh = [seed for seed in both if seed != SWEPT]
@@ -114,16 +114,20 @@ def spread(values: Sequence[float]) -> str:
     return text + (f" ± {statistics.stdev(values):.3f} ({len(values)})" if values[1:] else " (1)")
 
 
-def report(kept: dict[str, Any], cells: Sequence[tuple[str, bool, int | None]]) -> str:
-    """All tables, as Markdown."""
+def report(
+    kept: dict[str, Any], cells: Sequence[tuple[str, bool, int | None]], schedule: str
+) -> str:
+    """All tables, as Markdown: of the runs by one schedule, and against the others."""
     of: dict[str, list[Row]] = {}
     for row in kept["runs"]:
-        of.setdefault(row["cell"], []).append(row)
+        if row["schedule"] == schedule:
+            of.setdefault(row["cell"], []).append(row)
     parts = [
         _machines(kept),
         _sweeps(of, [name for name, sweep, _ in cells if sweep]),
         _alone(of, [name for name, sweep, steps in cells if not sweep and not steps]),
         _stays(of, [name for name, _, steps in cells if steps]),
+        _schedules(kept["runs"], {name.split(" | ")[1]: name for name, _, _ in cells}),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -137,51 +141,70 @@ def _machines(kept: dict[str, Any]) -> str:
 
 def _sweeps(of: dict[str, list[Row]], names: Sequence[str]) -> str:
     lines = [
-        "| view | task | default | without looks | found | best x | best | "
-        "gap | gap without looks |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| view | task | default | found | best x | best | gap |",
+        "|---|---|---|---|---|---|---|",
     ]
-    verdicts: dict[bool, list[Compared]] = {True: [], False: []}
+    verdicts: list[Compared] = []
     for name in names:
         rows = of.get(name, [])
         if not any(r["multiple"] is None for r in rows):
             continue
         multiple = best_multiple(rows, name, SWEPT, COUNT)
-        gaps = ["", ""]
-        for place, looks in enumerate((True, False)):
-            both = compared(rows, multiple, looks=looks) if multiple else None
-            if both:
-                verdicts[looks].append(both)
-                gaps[place] = str(both)
+        both = compared(rows, multiple) if multiple else None
+        verdicts += [both] if both else []
         swept = sum(r["seed"] == SWEPT and bool(r["multiple"]) for r in rows)
         best = [score(r) for r in rows if multiple and r["multiple"] == multiple]
         lines.append(
             f"{_of_cell(rows, name)} | {f'{multiple:g}' if multiple else f'{swept} of {COUNT} run'}"
-            f" | {spread(best)} | {' | '.join(gaps)} |"
+            f" | {spread(best)} | {both or ''} |"
         )
     if len(lines) == 2:
         return ""
-    return "\n".join([*lines, "", *map(_counted, verdicts, verdicts.values()), _harm(of, names)])
+    return "\n".join([*lines, "", _counted(verdicts), _harm(of, names)])
 
 
 def _of_cell(rows: Sequence[Row], name: str) -> str:
     """What a line of a table begins with."""
     ours = [r for r in rows if r["multiple"] is None]
-    plain = spread([score(r) for r in ours if not r["looks"]])
-    looking = [r for r in ours if r["looks"]]
-    found = "/".join(f"{r['found']:.2g}·{r['growth']:.2g}" for r in looking)
+    found = "/".join(f"{r['found']:.2g}" + _growth(r) for r in ours)
     view, task = name.split(" | ")
-    return f"| {view} | {task} | {spread([score(r) for r in looking])} | {plain} | {found}"
+    return f"| {view} | {task} | {spread([score(r) for r in ours])} | {found}"
 
 
-def _counted(looks: bool, verdicts: Sequence[Compared]) -> str:
+def _growth(row: Row) -> str:
+    """What looks along the updates made of it."""
+    return "" if row["growth"] == 1 else f"·{row['growth']:.2g}"
+
+
+def _counted(verdicts: Sequence[Compared]) -> str:
     fresh = [both for both in verdicts if both.is_fresh]
     return (
-        f"{'The default' if looks else 'Without looks'}: {sum(b.is_near for b in verdicts)} of "
+        f"The default: {sum(b.is_near for b in verdicts)} of "
         f"{len(verdicts)} cells within {NEAR} accuracy, or {TIMES} times the loss above the "
         f"optimum, of the best of their sweep ({sum(b.is_near for b in fresh)} of the {len(fresh)} "
         f"whose displacement was chosen on another seed; *: on the same)."
     )
+
+
+def _schedules(rows: Iterable[Row], tasks: dict[str, str]) -> str:
+    """Default runs by "cooldown" beside those by "linear", of the same cell and seed."""
+    of: dict[str, dict[tuple[str, int], float]] = {"linear": {}, "cooldown": {}}
+    for row in rows:
+        if row["multiple"] is None and "accuracy" in row["after"] and row["schedule"] in of:
+            of[row["schedule"]][row["cell"], row["seed"]] = score(row)
+    lines = ["| task | pairs | by cooldown, less by linear | better |", "|---|---|---|---|"]
+    for task in tasks:
+        gains = [
+            value - of["linear"][key]
+            for key, value in of["cooldown"].items()
+            if key in of["linear"] and key[0].endswith(f"| {task}")
+        ]
+        if gains:
+            better = sum(gain > 0 for gain in gains)
+            error = statistics.stdev(gains) / math.sqrt(len(gains)) if gains[1:] else math.nan
+            mean = f"{statistics.fmean(gains):+.3f} ± {error:.3f}"
+            lines.append(f"| {task} | {len(gains)} | {mean} | {better} |")
+    return "\n".join(lines) if lines[2:] else ""
 
 
 def _harm(of: dict[str, list[Row]], names: Sequence[str]) -> str:
@@ -195,7 +218,7 @@ def _harm(of: dict[str, list[Row]], names: Sequence[str]) -> str:
 
 
 def _alone(of: dict[str, list[Row]], names: Sequence[str]) -> str:
-    lines = ["| view | task | default | without looks | found |", "|---|---|---|---|---|"]
+    lines = ["| view | task | default | found |", "|---|---|---|---|"]
     for name in names:
         if name in of:
             lines.append(f"{_of_cell(of[name], name)} |")

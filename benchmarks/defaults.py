@@ -36,13 +36,11 @@ from default_problems import LANGUAGE, LANGUAGE_ADAPTERS, VIEWS, WHITE, problem
 from default_tables import SWEPT, best_multiple, load, report, save
 
 from zo_adapt import MeZO, MeZOSVRG, minimize
-from zo_adapt.optimizers import look_ahead
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SEEDS = (2, 3, 4)
 """The rule was chosen on seeds 0 and 1."""
-LOOKS = look_ahead.SHARE
 FEW_STEPS = (2, 6, 16, 120)
 
 
@@ -104,22 +102,19 @@ QUICK = "20 of them|100 unknowns.*unit 1$"
 
 
 class Job(NamedTuple):
-    """One run of a cell: the default (``multiple`` None) or a displacement.
-
-    ``looks`` False leaves out the looks ahead during the run: what the first step found stays.
-    """
+    """One run of a cell: the default (``multiple`` None) or a displacement."""
 
     cell: Cell
     seed: int
     multiple: float | None
     assets: str | None = None
     share: float = 1.0
-    looks: bool = True
+    schedule: str = "cooldown"
 
     @property
-    def key(self) -> tuple[str, int, float | None, bool]:
+    def key(self) -> tuple[str, int, float | None, str]:
         """What tells runs apart."""
-        return self.cell.name, self.seed, self.multiple, self.looks
+        return self.cell.name, self.seed, self.multiple, self.schedule
 
     def cost(self) -> float:
         """Longest first, by the queries that the task's name ends in; the default looks around."""
@@ -129,10 +124,10 @@ class Job(NamedTuple):
         return queries * tokens * (1.0 if self.multiple else 2.5) * (not self.cell.steps)
 
 
-def optimizer_of(view: str, displacement: float | None) -> MeZO | MeZOSVRG:
+def optimizer_of(view: str, displacement: float | None, schedule: str) -> MeZO | MeZOSVRG:
     """The default, or a displacement in place of the one it finds."""
     kind = MeZOSVRG if view.endswith(SVRG) else MeZO
-    return kind(displacement=displacement)
+    return kind(displacement=displacement, schedule=schedule)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -147,9 +142,8 @@ def run(job: Job) -> dict[str, Any]:
     if job.share < 1.0:
         budget = {name: max(1, int(number * job.share)) for name, number in budget.items()}
     multiple = job.multiple
-    optimizer = optimizer_of(cell.view, multiple and multiple * at.centre)
+    optimizer = optimizer_of(cell.view, multiple and multiple * at.centre, job.schedule)
     most = None if job.share == 1.0 else 64
-    look_ahead.SHARE = LOOKS if job.looks else 0.0
     before, started = at.measure(most), time.perf_counter()
     result = minimize(
         at.objective,
@@ -166,7 +160,7 @@ def run(job: Job) -> dict[str, Any]:
         "cell": cell.name,
         "seed": job.seed,
         "multiple": multiple,
-        "looks": job.looks,
+        "schedule": job.schedule,
         "before": rounded(before),
         "after": rounded(at.measure(most)),
         "found": finder and rounded(finder.calibration.displacement / at.centre),
@@ -192,13 +186,13 @@ def wanted(cells: list[Cell], done: dict[Any, dict[str, Any]], args: Any) -> lis
         urgency = 1 + (MATRIX.index(cell.task) if cell.task in MATRIX else 0)
         seeds = args.seeds[: cell.seeds]
         jobs += [(0, Job(cell, seed, None)) for seed in seeds]
-        if args.without_looks and not cell.steps:
-            jobs += [(0, Job(cell, seed, None, looks=False)) for seed in seeds]
         if not cell.sweep or args.defaults_only:
             continue
         jobs += [(urgency, Job(cell, SWEPT, multiple)) for multiple in MULTIPLES]
-        best = best_multiple(done.values(), cell.name, SWEPT, len(MULTIPLES))
+        rows = [row for row in done.values() if row["schedule"] == args.schedule]
+        best = best_multiple(rows, cell.name, SWEPT, len(MULTIPLES))
         jobs += [(urgency, Job(cell, seed, best)) for seed in seeds if best]
+    jobs = [(first, job._replace(schedule=args.schedule)) for first, job in jobs]
     jobs = [(first, job) for first, job in jobs if job.key not in done]
     jobs.sort(key=lambda pair: (pair[0], -pair[1].cost()))
     return [job._replace(assets=args.assets, share=args.share) for _, job in jobs]
@@ -207,7 +201,7 @@ def wanted(cells: list[Cell], done: dict[Any, dict[str, Any]], args: Any) -> lis
 def run_all(cells: list[Cell], args: Any) -> None:
     """Run what is missing, until nothing is or the deadline has come; keep every result."""
     kept = load(args.results)
-    done = {(r["cell"], r["seed"], r["multiple"], r["looks"]): r for r in kept["runs"]}
+    done = {(r["cell"], r["seed"], r["multiple"], r["schedule"]): r for r in kept["runs"]}
     machine = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "processor": platform.machine(),
@@ -247,8 +241,8 @@ def run_all(cells: list[Cell], args: Any) -> None:
 def brief(row: dict[str, Any]) -> str:
     """A run in a line."""
     how = "default" if row["multiple"] is None else f"x {row['multiple']:g}"
-    how += "" if row["looks"] else ", no looks"
-    return f"{row['cell']} | {how} | seed {row['seed']}: {row['after']}, {row['seconds']:.0f} s"
+    how += f", {row['schedule']} | seed {row['seed']}"
+    return f"{row['cell']} | {how}: {row['after']}, {row['seconds']:.0f} s"
 
 
 def main() -> None:
@@ -258,9 +252,7 @@ def main() -> None:
     parser.add_argument("--without", metavar="PATTERN", help="names to leave out")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--defaults-only", action="store_true", help="no sweeps")
-    parser.add_argument(
-        "--without-looks", action="store_true", help="the default without its looks ahead, too"
-    )
+    parser.add_argument("--schedule", default="cooldown", help="of the step, usual: %(default)s")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--share", type=float, default=1.0, help="of every budget, for a trial")
@@ -284,7 +276,8 @@ def main() -> None:
         cells = [c for c in cells if not re.search(args.without, c.name)]
     if not args.report:
         run_all(cells, args)
-    print(report(load(args.results), [(c.name, c.sweep, c.steps) for c in cells]))
+    names = [(c.name, c.sweep, c.steps) for c in cells]
+    print(report(load(args.results), names, args.schedule))
 
 
 if __name__ == "__main__":
