@@ -103,6 +103,7 @@ class Finder:
         """Let the values of the last probes change the displacement."""
         if self.is_calibrating:
             self.calibration.take(evaluations)
+            self.look_ahead.by_row = evaluations[0].per_example is not None
             self.displacement = self.calibration.found
         else:
             longer = self.displacement * self.look_ahead.take(evaluations)

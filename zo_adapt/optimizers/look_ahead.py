@@ -76,6 +76,8 @@ class LookAhead:
         most_growth: What it may come to.
         numel: Of the view.
         doubt: Variance of the best length of steps, in squares of the present length.
+        by_row: Whether rows have values of their own: a point is then asked about at once, and moved
+            to once.
         window: The last updates, at most ``MOST_TERMS`` terms of them.
         former: What the looks of a run have said that was begun by the first version; None: this
             one's.
@@ -88,6 +90,7 @@ class LookAhead:
     most_growth: float = MOST_GROWTH
     numel: int = 1
     doubt: float = MOST_DOUBT
+    by_row: bool = False
     window: list[Shift] = field(default_factory=list)
     former: Evidence | None = None
 
@@ -162,7 +165,7 @@ class LookAhead:
             return []
         self._directions = len({term.seed for term in updates.terms})
         batch = samples.aside(self.rows)
-        parts = batch.split(max(1, len(batch) // samples.share))
+        parts = batch.split(1 if self.by_row else max(1, len(batch) // samples.share))
         self._points = _points(len(batch), samples)
         return [Probe(_along(updates, s), part) for s in self._points for part in parts]
 
@@ -192,7 +195,7 @@ class LookAhead:
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as JSON can hold it."""
-        names = ("rows", "looks", "taken", "growth", "most_growth", "numel", "doubt")
+        names = ("rows", "looks", "taken", "growth", "most_growth", "numel", "doubt", "by_row")
         # A copy: what the run goes back to, where a step fails, must not change with it.
         state = {name: getattr(self, name) for name in names} | {"window": list(self.window)}
         if self.former is not None:
