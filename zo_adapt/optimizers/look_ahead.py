@@ -76,8 +76,8 @@ class LookAhead:
         most_growth: What it may come to.
         numel: Of the view.
         doubt: Variance of the best length of steps, in squares of the present length.
-        by_row: Whether rows have values of their own: a point is then asked about at once, and moved
-            to once.
+        by_row: Whether rows have values of their own: a point is then asked about at once, and
+            moved to once.
         window: The last updates, at most ``MOST_TERMS`` terms of them.
         former: What the looks of a run have said that was begun by the first version; None: this
             one's.
