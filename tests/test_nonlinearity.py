@@ -88,7 +88,7 @@ def test_the_search_ends_where_responses_are_as_linear_as_is_right(start: float)
     assert search.displacement == pytest.approx(1.0, rel=0.3)
 
 
-@pytest.mark.parametrize("seen", [[1.4], [0.5, 0.8], [0.9, 0.9, 0.9]])
+@pytest.mark.parametrize("seen", [[1.4], [0.5, 0.8, 1.1, 1.3], [0.9, 0.9, 0.9, 0.9]])
 def test_noise_of_the_values_is_not_taken_for_nonlinearity(seen: list[float]) -> None:
     """A search that took it so would come nearer to the end, where noise is all there is."""
     search = Calibration(1.0, target=TRAINED_RATIO, nonlinearity=Nonlinearity())
@@ -97,6 +97,26 @@ def test_noise_of_the_values_is_not_taken_for_nonlinearity(seen: list[float]) ->
         search.narrow(Response(even=0.01, odd=1.0, nonlinearity=bend))
     assert search.nonlinearity is None
     assert (search.displacement, search.low, search.high) == (1.0, None, None)
+
+
+def test_one_rise_may_be_chance() -> None:
+    """Of 32 rows one round of rsLoRA rose to .95, and its search went four times too far."""
+    search = Calibration(1.0, target=TRAINED_RATIO, nonlinearity=Nonlinearity())
+    search.narrow(Response(even=0.1, odd=0.3, nonlinearity=0.5))
+    nearer = search.displacement
+    search.narrow(Response(even=0.05, odd=0.25, nonlinearity=0.95))
+    assert search.nonlinearity is not None
+    assert search.displacement < nearer
+    assert not search.finished
+
+
+def test_values_that_were_not_noisy_nearby_are_not_noisy_further_away() -> None:
+    search = Calibration(1.0, target=TRAINED_RATIO, nonlinearity=Nonlinearity())
+    search.narrow(Response(even=0.05, odd=0.4, nonlinearity=0.1))
+    further = search.displacement
+    search.narrow(Response(even=0.1, odd=0.6, nonlinearity=1.4))
+    assert search.nonlinearity is not None
+    assert 1.0 < search.displacement < further
 
 
 def test_a_search_that_a_former_version_began_goes_on_by_damage_alone() -> None:

@@ -7,11 +7,11 @@ from zo_adapt.optimizers.responses import Response
 
 MOST = 0.35
 """Nonlinearity of the responses where the displacement is right."""
-MOST_IN_VAIN, ALL_NOISE = 2, 1.2
+MOST_IN_VAIN, ALL_NOISE = 3, 1.2
 """Rounds that come nearer in vain; and more than responses of any model had, where the noise of
 values alone has 1.5."""
-RISE, FALL = 1.15, 0.9
-"""From a round to a nearer one: noise alone makes it rise, and where it is a model's it falls."""
+FALL = 0.9
+"""From a round to a nearer one, where it is a model's; of few rows one round may rise by chance."""
 NEARER = 0.75
 
 
@@ -22,10 +22,13 @@ class Nonlinearity:
     Args:
         before: 0 before the first round.
         in_vain: Rounds, one after the other, that came nearer while it did not fall.
+        nearest: The nearest displacement at which responses were as linear as is right: noise of
+            the values would have shown there, more than further away. None: there was none.
     """
 
     before: float = 0.0
     in_vain: int = 0
+    nearest: float | None = None
 
     def factor(self, seen: Response) -> float:
         """By which the displacement may change."""
@@ -48,6 +51,7 @@ class Nonlinearity:
         self.before = seen.nonlinearity
         self.in_vain = self.in_vain + 1 if seen.nonlinearity > FALL * before else 0
         if seen.nonlinearity < MOST:
+            self.nearest = min(self.nearest or here, here)
+        if self.nearest is not None and self.nearest <= here:
             return False
-        rises = seen.nonlinearity > RISE * before
-        return rises or seen.nonlinearity > ALL_NOISE or self.in_vain == MOST_IN_VAIN
+        return seen.nonlinearity > ALL_NOISE or self.in_vain == MOST_IN_VAIN
