@@ -349,7 +349,8 @@ def test_examples_of_one_length_are_collated_once(lengths: tuple[int, int]) -> N
 @pytest.mark.parametrize(
     "optimizer",
     [
-        MeZOSVRG,
+        # What rounding differs by grows with the way that steps go.
+        lambda: MeZOSVRG(schedule="linear"),
         MeZO,
         lambda: MeZOSVRG(snapshot_interval=3, weight_decay=0.1, lr=1e-3),
         lambda: MeZOSVRG(snapshot_interval=20),

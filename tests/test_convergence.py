@@ -63,7 +63,7 @@ TABLE = {
     "mezo_one_sided": Row(lambda lr: MeZO(lr, num_directions=3, **PLAIN), (0.1, 0.005), (0.6, 0.3)),
     "mezo_normalised": Row(lambda lr: MeZO(lr, **PAIR, **SCALED), (0.1, 0.005), (0.1, 0.2)),
     "mezo_by_distance": Row(
-        lambda rho: MeZO(displacement=rho, perturbation_scale=1e-3, **PAIR),
+        lambda rho: MeZO(displacement=rho, schedule="linear", perturbation_scale=1e-3, **PAIR),
         (2.0, 0.005),
         (2.0, 0.2),
     ),

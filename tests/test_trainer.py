@@ -403,11 +403,29 @@ def test_trainers_schedule_is_applied_and_the_rate_logged_is_the_one_applied(
     assert trainer._run.last.lr == rates[-1]
 
 
+def test_how_long_rates_fall_is_as_given(tmp_path: Path) -> None:
+    given = {"num_decay_steps": 4, "decay_type": "linear"}
+    for kind in ({"lr_scheduler_type": "warmup_stable_decay"}, {}):
+        trainer = trainer_of(
+            tmp_path,
+            max_steps=8,
+            warmup_steps=2,
+            lr_scheduler_kwargs=given,
+            logging_steps=1,
+            **kind,
+        )
+        trainer.train()
+        rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
+        shape = [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+        assert rates == pytest.approx([max(rates) * one for one in shape])
+        assert trainer.args.lr_scheduler_kwargs == given
+
+
 def test_without_a_rate_the_optimizers_own_rule_applies(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, max_steps=4, optimizer="mezo", logging_steps=1)
+    trainer = trainer_of(tmp_path, max_steps=16, optimizer="mezo", logging_steps=1)
     trainer.train()
     rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
-    assert rates == pytest.approx([rates[0] * (1 - step / 4) for step in range(4)])
+    assert rates == pytest.approx([rates[0]] * 15 + [rates[0] / 2])
     assert isinstance(trainer.zo_optimizer.apply, ByDistance)
     plain = arguments(tmp_path, learning_rate=1e-4).build_optimizer().apply
     assert plain == Rate(1e-4)
@@ -593,12 +611,13 @@ def test_only_what_must_be_is_overridden() -> None:
     ours = [one for one in ZOTrainer.__mro__ if one.__module__.startswith("zo_adapt.")]
     names = {name for one in ours for name in vars(one) if not name.startswith("__")}
     step = {"create_optimizer", "get_train_dataloader", "training_step", "log"}
+    rates = {"create_scheduler"}  # the usual one needs to know how many steps there are
     state = {"_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "_save_rng_state"}
     resuming = {"train", "_load_from_checkpoint", "_load_best_model"}
     counted = {"set_initial_training_values", "_get_num_items_in_batch", "_track_num_input_tokens"}
     served = {"_move_model_to_device"}  # a base that is elsewhere stays there
     overridden = {name for name in names if hasattr(Trainer, name)}
-    wanted = step | state | resuming | counted | served
+    wanted = step | rates | state | resuming | counted | served
     assert overridden == {name for name in wanted if hasattr(Trainer, name)}  # 5.0 has not all
     assert wanted <= names
 

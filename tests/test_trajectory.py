@@ -203,7 +203,7 @@ def test_the_header_says_what_the_run_was(tmp_path: Path) -> None:
     assert header["noise"] == "gaussian-philox-v1"
     assert header["seeds"] == ["philox-words-v1", 3]
     assert {"python", "torch", "numpy"} <= set(header["versions"])
-    told = {"optimizer": "MeZOSVRG", "schedule": "linear", "num_directions": 8, "batch_size": 8}
+    told = {"optimizer": "MeZOSVRG", "schedule": "cooldown", "num_directions": 8, "batch_size": 8}
     assert told.items() <= header["settings"].items()
     assert header["settings"]["annealing"] == [5.0, 1.0, 2]
 
