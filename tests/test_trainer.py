@@ -612,6 +612,7 @@ def test_only_what_must_be_is_overridden() -> None:
     ours = [one for one in ZOTrainer.__mro__ if one.__module__.startswith("zo_adapt.")]
     names = {name for one in ours for name in vars(one) if not name.startswith("__")}
     step = {"create_optimizer", "get_train_dataloader", "training_step", "log"}
+    step |= {"_get_train_sampler"}  # batches to which every class contributes
     rates = {"create_scheduler"}  # the usual one needs to know how many steps there are
     state = {"_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "_save_rng_state"}
     resuming = {"train", "_load_from_checkpoint", "_load_best_model"}

@@ -112,13 +112,28 @@ class Samples:
     def _order(self, stream: int, number: int) -> list[int]:
         """Rows of pass ``number``: the list that is kept, so a step copies its own rows alone."""
         if self._passes.get(stream, (None,))[0] != number:
-            # Sorting random words: unlike a library's shuffle, the same in every version.
-            words = philox.words_numpy(self.seed, number, stream, 0, -(-len(self.source) // 4))
-            order = np.argsort(words[: len(self.source)], kind="stable")
-            if self._classes is not None:
-                order = stratified(order, self._classes)
-            self._passes[stream] = number, order.tolist()
+            rows = order_of_pass(len(self.source), self.seed, stream, number, self._classes)
+            self._passes[stream] = number, rows
         return self._passes[stream][1]
+
+
+def order_of_pass(
+    rows: int, seed: int, stream: int, number: int, classes: np.ndarray | None
+) -> list[int]:
+    """All rows in the order of a pass.
+
+    Args:
+        rows: How many there are.
+        seed: Of the order.
+        stream: One of the three.
+        number: Of the pass.
+        classes: Of every row, to spread them evenly; None: uniformly random.
+    """
+    # Sorting random words: unlike a library's shuffle, the same in every version.
+    words = philox.words_numpy(seed, number, stream, 0, -(-rows // 4))
+    order = np.argsort(words[:rows], kind="stable")
+    found: list[int] = (order if classes is None else stratified(order, classes)).tolist()
+    return found
 
 
 def stratified(order: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -61,7 +61,9 @@ class ZOConfig(TrainingArguments):
             from where the trajectory replays. 0: the adapters start as they are.
         noise: As for ``ParameterView``; None: the view's, or "gaussian".
         max_queries: Stop before more forward passes of one sample than this; None: no limit.
-        stratify: Spread the classes evenly over large batches and over the parts of a batch.
+        stratify: Spread the classes evenly over batches and their parts, in the order of
+            ``minimize``. Where Trainer is told how to draw (by length, by a sampler of yours), or a
+            run of a former version goes on: over large batches and the parts of a batch alone.
         micro_batch_size: Most rows in one forward pass; None: the training batch size.
         joint_rows, reuse_trunk, cuda_graphs: As in ``EvaluationOptions``.
         trunk_storage: Where a reused trunk's activations are kept: "device", "host" or "disk".
@@ -196,11 +198,12 @@ class ZOConfig(TrainingArguments):
         # Refused here or there alike: "on" is an error, "auto" goes without.
         return options
 
-    def build_optimizer(self, schedule: Callable[[float], float] | None = None) -> Optimizer:
+    def build_optimizer(self, schedule: str | Callable[[float], float] | None = None) -> Optimizer:
         """The optimizer that these arguments describe.
 
         Args:
-            schedule: Progress 0..1 -> factor on the learning rate; None is the optimizer's own.
+            schedule: Progress 0..1 -> factor on the learning rate, or the name of such a one; None
+                is the optimizer's own.
 
         Raises:
             OptionError: No such optimizer, or an option it does not have.

@@ -14,6 +14,7 @@ from zo_adapt.data.samples import Samples, stratified
 from zo_adapt.data.sources import Batch, Examples
 from zo_adapt.errors import DataError
 from zo_adapt.evaluation.objective import Objective
+from zo_adapt.trainer.order import AS_DRAWN
 
 EXAMPLES = "examples"
 """Where a batch that is not collated yet has its examples."""
@@ -98,9 +99,14 @@ class TrainerSamples(Samples):
     """Minibatches are what Trainer hands over; large batches are drawn from its training set."""
 
     def __init__(
-        self, source: "TrainingRows", seed: int, min_rows: int = 1, stratify: bool = True
+        self,
+        source: "TrainingRows",
+        seed: int,
+        min_rows: int = 1,
+        stratify: bool = True,
+        order: str = AS_DRAWN,
     ) -> None:
-        self._training, self.min_rows = source, min_rows
+        self._training, self.min_rows, self.order = source, min_rows, order
         self._stratify, self._classes = stratify, None
         self.positions = {}
         if source.has_length:
@@ -117,7 +123,9 @@ class TrainerSamples(Samples):
         self.batch_size = len(rows)
         if not self._training.has_length:
             self.source = rows  # of a stream this is all that there is to draw from
-        classes = rows.classes if self._stratify else None
+        # Spread over a pass, they are spread over any part of it already.
+        is_to_arrange = self._stratify and self.order == AS_DRAWN
+        classes = rows.classes if is_to_arrange else None
         self._inputs = Batch(rows, _fair_order(classes, len(rows)))
         self._training.forget()
 

@@ -15,6 +15,7 @@ from zo_adapt.errors import ZOError
 from zo_adapt.evaluation.objective import rows_needed
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.optimizers.schedule import Schedule
 from zo_adapt.view.parameters import ParameterView
 
 LONGEST_CYCLE = 100_000
@@ -24,6 +25,8 @@ class PlannedSteps:
     """For Trainer: where a budget of queries ends the run, its steps are those it is enough for."""
 
     args: Any
+    state: Any
+    lr_scheduler: Any
     _given: tuple[Any, Any, Any]
     _limit: int | None = None
     """Steps that were asked for; None: as many as there are queries for."""
@@ -63,6 +66,19 @@ class PlannedSteps:
             return super().create_scheduler(steps, optimizer)  # type: ignore[misc]
         finally:
             self.args.lr_scheduler_kwargs = given
+
+    @property
+    def schedule_in_force(self) -> str | Schedule:
+        """That of the run: the usual one is that of ``minimize``, to the bit."""
+        args = self.args
+        is_usual = args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
+        warm = args.get_warmup_steps(self.state.max_steps)
+        return self._schedule if warm or args.lr_scheduler_kwargs or not is_usual else "cooldown"
+
+    def _schedule(self, progress: float) -> float:
+        """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
+        factor: Schedule = self.lr_scheduler.lr_lambdas[0]
+        return factor(progress * self.state.max_steps)
 
     def _planned_steps(self, dataloader: Any) -> int | None:
         """Steps that the budget of queries is enough for, where that can be known."""

@@ -19,6 +19,7 @@ from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
 from zo_adapt.trainer.lora import save_start
+from zo_adapt.trainer.order import ORDER
 from zo_adapt.trainer.state import Checkpoint, begin_log, last_whole_checkpoint, save_state
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
@@ -87,6 +88,7 @@ class WholeCheckpoints:
             "seed": self.args.seed,
             "batch_size": self.args.train_batch_size,
             **data,
+            ORDER: self._samples.order,
             CONFIG: configured(self.view.model),
             MODULES: set_in_modules(self.view.model, self.view.changing),
             "objective": described(run.evaluator.objective),

@@ -4,7 +4,7 @@
 ``compute_metrics``, checkpoints and the progress bar are Trainer's own code.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
 from zo_adapt.trainer.lora import start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
+from zo_adapt.trainer.order import SpreadBatches, order_of
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
 from zo_adapt.trainer.sharing import SharedSteps
@@ -47,7 +48,7 @@ from zo_adapt.view.parameters import ParameterView
 logger = logging.get_logger(__name__)
 
 
-class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer):
+class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, SharedSteps, Trainer):
     """transformers.Trainer whose training step sees losses only, never a gradient.
 
     theta <- optimizer step on f(theta) = mean loss of the training batch
@@ -238,7 +239,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
         _, objective, optimizer = self._given
         ranks = self.find_ranks()
         options = options_of(self.args.evaluation_options(self.view), ranks)
-        self.zo_optimizer = optimizer or self.args.build_optimizer(self._schedule)
+        self.zo_optimizer = optimizer or self.args.build_optimizer(self.schedule_in_force)
         source = self._batching.training(loader)
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
@@ -261,7 +262,11 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
             ranks,
         )
         self._samples = TrainerSamples(
-            source, self.args.seed, rows_needed(evaluator.objective), self.args.stratify
+            source,
+            self.args.seed,
+            rows_needed(evaluator.objective),
+            self.args.stratify,
+            order_of(loader),
         )
         budget = Budget(self._limit, self.args.max_queries)
         self._run = Run(
@@ -286,8 +291,3 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SharedSteps, Trainer)
         if self._run is not None:
             self._end.advise(self._run)
             self._run.close()
-
-    def _schedule(self, progress: float) -> float:
-        """Trainer's schedule, warm-up included, at a share of the budget instead of at a step."""
-        factor: Callable[[float], float] = self.lr_scheduler.lr_lambdas[0]  # type: ignore
-        return factor(progress * self.state.max_steps)
