@@ -30,7 +30,7 @@ help:
 	@echo "            make test runs a part of it"
 	@echo "make older  that part with the oldest transformers and peft on the newest torch (a minute to set up)"
 	@echo "make newest run a part of the tests by the newest Python that is supported (6 GB)"
-	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (38 minutes on two busy cores)"
+	@echo "make soak   kill runs of five kinds 100 times, resume each time, compare (5 minutes; 38 on two busy cores)"
 	@echo "make attack signals at every instruction, 200 kills, damaged files (under 15 minutes)"
 	@echo "make serve-test  a vLLM server from start to end, in .serve-venv (3.5 GB, once)"
 	@echo "make evidence  the paper's claims in small runs, with tables in docs/evidence.md (under 30 minutes)"

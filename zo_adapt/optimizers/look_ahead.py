@@ -27,8 +27,8 @@ numbers d, and no further than sqrt(N / d) times the first displacement, or 4 ti
 larger part is one that a parabola along the last updates does not show: the noise of all
 directions, which stays: at N = 0.47 d looks cost a network on MNIST 0.06 of accuracy. And trained
 weights have something to lose by it: looks (of the first version) cost LoRA of an encoder 0.04 to
-0.28 on 40,000 and 100,000 queries, and those of the second 0.03 on 400,000, where directions
-outnumber the view, on each of five seeds (docs/choosing.md).
+0.28 on 40,000 and 100,000 queries, and gave LayerNorm 0.03 (two seeds); those of the second cost
+0.03 on 400,000, where directions outnumber the view, on each of five seeds (docs/choosing.md).
 
 So a run with more queries than it needs (least squares, a function of a few variables) takes the
 steps of the steepest descent that noise allows, whatever its first displacement was.
@@ -105,7 +105,7 @@ class LookAhead:
     ) -> None:
         """Share out the queries for looks; there are none where directions are few.
 
-        Nor in weights that were trained: there looks did harm at every budget (docs/choosing.md).
+        Nor in weights that were trained: there looks mostly did harm (docs/choosing.md).
 
         Args:
             samples: How many rows there are, and how many have a value.
