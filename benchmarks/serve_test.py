@@ -200,7 +200,7 @@ def tuned(
             MeZO(displacement=0.25, num_directions=4),
             batch_size=4,
             max_steps=steps,
-            evaluator=evaluator,
+            evaluation=evaluator,
             progress=False,
         )
         found[kind] = [step.value for step in result.history]

@@ -10,11 +10,11 @@ import torch
 from least_squares import Least
 from torch import Tensor
 
-from zo_adapt import Workers
+from zo_adapt import EvaluationOptions, Workers
 from zo_adapt.errors import ZOError
 
-QUICK = Workers(timeout=30, check_every=4)
-IMPATIENT = Workers(timeout=4, check_every=4)
+QUICK = EvaluationOptions(workers=Workers(timeout=30, check_every=4))
+IMPATIENT = EvaluationOptions(workers=Workers(timeout=4, check_every=4))
 
 
 class Fault(NamedTuple):
@@ -41,7 +41,7 @@ def ended(problem: Least, began: float, error: BaseException) -> dict[str, Any]:
 def _run(problem: Least, **options: Any) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        problem.run(**{"workers": QUICK, "max_steps": 40} | options)
+        problem.run(**{"evaluation": QUICK, "max_steps": 40} | options)
     except (ZOError, ValueError) as error:
         return ended(problem, began, error)
     return {}
@@ -70,7 +70,7 @@ def hangs(folder: Path, rank: int) -> dict[str, Any]:
     problem = Least()
     naps = iter([9.0])  # once: the step's other blocks come after it
     acting = in_step(problem, 5, None if rank != 1 else lambda: time.sleep(next(naps, 0.0)))
-    return _run(problem, trajectory=folder / "run.zot", workers=IMPATIENT, **acting)
+    return _run(problem, trajectory=folder / "run.zot", evaluation=IMPATIENT, **acting)
 
 
 def restarted(folder: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def restarted(folder: str) -> dict[str, Any]:
     problem, count = Least(), os.environ["TORCHELASTIC_RESTART_COUNT"]
     dies = (os.environ["RANK"], count) == ("1", "0")
     acting = in_step(problem, 5, (lambda: os.kill(os.getpid(), 9)) if dies else None)
-    result = problem.run(trajectory=Path(folder) / "run.zot", workers=QUICK, **acting)
+    result = problem.run(trajectory=Path(folder) / "run.zot", evaluation=QUICK, **acting)
     made = [step.step for step in acting["callback"].__self__]
     return {"weights": problem.view.hash(), "steps": result.steps, "made": made, "start": count}
 
@@ -133,7 +133,7 @@ def one_stops(folder: Path, rank: int) -> dict[str, Any]:
         if rank == 1 and step.step == 5:
             raise StopIteration
 
-    result = problem.run(callback=callback, workers=QUICK)
+    result = problem.run(callback=callback, evaluation=QUICK)
     return {"steps": result.steps, "weights": problem.view.hash(), "reason": result.stop_reason}
 
 
@@ -144,7 +144,7 @@ def cannot_write(folder: Path, rank: int) -> dict[str, Any]:
         if rank == 0 and step.step == 5:
             file.rename(folder / "elsewhere.zot")
 
-    result = problem.run(callback=move, trajectory=file, workers=QUICK)
+    result = problem.run(callback=move, trajectory=file, evaluation=QUICK)
     return {"steps": result.steps, "weights": problem.view.hash(), "reason": result.stop_reason}
 
 

@@ -49,8 +49,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "view for data": ({"data": VIEW}, "data is a ParameterView; the order"),
     "optimizer for data": ({"data": MeZO()}, r"data is a MeZO; the order .*data=None"),
     "options as a dict": ({"evaluation": {}}, r"dict; give EvaluationOptions\("),
-    "evaluator by name": ({"evaluator": "vllm"}, r"'vllm'; give ServedEvaluator\(server\)"),
-    "class of evaluator": ({"evaluator": ServedEvaluator}, r"class ServedEvaluator; give S"),
+    "evaluator by name": ({"evaluation": "vllm"}, r"'vllm'; .* or ServedEvaluator\(server\)"),
+    "class of evaluator": ({"evaluation": ServedEvaluator}, r"class ServedEvaluator; give"),
+    "evaluator by name among options": (
+        {"evaluation": EvaluationOptions(evaluator="vllm")},  # type: ignore[arg-type]
+        r"evaluator is 'vllm'; give ServedEvaluator\(server\)",
+    ),
     "number for a file": ({"trajectory": 3}, r"trajectory is a int; give a path"),
     "words for a callback": ({"callback": "print"}, "callback is 'print'; give a function"),
     "metrics as a list": ({"metrics": [never]}, "list; give objectives by name"),

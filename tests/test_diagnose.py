@@ -22,6 +22,7 @@ from zo_adapt.errors import (
     PerturbationError,
     UndefinedMetricError,
 )
+from zo_adapt.evaluation.locally import Locally
 
 TWO = [0.01, 0.02]
 
@@ -42,6 +43,12 @@ def probe(rows: Tensor, batch_size: int, **options: Any) -> Diagnosis:
     x = torch.zeros(rows.shape[1], dtype=torch.float64)
     settings = {"batch_size": batch_size, "perturbation_scales": TWO}
     return diagnose(linear(x), ParameterView({"x": x}), rows, **(settings | options))
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"evaluator": Locally()}])
+def test_refuses_other_processes_that_it_would_have_to_start(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="diagnose asks the model in this process"):
+        probe(gradients(8, 0.5, 1.0), 4, evaluation=EvaluationOptions(**options))
 
 
 @pytest.mark.parametrize("batch_size", [4, 200])

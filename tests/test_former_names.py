@@ -13,6 +13,7 @@ from torch import Tensor
 import zo_adapt
 from objectives import CallableObjective
 from zo_adapt import Data, EvaluationOptions, Metrics, MeZO, ParameterView, Result, minimize
+from zo_adapt.evaluation.locally import Locally
 
 SETTINGS: dict[str, Any] = {"batch_size": 6, "max_steps": 3, "progress": False}
 
@@ -48,6 +49,16 @@ FORMER: dict[str, tuple[str, dict[str, Any], Callable[[Problem], dict[str, Any]]
         "EvaluationOptions.*'on' for True",
         {"cuda_graphs": False},
         lambda p: {"evaluation": EvaluationOptions(cuda_graphs="off")},
+    ),
+    "workers": (
+        "EvaluationOptions",
+        {"workers": 1},
+        lambda p: {"evaluation": EvaluationOptions(workers=1)},
+    ),
+    "evaluator": (
+        "ServedEvaluator",
+        {"evaluator": Locally()},
+        lambda p: {"evaluation": Locally()},
     ),
     "maximize": (
         "CallableObjective",

@@ -12,7 +12,7 @@ from rank_cases import CASES, FEW
 from rank_faults import in_step
 from worker_runs import found, run_worker
 
-from zo_adapt import StopReason, Workers, replay
+from zo_adapt import EvaluationOptions, StopReason, Workers, replay
 from zo_adapt.errors import ArgumentTypeError, OptionError
 from zo_adapt.evaluation.answers import Block, merged
 from zo_adapt.ranks import launched
@@ -181,13 +181,13 @@ def test_a_checksum_sees_any_bit_and_place(dtype: torch.dtype, seed: int) -> Non
 )
 def test_bad_workers_are_named(workers: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="workers"):
-        Least().run(workers=workers)
+        Least().run(evaluation=EvaluationOptions(workers=workers))
 
 
 def test_what_cannot_be_pickled_is_named_before_any_work() -> None:
     problem = Least()
     with pytest.raises(OptionError, match="top level"):
-        problem.run(lambda batch: problem(batch), workers=2)  # noqa: PLW0108
+        problem.run(lambda batch: problem(batch), evaluation=EvaluationOptions(workers=2))  # noqa: PLW0108
 
 
 def test_processes_that_a_run_starts_itself_make_the_same_run(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_processes_that_a_run_starts_itself_make_the_same_run(tmp_path: Path) ->
     steps: list[int] = []
     second = together.run(
         trajectory=tmp_path / "together.zot",
-        workers=Workers(2, timeout=60),
+        evaluation=EvaluationOptions(workers=Workers(2, timeout=60)),
         callback=lambda step: steps.append(step.step),
     )
     assert together.view.hash() == alone.view.hash()

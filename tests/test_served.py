@@ -116,7 +116,7 @@ def tune(model: Any, server: Any, steps: int = 4, **options: Any) -> Any:
         texts(),
         options.pop("optimizer", MeZO(lr=1e-3)),
         max_steps=steps,
-        evaluator=evaluator,
+        evaluation=evaluator,
         **QUIET | options,
     )
 
@@ -208,7 +208,7 @@ class TestInProcess:
                 view,
                 texts(),
                 max_steps=6,
-                evaluator=evaluator,
+                evaluation=evaluator,
                 metrics={"match": ExactMatch(model, softness=1.0)},
                 **QUIET,
             )
@@ -242,7 +242,7 @@ class TestInProcess:
                 ParameterView.trainable(model),
                 labelled(),
                 max_steps=1,
-                evaluator=ServedEvaluator(PeftServer(model)),
+                evaluation=ServedEvaluator(PeftServer(model)),
                 **QUIET,
             )
 
@@ -254,7 +254,7 @@ class TestInProcess:
                 ParameterView.trainable(model),
                 torch.zeros(8, 2),
                 max_steps=1,
-                evaluator=ServedEvaluator(PeftServer(model)),
+                evaluation=ServedEvaluator(PeftServer(model)),
                 **QUIET,
             )
 
@@ -304,7 +304,7 @@ class TestServer:
                     texts(),
                     MeZOSVRG(lr=1e-3),
                     max_steps=6,
-                    evaluator=ServedEvaluator(vllm(fake.url)),
+                    evaluation=ServedEvaluator(vllm(fake.url)),
                     callback=stop,
                     trajectory=tmp_path / name,
                     resume=True,
@@ -328,7 +328,7 @@ class TestServer:
                 rows,
                 MeZO(lr=1e-3),
                 max_steps=2,
-                evaluator=ServedEvaluator(vllm(fake.url)),
+                evaluation=ServedEvaluator(vllm(fake.url)),
                 **QUIET,
             )
             values.append([step.value for step in result.history])
@@ -367,7 +367,7 @@ class TestServer:
                 MeZO(lr=1e-3),
                 max_steps=6,
                 callback=keep,
-                evaluator=ServedEvaluator(vllm(fake.url), self_test=False),
+                evaluation=ServedEvaluator(vllm(fake.url), self_test=False),
                 trajectory=tmp_path / "run",
                 **QUIET,
             )
@@ -382,7 +382,7 @@ class TestServer:
                     max_steps=6,
                     trajectory=tmp_path / name,
                     resume=True,
-                    evaluator=ServedEvaluator(vllm(again.url), self_test=False),
+                    evaluation=ServedEvaluator(vllm(again.url), self_test=False),
                     **QUIET,
                 )
                 for name in ("run", "other")
@@ -439,7 +439,13 @@ class TestServer:
         evaluator = ServedEvaluator(vllm(fake.url))
         optimizer = MeZO(lr=1e-3)
         minimize(
-            CausalLMLoss(model), view, texts(), optimizer, max_steps=1, evaluator=evaluator, **QUIET
+            CausalLMLoss(model),
+            view,
+            texts(),
+            optimizer,
+            max_steps=1,
+            evaluation=evaluator,
+            **QUIET,
         )
         report = evaluator.report
         assert report is not None and report.raised > 0 and report.signal >= 0.9
@@ -466,7 +472,7 @@ class TestServer:
                 rows,
                 MeZO(lr=1e-3),
                 max_steps=1,
-                evaluator=ServedEvaluator(vllm(fake.url), self_test=False),
+                evaluation=ServedEvaluator(vllm(fake.url), self_test=False),
                 **QUIET,
             )
         assert not any(path.endswith("completions") for path, _ in fake.requests)
@@ -514,7 +520,13 @@ class TestServer:
         evaluator = ServedEvaluator(PeftServer(base))
         optimizer = MeZO(lr=1e-3)
         minimize(
-            CausalLMLoss(model), view, texts(), optimizer, max_steps=1, evaluator=evaluator, **QUIET
+            CausalLMLoss(model),
+            view,
+            texts(),
+            optimizer,
+            max_steps=1,
+            evaluation=evaluator,
+            **QUIET,
         )
         report = evaluator.report
         assert report is not None and report.signal >= 0.9
@@ -634,7 +646,7 @@ class TestSoftPrompts:
                 ParameterView.trainable(model),
                 labelled(),
                 max_steps=3,
-                evaluator=evaluator,
+                evaluation=evaluator,
                 **QUIET,
             )
             ends.append([step.value for step in result.history])

@@ -239,7 +239,7 @@ class TestAnyEndpoint:
                     batch_size=2,
                     max_steps=1,
                     progress=False,
-                    evaluator=ServedEvaluator(server),
+                    evaluation=ServedEvaluator(server),
                 )
             fake.faults.refuses = "x"
             with pytest.raises(ServerReplyError, match="no adapter named"):

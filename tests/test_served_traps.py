@@ -127,7 +127,7 @@ class TestAdapters:
                 texts(),
                 MeZO(lr=1e-3),
                 max_steps=1,
-                evaluator=ServedEvaluator(server),
+                evaluation=ServedEvaluator(server),
                 **QUIET,
             )
         assert not fake.requests
@@ -180,7 +180,7 @@ class TestSelfTest:
         before = view.hash()
         with pytest.raises(SelfTestError, match=rf"self-test \d .*{said}") as raised:
             minimize(
-                objective, view, rows, max_steps=1, evaluator=ServedEvaluator(connected()), **QUIET
+                objective, view, rows, max_steps=1, evaluation=ServedEvaluator(connected()), **QUIET
             )
         assert "dies_after" in faults or f"self-test {part} " in str(raised.value)
         assert view.hash() == before
@@ -229,7 +229,7 @@ def test_lies_in_the_middle_of_a_run(
             MeZO(lr=1e-3),
             max_steps=4,
             callback=lie,
-            evaluator=ServedEvaluator(connected()),
+            evaluation=ServedEvaluator(connected()),
             **QUIET,
         )
     assert len(kept) == 1 and view.hash() == kept[0] and not fake.loaded
@@ -243,7 +243,7 @@ url, place, path = sys.argv[1:]
 minimize(
     CausalLMLoss(model := hollow()), ParameterView.trainable(model), texts(), MeZO(lr=1e-3),
     max_steps=40, trajectory=path, resume=True,
-    evaluator=ServedEvaluator(VLLMServer(url, place=place)), **QUIET,
+    evaluation=ServedEvaluator(VLLMServer(url, place=place)), **QUIET,
 )
 """
 
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(fake: Fake, tmp_path: Path)
                 max_steps=40,
                 trajectory=tmp_path / name,
                 resume=True,
-                evaluator=ServedEvaluator(server),
+                evaluation=ServedEvaluator(server),
                 **QUIET,
             )
         return view.hash(), (tmp_path / name).read_bytes()
@@ -384,7 +384,7 @@ def test_a_function_that_runs_the_model_itself_is_refused(whole: bool) -> None:
             view_of_lora(model),
             {"input_ids": torch.ones(8, 4, dtype=torch.long)},
             max_steps=1,
-            evaluator=ServedEvaluator(PeftServer(tiny_model("llama", "causal"))),
+            evaluation=ServedEvaluator(PeftServer(tiny_model("llama", "causal"))),
             **QUIET,
         )
 

@@ -142,7 +142,7 @@ def test_a_served_model_is_not_watched_by_a_local_one(tmp_path: Path) -> None:
             CausalLMLoss(model), ParameterView.trainable(model),
             [{"input_ids": [5, 6, 7]}, {"input_ids": [7, 6, 5]}],
             batch_size=2, max_steps=1, progress=False, trajectory=tmp_path / "run.zot",
-            metrics={"noise": TrackVariance(1)}, evaluator=ServedEvaluator(PeftServer(model)),
+            metrics={"noise": TrackVariance(1)}, evaluation=ServedEvaluator(PeftServer(model)),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

@@ -76,7 +76,7 @@ def tune(model: nn.Module, server: ServedModel, source: str, args: argparse.Name
         batch_size=args.batch_size,
         max_queries=args.max_queries,
         seed=args.seed,
-        evaluator=evaluator,
+        evaluation=evaluator,
     )
     seconds = time.monotonic() - start
     after = seen(loss, view, evaluator, held_out)

@@ -28,12 +28,13 @@ from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_need
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_examples, resolve_mean_over_rows
 from zo_adapt.loops import former
-from zo_adapt.loops.arguments import check_data, check_evaluation, check_view, checked_objective
+from zo_adapt.loops.arguments import as_evaluation, check_data, check_view, checked_objective
 from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.launched import find_ranks
+from zo_adapt.ranks.local_workers import starts_workers
 from zo_adapt.ranks.replicas import check_views
-from zo_adapt.ranks.workers import Workers
+from zo_adapt.ranks.workers import as_workers
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import (
     check_resolution,
@@ -107,7 +108,13 @@ def diagnose(
     objective = checked_objective(objective)
     check_view(view)
     check_data(data)
-    check_evaluation(evaluation)
+    evaluation = as_evaluation(evaluation)
+    workers = as_workers(evaluation.workers)
+    if evaluation.evaluator is not None or starts_workers(workers):
+        raise OptionError(
+            "diagnose asks the model in this process, or in those that a launcher has started; "
+            f"leave evaluator and workers out of {evaluation!r}"
+        )
     check_run(at_least_one("num_directions", num_directions), None, seed)
     examples = as_data(data)
     source = examples.source(objective.collate)
@@ -127,7 +134,7 @@ def diagnose(
     usual, scales = _scales(view, far.displacement, objective.step_like, perturbation_scales)
     if isinstance(objective, SetObjective):
         objective = Jackknife(objective)
-    ranks = find_ranks(Workers())
+    ranks = find_ranks(workers)
     if ranks is not None:
         check_views(ranks, view)
     options = options_of(evaluation, ranks)

@@ -1,11 +1,15 @@
-"""How evaluations are made: what a user may say of memory and speed."""
+"""How evaluations are made: what a user may say of memory and speed, and of where they are."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.options import at_least_one
+
+if TYPE_CHECKING:
+    from zo_adapt.evaluation.protocol import EvaluatedBy
+    from zo_adapt.ranks.workers import Workers
 
 JointRows = int | Literal["auto", "measured", "off"]
 ReuseTrunk = Literal["auto", "on", "off"] | FrozenTrunk
@@ -38,6 +42,12 @@ class EvaluationOptions:
         cuda_graphs: Capture an evaluation's kernels on a GPU, once for each shape of a batch, and
             replay them: "auto" for objectives that say they can be captured; "on": for any; "off":
             never. Where a trunk is reused, the frozen layers are not captured.
+        workers: Processes on this machine that share the evaluations, or ``Workers``; the objective
+            and the data are pickled for them. None: those that a launcher has started, or this one
+            alone. The result is bit for bit the same. Files and the bar are those of rank 0; the
+            callback is called on every rank that a launcher has started.
+        evaluator: Where values come from: None, this process; ``ServedEvaluator(server)``, a model
+            behind a server.
 
     Raises:
         OptionError: A value that is none of these.
@@ -51,6 +61,8 @@ class EvaluationOptions:
     joint_rows: JointRows = "auto"
     reuse_trunk: ReuseTrunk = "auto"
     cuda_graphs: CudaGraphs = "auto"
+    workers: "int | Workers | None" = None
+    evaluator: "EvaluatedBy | None" = None
 
     def __post_init__(self) -> None:
         if self.micro_batch_size is not None:

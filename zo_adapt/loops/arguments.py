@@ -65,16 +65,21 @@ def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
     raise ArgumentTypeError(f"{name} is {_kind(optimizer)}; {way_out}")
 
 
-def check_evaluation(evaluation: Any) -> None:
-    """Refuse anything but ``EvaluationOptions``.
+def as_evaluation(evaluation: Any) -> EvaluationOptions:
+    """The options as they are, or those of a way of evaluating that stands for them.
 
     Raises:
         ArgumentTypeError: It is something else.
     """
-    if not isinstance(evaluation, EvaluationOptions):
+    if isinstance(evaluation, EvaluationOptions):
+        check_evaluator(evaluation.evaluator)
+        return evaluation
+    if isinstance(evaluation, type) or not hasattr(evaluation, "bound_to"):
         raise ArgumentTypeError(
-            f"evaluation is {_kind(evaluation)}; give EvaluationOptions(micro_batch_size=..., ...)"
+            f"evaluation is {_kind(evaluation)}; give EvaluationOptions(micro_batch_size=..., "
+            "...), or ServedEvaluator(server)"
         )
+    return EvaluationOptions(evaluator=evaluation)
 
 
 def check_evaluator(evaluator: Any) -> None:

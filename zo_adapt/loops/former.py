@@ -6,6 +6,7 @@ from typing import Any
 from zo_adapt.data.examples import as_data
 from zo_adapt.evaluation.objective import as_objective, with_attributes
 from zo_adapt.evaluation.options import EvaluationOptions
+from zo_adapt.loops.arguments import as_evaluation
 from zo_adapt.loops.monitor import Metrics, as_metrics
 
 DATA = {
@@ -17,6 +18,10 @@ EVALUATION = {
     "joint_rows": "evaluation=EvaluationOptions(joint_rows=...), 'off' for None",
     "reuse_trunk": "evaluation=EvaluationOptions(reuse_trunk=...), 'on' for True, 'off' for False",
     "cuda_graphs": "evaluation=EvaluationOptions(cuda_graphs=...), 'on' for True, 'off' for False",
+}
+PROCESSES = {
+    "workers": "evaluation=EvaluationOptions(workers=...)",
+    "evaluator": "evaluation=ServedEvaluator(server), or EvaluationOptions(evaluator=...)",
 }
 METRICS = {
     "metrics_data": "metrics=Metrics(objectives, data=...)",
@@ -32,9 +37,10 @@ def translate(arguments: dict[str, Any], former: dict[str, Any]) -> None:
     of_data = {name: former[name] for name in DATA if name in former}
     if of_data:
         arguments["data"] = replace(as_data(arguments.get("data")), **of_data)
-    of_evaluation = {n: switched(n, former[n]) for n in EVALUATION if n in former}
+    names = EVALUATION | PROCESSES
+    of_evaluation = {n: switched(n, former[n]) for n in names if n in former}
     if of_evaluation:
-        options = arguments.get("evaluation", EvaluationOptions())
+        options = as_evaluation(arguments.get("evaluation", EvaluationOptions()))
         arguments["evaluation"] = replace(options, **of_evaluation)
     if former.keys() & METRICS.keys():
         arguments["metrics"] = _metrics(arguments.get("metrics"), former)
@@ -52,6 +58,8 @@ def switched(name: str, value: Any) -> Any:
     """
     if name == "joint_rows":
         return "off" if value is None else value
+    if name in PROCESSES:
+        return value
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 

@@ -20,9 +20,8 @@ from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import (
+    as_evaluation,
     check_data,
-    check_evaluation,
-    check_evaluator,
     check_optimizer,
     check_run_files,
     check_view,
@@ -41,7 +40,7 @@ from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.group import closing_ranks
 from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.local_workers import started, starts_workers
-from zo_adapt.ranks.workers import Workers, as_workers
+from zo_adapt.ranks.workers import as_workers
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import TrajectoryFile
 from zo_adapt.view.parameters import ParameterView
@@ -100,7 +99,8 @@ class Bar:
 
 
 @former_keywords(
-    former.DATA | former.EVALUATION | former.METRICS | former.MAXIMIZE, former.translate
+    former.DATA | former.EVALUATION | former.PROCESSES | former.METRICS | former.MAXIMIZE,
+    former.translate,
 )
 def minimize(
     objective: ObjectiveLike,
@@ -114,12 +114,10 @@ def minimize(
     seed: int = 0,
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
-    evaluation: EvaluationOptions = EvaluationOptions(),
-    evaluator: EvaluatedBy | None = None,
+    evaluation: EvaluationOptions | EvaluatedBy = EvaluationOptions(),
     metrics: Metrics | Mapping[str, ObjectiveLike] | None = None,
     trajectory: str | Path | TrajectoryFile | None = None,
     resume: bool = False,
-    workers: int | Workers | None = None,
 ) -> Result:
     """Minimise an objective over a view by forward passes (or maximise it, if it says so).
 
@@ -136,9 +134,9 @@ def minimize(
         seed: Of directions and data order, 0 <= seed < 2**64. Same seed, same run.
         callback: Called with a ``Step`` after every step; StopIteration stops the run.
         progress: Show a progress bar.
-        evaluation: Memory against time: rows in one call, candidates together, reuse, graphs.
-        evaluator: Where values come from: None, this process; ``ServedEvaluator(server)``, a model
-            behind a server.
+        evaluation: Memory against time: rows in one call, candidates together, reuse, graphs,
+            processes that share the work; or where values come from: ``ServedEvaluator(server)``,
+            a model behind a server.
         metrics: Objectives by name, watched beside the one that is minimised; ``Metrics`` of them
             says on which data and how often (the run's, every 100 steps and at the end).
         trajectory: File that every step is appended to; see ``replay``, and ``TrajectoryFile`` for
@@ -151,10 +149,6 @@ def minimize(
             follow that share). It is neither the long run from the start nor the short one and
             another after it, and is the same whenever it is stopped and resumed. Processes that
             torchrun has started anew go on by themselves.
-        workers: Processes on this machine that share the evaluations, or ``Workers``; the objective
-            and the data are pickled for them. None: those that a launcher has started, or this one
-            alone. The result is bit for bit the same. Files and the bar are those of rank 0; the
-            callback is called on every rank that a launcher has started.
 
     Returns:
         Value, steps, queries, stop reason and history; ``print`` it.
@@ -173,12 +167,14 @@ def minimize(
         >>> result.steps, result.queries, result.stop_reason.name
         (3, 24, 'MAX_STEPS')
     """
-    workers = as_workers(workers)
+    evaluation = as_evaluation(evaluation)
+    workers = as_workers(evaluation.workers)
     if starts_workers(workers):
+        evaluation = replace(evaluation, workers=replace(workers, count=None))
         given = {"objective": objective, "view": view, "data": data, "optimizer": optimizer}
         given |= {"batch_size": batch_size, "max_steps": max_steps, "max_queries": max_queries}
         given |= {"seed": seed, "evaluation": evaluation, "metrics": metrics, "resume": resume}
-        given |= {"trajectory": trajectory, "workers": replace(workers, count=None)}
+        given |= {"trajectory": trajectory}
         with started(workers, minimize, given | {"progress": False}):
             return minimize(**given, progress=progress, callback=callback)
     optimizer = MeZO() if optimizer is None else optimizer
@@ -186,8 +182,6 @@ def minimize(
     check_view(view)
     check_data(data)
     check_optimizer(optimizer)
-    check_evaluation(evaluation)
-    check_evaluator(evaluator)
     check_run_files(trajectory, callback)
     max_steps, max_queries, seed = check_run(max_steps, max_queries, seed)
     batch_size = None if batch_size is None else integer("batch_size", batch_size)
@@ -197,7 +191,7 @@ def minimize(
     check_all_examples(objective, examples.examples, as_stored=examples.collate is None)
     view.check_ready()
     source = examples.source(objective.collate)
-    way = Locally() if evaluator is None else evaluator
+    way = evaluation.evaluator or Locally()
     objective = way.prepared(objective, source, view)
     samples = Samples(source, batch_size, seed, examples.classes(), rows_needed(objective))
     asked = shared(

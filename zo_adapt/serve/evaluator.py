@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServedEvaluator(CountingEvaluator):
-    """Evaluates probes by a model that runs elsewhere: ``minimize(..., evaluator=this)``.
+    """Evaluates probes by a model that runs elsewhere: ``minimize(..., evaluation=this)``.
 
     The view's LoRA adapter lives here and its base lives there. A step's points become candidates,
     adapters with names that are never used again: as many as the server takes at once are loaded,
@@ -71,7 +71,7 @@ class ServedEvaluator(CountingEvaluator):
         >>> result = minimize(
         ...     CausalLMLoss(model), ParameterView.trainable(model), data, MeZO(lr=1e-2),
         ...     batch_size=2, max_steps=2, progress=False,
-        ...     evaluator=ServedEvaluator(PeftServer(model)))
+        ...     evaluation=ServedEvaluator(PeftServer(model)))
         >>> result.steps, result.queries
         (2, 32)
     """
@@ -149,8 +149,9 @@ class ServedEvaluator(CountingEvaluator):
         """
         if self._served is None:
             raise NotServableError(
-                "this evaluator has no objective and no view yet; give it to minimize or ZOTrainer"
-                " as evaluator=..., or call bound_to(objective, view, EvaluationOptions())"
+                "this evaluator has no objective and no view yet; give it to minimize as "
+                "evaluation=..., to ZOTrainer as evaluator=..., or call bound_to(objective, view, "
+                "EvaluationOptions())"
             )
         self.reserve(sum(len(probe.batch) for probe in probes))
         found: list[Answer] = []

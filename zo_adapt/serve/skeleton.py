@@ -140,7 +140,7 @@ def _refuse_forward(module: nn.Module, inputs: Any) -> None:
     """
     raise NotServableError(
         f"the base {type(module).__name__} is served; it has no weights in this process, and no "
-        "forward. Give the run evaluator=ServedEvaluator(server) and an objective that asks: "
+        "forward. Give the run evaluation=ServedEvaluator(server) and an objective that asks: "
         "CausalLMLoss, VerbalizerLoss, ExactMatch of these, GenerationReward"
     )
 
