@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from objectives import CallableObjective
 from zo_adapt import MeZO, ParameterView, Term, minimize
-from zo_adapt.noise import philox
+from zo_adapt.noise import entries, gathered
 from zo_adapt.trajectory.file import Reader
 
 TERMS = [Term(1, 0.05), Term(9, -0.02)]
@@ -179,8 +179,8 @@ def test_noise_is_made_for_the_rows_that_are_read_alone(monkeypatch: pytest.Monk
 
         return counted
 
-    monkeypatch.setattr(philox, "words_numpy", counting(philox.words_numpy))
-    monkeypatch.setattr(philox, "words_torch", counting(philox.words_torch))
+    monkeypatch.setattr(entries, "words_numpy", counting(entries.words_numpy))
+    monkeypatch.setattr(gathered, "words_torch", counting(gathered.words_torch))
     with view.shifted(TERMS):
         model(IDS)
     assert 0 < 4 * sum(made) < model.embedding.weight.numel() / 100
@@ -217,7 +217,7 @@ def test_a_direction_costs_its_noise_so_a_share_has_more_rows(
 
     assert run(2)[0] == 8 * 32 // 16
     with monkeypatch.context() as before:
-        before.setattr("zo_adapt.loops.run_progress.LEAST_SHARES", (4, 4))
+        before.setattr("zo_adapt.loops.kept_run.LEAST_SHARES", (4, 4))
         former = run(4, "former")
         run(2, "resumed")
     assert former[0] == 8 * 32 // 4

@@ -10,8 +10,8 @@ from zo_adapt import (
     FrozenTrunk,
     ParameterView,
 )
+from zo_adapt.evaluation.trunk.call import form_of
 from zo_adapt.evaluation.trunk.cut_point import RefusedError
-from zo_adapt.evaluation.trunk.form import form_of
 from zo_adapt.evaluation.trunk.store import Storage
 
 

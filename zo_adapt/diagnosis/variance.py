@@ -10,8 +10,7 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.diagnosis.differences import Differences, Survey, anova
-from zo_adapt.diagnosis.jackknife import Jackknife
+from zo_adapt.diagnosis.differences import Differences, Jackknife, Survey, anova
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import SetObjective

@@ -16,18 +16,18 @@ from zo_adapt.data.rows import NoRowsError
 from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, all_arrived, evaluations
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
-from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
 from zo_adapt.evaluation.joint.measured import measured_tokens
+from zo_adapt.evaluation.joint.row_blocks import JointBatch
 from zo_adapt.evaluation.later import made, made_of
 from zo_adapt.evaluation.objective import ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
 from zo_adapt.evaluation.routes import graphs_for, route_of, trunk_for
+from zo_adapt.evaluation.signal import is_quantised, why_not_the_same
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
@@ -41,16 +41,10 @@ UNBOUNDED_TOKENS = 1 << 40
 
 
 class LocalEvaluator(CountingEvaluator):
-    """Evaluates probes and counts queries. One query = one forward of one sample.
+    """Evaluates probes in this process.
 
     Args:
-        objective: What is asked: an ``Objective``, or any callable of a batch.
-        view: Where the probes shift.
-        options: Memory and speed.
-        batch_size: Rows of a step's minibatch: most rows in one call of the objective where the
-            options do not say; None is no limit.
-        max_queries: Budget; a step that does not fit is not begun.
-        maximize: Flip the sign, here and nowhere else; None: as the objective says.
+        objective, view, options, batch_size, max_queries, maximize: As for ``CountingEvaluator``.
 
     Raises:
         OptionError: The options cannot be had with this view.

@@ -17,8 +17,7 @@ from zo_adapt.evaluation.graphs import Graphs, is_capturable, signature
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Route
-from zo_adapt.evaluation.trunk.call import Call
-from zo_adapt.evaluation.trunk.form import Form, form_of
+from zo_adapt.evaluation.trunk.call import Call, Form, form_of
 from zo_adapt.evaluation.trunk.frozen_trunk import LEAST_SHARE, FrozenTrunk
 from zo_adapt.interrupt import is_from_handler
 from zo_adapt.view.parameters import ParameterView
@@ -223,4 +222,5 @@ def graphs_for(
         return "they are switched off"
     if options.cuda_graphs == "auto" and not objective.capturable:
         return "the objective does not say that it can be captured"
-    return Graphs(view)
+    graphs = Graphs(view)
+    return graphs if graphs.why_not is None else graphs.why_not

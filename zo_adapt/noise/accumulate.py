@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from zo_adapt.noise.distributions import Noise
+from zo_adapt.noise.entries import fractions, round_at_random
 from zo_adapt.noise.low_rank import Matrices, numpy_values, rectangle_of
-from zo_adapt.noise.parts import Part, ranges_of
-from zo_adapt.noise.rounding import fractions, round_at_random
+from zo_adapt.noise.parts import Part
 from zo_adapt.noise.sums import Sums
 
 CHUNK = 1 << 16
@@ -266,7 +266,9 @@ def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None
     scalar = total.dtype.type
     if row.decay != 1.0:
         total *= scalar(row.decay)
-    ranges = list(ranges_of(row.part, first, total.size))
+    ranges = [(first, total.size)]
+    if row.part is not None:
+        ranges = list(row.part.ranges(first, total.size))
     for seed, coefficient in row.terms:
         of_ranges = [
             numpy_values(noise.entries, seed, row.key, row.matrices, *one) for one in ranges

@@ -39,13 +39,11 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.start_checks import warn_of_change
-from zo_adapt.noise import philox
+from zo_adapt.noise.entries import WORDS, words_numpy
 from zo_adapt.optimizers.directions import direction
-from zo_adapt.optimizers.nonlinearity import Nonlinearity
-from zo_adapt.optimizers.responses import Response, distinct, response
-from zo_adapt.optimizers.round_size import LEAST_DIRECTIONS, LEAST_ROWS, RoundSize
+from zo_adapt.optimizers.responses import Nonlinearity, Response, distinct, response
 from zo_adapt.optimizers.schedule import Budget
-from zo_adapt.optimizers.search import RATIO, Search
+from zo_adapt.optimizers.search import LEAST_DIRECTIONS, LEAST_ROWS, RATIO, RoundSize, Search
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
@@ -144,7 +142,7 @@ class Calibration(Search):
         return seen
 
     def _seeds(self, seed: int, count: int) -> list[int]:
-        words = philox.words_numpy(seed, self.rounds, SEARCH_STREAM, 0, -(-count // philox.WORDS))
+        words = words_numpy(seed, self.rounds, SEARCH_STREAM, 0, -(-count // WORDS))
         seeds: list[int] = words[:count].tolist()
         return seeds
 

@@ -8,7 +8,7 @@ from typing import Unpack
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
-from zo_adapt.noise import philox
+from zo_adapt.noise.entries import words_numpy
 from zo_adapt.optimizers.estimator import Estimator, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.step_size import StepSize
@@ -185,7 +185,7 @@ class ZOPAGE(Recursive):
         """Whether the next step takes a large batch: a word of the generator says so."""
         if self.steps == 0:
             return True
-        word = philox.words_numpy(self.state.seed, self.steps, RESTART_STREAM, 0, 1)[0]
+        word = words_numpy(self.state.seed, self.steps, RESTART_STREAM, 0, 1)[0]
         return float(word) / 2**64 < self.restart_probability
 
     @property

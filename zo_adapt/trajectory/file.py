@@ -31,8 +31,8 @@ from zo_adapt.errors import (
 )
 from zo_adapt.noise.entries import NAME, Seeds
 from zo_adapt.term import Step
+from zo_adapt.trajectory.header import check_header_form, check_step_form
 from zo_adapt.trajectory.record import decoded
-from zo_adapt.trajectory.valid import check_header_form, check_step_form
 
 MAGIC = b"zo_traj"
 VERSION = 2

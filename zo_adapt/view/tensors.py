@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from zo_adapt.errors import ArgumentTypeError, ViewError
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.view.addresses import Addresses, have_same_elements, overlaps_itself
+from zo_adapt.view.inspection import Addresses, have_same_elements, overlaps_itself
 from zo_adapt.view.shards import Shards, is_sharded, local, part_of
+from zo_adapt.view.usage import check_mode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADVICE = (
@@ -154,20 +155,6 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if overlaps_itself(tensor):
         raise ViewError(f"{name!r} has elements that share memory; give the view its own .clone()")
     _check_writable(name, tensor)
-
-
-def check_mode(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of inference mode: torch writes some of them, and raises at the next.
-
-    Raises:
-        ViewError: Names the first.
-    """
-    if any(map(Tensor.is_inference, tensors.values())):
-        name = next(name for name, tensor in tensors.items() if tensor.is_inference())
-        raise ViewError(
-            f"{name!r} was made in inference mode and cannot be changed outside of it; make, load "
-            "or convert the model outside of torch.inference_mode()"
-        )
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:

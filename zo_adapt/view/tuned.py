@@ -13,7 +13,7 @@ from zo_adapt.view import selection
 from zo_adapt.view.adapters import adapter_names, check_adapters, is_soft_prompt
 from zo_adapt.view.defaults import displacement_and_groups
 from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
-from zo_adapt.view.identified import Identified
+from zo_adapt.view.identity import Identified
 from zo_adapt.view.inspection import Inspection
 from zo_adapt.view.shards import Shards, gathering_modules, local
 from zo_adapt.view.summary import in_one_line, summary_of
