@@ -226,11 +226,6 @@ def _configured_positions(model: nn.Module, are_written: bool) -> int | None:
 def check_prompt_length(model: nn.Module, width: int, longest: int) -> None:
     """Refuse prompts that leave no room for completions.
 
-    Args:
-        model: Reads and writes.
-        width: Tokens of the longest prompt.
-        longest: Most tokens of a completion.
-
     Raises:
         DataError: Gives the model's limit.
     """

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from zo_adapt.errors import OptionError
-from zo_adapt.options import positive
+from zo_adapt.errors import OptionError, positive
 
 GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """What counts as not set: a model's own settings would be reported as unused."""
@@ -95,13 +94,7 @@ def check_count(written: Tensor, prompts: Tensor) -> None:
 
 
 class Ending:
-    """Where a text ends.
-
-    Args:
-        ends: Tokens that end one.
-        stops: Strings that do.
-        tokenizer: Knows which tokens make them.
-    """
+    """Where a text ends."""
 
     def __init__(self, ends: Sequence[int], stops: Sequence[str], tokenizer: Any) -> None:
         self._ends, self.stops, self._tokenizer = ends, stops, tokenizer

@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from objectives._drawing import SHAPING, Draws, own_randomness
+from objectives._drawing import SHAPING, Draws, Finite, Given, own_randomness
 from objectives._fit import check_completion_length, check_prompt_length, is_encoder_decoder
 from objectives._generation_options import (
     GREEDY,
@@ -25,13 +25,10 @@ from objectives._generation_options import (
     sequences_of,
     special_tokens,
 )
-from objectives._scores import Finite, Given
 from objectives._served import written as written_there
-from objectives._shared_text import SharedText
-from objectives._stages import HalfEnded, can_go_on, rows_of_cache
-from zo_adapt.errors import OptionError
+from objectives._shared_text import HalfEnded, SharedText, can_go_on, rows_of_cache
+from zo_adapt.errors import OptionError, at_least_one
 from zo_adapt.evaluation.joint.row_blocks import blocks
-from zo_adapt.options import at_least_one
 from zo_adapt.serve.asking import elsewhere
 from zo_adapt.serve.protocol import Writing
 

@@ -17,8 +17,7 @@ from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.objective import SetObjective, attributes_of, rows_needed
 from zo_adapt.evaluation.protocol import Evaluator, Probe
 from zo_adapt.interrupt import is_from_handler
-from zo_adapt.noise.entries import words_numpy
-from zo_adapt.optimizers.directions import direction
+from zo_adapt.optimizers.directions import direction, seeds_of
 from zo_adapt.term import HERE, Shift
 
 PROBE_STREAM = 4
@@ -51,9 +50,7 @@ class Survey:
 
     def __init__(self, evaluator: Evaluator, batches: Sequence[Batch], seed: int) -> None:
         self.evaluator, self.batches = evaluator, batches
-        count = len(batches)
-        words = words_numpy(seed, 0, PROBE_STREAM, 0, -(-count // 4))
-        self.seeds = [int(word) for word in words[:count]]
+        self.seeds = seeds_of(seed, PROBE_STREAM, len(batches))
         self.parts = [[batch] for batch in batches]
         self.base = self._values(self._asked(0.0))
         if self.base.shape[1] == 1 and len(batches[0]) > 1:
@@ -151,9 +148,6 @@ class Jackknife(SetObjective):
 
     Where the rows of the predictions cannot be determined, or the score is not defined without some
     of them, f stays one number. All else is the objective's own.
-
-    Args:
-        objective: Predicts rows one by one.
 
     Example:
         >>> class Share(SetObjective):

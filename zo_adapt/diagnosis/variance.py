@@ -5,22 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.diagnosis.differences import Differences, Jackknife, Survey, anova
-from zo_adapt.errors import ObjectiveError
+from zo_adapt.errors import ObjectiveError, at_least_one
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import SetObjective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.noise.distributions import draw
 from zo_adapt.optimizers.first_order import backpropagated
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
-from zo_adapt.options import at_least_one
 from zo_adapt.term import Step, Terms
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import finest_perturbation, usual_perturbation
@@ -172,24 +169,13 @@ class VarianceMonitor:
                 if gradient is not None:
                     total[name] = total.get(name, 0.0) + gradient.double()
         dot = squares = 0.0
-        for name, tensor in view.tensors.items():
-            step = _along(terms, view, name, tensor)
+        for name in view.tensors:
+            step = view.along(terms, name)
             squares += float(step.square().sum())
             if name in total:
-                dot -= float((step * total[name].flatten()).sum())
+                dot -= float((step * total[name]).sum())
         norm = math.sqrt(squares * sum(float(g.square().sum()) for g in total.values()))
         return dot / norm if norm else math.nan
-
-
-def _along(terms: Terms, view: ParameterView, name: str, tensor: Tensor) -> Tensor:
-    """sum_k c_k z(s_k) of one tensor, in fp64."""
-    group = list(view.groups).index(view.group_of(name))
-    found = torch.zeros(tensor.numel(), dtype=torch.float64, device=tensor.device)
-    for term in terms:
-        if term.group is None or term.group == group:
-            z = draw(view.noise, term.seed, name, tensor.shape, tensor.device)
-            found += term.coefficient * z.flatten()
-    return found
 
 
 def _norm(terms: Terms, view: ParameterView) -> float:

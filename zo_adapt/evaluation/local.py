@@ -43,9 +43,6 @@ UNBOUNDED_TOKENS = 1 << 40
 class LocalEvaluator(CountingEvaluator):
     """Evaluates probes in this process.
 
-    Args:
-        objective, view, options, batch_size, max_queries, maximize: As for ``CountingEvaluator``.
-
     Raises:
         OptionError: The options cannot be had with this view.
     """

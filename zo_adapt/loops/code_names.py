@@ -100,11 +100,7 @@ class Written(NamedTuple):
 
     @classmethod
     def by(cls, around: Mapping[str, Any]) -> "Written":
-        """By the functions and methods among a module's globals.
-
-        Args:
-            around: The globals.
-        """
+        """By the functions and methods among a module's globals."""
         names, attributes, filled = set[str](), set[str](), set[str]()
         for code in _codes_of_module(around):
             steps = list(dis.get_instructions(code))

@@ -11,9 +11,9 @@ from zo_adapt.errors import (
     NonFiniteObjectiveError,
     StepTooLargeError,
     TrajectoryWriteError,
+    renamed,
 )
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.options import renamed
 from zo_adapt.term import Step
 
 if TYPE_CHECKING:

@@ -74,10 +74,6 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
 def share_as_begun(samples: Samples, begun: Mapping[str, Any]) -> dict[str, int]:
     """Cut batches as a run has done so far, whatever is usual for its view by now.
 
-    Args:
-        samples: Of the run.
-        begun: Its settings.
-
     Returns:
         The setting as it is now.
     """
@@ -92,10 +88,6 @@ def share_as_begun(samples: Samples, begun: Mapping[str, Any]) -> dict[str, int]
 
 def schedule_as_begun(optimizer: Optimizer, begun: Mapping[str, Any]) -> dict[str, str]:
     """Let steps shrink as a run has let them so far, whatever is usual by now.
-
-    Args:
-        optimizer: Of the run.
-        begun: Its settings.
 
     Returns:
         The setting as it is now; empty where it is the optimizer's own.
@@ -181,11 +173,6 @@ def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
 
 def check_state(path: Path, state: Mapping[str, Any], steps: Sequence[Step]) -> None:
     """Refuse a state that says something else than the records it comes after.
-
-    Args:
-        path: As in ``check_settings``.
-        state: Of the run.
-        steps: The records.
 
     Raises:
         CorruptTrajectoryError: Names what differs.

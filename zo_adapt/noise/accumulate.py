@@ -72,6 +72,7 @@ class Runner(Protocol):
 
     def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
         """The same for these outputs, while no tensor moves to other memory."""
+        return partial(self, outs=outs)
 
 
 class Accumulation:
@@ -181,7 +182,7 @@ def rows_of(
     ]
 
 
-class OnCPU:
+class OnCPU(Runner):
     """Chunk by chunk in numpy, whose own generator makes the words."""
 
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
@@ -193,10 +194,6 @@ class OnCPU:
         _run(self._noise, rows_of(self._noise, self._places, flats, sums), sums.rounding)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
-
-    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
-        """The same for these outputs."""
-        return partial(self, outs=outs)
 
 
 def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:

@@ -3,13 +3,13 @@
 Small tensors share one evaluation of the generator. Extra memory: at most ``BUCKET`` elements.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from zo_adapt.noise.accumulate import Place, Row, arithmetic, finish, flat, rows_of
+from zo_adapt.noise.accumulate import Place, Row, Runner, arithmetic, finish, flat, rows_of
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.entries import DIRECTION_STREAM, PER_BLOCK, ROUNDING_STREAM, signed, words_torch
 from zo_adapt.noise.low_rank import torch_factors, torch_products, torch_values
@@ -19,7 +19,7 @@ BUCKET = 1 << 22
 """Elements of noise made at a time."""
 
 
-class OnAnyDevice:
+class OnAnyDevice(Runner):
     """The same numbers from torch operations, on any device that has 64-bit integers."""
 
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
@@ -39,10 +39,6 @@ class OnAnyDevice:
                 _run_slices(self._noise, bucket, sums.rounding, start, stop)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
-
-    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
-        """The same for these outputs."""
-        return partial(self, outs=outs)
 
 
 def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -5,15 +5,12 @@ from abc import ABC
 from dataclasses import KW_ONLY, dataclass
 from typing import Unpack
 
-from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Batch
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import OptionError, finite
 from zo_adapt.noise.entries import words_numpy
 from zo_adapt.optimizers.estimator import Estimator, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced
-from zo_adapt.options import finite
 from zo_adapt.term import HERE, Shift, Terms, coalesced, scaled
 
 RESTART_STREAM = 7
@@ -41,10 +38,6 @@ class Recursive(VarianceReduced, ABC):
     def keep(self) -> float:
         """The share of what was known before; 1 - a in STORM."""
         return 1.0
-
-    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """A large batch as the estimator does; a minibatch is whole, for one direction."""
-        return self.estimate.divide(batch, samples) if self.at_snapshot else [batch]
 
     def corrected(self, here: Terms, there: Terms) -> Terms:
         """V_t, from the two estimates of a step."""

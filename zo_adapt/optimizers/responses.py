@@ -142,13 +142,7 @@ class Nonlinearity:
         return factor if factor < 1.0 else math.sqrt(factor)
 
     def is_noise(self, seen: Response, here: float, last: float | None) -> bool:
-        """Whether the values are too noisy to tell: two evaluations at one place differ as much.
-
-        Args:
-            seen: The responses of this round.
-            here: Its displacement.
-            last: That of the round before.
-        """
+        """Whether the values are too noisy to tell: two evaluations at one place differ as much."""
         is_nearer = last is not None and here < NEARER * last
         before = self.before if is_nearer else math.inf
         self.before = seen.nonlinearity

@@ -35,9 +35,6 @@ class FlatWatch:
     """Counts differences that are exactly zero over the first steps of a run.
 
     Later ones are not judged: a run that had a signal and has lost it may have arrived.
-
-    Args:
-        state: What ``state`` gave, to go on from there.
     """
 
     def __init__(self, state: Sequence[int] = (0, 0, 0, False)) -> None:

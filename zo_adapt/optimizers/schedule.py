@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import OptionError, finite
 from zo_adapt.optimizers.settings import Settings
-from zo_adapt.options import finite
 
 Schedule = Callable[[float], float]
 """Progress through the budget, 0..1 -> factor on the learning rate."""
@@ -127,9 +126,6 @@ class Budget(NamedTuple):
 
     def planned(self, queries: int) -> str:
         """What a run of equal steps will come to, in words.
-
-        Args:
-            queries: Of one step.
 
         Example:
             >>> Budget(max_queries=40_000).planned(128)

@@ -1,6 +1,5 @@
 """Steps corrected by a snapshot, which is kept as terms: what the SVRG optimizers share."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
@@ -9,12 +8,11 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import OptionError
+from zo_adapt.errors import OptionError, at_least_one, positive_or_none, renamed
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Progress
-from zo_adapt.options import at_least_one, positive_or_none, renamed
 from zo_adapt.term import HERE, Shift, Step, Term, Terms, coalesced, scaled
 from zo_adapt.view.kept import KeptValues
 from zo_adapt.view.parameters import ParameterView
@@ -123,9 +121,9 @@ class VarianceReduced(ZerothOrder):
         """Whether the next step begins with a snapshot."""
         return self.steps % self.snapshot_interval == 0
 
-    @abstractmethod
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """The batch of every direction of the next step."""
+        """A large batch as the estimator does; a minibatch is whole, for one direction."""
+        return self.estimate.divide(batch, samples) if self.at_snapshot else [batch]
 
     def propose(self, samples: Samples) -> list[Probe]:
         """The probes of the next step: at a snapshot here, otherwise here and at theta_bar."""
@@ -196,13 +194,7 @@ class VarianceReduced(ZerothOrder):
         return 1.0 / self.snapshot.directions + change
 
     def remember(self, terms: Terms, update: Shift, noise: float) -> None:
-        """Keep what the next step needs of this one.
-
-        Args:
-            terms: What was descended along.
-            update: What will be applied.
-            noise: See ``noise``.
-        """
+        """Keep what the next step needs of this one."""
         if self.snapshot.kept is None:
             self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
 

@@ -67,11 +67,7 @@ class Folders:
         scratch.replace(self._list)  # a kill leaves the old list or the new one
 
     def left_on(self, url: str) -> dict[Path, list[str]]:
-        """What processes that are gone have left on a server: the names, by the file they are in.
-
-        Args:
-            url: Of the server.
-        """
+        """Names that processes which are gone have left on a server, by the file they are in."""
         left = {}
         for file in self._root.glob(f"*{_LIST}"):
             try:

@@ -19,8 +19,7 @@ from zo_adapt.errors import SelfTestError, ServedModelError
 from zo_adapt.evaluation.signal import LEAST, along, correlation, seeds
 from zo_adapt.serve.asking import Question
 from zo_adapt.serve.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
-from zo_adapt.serve.report import Report
-from zo_adapt.serve.rounds import check_choices, check_scores
+from zo_adapt.serve.rounds import Report, check_choices, check_scores
 from zo_adapt.term import Shift
 from zo_adapt.view.precision import SHARE, finest_perturbation
 
@@ -52,12 +51,6 @@ class SelfTest:
        more; eps is doubled until they do.
     6. What was unloaded is gone.
     7. Only the base is left at the end.
-
-    Args:
-        server: What is tested.
-        adapter: What will be loaded.
-        question: What the objective asks about the first examples.
-        names: Where names come from.
     """
 
     def __init__(

@@ -104,9 +104,6 @@ def decay_rate(header: Mapping[str, Any]) -> float:
 class Reader:
     """The header of a trajectory and its records, verified as they are read.
 
-    Args:
-        path: The file.
-
     Raises:
         TrajectoryError: Not a trajectory, or of a format version that is not known.
         CorruptTrajectoryError: The header is damaged, or no header.

@@ -137,11 +137,6 @@ def names_after(model: nn.Module, path: str, block: nn.Module) -> set[str]:
     the data that it meets come from there. So neither the embedding that a head is tied to, nor
     another tower of the model, nor a bias that is made for all blocks in advance belongs to it.
     Elsewhere by the order of registration.
-
-    Args:
-        model: What is run.
-        path: Of the list of blocks.
-        block: One of the list.
     """
     for inputs in example_inputs(model):
         gathering = gathering_modules(model)

@@ -88,9 +88,6 @@ class WatchedBuffers:
     After every evaluation torch's count of the changes of each buffer is compared, which costs
     nothing; some kernels (batch norm's) do not count, so that after the first, second, fourth,
     eighth ... evaluation their bits are compared, too.
-
-    Args:
-        model: Any torch module, or None.
     """
 
     def __init__(self, model: nn.Module | None) -> None:

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zo_adapt.interrupt import gradients_off, uninterrupted
 from zo_adapt.noise.accumulate import Accumulation, Place
-from zo_adapt.noise.distributions import Noise
+from zo_adapt.noise.distributions import Noise, draw
 from zo_adapt.noise.entries import tensor_key
 from zo_adapt.noise.gathered import Gathered
 from zo_adapt.noise.sums import Memory, Sum, Sums
@@ -27,11 +28,7 @@ from zo_adapt.view.usage import Usage
 
 
 class Updates:
-    """Adds sums to the live tensors, for good.
-
-    Args:
-        accumulation: From the tensors into themselves.
-    """
+    """Adds sums to the live tensors, for good."""
 
     def __init__(self, accumulation: Accumulation) -> None:
         self._run = accumulation
@@ -40,12 +37,7 @@ class Updates:
         self._at_addresses: Callable[[Sums], None] | None = None
 
     def __call__(self, sums: Sequence[Sum], rounding: int | None) -> None:
-        """Add and round; all tensors move, or none.
-
-        Args:
-            sums: One for each group of the view.
-            rounding: Seed of the stochastic rounding.
-        """
+        """Add and round; all tensors move, or none."""
         with uninterrupted():
             (self._at_addresses or self._run)(Sums(sums, rounding, self._memory))
 
@@ -229,6 +221,16 @@ class PlannedMoves(TunedTensors):
             )
             for index, group in enumerate(self.groups)
         ]
+
+    def along(self, terms: Terms, name: str) -> Tensor:
+        """sum_k c_k z(s_k) of one tensor, in fp64; none of it is written."""
+        tensor = self.tensors[name]
+        found = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
+        for term in terms:
+            if term.group in (None, self._group_of[name]):
+                z = draw(self.noise, term.seed, name, tensor.shape, tensor.device)
+                found += term.coefficient * z
+        return found
 
     @property
     def _moving_groups(self) -> frozenset[int]:

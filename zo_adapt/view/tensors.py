@@ -41,11 +41,6 @@ def norms(tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, float]:
 def check_finite(tensors: Mapping[str, Tensor], found: Mapping[str, float], shards: Shards) -> None:
     """Refuse NaN and infinity.
 
-    Args:
-        tensors: To be looked at.
-        found: Their norms.
-        shards: Of the tensors.
-
     Raises:
         ViewError: Names the first tensor that holds one of these.
     """

@@ -18,9 +18,6 @@ class Usage:
 
     Another view may hold the same memory: what is done by way of it counts as done to this one.
 
-    Args:
-        tensors: Of the view.
-
     Example:
         >>> import torch
         >>> weight = torch.ones(2, 2)

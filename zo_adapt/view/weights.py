@@ -14,9 +14,6 @@ from zo_adapt.view.parameters import ParameterView
 class Attributes:
     """What the modules hold beside parameters and buffers: numbers, texts, plain tensors.
 
-    Args:
-        model: Any torch module.
-
     Example:
         >>> class Counted(nn.Linear):
         ...     calls = 0
@@ -63,10 +60,6 @@ def _known(value: Any) -> Any:
 
 class Weights:
     """What a model's weights were: copies of a view that is small, of others 1,024 numbers each.
-
-    Args:
-        view: The weights that are tuned.
-        model: The model that holds them.
 
     Example:
         >>> import torch

@@ -110,9 +110,6 @@ class JointBatch(Batch):
 
     A batch that comes several times is read once: a collate function may draw, and all points of an
     estimate must see the same draw.
-
-    Args:
-        batches: One for every candidate.
     """
 
     def __init__(self, batches: Sequence[Batch]) -> None:

@@ -89,12 +89,7 @@ class Form(NamedTuple):
 
 
 def form_of(content: Mapping[str, Tensor], call: Call) -> Form | None:
-    """The form of a call that was answered; None where the batch does not say it.
-
-    Args:
-        content: The batch.
-        call: The one call of the model.
-    """
+    """The form of a call that was answered; None where the batch does not say it."""
     names = {id(tensor): name for name, tensor in content.items()}
     if len(names) < len(content) or call.entry is None:
         return None  # of two names for one tensor, either may be the one that is read

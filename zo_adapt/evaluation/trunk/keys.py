@@ -165,12 +165,7 @@ WIDTHS = {"cpu": 1, "cuda": 16}
 
 
 class Part(NamedTuple):
-    """Some rows of a call, as a call of its own.
-
-    Args:
-        rows: Their keys and spans.
-        args, kwargs: What the model is called with.
-    """
+    """Some rows of a call, as a call of its own."""
 
     rows: Rows
     args: tuple[Any, ...]
@@ -178,13 +173,7 @@ class Part(NamedTuple):
 
 
 def parts_of(rows: Rows, chosen: Sequence[int], arguments: tuple[Any, Any]) -> Iterator[Part]:
-    """The chosen rows of a call in canonical parts, shortest first.
-
-    Args:
-        rows: All rows of the call.
-        chosen: Numbers of those wanted.
-        arguments: Positional and named arguments of the call.
-    """
+    """The chosen rows of a call in canonical parts, shortest first."""
     tensors = list(tensors_of(arguments))
     device = next((t.device.type for t in tensors), "cpu")
     device = device if device in ROWS else "cuda"
