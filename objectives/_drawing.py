@@ -119,11 +119,7 @@ class Finite:
         return scores
 
     def check(self) -> None:
-        """Refuse texts of NaN.
-
-        Raises:
-            NonFiniteObjectiveError: Says how many.
-        """
+        """Refuse texts of NaN."""
         bad = 0 if self._bad is None else int(self._bad.sum())
         if bad and self._bad is not None:
             raise NonFiniteObjectiveError(

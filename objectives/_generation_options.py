@@ -81,11 +81,7 @@ def sequences_of(output: Any) -> Tensor:
 
 
 def check_count(written: Tensor, prompts: Tensor) -> None:
-    """Refuse another number of texts than one for each prompt.
-
-    Raises:
-        OptionError: Gives both.
-    """
+    """Refuse another number of texts than one for each prompt."""
     if len(written) != len(prompts):
         raise OptionError(
             f"generate returned {len(written)} texts for {len(prompts)} prompts; leave "

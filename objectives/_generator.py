@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from objectives._drawing import SHAPING, Draws, Finite, Given, own_randomness
-from objectives._fit import check_completion_length, check_prompt_length, is_encoder_decoder
+from objectives._fit import check_completion_length, is_encoder_decoder
 from objectives._generation_options import (
     GREEDY,
     Ending,
@@ -268,14 +268,6 @@ class Generator:
     def _inherited(self) -> dict[str, Any]:
         own = getattr(self._model, "generation_config", None)
         return {name: getattr(own, name, None) for name in SHAPING}
-
-    def check_length(self, width: int) -> None:
-        """Refuse prompts of a width that leaves no room for completions.
-
-        Raises:
-            DataError: Gives the model's limit.
-        """
-        check_prompt_length(self._model, width, self.longest)
 
     def _without_prompt(self, output: Tensor, prompt: Tensor) -> Tensor:
         if is_encoder_decoder(self._model):

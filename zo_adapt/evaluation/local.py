@@ -119,20 +119,22 @@ class LocalEvaluator(CountingEvaluator):
     @property
     def memory(self) -> int | None:
         """Bytes that candidates may take together: with the probes, what decides which do."""
-        return self._joint.memory
+        return None if self._joint.sizes is None else self._joint.sizes.memory
 
     @memory.setter
     def memory(self, nbytes: int | None) -> None:
-        self._joint.memory = nbytes
+        if self._joint.sizes is not None and nbytes is not None:
+            self._joint.sizes.memory = nbytes
 
     @property
     def joint_tokens(self) -> int | None:
         """Tokens up to which candidates go together, where that was measured."""
-        return self._joint.tokens
+        return None if self._joint.sizes is None else self._joint.sizes.tokens
 
     @joint_tokens.setter
     def joint_tokens(self, tokens: int | None) -> None:
-        self._joint.tokens = tokens
+        if self._joint.sizes is not None:
+            self._joint.sizes.tokens = tokens
 
     def measure(self, probes: Sequence[Probe]) -> None:
         """Find up to how many tokens candidates go together.
@@ -140,11 +142,11 @@ class LocalEvaluator(CountingEvaluator):
         Args:
             probes: Of a step; its first batch is asked about. They are not counted as queries.
         """
-        self._joint.tokens = UNBOUNDED_TOKENS
+        self.joint_tokens = UNBOUNDED_TOKENS
         with gradients_off(), self.ready(), randomness_kept(self.view.model):
             most = max((len(block.probes) for block in self._blocks(probes)), default=1)
             found = measured_tokens(self._call_together, probes, most) if most > 1 else None
-        self._joint.tokens, self._joint.most = found, 1
+        self.joint_tokens, self._joint.most = found, 1
 
     def _call_together(self, probes: Sequence[Probe]) -> None:
         """Compute what the objective returns for probes in one forward, and wait for it."""

@@ -127,7 +127,7 @@ class Result:
             raise _missing("pandas") from error
         columns = ("step", "queries", "value", "lr", "projected_gradient", "kind")
         # A metric may be called as a column is.
-        metrics = {n: f"metrics.{n}" if n in columns else n for n in self._metric_names()}
+        metrics = {n: f"metrics.{n}" if n in columns else n for n in metric_names(self.history)}
         rows = [
             [getattr(step, name) for name in columns]
             + [(step.metrics or {}).get(name, math.nan) for name in metrics]
@@ -151,9 +151,6 @@ class Result:
         except ImportError as error:
             raise _missing("matplotlib") from error
 
-    def _metric_names(self) -> list[str]:
-        return list(dict.fromkeys(name for step in self.history for name in step.metrics or ()))
-
 
 def _missing(package: str) -> MissingPackageError:
     return MissingPackageError(
@@ -176,7 +173,7 @@ def draw(history: Sequence[Step]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for step in history for name in step.metrics or ()))
+    names = metric_names(history)
     shares = [name for name in names if name.endswith(SHARE)]
     parts = {name.removesuffix(SHARE) + end for name in shares for end in (SHARE, *NOISES)}
     plain = [name for name in names if name not in parts]
@@ -191,6 +188,11 @@ def draw(history: Sequence[Step]) -> "Figure":
             axes.set_ylim(0, 1)
     figure.axes[-1].set_xlabel("queries")
     return figure
+
+
+def metric_names(history: Sequence[Step]) -> list[str]:
+    """Names of all that was measured, in the order in which it first was."""
+    return list(dict.fromkeys(name for step in history for name in step.metrics or ()))
 
 
 def measured(history: Sequence[Step], name: str) -> Points:

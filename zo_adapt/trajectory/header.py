@@ -124,11 +124,7 @@ LARGEST_DECAY = 2.0
 
 
 def check_header_form(header: Any, path: str | Path) -> None:
-    """Refuse a header without the entries that a replay reads, or with others in their place.
-
-    Raises:
-        CorruptTrajectoryError: Names the entry.
-    """
+    """Refuse a header without the entries that a replay reads, or with others in their place."""
     if not isinstance(header, Mapping):
         raise CorruptTrajectoryError(f"the header of {path} is a {type(header).__name__}")
     for name, is_right in _ENTRIES.items():
@@ -145,9 +141,6 @@ def check_step_form(step: Step, groups: int) -> None:
     Args:
         step: As it was read.
         groups: How many the view has, that of the rest included.
-
-    Raises:
-        ValueError: Says what is wrong.
     """
     for name in ("value", "lr", "projected_gradient"):
         if not math.isfinite(getattr(step, name)):

@@ -130,11 +130,7 @@ class WatchedBuffers:
 
 
 def check_max_norm(model: nn.Module) -> None:
-    """Refuse embeddings that every forward shortens in place, also where they are frozen.
-
-    Raises:
-        ChangingBufferError: Names the first.
-    """
+    """Refuse embeddings that every forward shortens in place, also where they are frozen."""
     for path, module in model.named_modules():
         if getattr(module, "max_norm", None) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise ChangingBufferError(

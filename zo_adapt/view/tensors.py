@@ -104,11 +104,7 @@ def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse what cannot be shifted or, worse, can be shifted and not restored.
-
-    Raises:
-        ViewError: It is such a tensor.
-    """
+    """Refuse what cannot be shifted or, worse, can be shifted and not restored."""
     if not isinstance(tensor, Tensor):
         raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
     if is_sharded(tensor):
@@ -153,11 +149,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:
-    """Write no element: what torch has against writing there, it says now and not on the way back.
-
-    Raises:
-        ViewError: It says something.
-    """
+    """Write no element: what torch has against writing there, it says now and not later."""
     try:
         with gradients_off():
             nothing = tensor.as_strided((0,), (1,))
@@ -167,11 +159,7 @@ def _check_writable(name: str, tensor: Tensor) -> None:
 
 
 def check_whole(name: str, array: np.ndarray) -> None:
-    """Refuse masked elements, which torch would take for numbers.
-
-    Raises:
-        ViewError: There are some.
-    """
+    """Refuse masked elements, which torch would take for numbers."""
     if np.ma.is_masked(array):
         raise ViewError(f"{name!r} has masked elements; give it .compressed() or .filled(number)")
 

@@ -126,11 +126,7 @@ leave shifted() first
 
 
 def check_mode(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of inference mode: torch writes some of them, and raises at the next.
-
-    Raises:
-        ViewError: Names the first.
-    """
+    """Refuse tensors of inference mode: torch writes some of them, and raises at the next."""
     if any(map(Tensor.is_inference, tensors.values())):
         name = next(name for name, tensor in tensors.items() if tensor.is_inference())
         raise ViewError(

@@ -184,43 +184,24 @@ class Joint:
         self._score = objective.score if isinstance(objective, SetObjective) else None
         self._stand_in = objective.stand_in
         self._candidates: Candidates | LowRankCandidates | None = None
-        self._groups: Groups | None = None
+        self.sizes: Groups | None = None
+        """How many go together; None where none may."""
         self.most, self.why_not = 1, None if objective.independent_rows else ROWS_DEPEND
         if options.joint_rows == "off" or view.is_sharded:
             self.why_not = WHY_SHARDED if view.is_sharded else "it is switched off"
             return
         rows = "auto" if options.joint_rows == "measured" else options.joint_rows
-        self._groups = Groups(view, rows, options.micro_batch_size, batch_size, objective.row_bytes)
+        self.sizes = Groups(view, rows, options.micro_batch_size, batch_size, objective.row_bytes)
 
     def groups(self, probes: Sequence[Probe]) -> list[list[int]]:
         """Indices of the probes that go together, at least two each; none where none may."""
         if self.why_not is None and self._candidates is None and len(probes) > 1:
             self._candidates = self._along.candidates or Candidates(self._view)
             self.why_not = self._candidates.why_not
-        if self._candidates is None or self._groups is None or self.why_not is not None:
+        if self._candidates is None or self.sizes is None or self.why_not is not None:
             return []
-        self._groups.point_bytes = self._candidates.nbytes
-        return self._groups.of(probes)
-
-    @property
-    def memory(self) -> int | None:
-        """Bytes that candidates may take together, beside the model; None where none do."""
-        return None if self._groups is None else self._groups.memory
-
-    @memory.setter
-    def memory(self, nbytes: int | None) -> None:
-        if self._groups is not None and nbytes is not None:
-            self._groups.memory = nbytes
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens up to which candidates go together, where that was measured."""
-        return None if self._groups is None else self._groups.tokens
-
-    @tokens.setter
-    def tokens(self, tokens: int | None) -> None:
-        if self._groups is not None:
-            self._groups.tokens = tokens
+        self.sizes.point_bytes = self._candidates.nbytes
+        return self.sizes.of(probes)
 
     def is_sound(self, first: Batch, last: Batch, route: Route) -> bool:
         """Whether joint values are those of single ones; found out once, on two batches."""
