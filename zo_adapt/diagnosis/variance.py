@@ -14,11 +14,11 @@ from zo_adapt.errors import ObjectiveError, at_least_one
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import SetObjective
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.first_order import backpropagated
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
-from zo_adapt.term import Step, Terms
+from zo_adapt.term import Terms
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import finest_perturbation, usual_perturbation
 
@@ -75,15 +75,9 @@ class TrackVariance:
         for name in ("every", "num_directions", "batch_size"):
             at_least_one(name, getattr(self, name))
 
-    def watching(
-        self,
-        evaluator: Evaluator,
-        optimizer: Optimizer,
-        samples: Samples,
-        evaluation: EvaluationOptions,
-    ) -> "VarianceMonitor":
+    def watching(self, run: Run, evaluation: EvaluationOptions) -> "VarianceMonitor":
         """Watch a run that begins; ``Metrics`` calls this."""
-        return VarianceMonitor(self, evaluator, optimizer, samples, evaluation)
+        return VarianceMonitor(self, run, evaluation)
 
 
 class VarianceMonitor:
@@ -91,23 +85,15 @@ class VarianceMonitor:
 
     Args:
         asked: What to measure.
-        evaluator: Of the run; its queries are not counted up.
-        optimizer: Of the run, started.
-        samples: Of the run; where it is in the data stays as it is.
+        run: Its queries are not counted up, and where it is in the data stays as it is.
         evaluation: How.
     """
 
-    def __init__(
-        self,
-        asked: TrackVariance,
-        evaluator: Evaluator,
-        optimizer: Optimizer,
-        samples: Samples,
-        evaluation: EvaluationOptions,
-    ) -> None:
+    def __init__(self, asked: TrackVariance, run: Run, evaluation: EvaluationOptions) -> None:
+        evaluator, samples = run.evaluator, run.samples
         if asked.gradient:
             evaluator.view.check_whole("TrackVariance(gradient=True)")
-        self.every, self._gradient, self._optimizer = asked.every, asked.gradient, optimizer
+        self.every, self._gradient, self._run = asked.every, asked.gradient, run
         self._rows = min(asked.batch_size, len(samples.source))
         objective = evaluator.objective
         if isinstance(objective, SetObjective):
@@ -128,13 +114,9 @@ class VarianceMonitor:
         """Forwards of one sample made here."""
         return self._evaluator.queries
 
-    def measure(self, last: Step | None) -> dict[str, float]:
-        """What ``TrackVariance`` lists.
-
-        Args:
-            last: The last step, whose update has been applied.
-        """
-        optimizer, view = self._optimizer, self._evaluator.view
+    def measure(self) -> dict[str, float]:
+        """What ``TrackVariance`` lists, after the run's last step."""
+        optimizer, view, last = self._run.optimizer, self._evaluator.view, self._run.last
         survey = Survey(self._evaluator, self._batches, self._seed)
         mu = _perturbation(optimizer, view)
         here = survey.at(mu)

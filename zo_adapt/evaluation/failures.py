@@ -12,8 +12,8 @@ from zo_adapt.data.rows import NoRowsError
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, ZOError
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation
+from zo_adapt.evaluation.trunk.call import RefusedError
 from zo_adapt.evaluation.trunk.calls import Recorded
-from zo_adapt.evaluation.trunk.cut_point import RefusedError
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError
 from zo_adapt.interrupt import is_from_handler
 
