@@ -236,8 +236,7 @@ def _shifts(trainer: Any) -> bool:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.label_smoother is None:
         return shifts_labels(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).__name__ in CAUSAL.values()
+    return type(_base(model)).__name__ in CAUSAL.values()
 
 
 class Float32Losses(TorchFunctionMode):
