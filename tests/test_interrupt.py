@@ -13,7 +13,7 @@ from trajectories import STEPS, copies, equal, run, tensors
 
 from zo_adapt import MeZOSVRG, ParameterView, Replay, Shift, Term, replay
 from zo_adapt.interrupt import uninterrupted
-from zo_adapt.noise import entries
+from zo_adapt.noise import philox
 from zo_adapt.noise.entries import DIRECTION_STREAM
 from zo_adapt.trajectory.writer import Writer
 
@@ -33,7 +33,7 @@ def interrupt() -> None:
 @pytest.fixture
 def cut_in_half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Interrupts where noise is made, once the counter that is given is at 1."""
-    words, left = entries.words_numpy, [0]
+    words, left = philox.words_numpy, [0]
 
     def words_and_interrupt(seed: int, key: int, stream: int, *place: int) -> Any:
         if stream == DIRECTION_STREAM and left[0]:
@@ -42,7 +42,7 @@ def cut_in_half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 interrupt()
         return words(seed, key, stream, *place)
 
-    monkeypatch.setattr(entries, "words_numpy", words_and_interrupt)
+    monkeypatch.setattr(philox, "words_numpy", words_and_interrupt)
     return left
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from objectives import CallableObjective
 from zo_adapt import MeZO, ParameterView, Term, minimize
-from zo_adapt.noise import entries, gathered
+from zo_adapt.noise import philox
 from zo_adapt.trajectory.file import Reader
 
 TERMS = [Term(1, 0.05), Term(9, -0.02)]
@@ -179,8 +179,8 @@ def test_noise_is_made_for_the_rows_that_are_read_alone(monkeypatch: pytest.Monk
 
         return counted
 
-    monkeypatch.setattr(entries, "words_numpy", counting(entries.words_numpy))
-    monkeypatch.setattr(gathered, "words_torch", counting(gathered.words_torch))
+    monkeypatch.setattr(philox, "words_numpy", counting(philox.words_numpy))
+    monkeypatch.setattr(philox, "words_torch", counting(philox.words_torch))
     with view.shifted(TERMS):
         model(IDS)
     assert 0 < 4 * sum(made) < model.embedding.weight.numel() / 100

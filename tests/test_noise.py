@@ -16,9 +16,9 @@ from scipy.special import ndtri
 
 from zo_adapt import ParameterView, Shift, Term
 from zo_adapt.errors import OptionError
+from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Accumulation, Place
 from zo_adapt.noise.distributions import GAUSSIAN, RADEMACHER, Noise, draw, noise_named, tensor_key
-from zo_adapt.noise.entries import signed, words_numpy, words_torch
 from zo_adapt.noise.sums import Sum, Sums
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_reference_gives_the_published_words(counter: str, key: str, words: str)
 
 def test_engine_gives_the_published_words_of_counter_zero() -> None:
     # Block b is made from counter b + 1.
-    words = words_torch(0, torch.tensor([0]), 0, torch.tensor([-1]))
+    words = philox.words_torch(0, torch.tensor([0]), 0, torch.tensor([-1]))
     assert [int(word) & MASK for word in words.flatten()] == hexadecimal(PUBLISHED[0][2])
 
 
@@ -81,9 +81,9 @@ def test_both_paths_are_philox(seed: int, key: int, stream: int, start: int) -> 
     expected = [
         w for b in (1, 2) for w in philox_by_the_paper([start + b, 0, 0, stream], [seed, key])
     ]
-    by_numpy = words_numpy(seed, key, stream, start, 2)
-    keys = torch.full((2,), signed(key))
-    by_torch = words_torch(seed, keys, stream, torch.tensor([start, start + 1]))
+    by_numpy = philox.words_numpy(seed, key, stream, start, 2)
+    keys = torch.full((2,), philox.signed(key))
+    by_torch = philox.words_torch(seed, keys, stream, torch.tensor([start, start + 1]))
     assert by_numpy.tolist() == expected
     assert [int(w) & MASK for w in by_torch.T.flatten()] == expected
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from zo_adapt.data.sources import Batch, NoData, Source
 from zo_adapt.errors import DataError
-from zo_adapt.noise.entries import words_numpy
+from zo_adapt.noise import philox
 
 MINIBATCH_STREAM, LARGE_BATCH_STREAM, ASIDE_STREAM = 1, 2, 3
 
@@ -130,7 +130,7 @@ def order_of_pass(
         classes: Of every row, to spread them evenly; None: uniformly random.
     """
     # Sorting random words: unlike a library's shuffle, the same in every version.
-    words = words_numpy(seed, number, stream, 0, -(-rows // 4))
+    words = philox.words_numpy(seed, number, stream, 0, -(-rows // 4))
     order = np.argsort(words[:rows], kind="stable")
     found: list[int] = (order if classes is None else stratified(order, classes)).tolist()
     return found

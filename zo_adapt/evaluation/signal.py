@@ -23,7 +23,7 @@ from zo_adapt.evaluation.answers import Answer
 from zo_adapt.evaluation.protocol import Evaluator, Probe
 from zo_adapt.evaluation.values import on_host
 from zo_adapt.interrupt import is_from_handler
-from zo_adapt.noise.entries import words_numpy
+from zo_adapt.noise import philox
 from zo_adapt.term import Shift, Term
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.shards import local
@@ -116,7 +116,7 @@ def is_coarse(model: nn.Module | None) -> bool:
 
 def seeds() -> list[int]:
     """Of the directions that are tried; the same in every run."""
-    return [int(word) for word in words_numpy(SEED, 0, STREAM, 0, 1)[:DIRECTIONS]]
+    return [int(word) for word in philox.words_numpy(SEED, 0, STREAM, 0, 1)[:DIRECTIONS]]
 
 
 def along(view: ParameterView, seed: int, mu: float) -> Shift:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import fractions, round_at_random
 from zo_adapt.noise.low_rank import Matrices, numpy_values, rectangle_of
 from zo_adapt.noise.parts import Part
+from zo_adapt.noise.rounding import fractions, round_at_random
 from zo_adapt.noise.sums import Sums
 
 CHUNK = 1 << 16

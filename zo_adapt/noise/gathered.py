@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import arithmetic
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import DIRECTION_STREAM, signed, words_torch
+from zo_adapt.noise.entries import DIRECTION_STREAM
 from zo_adapt.noise.factors import Factors, Wanted, coefficients, split
 from zo_adapt.noise.low_rank import Matrices, torch_products
 from zo_adapt.noise.sums import Sums
@@ -74,10 +75,10 @@ class Gathered:
         # A row that does not begin where a block does reaches into one more.
         blocks = width // per_block if width % per_block == 0 else -(-width // per_block) + 1
         numbers = first // per_block + torch.arange(blocks, device=ids.device)
-        keys = torch.full_like(numbers, signed(self._key)).flatten()
+        keys = torch.full_like(numbers, philox.signed(self._key)).flatten()
         columns = first % per_block + torch.arange(width, device=ids.device)
         for seed, coefficient in terms:
-            words = words_torch(seed, keys, DIRECTION_STREAM, numbers.flatten())
+            words = philox.words_torch(seed, keys, DIRECTION_STREAM, numbers.flatten())
             values = self._noise.entries.from_torch_words(words).view(len(ids), blocks * per_block)
             total += values.gather(1, columns).to(total.dtype) * coefficient
         return total.to(self.weight.dtype)

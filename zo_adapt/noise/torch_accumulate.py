@@ -9,10 +9,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, Row, Runner, arithmetic, finish, flat, rows_of
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import DIRECTION_STREAM, PER_BLOCK, ROUNDING_STREAM, signed, words_torch
+from zo_adapt.noise.entries import DIRECTION_STREAM
 from zo_adapt.noise.low_rank import torch_factors, torch_products, torch_values
+from zo_adapt.noise.rounding import PER_BLOCK, ROUNDING_STREAM
 from zo_adapt.noise.sums import Sums
 
 BUCKET = 1 << 22
@@ -117,8 +119,8 @@ def _words_at(
 ) -> tuple[Tensor, Tensor]:
     """The words of the blocks that have some elements, and the place of each among them."""
     blocks, which = torch.unique_consecutive(element // per_block, return_inverse=True)
-    keys = torch.full_like(blocks, signed(key))
-    return words_torch(seed, keys, stream, blocks), which * per_block + element % per_block
+    keys = torch.full_like(blocks, philox.signed(key))
+    return philox.words_torch(seed, keys, stream, blocks), which * per_block + element % per_block
 
 
 def _in_order(bucket: Sequence[Row]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
@@ -144,7 +146,7 @@ def _words(
     sizes = [totals[index].numel() for index, _ in members]
     device = totals[0].device
     key, number = _lanes(tuple(keys), tuple(sizes), start // per_block, per_block, device)
-    return words_torch(seed, key, stream, number), sizes
+    return philox.words_torch(seed, key, stream, number), sizes
 
 
 def _parts(values: Tensor, sizes: Sequence[int], per_block: int) -> list[Tensor]:
@@ -158,7 +160,7 @@ def _lanes(
 ) -> tuple[Tensor, Tensor]:
     """Key and block number of every block of several tensors, laid end to end."""
     counts = torch.tensor([-(-size // per_block) for size in sizes], device=device)
-    every = torch.tensor([signed(key) for key in keys], device=device)
+    every = torch.tensor([philox.signed(key) for key in keys], device=device)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return (
         torch.repeat_interleave(every, counts),

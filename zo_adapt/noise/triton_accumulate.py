@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from zo_adapt.errors import ViewError
+from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, arithmetic, finish
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import ROUNDING_STREAM, signed
+from zo_adapt.noise.rounding import ROUNDING_STREAM
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_numbers import (
     TRITON_DTYPES,
@@ -214,7 +215,7 @@ def _records(places: Sequence[Place], addresses: Sequence[tuple[int, int]]) -> n
     start = (np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK
     offset = (here + start) * places[0].source.element_size()
     at = np.array(addresses, np.int64)[place] + offset[:, None]
-    keys = np.array([signed(one.key) for one in places], np.int64)
+    keys = np.array([philox.signed(one.key) for one in places], np.int64)
     which = np.array([one.sum for one in places], np.int64)
     return np.column_stack((at, size - start, keys[place], first + start, which[place]))
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zo_adapt.noise.entries import signed
+from zo_adapt.noise import philox
 from zo_adapt.noise.low_rank import Matrices
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_numbers import TRITON_DTYPES, fields, gaussian, quantile_table
@@ -82,7 +82,7 @@ class FactorsDrawn:
             block[:, 0], block[:, 1], block[:, 2] = (
                 place + start,
                 of.numel - start,
-                signed(key),
+                philox.signed(key),
             )
             block[:, 3], block[:, 4], block[:, 5], block[:, 6] = start, which, period, middle
             rows.append(block)

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import arithmetic
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import signed
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_numbers import TRITON_DTYPES, quantile_table, summed
 
@@ -49,7 +49,7 @@ class GatheredOnCUDA:
 
     def __init__(self, noise: Noise, weight: Tensor, key: int, sum: int) -> None:
         self._noise, self._weight = noise, weight
-        self._which = torch.tensor([signed(key), sum]).to(weight.device)
+        self._which = torch.tensor([philox.signed(key), sum]).to(weight.device)
 
     def __call__(self, ids: Tensor, sums: Sums) -> Tensor:
         """The rows of these numbers, (*ids.shape, width)."""

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, arithmetic
-from zo_adapt.noise.entries import ROUNDING_STREAM, signed
 from zo_adapt.noise.low_rank import Matrices, Rectangle, rectangle_of, scale
+from zo_adapt.noise.rounding import ROUNDING_STREAM
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_accumulate import OnCUDA
 from zo_adapt.noise.triton_factors import FactorsDrawn, keep
@@ -182,7 +183,7 @@ class _Part:
         self._drawn = FactorsDrawn(self._device, listed)
         here = [_rectangle(place, of) for place, of in zip(places, matrices, strict=True)]
         described = [
-            (*pair, signed(place.key), place.sum, start, of.height, of.width, *part[1:])
+            (*pair, philox.signed(place.key), place.sum, start, of.height, of.width, *part[1:])
             for place, pair, of, start, part in zip(
                 places, addresses, matrices, self._drawn.starts, here, strict=False
             )

@@ -22,7 +22,7 @@ import numpy as np
 
 from zo_adapt.data.sources import Batch
 from zo_adapt.evaluation.protocol import Probe
-from zo_adapt.noise.entries import WORDS, words_numpy
+from zo_adapt.noise import philox
 from zo_adapt.term import Shift, Term, Terms
 from zo_adapt.view.group import Group
 
@@ -126,7 +126,7 @@ class Estimate(NamedTuple):
 
 def seeds_of(seed: int, stream: int, count: int, number: int = 0) -> list[int]:
     """Seeds of directions apart from those of a run's steps, a function of its seed."""
-    words = words_numpy(seed, number, stream, 0, -(-count // WORDS))
+    words = philox.words_numpy(seed, number, stream, 0, -(-count // philox.WORDS))
     seeds: list[int] = words[:count].tolist()
     return seeds
 

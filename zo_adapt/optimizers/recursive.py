@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Unpack
 
 from zo_adapt.errors import OptionError, finite
-from zo_adapt.noise.entries import words_numpy
+from zo_adapt.noise import philox
 from zo_adapt.optimizers.estimator import Estimator, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.step_size import StepSize
@@ -178,7 +178,7 @@ class ZOPAGE(Recursive):
         """Whether the next step takes a large batch: a word of the generator says so."""
         if self.steps == 0:
             return True
-        word = words_numpy(self.state.seed, self.steps, RESTART_STREAM, 0, 1)[0]
+        word = philox.words_numpy(self.state.seed, self.steps, RESTART_STREAM, 0, 1)[0]
         return float(word) / 2**64 < self.restart_probability
 
     @property

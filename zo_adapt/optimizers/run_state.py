@@ -10,7 +10,7 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.noise.entries import Seeds
+from zo_adapt.noise.seeds import Seeds
 from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions
 from zo_adapt.optimizers.finder import Finder, finder_of

@@ -29,7 +29,7 @@ from zo_adapt.errors import (
     TrajectoryError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.noise.entries import NAME, Seeds
+from zo_adapt.noise.seeds import NAME, Seeds
 from zo_adapt.term import Step
 from zo_adapt.trajectory.header import check_header_form, check_step_form
 from zo_adapt.trajectory.record import decoded

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
-from zo_adapt.noise.entries import NAME
+from zo_adapt.noise.seeds import NAME
 from zo_adapt.term import SEED_LIMIT, Step
 from zo_adapt.view.parameters import ParameterView
 
