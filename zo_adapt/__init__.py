@@ -19,8 +19,6 @@ from zo_adapt.loops.lora_start import initialise_lora as initialise_lora
 from zo_adapt.loops.monitor import Metrics as Metrics
 from zo_adapt.loops.result import Result as Result
 from zo_adapt.loops.result import StopReason as StopReason
-from zo_adapt.optimizers.by_sample import ZOSAGA as ZOSAGA
-from zo_adapt.optimizers.by_sample import ZOSVRG as ZOSVRG
 from zo_adapt.optimizers.estimator import OneSided as OneSided
 from zo_adapt.optimizers.estimator import TwoSided as TwoSided
 from zo_adapt.optimizers.first_order import SGD as SGD
@@ -30,9 +28,11 @@ from zo_adapt.optimizers.mezo_svrg import MeZOSVRG as MeZOSVRG
 from zo_adapt.optimizers.recursive import ZOPAGE as ZOPAGE
 from zo_adapt.optimizers.recursive import ZOSPIDER as ZOSPIDER
 from zo_adapt.optimizers.recursive import ZOSTORM as ZOSTORM
+from zo_adapt.optimizers.saga import ZOSAGA as ZOSAGA
 from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.step_size import ByDistance as ByDistance
 from zo_adapt.optimizers.step_size import Rate as Rate
+from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
 from zo_adapt.ranks.workers import Workers as Workers
 from zo_adapt.serve.evaluator import ServedEvaluator as ServedEvaluator
 from zo_adapt.serve.mixture import AdapterMixture as AdapterMixture

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zo_adapt.errors import OptionError
-from zo_adapt.optimizers.by_sample import ZOSAGA, ZOSVRG
 from zo_adapt.optimizers.keywords import keywords_of
 from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.mezo_svrg import MeZOSVRG
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.recursive import ZOPAGE, ZOSPIDER, ZOSTORM
+from zo_adapt.optimizers.saga import ZOSAGA
+from zo_adapt.optimizers.zo_svrg import ZOSVRG
 
 OPTIMIZERS: dict[str, Callable[..., ZerothOrder]] = {
     "mezo": MeZO,

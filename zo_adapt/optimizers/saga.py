@@ -1,12 +1,10 @@
-"""Variance-reduced baselines with a direction for every sample: ZO-SVRG and ZO-SAGA."""
+"""SAGA on SPSA estimates: a term for every example, kept from one visit to the next."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Batch
-from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import direction_terms
 from zo_adapt.optimizers.estimator import TwoSided
@@ -14,88 +12,9 @@ from zo_adapt.optimizers.keywords import StepSizeKeywords, split, step_size_of
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Progress
 from zo_adapt.optimizers.step_size import StepSize
-from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced, size_named
+from zo_adapt.optimizers.zo_svrg import each_sample
 from zo_adapt.term import Step, Term, Terms, coalesced, scaled
 from zo_adapt.view.parameters import ParameterView
-
-
-@dataclass(frozen=True, repr=False, init=False)
-class ZOSVRG(VarianceReduced):
-    """ZO-SVRG (Gautam et al. 2024, Algorithm 2; Liu et al. 2018).
-
-    As MeZO-SVRG, but every estimate is a mean over samples that each have their own direction:
-        g_B(theta) = 1/|B| sum_{i in B} p_i(theta; z_i) z_i
-    Every q steps theta_bar <- theta, g <- g_{all}(theta); in every step
-        theta <- theta - lr * (g_I(theta) - g_I(theta_bar) + g)
-    with the same z_i at both points. At the snapshot the two cancel: no minibatch is drawn.
-
-    Queries: 2 n at a snapshot, 4 b otherwise. Slow by design: a forward pass for one sample at a
-    time, and n terms in every update.
-
-    Args:
-        lr: Learning rate, short for ``apply=Rate(lr)``. None: the step by distance,
-            ``ByDistance()``.
-        apply: How an estimate is applied.
-        snapshot_interval: q >= 1.
-        snapshot_size: Rows of the large batch; "all" is the whole set.
-        perturbation_scale: mu; None: 0.04 of the displacement, 0.4 where values are counts.
-        keywords: Short for the parts of ``apply``; as in ``MeZO``.
-
-    Raises:
-        OptionError: A number outside its range, or the same thing said twice.
-
-    Example:
-        >>> import torch
-        >>> from zo_adapt import ParameterView, ZOSVRG, minimize
-        >>> x, data = torch.zeros(1), torch.linspace(0, 1, 16)[:, None]
-        >>> result = minimize(
-        ...     lambda batch: (x - batch).square().sum(1), ParameterView({"x": x}), data,
-        ...     ZOSVRG(lr=2e-2), batch_size=4, max_queries=6000, progress=False)
-        >>> bool((x - data.mean()).abs() < 0.1)
-        True
-
-    Reference: arXiv 2404.08080, arXiv 1805.10367.
-    """
-
-    def __init__(
-        self,
-        lr: float | None = None,
-        *,
-        apply: StepSize | None = None,
-        snapshot_interval: int = 5,
-        snapshot_size: SnapshotSize | None = "all",
-        perturbation_scale: float | None = None,
-        **keywords: Unpack[StepSizeKeywords],
-    ) -> None:
-        self._set(
-            estimate=TwoSided(perturbation_scale=perturbation_scale),
-            apply=step_size_of(apply, lr, split(keywords)[1]),
-            snapshot_interval=snapshot_interval,
-            snapshot_size=size_named(snapshot_size),
-            snapshot_lr=None,
-            coupling="shared",
-        )
-        self._check()
-
-    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """A direction for every sample."""
-        return each_sample(batch, samples)
-
-
-def each_sample(batch: Batch, samples: Samples) -> list[Batch]:
-    """Every row of a batch as a batch of its own.
-
-    Raises:
-        OptionError: The objective wants more rows in one call.
-    """
-    # A batch of one row, as a function without data has, is whole already.
-    if samples.min_rows > 1 and len(batch) > 1:
-        raise OptionError(
-            "this optimizer asks for one sample at a time, and the objective wants more: its "
-            "min_rows is larger, or it gives one number for a batch (return one value per example, "
-            "or set mean_over_rows=True if the number is a mean); or choose MeZO or MeZOSVRG"
-        )
-    return batch.split(len(batch))
 
 
 @dataclass(frozen=True, repr=False, init=False)
