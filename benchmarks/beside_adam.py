@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from objectives import Accuracy, ClassificationLoss
 from support.topics import Topics, bbc_topics
 from zo_adapt import Adam, Metrics, ParameterView, initialise_lora, minimize
-from zo_adapt.loops.result import smoothed
+from zo_adapt.loops.figure import smoothed
 
 FORWARD, BACKWARD = "forward passes alone, minimize(...)", "backpropagation, AdamW at 1e-3"
 BUDGETS = {FORWARD: 40_000, BACKWARD: 7_680}

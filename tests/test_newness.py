@@ -12,7 +12,7 @@ from families import FAMILIES, tokens
 from torch import Tensor, nn
 
 from zo_adapt import MeZO, ParameterView, minimize
-from zo_adapt.view.defaults import may_be_untrained, new_names
+from zo_adapt.view.newness import may_be_untrained, new_names
 
 # peft 0.21 still reads a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

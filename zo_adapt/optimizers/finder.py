@@ -12,8 +12,8 @@ from zo_adapt.optimizers.responses import Nonlinearity
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.optimizers.search import COUNT_SHARE
 from zo_adapt.term import Shift
-from zo_adapt.view.defaults import has_new_head, may_be_untrained
 from zo_adapt.view.group import DISPLACEMENT, Group
+from zo_adapt.view.newness import has_new_head, may_be_untrained
 from zo_adapt.view.parameters import ParameterView
 
 REACH_OF_NEW = 10.0

@@ -22,7 +22,8 @@ from zo_adapt.interrupt import gradients_off
 from zo_adapt.serve.adapter import ServedAdapter
 from zo_adapt.serve.asking import Answers, answering
 from zo_adapt.serve.protocol import Candidate, ServedModel, Tuned
-from zo_adapt.serve.rounds import AtOnce, Report, Task, answered, first_question, unloading
+from zo_adapt.serve.report import Report
+from zo_adapt.serve.rounds import AtOnce, Task, answered, first_question, unloading
 from zo_adapt.serve.self_test import SelfTest
 from zo_adapt.serve.soft_prompt import SoftPrompt
 from zo_adapt.term import HERE, Shift

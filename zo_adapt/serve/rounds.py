@@ -1,9 +1,7 @@
 """Objectives that ask a served model, called in rounds: all questions of a round at once."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -212,29 +210,3 @@ def _asks_nothing(function: Any) -> NotServableError:
         "does not move. On a server run CausalLMLoss, VerbalizerLoss, ExactMatch of these, "
         "GenerationReward, and what is made of them"
     )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the self-test found.
-
-    Args:
-        noise: Largest difference of a token's log-probability between two adapters that are equal.
-        signal: Correlation of the differences that eps and 2 eps make; NaN where it was not tested.
-        perturbation_scale: The eps, in the view's units: the default of the run is no smaller.
-        raised: How often the usual eps was doubled for the signal's sake.
-    """
-
-    noise: float
-    signal: float
-    perturbation_scale: float
-    raised: int = 0
-
-    def __str__(self) -> str:
-        if math.isnan(self.signal):
-            return "self-test passed: the server gives no scores, so that signal was not measured"
-        more = f", {2**self.raised} times the usual one" if self.raised else ""
-        return (
-            f"self-test passed: equal adapters differ by {self.noise:.2g} a token; differences at "
-            f"eps={self.perturbation_scale:.3g}{more} and twice that correlate by {self.signal:.3f}"
-        )

@@ -19,7 +19,8 @@ from zo_adapt.errors import SelfTestError, ServedModelError
 from zo_adapt.evaluation.signal import LEAST, along, correlation, seeds
 from zo_adapt.serve.asking import Question
 from zo_adapt.serve.protocol import BASE, Candidate, Scores, ServedModel, Tuned, Writing
-from zo_adapt.serve.rounds import Report, check_choices, check_scores
+from zo_adapt.serve.report import Report
+from zo_adapt.serve.rounds import check_choices, check_scores
 from zo_adapt.term import Shift
 from zo_adapt.view.precision import SHARE, finest_perturbation
 
