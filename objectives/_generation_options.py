@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from zo_adapt.errors import OptionError, positive
+from zo_adapt.errors import OptionError
+from zo_adapt.options import positive
 
 GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """What counts as not set: a model's own settings would be reported as unused."""

@@ -27,8 +27,9 @@ from objectives._generation_options import (
 )
 from objectives._served import written as written_there
 from objectives._shared_text import HalfEnded, SharedText, can_go_on, rows_of_cache
-from zo_adapt.errors import OptionError, at_least_one
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.row_blocks import blocks
+from zo_adapt.options import at_least_one
 from zo_adapt.serve.asking import elsewhere
 from zo_adapt.serve.protocol import Writing
 

@@ -6,7 +6,8 @@ from typing import Any
 from objectives._collate import IGNORED, LABELS
 from objectives._encoded import is_chat, without_end
 from objectives._fit import shortest, tokens_of
-from zo_adapt.errors import DataError, OptionError, at_least_one
+from zo_adapt.errors import DataError, OptionError
+from zo_adapt.options import at_least_one
 
 FIELDS = ("messages", "prompt", "completion", "text")
 

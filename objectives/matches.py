@@ -29,7 +29,7 @@ from objectives._set_metric import (
 from objectives._token_loss import TokenLoss
 from objectives.causal_lm import CausalLMLoss
 from objectives.seq2seq import Seq2SeqLoss
-from zo_adapt.errors import positive_or_none
+from zo_adapt.options import positive_or_none
 
 ROWS_OF_A_COUNT = 32
 """Fewest rows on which a hard count is asked for: on four, hardly any difference is not zero."""

@@ -16,8 +16,9 @@ from objectives._padding import token_mask
 from objectives._set_metric import array, check_finite
 from objectives.matches import ROWS_OF_A_COUNT
 from objectives.mixture import Mixable
-from zo_adapt.errors import DataError, ObjectiveError, at_least_one
+from zo_adapt.errors import DataError, ObjectiveError
 from zo_adapt.evaluation.objective import ColumnOf, SetObjective, checked_min_rows
+from zo_adapt.options import at_least_one
 
 START, END = "start_positions", "end_positions"
 

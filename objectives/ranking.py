@@ -12,7 +12,8 @@ from torch import nn
 from objectives._ranking import RankingMetric, Undefined
 from objectives.metrics import check_scikit_learn
 from objectives.scorers import Scorer
-from zo_adapt.errors import DataError, OptionError, at_least_one
+from zo_adapt.errors import DataError, OptionError
+from zo_adapt.options import at_least_one
 
 LARGEST_EXPONENT = 512
 """Of a gain 2^relevance: sums of these are exact enough in fp64, and finite."""

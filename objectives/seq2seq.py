@@ -11,7 +11,8 @@ from objectives._fit import check_encoder_decoder, positions, shortest, tokens_o
 from objectives._head import narrow_logits
 from objectives._model import Batch
 from objectives._token_loss import LabelTokens, Reduction, TokenLoss, check_labelled
-from zo_adapt.errors import DataError, OptionError, at_least_one
+from zo_adapt.errors import DataError, OptionError
+from zo_adapt.options import at_least_one
 
 
 class Seq2SeqLoss(TokenLoss):

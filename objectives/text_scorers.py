@@ -13,7 +13,8 @@ from objectives._lists import as_list
 from objectives._model import Batch, ModelRunner, at_least_float32
 from objectives._padding import last_positions, of_whole_texts, token_mask
 from objectives.scorers import DOCUMENTS, FeatureScorer, QueryBatch, Scorer, field, one_each
-from zo_adapt.errors import DataError, ObjectiveError, OptionError, at_least_one
+from zo_adapt.errors import DataError, ObjectiveError, OptionError
+from zo_adapt.options import at_least_one
 
 Pooling = Literal["mean", "first", "last"] | Callable[[Any, Batch], Tensor]
 

@@ -120,7 +120,7 @@ else:  # a type checker would take any name from a module that has __getattr__
     def __getattr__(name: str) -> Any:
         """ZOTrainer and ZOConfig, when asked for: transformers takes seconds to import."""
         if name in _FORMER:
-            renamed = import_module("zo_adapt.errors").renamed
+            renamed = import_module("zo_adapt.options").renamed
             renamed(f"zo_adapt.{name}", f"zo_adapt.{_FORMER[name].__name__}")
             return _FORMER[name]
         if name not in ("ZOConfig", "ZOTrainer"):

@@ -19,7 +19,7 @@ from zo_adapt.diagnosis.advice import (
 )
 from zo_adapt.diagnosis.differences import Differences, Jackknife, Survey, anova, rms
 from zo_adapt.diagnosis.displacement import find_displacement
-from zo_adapt.errors import OptionError, at_least_one, check_run, former_keywords, positive, renamed
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.locally import look_for_signal
@@ -28,6 +28,7 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_examples, resolve_mean_over_rows
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import check_data, check_evaluation, check_view, checked_objective
+from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.replicas import check_views

@@ -10,7 +10,7 @@ from torch import Tensor
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.diagnosis.differences import Differences, Jackknife, Survey, anova
-from zo_adapt.errors import ObjectiveError, at_least_one
+from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import SetObjective
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -18,6 +18,7 @@ from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.first_order import backpropagated
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
+from zo_adapt.options import at_least_one
 from zo_adapt.term import Terms
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import finest_perturbation, usual_perturbation

@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from zo_adapt.data.forms import Collate
-from zo_adapt.errors import ArgumentTypeError, at_least_one, renamed
+from zo_adapt.errors import ArgumentTypeError
 from zo_adapt.evaluation.later import Later
 from zo_adapt.evaluation.model_state import check_dropout
+from zo_adapt.options import at_least_one, renamed
 
 ColumnOf = Callable[[str], Sequence[Any] | None]
 """Gives the values of a field, one an example."""

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from zo_adapt.errors import OptionError, at_least_one
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
+from zo_adapt.options import at_least_one
 
 JointRows = int | Literal["auto", "measured", "off"]
 ReuseTrunk = Literal["auto", "on", "off"] | FrozenTrunk

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import NoData
-from zo_adapt.errors import ObjectiveError, OptionError, StepTooLargeError, check_run
+from zo_adapt.errors import ObjectiveError, OptionError, StepTooLargeError
 from zo_adapt.evaluation.failures import OnNonFinite
 from zo_adapt.evaluation.places import OnePoint
 from zo_adapt.evaluation.protocol import Evaluation, Probe
@@ -21,6 +21,7 @@ from zo_adapt.loops.given_losses import GivenLosses
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Budget, Progress
+from zo_adapt.options import check_run
 from zo_adapt.term import MEASUREMENT, Step
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView

@@ -5,11 +5,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from zo_adapt.errors import OptionError, at_least_one, integer
+from zo_adapt.errors import OptionError
 from zo_adapt.loops.ask_tell import AskTell
 from zo_adapt.loops.restarts import Counted, Runs, mapping_over
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import ZerothOrder
+from zo_adapt.options import at_least_one, integer
 
 LOOP: dict[str, Any] = {
     "maxiter": None,

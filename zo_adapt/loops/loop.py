@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import check_run, former_keywords, integer
 from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
@@ -36,6 +35,7 @@ from zo_adapt.loops.step_advice import verdict
 from zo_adapt.optimizers.mezo import MeZO
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.options import check_run, former_keywords, integer
 from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.group import closing_ranks

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from zo_adapt.data.examples import as_data
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import AdapterError, ViewError, at_least_one
+from zo_adapt.errors import AdapterError, ViewError
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, ready
 from zo_adapt.interrupt import gradients_off, undone, uninterrupted
+from zo_adapt.options import at_least_one
 from zo_adapt.view.adapters import adapted_modules
 from zo_adapt.view.shards import is_sharded
 

@@ -14,7 +14,6 @@ from zo_adapt.errors import (
     NonFiniteObjectiveError,
     OptionError,
     UndefinedMetricError,
-    at_least_one,
 )
 from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective
@@ -23,6 +22,7 @@ from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
 from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops.arguments import check_data, checked_objective
 from zo_adapt.loops.run import Run
+from zo_adapt.options import at_least_one
 from zo_adapt.ranks.evaluator import shared
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.term import HERE

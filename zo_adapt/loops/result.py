@@ -10,10 +10,10 @@ from zo_adapt.errors import (
     NonFiniteObjectiveError,
     StepTooLargeError,
     TrajectoryWriteError,
-    renamed,
 )
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.loops.figure import draw, metric_names
+from zo_adapt.options import renamed
 from zo_adapt.term import Step
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ import numpy as np
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import OptionError, at_least_one, positive_or_none
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
 from zo_adapt.optimizers.directions import (
     SHAPES,
@@ -41,6 +41,7 @@ from zo_adapt.optimizers.directions import (
     shaped,
 )
 from zo_adapt.optimizers.settings import Settings
+from zo_adapt.options import at_least_one, positive_or_none
 from zo_adapt.term import HERE, Shift
 
 Baseline = Literal["auto", "others", "base"]

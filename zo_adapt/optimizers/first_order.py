@@ -12,18 +12,12 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import (
-    NonFiniteObjectiveError,
-    ObjectiveError,
-    StepTooLargeError,
-    ViewError,
-    not_negative,
-    positive,
-)
+from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, StepTooLargeError, ViewError
 from zo_adapt.evaluation.protocol import Evaluator
 from zo_adapt.interrupt import undone, uninterrupted
 from zo_adapt.optimizers.schedule import Budget, Schedule, described, schedule_named
 from zo_adapt.optimizers.settings import Settings
+from zo_adapt.options import not_negative, positive
 from zo_adapt.term import Step
 from zo_adapt.view.parameters import ParameterView
 

@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict
 
-from zo_adapt.errors import OptionError, renamed
+from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
 from zo_adapt.optimizers.schedule import Annealing, Schedule
 from zo_adapt.optimizers.step_size import ByDistance, Rate, StepSize
+from zo_adapt.options import renamed
 
 SHAPINGS = ("auto", "base", "others", "ranks", "zscore")
 

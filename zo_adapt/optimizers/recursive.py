@@ -5,12 +5,13 @@ from abc import ABC
 from dataclasses import KW_ONLY, dataclass
 from typing import Unpack
 
-from zo_adapt.errors import OptionError, finite
+from zo_adapt.errors import OptionError
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.estimator import Estimator, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced
+from zo_adapt.options import finite
 from zo_adapt.term import HERE, Shift, Terms, coalesced, scaled
 
 RESTART_STREAM = 7

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zo_adapt.errors import OptionError, finite
+from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.settings import Settings
+from zo_adapt.options import finite
 
 Schedule = Callable[[float], float]
 """Progress through the budget, 0..1 -> factor on the learning rate."""

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
-from zo_adapt.errors import OptionError, finite, positive, positive_or_none
+from zo_adapt.errors import OptionError
 from zo_adapt.optimizers.schedule import (
     Annealing,
     Schedule,
@@ -21,6 +21,7 @@ from zo_adapt.optimizers.schedule import (
     schedule_named,
 )
 from zo_adapt.optimizers.settings import Settings
+from zo_adapt.options import finite, positive, positive_or_none
 
 FARTHEST = 1.5
 """Of a displacement that was measured: how far one step may go along the gradient."""

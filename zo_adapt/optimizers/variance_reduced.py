@@ -8,11 +8,12 @@ from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.errors import OptionError, at_least_one, positive_or_none, renamed
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import Directions, Estimate
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Progress
+from zo_adapt.options import at_least_one, positive_or_none, renamed
 from zo_adapt.term import HERE, Shift, Step, Term, Terms, coalesced, scaled
 from zo_adapt.view.kept import KeptValues
 from zo_adapt.view.parameters import ParameterView

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from zo_adapt.errors import ArgumentTypeError, at_least_one, positive
+from zo_adapt.errors import ArgumentTypeError
+from zo_adapt.options import at_least_one, positive
 
 
 @dataclass(frozen=True)

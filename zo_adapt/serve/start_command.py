@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_adapt.errors import NotServableError, OptionError, ZOError, at_least_one
+from zo_adapt.errors import NotServableError, OptionError, ZOError
+from zo_adapt.options import at_least_one
 from zo_adapt.serve.adapter import FEATURES, REFUSED_BY_VLLM, features_of
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -8,11 +8,12 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from zo_adapt.errors import OptionError, at_least_one, renamed
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.options import CudaGraphs, EvaluationOptions
 from zo_adapt.evaluation.trunk.frozen_trunk import DEFAULT_BYTES, LEAST_SHARE, FrozenTrunk
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import Optimizer
+from zo_adapt.options import at_least_one, renamed
 from zo_adapt.trainer.checks import OPTIONS
 from zo_adapt.view.parameters import ParameterView
 

@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from zo_adapt.data.sources import Source
-from zo_adapt.errors import OptionError, former_keywords
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.locally import Locally
 from zo_adapt.evaluation.objective import Objective, ObjectiveLike, as_objective, rows_needed
@@ -29,6 +29,7 @@ from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.optimizers.schedule import Budget
+from zo_adapt.options import former_keywords
 from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.trainer.checks import check_arguments, check_choices, check_model, warn_of_ignored

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError, positive, positive_or_none
+from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
+from zo_adapt.options import positive, positive_or_none
 from zo_adapt.term import Shift, Step, Term
 from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.header import check_header

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from zo_adapt.errors import ArgumentTypeError, OptionError, not_negative
+from zo_adapt.errors import ArgumentTypeError, OptionError
+from zo_adapt.options import not_negative
 from zo_adapt.view.selection import names_listed, names_matching
 
 DISPLACEMENT = 0.25

@@ -6,8 +6,9 @@ from typing import Literal, Self
 import numpy as np
 from torch import Tensor, nn
 
-from zo_adapt.errors import OptionError, ViewError, renamed
+from zo_adapt.errors import OptionError, ViewError
 from zo_adapt.noise.distributions import noise_named
+from zo_adapt.options import renamed
 from zo_adapt.view import selection
 from zo_adapt.view.adapters import adapter_names, check_adapters, is_soft_prompt
 from zo_adapt.view.defaults import displacement_and_groups

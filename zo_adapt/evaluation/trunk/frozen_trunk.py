@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_adapt.errors import OptionError, at_least_one, renamed
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.call import Call, Form, RefusedError, can_trim, cut, kind_of
 from zo_adapt.evaluation.trunk.calls import Calls, Recorded, skipped
 from zo_adapt.evaluation.trunk.keys import Keys, Rows
 from zo_adapt.evaluation.trunk.store import Storage, Store
 from zo_adapt.evaluation.trust import close, same_calls, tolerance_of
 from zo_adapt.interrupt import is_from_handler
+from zo_adapt.options import at_least_one, renamed
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.getLogger(__name__)
