@@ -71,6 +71,33 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     ),
 }
 """With the new head each, which peft saves along."""
+_QUERY_VALUE = partial(_of_peft, target_modules=QUERY_VALUE)
+OTHER_ADAPTERS: dict[str, Callable[[], Any]] = {
+    "AdaLoRA q,v r=8": _QUERY_VALUE("AdaLoraConfig", init_r=8, target_r=8, total_step=10**6),
+    "BOFT q,v": _QUERY_VALUE("BOFTConfig", boft_block_size=32),
+    "C3A q,v": _QUERY_VALUE("C3AConfig", block_size=32),
+    "DeLoRA q,v r=8": _QUERY_VALUE("DeloraConfig", r=8),
+    "FourierFT q,v": _QUERY_VALUE("FourierFTConfig", n_frequency=1000),
+    "GraLoRA q,v r=8": _QUERY_VALUE("GraloraConfig", r=8, gralora_k=2),
+    "HiRA q,v r=8": _QUERY_VALUE("HiraConfig", r=8),
+    "HRA q,v r=8": _QUERY_VALUE("HRAConfig", r=8),
+    "LN tuning": _of_peft("LNTuningConfig", target_modules=["LayerNorm"]),
+    "MiSS q,v r=8": _QUERY_VALUE("MissConfig", r=8),
+    "OFT q,v": _QUERY_VALUE("OFTConfig", oft_block_size=32),
+    "PVeRA q,v r=256": _QUERY_VALUE("PveraConfig", r=256),
+    "RandLoRA q,v r=32": _QUERY_VALUE("RandLoraConfig", r=32),
+    "RoAd q,v": _QUERY_VALUE("RoadConfig", group_size=32),
+    "SHiRA q,v r=8": _QUERY_VALUE("ShiraConfig", r=8),
+    "TinyLoRA q,v": _QUERY_VALUE("TinyLoraConfig"),
+    "VB-LoRA q,v r=8": _QUERY_VALUE("VBLoRAConfig", r=8, num_vectors=64, vector_length=32, topk=2),
+    "WaveFT q,v": _QUERY_VALUE("WaveFTConfig", n_frequency=1000),
+    "p-tuning, 8 tokens": _of_peft(
+        "PromptEncoderConfig", num_virtual_tokens=8, encoder_hidden_size=128
+    ),
+    "prefix tuning, 8 tokens": _of_peft("PrefixTuningConfig", num_virtual_tokens=8),
+    "prompt tuning, 8 tokens": _of_peft("PromptTuningConfig", num_virtual_tokens=8),
+}
+"""What else peft has for this model, by the default alone, without a sweep."""
 PARTS: dict[str, Callable[[nn.Module], ParameterView]] = {
     "LayerNorm": partial(ParameterView.matching, pattern="LayerNorm|classifier"),
     "biases": partial(ParameterView.matching, pattern="bias$|classifier"),
@@ -98,8 +125,8 @@ def text_problem(view: str, name: str, seed: int, assets: str | None) -> Problem
         folder, num_labels=len({row["labels"] for row in train}), dtype=torch.float32
     )
     plain = view.removesuffix(WHITE)
-    if plain in ADAPTERS:
-        model = get_peft_model(model, ADAPTERS[plain]())
+    if adapter := (ADAPTERS | OTHER_ADAPTERS).get(plain):
+        model = get_peft_model(model, adapter())
     model = model.to(DEVICE).eval()
     loss = ClassificationLoss(model)
     if view.endswith(WHITE):

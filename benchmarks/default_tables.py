@@ -187,11 +187,11 @@ def _counted(verdicts: Sequence[Compared]) -> str:
 
 
 def _schedules(rows: Iterable[Row], tasks: dict[str, str]) -> str:
-    """Default runs by "cooldown" beside those by "linear", of the same cell and seed."""
-    of: dict[str, dict[tuple[str, int], float]] = {"linear": {}, "cooldown": {}}
+    """Default runs by "cooldown" beside those by "linear", of a cell, seed and displacement."""
+    of: dict[str, dict[tuple[str, int, float], float]] = {"linear": {}, "cooldown": {}}
     for row in rows:
         if row["multiple"] is None and "accuracy" in row["after"] and row["schedule"] in of:
-            of[row["schedule"]][row["cell"], row["seed"]] = score(row)
+            of[row["schedule"]][row["cell"], row["seed"], row["found"]] = score(row)
     lines = ["| task | pairs | by cooldown, less by linear | better |", "|---|---|---|---|"]
     for task in tasks:
         gains = [

@@ -32,7 +32,7 @@ import transformers
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
-from default_problems import LANGUAGE, LANGUAGE_ADAPTERS, VIEWS, WHITE, problem
+from default_problems import LANGUAGE, LANGUAGE_ADAPTERS, OTHER_ADAPTERS, VIEWS, WHITE, problem
 from default_tables import SWEPT, best_multiple, load, report, save
 
 from zo_adapt import MeZO, MeZOSVRG, minimize
@@ -88,6 +88,7 @@ CELLS = [
         for task in MATRIX[1:]
         for view in VIEWS
     ),
+    *(Cell(view, task, sweep=False) for task in MATRIX for view in OTHER_ADAPTERS),
     *PLAIN,
     *(Cell(view, MATRIX[0], sweep=False, steps=n, seeds=1) for n in FEW_STEPS for view in VIEWS),
     *(Cell(view, task) for task in LANGUAGE for view in LANGUAGE_ADAPTERS),

@@ -177,7 +177,7 @@ def losses(name: str, work: str, args: argparse.Namespace) -> list[dict[str, Any
     is_full = work.startswith("full")
     model = decoder(SIZES[name], args.device, lora=not is_full)
     data, loss, rows = tokens_of(args, SIZES[name]), CausalLMLoss(model), []
-    options = EvaluationOptions(cuda_graphs=args.graphs)
+    options = EvaluationOptions(cuda_graphs=args.graphs, joint_rows=args.joint_rows or "auto")
 
     def forward() -> None:
         with torch.no_grad(), loss.evaluating():
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--alone", nargs="*", default=usual[:1], help="generation one at a time")
     parser.add_argument("--graphs", choices=("auto", "on", "off"), default="auto", help="of losses")
+    parser.add_argument("--joint-rows", type=int, help="of losses that share a forward")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256, help="of a text whose loss is taken")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the longest prompt")

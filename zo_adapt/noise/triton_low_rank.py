@@ -17,12 +17,12 @@ from zo_adapt.noise.accumulate import Place, arithmetic
 from zo_adapt.noise.low_rank import Matrices, Rectangle, rectangle_of, scale
 from zo_adapt.noise.rounding import ROUNDING_STREAM
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
-from zo_adapt.noise.triton_accumulate import OnCUDA
+from zo_adapt.noise.triton_accumulate import ALIGNMENT, OnCUDA
 from zo_adapt.noise.triton_factors import FactorsDrawn, keep
 from zo_adapt.noise.triton_numbers import TRITON_DTYPES, fields_of, rounded
 
-ROWS, COLUMNS = 32, 128
-"""Of a tile."""
+ROWS, COLUMNS, WARPS = 32, 128, 4
+"""Of a tile, and what works on it."""
 MOST_BYTES = 256 * 2**20
 """Factors that are there at a time, where one tensor's do not need more."""
 
@@ -42,6 +42,7 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     ROUNDING: tl.constexpr,
     STREAM: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HEADER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -50,8 +51,9 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     tile = tiles + 4 * tl.program_id(0)
     tensor = tensors + 12 * tl.load(tile).to(tl.int64)
     matrix = tl.load(tile + 1).to(tl.int64)
-    line = tl.load(tile + 2) + tl.arange(0, ROWS)
-    column = tl.load(tile + 3) + tl.arange(0, COLUMNS)
+    top, begin = tl.load(tile + 2), tl.multiple_of(tl.load(tile + 3), COLUMNS)
+    line = top + tl.arange(0, ROWS)
+    column = begin + tl.arange(0, COLUMNS)
     # The tensor: addresses of result and source, key, sum, its factors' place, height, width; of
     # the part of each matrix that is here height and width; first matrix, line and column.
     out = tl.load(tensor).to(tl.pointer_type(DTYPE))
@@ -59,9 +61,19 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     this = sums + 1 + HEADER * tl.load(tensor + 3)
     height = tl.load(tensor + 5)
     width = tl.load(tensor + 6)
-    has_line, has_column = line < tl.load(tensor + 7), column < tl.load(tensor + 8)
-    here = (matrix * tl.load(tensor + 7) + line)[:, None] * tl.load(tensor + 8) + column[None, :]
+    lines, columns = tl.load(tensor + 7), tl.load(tensor + 8)
+    if ALIGNED:
+        # Without the three hints every element is read and written by itself: 2.4 times as slow.
+        columns = tl.multiple_of(columns, 16)
+    has_line, has_column = line < lines, column < columns
     inside = has_line[:, None] & has_column[None, :]
+    first_here = (matrix * lines + top) * columns + begin
+    if ALIGNED:
+        first_here = tl.multiple_of(first_here, 16)
+        out, source = tl.multiple_of(out, 16), tl.multiple_of(source, 16)
+    out += first_here
+    source += first_here
+    here = tl.arange(0, ROWS)[:, None] * columns.to(tl.int32) + tl.arange(0, COLUMNS)[None, :]
     # From here on they are numbered as in the whole tensor.
     matrix += tl.load(tensor + 9)
     line += tl.load(tensor + 10)
@@ -92,8 +104,7 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         key = tl.load(tensor + 2).to(tl.uint64, bitcast=True)
         if WHOLE_BLOCKS:
             # Rows are whole blocks of the generator, 16 elements each.
-            begin = tl.load(tile + 3) + tl.load(tensor + 11)
-            block = begin // 16 + tl.arange(0, COLUMNS // 16)
+            block = (begin + tl.load(tensor + 11)) // 16 + tl.arange(0, COLUMNS // 16)
             counter = (matrix * height + line)[:, None] * (width // 16) + block[None, :] + 1
             counter = tl.reshape(counter, (ROWS * COLUMNS // 16,))
             fraction = fields_of(counter, seed, key, STREAM, 16, ROWS * COLUMNS)
@@ -188,6 +199,10 @@ class _Part:
                 places, addresses, matrices, self._drawn.starts, here, strict=False
             )
         ]
+        self._aligned = whole_blocks and all(
+            pair[0] % ALIGNMENT == 0 and pair[1] % ALIGNMENT == 0 and part.width % 16 == 0
+            for pair, part in zip(addresses, here, strict=True)
+        )
         self._tensors = torch.from_numpy(np.array(described, np.int64)).to(self._device)
         self._tiles = torch.from_numpy(_tiles(here, *self._tile)).to(self._device)
 
@@ -213,10 +228,11 @@ class _Part:
                 ROUNDING=half and sums.rounding is not None,
                 STREAM=ROUNDING_STREAM,
                 WHOLE_BLOCKS=self._whole,
+                ALIGNED=self._aligned,
                 HEADER=HEADER,
                 ROWS=self._tile[0],
                 COLUMNS=self._tile[1],
-                num_warps=4,
+                num_warps=WARPS,
                 # A fused multiply-add rounds once where the reference rounds twice.
                 enable_fp_fusion=False,
             )
