@@ -23,7 +23,7 @@ TRAIN, REST = 512, 512
 """Of the rest, half chooses the rate, half is tested on."""
 LONGEST = 64
 SPLITS = (0, 1, 2, 9)
-AT_ONCE = 256
+AT_ONCE = 128
 """Most rows of a forward; minibatches are of 16."""
 ASSETS = os.environ.get("ZO_EVIDENCE_ASSETS")
 
