@@ -123,12 +123,17 @@ PLAN = (
     Cell("encoder", "encoder, all weights", ENCODER, queries=30_000, batch_size=64),
     Cell("encoder", "encoder, LoRA", FIRST_ORDER, queries=30_000, batch_size=64),
     Cell("encoder", "encoder, all weights", FIRST_ORDER, queries=30_000, batch_size=64),
+    Cell("encoder", "encoder, last layers", (*ENCODER, *FIRST_ORDER), queries=30_000,
+         batch_size=64),
     *LANGUAGE_PLAN,
+    Cell("encoder", "encoder, all weights", ENCODER[:3], steps=150, batch_size=64),
+    Cell("encoder", "encoder, last layers", ENCODER[:3], steps=150, batch_size=64),
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 GRIDS = {
     LS: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "encoder, LoRA": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    "encoder, last layers": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
     "encoder, all weights": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
     "ranking, NDCG": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
