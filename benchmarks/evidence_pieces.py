@@ -122,10 +122,10 @@ PLAN = (
     Cell("encoder", "encoder, LoRA", ENCODER[:3], steps=150, batch_size=64),
     Cell("encoder", "encoder, all weights", ENCODER, queries=30_000, batch_size=64),
     Cell("encoder", "encoder, LoRA", FIRST_ORDER, queries=30_000, batch_size=64),
-    Cell("encoder", "encoder, all weights", FIRST_ORDER, queries=30_000, batch_size=64),
-    Cell("encoder", "encoder, last layers", (*ENCODER, *FIRST_ORDER), queries=30_000,
-         batch_size=64),
+    Cell("encoder", "encoder, last layers", ENCODER, queries=30_000, batch_size=64),
     *LANGUAGE_PLAN,
+    *(Cell("encoder", f"encoder, {view}", FIRST_ORDER, queries=30_000, batch_size=64)
+      for view in ("last layers", "all weights")),
     Cell("encoder", "encoder, all weights", ENCODER[:3], steps=150, batch_size=64),
     Cell("encoder", "encoder, last layers", ENCODER[:3], steps=150, batch_size=64),
 )  # fmt: skip
