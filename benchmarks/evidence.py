@@ -33,13 +33,14 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import evidence_packages
 import evidence_theory
+from evidence_lm import AT_ONCE
 from evidence_methods import optimizer_of
-from evidence_pieces import SEEDS, THEORY, Run, open_runs
+from evidence_pieces import SEEDS, THEORY, Run, is_former, open_runs, schedule_of
 from evidence_problems import PROBLEMS, least_squares_rows, squares, squares_at
 from evidence_time import Clock
 from evidence_variance import Track
 
-from zo_adapt import ZOError, minimize
+from zo_adapt import EvaluationOptions, ZOError, minimize
 
 RESULTS = Path(__file__).parent / "results"
 CURVE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
@@ -96,6 +97,7 @@ def of_method(run: Run) -> dict[str, Any]:
     curve: list[tuple[int, int, float]] = []
     track = Track(run, problem) if run.piece == "variance" else None
     clock = Clock(run, problem) if run.piece == "time" else None
+    of_language = run.piece == "causal LM"
 
     def look(step: Any) -> None:
         if track is not None:
@@ -117,6 +119,7 @@ def of_method(run: Run) -> dict[str, Any]:
             seed=run.seed,
             callback=look if run.piece in WATCHED and run.seed in SEEDS else None,
             metrics=None if track is None else track.metrics,
+            evaluation=EvaluationOptions(micro_batch_size=AT_ONCE if of_language else None),
             progress=False,
         )
     except ZOError as error:
@@ -129,9 +132,13 @@ def of_method(run: Run) -> dict[str, Any]:
 
 
 def load() -> dict[str, Any]:
-    """The results so far, of all files."""
-    files = sorted(RESULTS.glob("evidence*.json"))
-    return {k: v for file in files for k, v in json.loads(file.read_text())["runs"].items()}
+    """The results so far, of all files; of two, that of today's default."""
+    found = dict[str, Any]()
+    for file in sorted(RESULTS.glob("evidence*.json")):
+        for key, one in json.loads(file.read_text())["runs"].items():
+            if key not in found or not is_former(Run(*json.loads(key)), one):
+                found[key] = one
+    return found
 
 
 def save(runs: dict[str, Any], into: str) -> None:
@@ -184,6 +191,8 @@ def work(arguments: argparse.Namespace) -> None:
             except queue.Empty:
                 break
             at_work.discard(run)
+            schedule = schedule_of(run)
+            found |= {"schedule": schedule} if schedule else {}
             results[run.key] = new[run.key] = found
             if time.monotonic() > saved + 5:
                 save(new, arguments.into)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from evidence_pieces import SEEDS, TUNING, Run, grid_of
+from evidence_pieces import SEEDS, TUNING, Run, grid_of, is_former
 
 DIVERGED = 200.0
 """A training loss beyond which a run counts as diverged; they start at 2.3 to 132."""
@@ -35,6 +35,8 @@ class Cell(NamedTuple):
     runs: Sequence[Found]
     lr: float | None
     at_edge: bool
+    former: bool = False
+    """Of a default that is no more."""
 
     def values(self, figure: str) -> list[float | None]:
         """The figure of every seed; None where it diverged."""
@@ -65,6 +67,7 @@ class Cell(NamedTuple):
         parts += [f"{lost} of {len(self.runs)} diverged"] if lost else []
         if self.lr is not None:
             parts.append(f"(lr {self.lr:g}{', edge' if self.at_edge else ''})")
+        parts += ["(former default)"] if self.former else []
         return " ".join(parts)
 
     def short(self, figure: str = "training") -> str:
@@ -73,7 +76,7 @@ class Cell(NamedTuple):
         lost = f"{len(self.runs) - len(good)} of {len(self.runs)} diverged"
         if not good:
             return lost
-        mean = f"{statistics.mean(good):.3g}"
+        mean = f"{statistics.mean(good):.3g}{' (former default)' if self.former else ''}"
         return mean if len(good) == len(self.runs) else f"{mean} ({lost})"
 
 
@@ -93,10 +96,11 @@ class Results:
         tried = {r.lr: _number(f.get("validation")) for r, f in runs if r.seed == TUNING}
         lr = min(tried, key=lambda one: tried[one]) if tried else None
         counted = [found for run, found in runs if run.seed in SEEDS and run.lr == lr]
+        former = any(is_former(run, found) for run, found in runs)
         if len(counted) < len(SEEDS):
             return Cell((), None, False)
         grid = grid_of(runs[0][0]) if lr is not None else ()
-        return Cell(counted, lr, bool(grid) and lr in (grid[0], grid[-1]))
+        return Cell(counted, lr, bool(grid) and lr in (grid[0], grid[-1]), former)
 
     def of(self, piece: str) -> list[tuple[Run, Found]]:
         """The counted runs of a piece."""

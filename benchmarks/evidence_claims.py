@@ -37,6 +37,10 @@ CURVES, BATCHES, MEMORY = (
     "[figure](#batch-sizes)",
     "[figure](#memory)",
 )
+ENCODER = "[table](#an-encoder)"
+VIEWS = ("LoRA", "last layers", "all weights")
+RECOMMENDED = "MeZO(), the recommended one, does better than MeZOSVRG()"
+FIRST = "Backpropagation learns more from the same forwards (README)"
 THEORY, VARIANCE = "[table](#theory)", "[figure](#variance-along-a-run)"
 
 
@@ -103,13 +107,12 @@ def variance_reduction(found: Results) -> Iterator[Claim]:
     control = "More so than MeZO on all rows at every step, which needs twice the queries"
     yield from versus(found, control, where, "training", SVRG, "MeZO, all rows", link=CURVES)
     yield from versus(found, control, digits, "accuracy", SVRG, "MeZO, all rows", link=CURVES)
-    table = "[table](#an-encoder)"
-    for view in ("LoRA", "all weights"):
+    for view in VIEWS:
         problem, label = f"encoder, {view}", f"MiniLM, BBC topics, {view}"
         for budget in ((30_000, None), (None, 150)):
             where = Where("encoder", problem, *budget, 64)
             yield from versus(found, f"{ahead} on an encoder", where, "accuracy", SVRG, "MeZO",
-                              ONE_RATE, link=table, label=label)  # fmt: skip
+                              ONE_RATE, link=ENCODER, label=label)  # fmt: skip
 
 
 def others(found: Results) -> Iterator[Claim]:
@@ -182,22 +185,16 @@ def rows_of_a_batch(found: Results) -> Iterator[Claim]:
 def own(found: Results) -> Iterator[Claim]:
     """What this project says of itself, and of backpropagation."""
     queries = Where("methods", LS, queries=100_000), Where("methods", DIGITS, queries=200_000)
-    lora, full = (
-        Where("encoder", f"encoder, {view}", 30_000, None, 64) for view in ("LoRA", "all weights")
-    )
+    views = [Where("encoder", f"encoder, {view}", 30_000, None, 64) for view in VIEWS]
+    places = [(queries[0], "training", CURVES), (queries[1], "accuracy", CURVES)]
+    places += [(where, "accuracy", ENCODER) for where in views]
     ahead = "MeZO(), given no rate, learns more than MeZO with the best rate of the grid"
-    yield from versus(found, ahead, queries[0], "training", "MeZO()", "MeZO", EIGHT, link=CURVES)
-    yield from versus(found, ahead, queries[1], "accuracy", "MeZO()", "MeZO", EIGHT, link=CURVES)
-    for where in (lora, full):
-        yield from versus(
-            found, ahead, where, "accuracy", "MeZO()", "MeZO", link="[table](#an-encoder)"
-        )
-    recommended = "MeZO(), the recommended one, does better than MeZOSVRG()"
-    for where, figure in ((queries[0], "training"), (queries[1], "accuracy"), (lora, "accuracy")):
-        yield from versus(found, recommended, where, figure, "MeZO()", "MeZOSVRG()", link=CURVES)
-    first = "Backpropagation learns more from the same forwards (README)"
-    for where, figure in ((queries[0], "training"), (queries[1], "accuracy"), (lora, "accuracy")):
-        yield from versus(found, first, where, figure, "FO-Adam", "MeZO()", "FO-SGD", link=CURVES)
+    for where, figure, link in places:
+        yield from versus(found, ahead, where, figure, "MeZO()", "MeZO", EIGHT, link=link)
+    for where, figure, link in places:
+        yield from versus(found, RECOMMENDED, where, figure, "MeZO()", "MeZOSVRG()", link=link)
+    for where, figure, link in places:
+        yield from versus(found, FIRST, where, figure, "FO-Adam", "MeZO()", "FO-SGD", link=link)
     counted = "What has no gradient: MeZO() learns more than pairs with the best rate"
     for where, figure in OBJECTIVES.values():
         a, b = found.cell(where, "MeZO()"), found.cell(where, PAIRS)

@@ -9,7 +9,8 @@ from typing import Any
 
 import evidence_variance
 from evidence_cells import DIVERGED, Cell, Results, Where, by_rows, by_size
-from evidence_language import HALVES, QUERIES, VIEWS, by_queries
+from evidence_claims import VIEWS
+from evidence_language import HALVES, QUERIES, by_queries
 from evidence_pieces import SEEDS
 
 SHOWN = (

@@ -5,6 +5,8 @@ the model starts near chance and has the answer in it. Its vocabulary is cut to 
 sentences that are used, which changes no logit that is read.
 """
 
+import copy
+import functools
 import json
 import os
 from pathlib import Path
@@ -21,6 +23,8 @@ TRAIN, REST = 512, 512
 """Of the rest, half chooses the rate, half is tested on."""
 LONGEST = 64
 SPLITS = (0, 1, 2, 9)
+AT_ONCE = 128
+"""Most rows of a forward; minibatches are of 16."""
 ASSETS = os.environ.get("ZO_EVIDENCE_ASSETS")
 
 
@@ -74,22 +78,34 @@ def _make(target: Path) -> None:
     (target / "rows.json").write_text(json.dumps(made))
 
 
-def causal_lm(seed: int, view: str, dtype: torch.dtype = torch.float32) -> Any:
-    """``view``: "LoRA", "last layers" or "all weights"; the rows of a seed, and its adapter."""
+@functools.cache
+def _rows() -> Any:
+    """The splits, read once a process."""
+    return json.loads((folder() / "rows.json").read_text())
+
+
+@functools.cache
+def _loaded(dtype: torch.dtype) -> Any:
+    """The model as it was published, read once a process; runs tune copies."""
     import transformers
-    from evidence_problems import Problem
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source = folder()
-    made = json.loads((source / "rows.json").read_text())
+    return transformers.AutoModelForCausalLM.from_pretrained(folder(), dtype=dtype)
+
+
+def causal_lm(seed: int, view: str, dtype: torch.dtype = torch.float32) -> Any:
+    """``view``: "LoRA", "last layers" or "all weights"; the rows of a seed, and its adapter."""
+    from evidence_problems import Problem
+
+    made = _rows()
     train, rest = (
         [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
          for ids, label in part]
         for part in made["splits"][str(seed)]
     )  # fmt: skip
     torch.manual_seed(seed)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = copy.deepcopy(_loaded(dtype))
     if view == "LoRA":
         from peft import LoraConfig, get_peft_model
 
@@ -106,12 +122,13 @@ def causal_lm(seed: int, view: str, dtype: torch.dtype = torch.float32) -> Any:
 
     @torch.no_grad()
     def read(rows: list[Any]) -> tuple[float, float]:
-        """Loss and accuracy."""
-        loss, right = 0.0, 0
+        """Loss and accuracy; texts of one length together, so that little of a batch is padding."""
+        rows, loss, right = sorted(rows, key=lambda row: len(row["input_ids"])), 0.0, 0
         with objective.evaluating():
-            for start in range(0, len(rows), 64):
-                logits = objective.logits(objective.collate(rows[start : start + 64])).cpu()
-                labels = torch.tensor([row["labels"] for row in rows[start : start + 64]])
+            for start in range(0, len(rows), AT_ONCE):
+                part = rows[start : start + AT_ONCE]
+                logits = objective.logits(objective.collate(part)).float().cpu()
+                labels = torch.tensor([row["labels"] for row in part])
                 loss += float(cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(-1) == labels).sum())
         return loss / len(rows), right / len(rows)

@@ -199,6 +199,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "ranking, NDCG": ranking,
     "generation, reward": generation,
     "encoder, LoRA": partial(encoder, view="lora"),
+    "encoder, last layers": partial(encoder, view="partial"),
     "encoder, all weights": partial(encoder, view="full"),
     **{
         f"causal LM, {view}{', bf16' if dtype == torch.bfloat16 else ''}": partial(

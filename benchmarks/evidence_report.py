@@ -21,9 +21,9 @@ from evidence_cells import (
     markdown,
     spread,
 )
-from evidence_claims import OBJECTIVES, claims
+from evidence_claims import OBJECTIVES, VIEWS, claims
 from evidence_figures import draw
-from evidence_language import PRECISIONS, VIEWS, by_queries, by_steps
+from evidence_language import PRECISIONS, by_queries, by_steps
 from evidence_methods import ABLATIONS, METHODS, OWN
 from evidence_packages import PACKAGES
 from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT
@@ -116,13 +116,14 @@ def precision(found: Results) -> str:
 
 def encoder() -> Columns:
     """Accuracy by what is tuned."""
-    lora, full = "encoder, LoRA", "encoder, all weights"
-    budgets = {
-        "LoRA": Where("encoder", lora, queries=30_000, batch_size=64),
-        "LoRA, too": Where("encoder", lora, steps=150, batch_size=64),
-        "all weights": Where("encoder", full, queries=30_000, batch_size=64),
+    return {
+        f"{view}, {where.budget}": (where, "accuracy")
+        for view in VIEWS
+        for where in (
+            Where("encoder", f"encoder, {view}", queries=30_000, batch_size=64),
+            Where("encoder", f"encoder, {view}", steps=150, batch_size=64),
+        )
     }
-    return {f"{k.split(',')[0]}, {b.budget}": (b, "accuracy") for k, b in budgets.items()}
 
 
 def language(half: str) -> Columns:

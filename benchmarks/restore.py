@@ -34,7 +34,7 @@ from transformers import BertConfig, BertForSequenceClassification
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from zo_adapt import MeZO, ParameterView, Shift, Term, minimize, replay
-from zo_adapt.noise.entries import Seeds
+from zo_adapt.noise.seeds import Seeds
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.header import header_of

@@ -136,11 +136,7 @@ def _fields(examples: Sequence[Any]) -> list[str]:
 
 
 def _refuse_labels(name: str, column: list[Any]) -> None:
-    """Say what is wrong with labels that are no numbers; None for all is as good as no labels.
-
-    Raises:
-        DataError: Some are text or None.
-    """
+    """Say what is wrong with labels that are no numbers; None for all is as good as no labels."""
     bad = next((index for index, label in enumerate(column) if not is_numeric(label)), None)
     if bad is None or all(label is None for label in column):
         return

@@ -76,11 +76,7 @@ def check_head(model: nn.Module, objective: str) -> None:
 
 
 def check_one_row_a_text(model: nn.Module, objective: str) -> None:
-    """Refuse a model that chooses among several texts of an example.
-
-    Raises:
-        OptionError: Names what to do.
-    """
+    """Refuse a model that chooses among several texts of an example."""
     from transformers.models.auto import modeling_auto as known
 
     name = type(base_model(model)).__name__
@@ -224,16 +220,7 @@ def _configured_positions(model: nn.Module, are_written: bool) -> int | None:
 
 
 def check_prompt_length(model: nn.Module, width: int, longest: int) -> None:
-    """Refuse prompts that leave no room for completions.
-
-    Args:
-        model: Reads and writes.
-        width: Tokens of the longest prompt.
-        longest: Most tokens of a completion.
-
-    Raises:
-        DataError: Gives the model's limit.
-    """
+    """Refuse prompts that leave no room for completions."""
     limit = positions(model)
     used = width if is_encoder_decoder(model) else width + longest - 1
     if limit is not None and used > limit:
@@ -244,11 +231,7 @@ def check_prompt_length(model: nn.Module, width: int, longest: int) -> None:
 
 
 def check_completion_length(model: nn.Module, longest: int) -> None:
-    """Refuse completions that the decoder of an encoder-decoder has no positions for.
-
-    Raises:
-        OptionError: Gives the model's limit.
-    """
+    """Refuse completions that the decoder of an encoder-decoder has no positions for."""
     limit = positions(model, are_written=True)
     if is_encoder_decoder(model) and limit is not None and longest > limit:
         raise OptionError(

@@ -82,11 +82,7 @@ def sequences_of(output: Any) -> Tensor:
 
 
 def check_count(written: Tensor, prompts: Tensor) -> None:
-    """Refuse another number of texts than one for each prompt.
-
-    Raises:
-        OptionError: Gives both.
-    """
+    """Refuse another number of texts than one for each prompt."""
     if len(written) != len(prompts):
         raise OptionError(
             f"generate returned {len(written)} texts for {len(prompts)} prompts; leave "
@@ -95,13 +91,7 @@ def check_count(written: Tensor, prompts: Tensor) -> None:
 
 
 class Ending:
-    """Where a text ends.
-
-    Args:
-        ends: Tokens that end one.
-        stops: Strings that do.
-        tokenizer: Knows which tokens make them.
-    """
+    """Where a text ends."""
 
     def __init__(self, ends: Sequence[int], stops: Sequence[str], tokenizer: Any) -> None:
         self._ends, self.stops, self._tokenizer = ends, stops, tokenizer

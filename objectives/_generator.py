@@ -14,8 +14,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from objectives._drawing import SHAPING, Draws, own_randomness
-from objectives._fit import check_completion_length, check_prompt_length, is_encoder_decoder
+from objectives._drawing import SHAPING, Draws, Finite, Given, own_randomness
+from objectives._fit import check_completion_length, is_encoder_decoder
 from objectives._generation_options import (
     GREEDY,
     Ending,
@@ -25,10 +25,8 @@ from objectives._generation_options import (
     sequences_of,
     special_tokens,
 )
-from objectives._scores import Finite, Given
 from objectives._served import written as written_there
-from objectives._shared_text import SharedText
-from objectives._stages import HalfEnded, can_go_on, rows_of_cache
+from objectives._shared_text import HalfEnded, SharedText, can_go_on, rows_of_cache
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.joint.row_blocks import blocks
 from zo_adapt.options import at_least_one
@@ -271,14 +269,6 @@ class Generator:
     def _inherited(self) -> dict[str, Any]:
         own = getattr(self._model, "generation_config", None)
         return {name: getattr(own, name, None) for name in SHAPING}
-
-    def check_length(self, width: int) -> None:
-        """Refuse prompts of a width that leaves no room for completions.
-
-        Raises:
-            DataError: Gives the model's limit.
-        """
-        check_prompt_length(self._model, width, self.longest)
 
     def _without_prompt(self, output: Tensor, prompt: Tensor) -> Tensor:
         if is_encoder_decoder(self._model):

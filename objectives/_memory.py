@@ -13,11 +13,6 @@ _STATES = 12
 def bytes_of_text(model: nn.Module, prompt: int, longest: int) -> int:
     """Keys and values of all layers, scores of one token, states of one layer: an upper bound.
 
-    Args:
-        model: A language model.
-        prompt: Tokens of the prompt.
-        longest: Most tokens that are written.
-
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> config = GPT2Config(vocab_size=10, n_embd=8, n_layer=2, n_head=2, bos_token_id=0,

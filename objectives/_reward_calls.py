@@ -184,12 +184,7 @@ class EventLoop:
 
 
 class Running:
-    """What is async, at the same time in a loop of another thread.
-
-    Args:
-        loop: Where it runs.
-        waiting: What runs.
-    """
+    """What is async, at the same time in a loop of another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, waiting: Sequence[Awaitable[Any]]) -> None:
         self._loop, self._waiting = loop, waiting

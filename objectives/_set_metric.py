@@ -181,9 +181,6 @@ def check_labels(labels: np.ndarray, shape: tuple[int, ...]) -> None:
     Args:
         labels: (n,), or (n, C) for several labels at once.
         shape: Of the logits, (n, C).
-
-    Raises:
-        DataError: Names them.
     """
     yes_or_no = labels.shape == shape or shape[-1] == 1
     is_class = np.isin(labels, (0, 1) if yes_or_no else range(shape[-1]))
@@ -200,11 +197,7 @@ def check_labels(labels: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def check_finite(logits: np.ndarray) -> None:
-    """Refuse logits that are not numbers: their order would mean nothing.
-
-    Raises:
-        NonFiniteObjectiveError: NaN or infinity.
-    """
+    """Refuse logits that are not numbers: their order would mean nothing."""
     if not np.isfinite(logits).all():
         raise NonFiniteObjectiveError(
             f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} outputs of the model are "
@@ -213,11 +206,7 @@ def check_finite(logits: np.ndarray) -> None:
 
 
 def check_shape(logits: np.ndarray, labels: np.ndarray) -> None:
-    """Refuse labels that are neither one per example nor one per example and class.
-
-    Raises:
-        DataError: Gives both shapes.
-    """
+    """Refuse labels that are neither one per example nor one per example and class."""
     if logits.ndim != 2 or labels.shape not in (logits.shape[:1], logits.shape):
         raise DataError(
             f"labels of shape {labels.shape} for logits of shape {logits.shape}; give one label"

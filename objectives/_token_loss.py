@@ -120,11 +120,7 @@ class TokenLoss(ModelObjective):
 
 
 def check_labelled(targets: Tensor, why: str = "") -> None:
-    """Refuse rows without a label token.
-
-    Raises:
-        DataError: Gives their numbers.
-    """
+    """Refuse rows without a label token."""
     missing = (targets == IGNORED).all(1).nonzero().flatten().tolist()
     if missing:
         raise DataError(

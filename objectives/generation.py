@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives._encoded import PromptBatch, PromptEncoder, Side, columns_of, is_chat
-from objectives._fit import TASK_IDS, accepted_arguments, reads, virtual_tokens
+from objectives._fit import TASK_IDS, accepted_arguments, check_prompt_length, reads, virtual_tokens
 from objectives._generator import Generated, Generator
 from objectives._memory import bytes_of_text
 from objectives._model import device_of
@@ -203,7 +203,7 @@ class GenerationReward(Mixable, SetObjective):
         tokens = [self._encode(prompt) for prompt in prompts]
         device = device_of(self.model)
         batch = PromptBatch(prompts, tokens, columns, self._generator.pad, device, self._side)
-        self._generator.check_length(batch.width)
+        check_prompt_length(self.model, batch.width, self._generator.longest)
         return batch
 
     @torch.no_grad()

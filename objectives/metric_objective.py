@@ -183,11 +183,7 @@ def _label_names(model: nn.Module) -> list[str]:
 
 
 def _check_no_nan(outputs: Any) -> None:
-    """Refuse predictions that a function would take for classes although they are not numbers.
-
-    Raises:
-        NonFiniteObjectiveError: NaN among them.
-    """
+    """Refuse predictions that a function would take for classes although they are not numbers."""
     if isinstance(outputs, Mapping):
         outputs = tuple(outputs.values())
     if isinstance(outputs, tuple | list):

@@ -9,6 +9,7 @@ those that count right examples (``objectives.matches``) can be softened, which 
 
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,11 +17,22 @@ import torch
 from torch import nn
 
 from objectives._set_metric import Classifier, SetMetric, check_labels, predicted
-from zo_adapt.errors import DataError, OptionError, UndefinedMetricError
-from zo_adapt.options import check_installed
+from zo_adapt.errors import DataError, MissingPackageError, OptionError, UndefinedMetricError
 
 Average = Literal["macro", "micro", "binary", "weighted"]
 MultiClass = Literal["ovr", "ovo"]
+
+
+def check_scikit_learn() -> None:
+    """Refuse at once what needs it, not when the run first calls it.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    if find_spec("sklearn") is None:
+        raise MissingPackageError(
+            "scikit-learn is not installed; pip install 'zo_adapt[metrics]' brings it"
+        )
 
 
 class ScikitLearnMetric(SetMetric):
@@ -33,7 +45,7 @@ class ScikitLearnMetric(SetMetric):
     def __init__(
         self, model: nn.Module | Classifier, *, min_rows: int | Literal["all"] = "all"
     ) -> None:
-        check_installed("sklearn", "metrics")
+        check_scikit_learn()
         super().__init__(model, min_rows=min_rows)
 
 

@@ -21,8 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from objectives._part_values import joined, values_of
-from objectives._shared import shared_forwards
+from objectives._shared import joined, shared_forwards, values_of
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.later import Made, made, made_of
 from zo_adapt.evaluation.objective import Objective, SetObjective, as_objective

@@ -250,11 +250,7 @@ class SpanF1(SpanMetric):
 
 
 def _check_spans(start: Tensor, end: Tensor, mask: Tensor) -> None:
-    """Refuse answers that are no span of the text's own tokens.
-
-    Raises:
-        DataError: Gives the first of them.
-    """
+    """Refuse answers that are no span of the text's own tokens."""
     tokens = mask.shape[1]
     if start.is_floating_point() or end.is_floating_point():
         raise DataError(f"{START!r} and {END!r} are of type {start.dtype}; give integers")

@@ -10,9 +10,10 @@ import numpy as np
 from torch import nn
 
 from objectives._ranking import RankingMetric, Undefined
+from objectives.metrics import check_scikit_learn
 from objectives.scorers import Scorer
 from zo_adapt.errors import DataError, OptionError
-from zo_adapt.options import at_least_one, check_installed
+from zo_adapt.options import at_least_one
 
 LARGEST_EXPONENT = 512
 """Of a gain 2^relevance: sums of these are exact enough in fp64, and finite."""
@@ -54,7 +55,7 @@ class NDCG(RankingMetric):
         undefined: Undefined = "error",
         min_rows: int | Literal["all"] = 1,
     ) -> None:
-        check_installed("sklearn", "metrics")
+        check_scikit_learn()
         super().__init__(model, undefined=undefined, min_rows=min_rows)
         if gain not in ("linear", "exponential"):
             raise OptionError(f"gain={gain!r}; choose 'linear' or 'exponential'")

@@ -28,7 +28,7 @@ from zo_adapt import Group, MeZO, MeZOSVRG, ParameterView, Term, diagnose, minim
 from zo_adapt.data.rows import NoRowsError
 from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import NonFiniteObjectiveError, ObjectiveError, OptionError
-from zo_adapt.evaluation.joint.batch import JointBatch
+from zo_adapt.evaluation.joint.row_blocks import JointBatch
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe

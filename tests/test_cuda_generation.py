@@ -6,7 +6,7 @@ import torch
 from test_generation_joined import MODELS, evaluated, lora, probes_of, reward_of, same
 
 from objectives import GenerationReward
-from zo_adapt.evaluation.joint.memory import bytes_for_rows
+from zo_adapt.evaluation.joint.joining import bytes_for_rows
 
 pytestmark = [
     pytest.mark.cuda,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, W
 
 from objectives import Accuracy, ClassificationLoss
 from zo_adapt import Data, MeZO, ParameterView, Result, Shift, Term, minimize
-from zo_adapt.data.labels import class_labels, labels_to_check
+from zo_adapt.data.examples import class_labels, labels_to_check
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import as_source
 from zo_adapt.errors import DataError

@@ -14,7 +14,7 @@ from torch import Tensor
 from objectives import F1, ROCAUC, Accuracy, CallableObjective, MatthewsCorrelation
 from zo_adapt import Diagnosis, EvaluationOptions, Group, ParameterView, diagnose
 from zo_adapt.diagnosis.advice import Noise, Scale, choose_batch, choose_scale, judge_snapshot
-from zo_adapt.diagnosis.jackknife import MOST
+from zo_adapt.diagnosis.differences import MOST
 from zo_adapt.errors import (
     DataError,
     NonFiniteObjectiveError,

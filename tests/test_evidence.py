@@ -117,3 +117,25 @@ def test_a_grid_is_tried_first_and_seeds_run_at_its_best_rate(
     then = missing(results)
     assert [(run.lr, run.seed) for run in then] == [(rates[2], seed) for seed in SEEDS]
     assert missing(results | {run.key: {} for run in then}) == []
+
+
+def test_runs_of_a_default_that_is_no_more_are_made_again_and_marked_until_then(
+    theory: tuple[Any, list[int]],
+) -> None:
+    from evidence_cells import Results, Where
+    from evidence_pieces import SEEDS, Run, open_runs, schedule_of
+
+    piece, where = ["bf16: MNIST"], Where("bf16", "MNIST, bf16", 200_000)
+
+    def missing(results: dict[str, Any]) -> list[Run]:
+        return [run for run in open_runs(results, False, piece) if run.method == "MeZO()"]
+
+    runs = missing({})
+    assert [run.seed for run in runs] == list(SEEDS)
+    results = {run.key: {"training": 1.0, "accuracy": 0.5, "schedule": "linear"} for run in runs}
+    assert missing(results) == runs
+    assert Results(results).cell(where, "MeZO()").text("accuracy") == "0.5 ± 0 (former default)"
+    for run in runs:
+        results[run.key]["schedule"] = schedule_of(run)
+    assert missing(results) == []
+    assert Results(results).cell(where, "MeZO()").text("accuracy") == "0.5 ± 0"

@@ -26,7 +26,7 @@ from objectives._generator import Generator
 from objectives._shared_text import SharedText
 from zo_adapt import MeZO, OneSided, ParameterView, Term, TwoSided, minimize
 from zo_adapt.data.sources import Batch, as_source
-from zo_adapt.evaluation.joint.groups import Groups
+from zo_adapt.evaluation.joint.joining import Groups
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Evaluation, Probe
@@ -252,7 +252,7 @@ def test_memory_alone_cuts_a_call(monkeypatch: pytest.MonkeyPatch, calls: list[i
     calls.clear()
     view = ParameterView.trainable(reward.model)
     of_candidate = view.nbytes + 4 * reward.row_bytes(probes[-1].batch.content)  # type: ignore[misc]
-    module = "zo_adapt.evaluation.joint.groups.bytes_for_rows"
+    module = "zo_adapt.evaluation.joint.joining.bytes_for_rows"
     monkeypatch.setattr(module, lambda view: int(8.5 * of_candidate))
     cut, _ = evaluated(reward, probes)
     assert calls == [32] * 4

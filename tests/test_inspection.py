@@ -24,7 +24,7 @@ from zo_adapt.errors import (
     ViewError,
 )
 from zo_adapt.evaluation.start_checks import warn_of_noise
-from zo_adapt.evaluation.trunk.cut_point import cut
+from zo_adapt.evaluation.trunk.call import cut
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 
 # peft 0.21 still reads a property that transformers 5.23 renamed.

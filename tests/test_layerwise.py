@@ -217,7 +217,7 @@ def test_a_direction_costs_its_noise_so_a_share_has_more_rows(
 
     assert run(2)[0] == 8 * 32 // 16
     with monkeypatch.context() as before:
-        before.setattr("zo_adapt.loops.run_progress.LEAST_SHARES", (4, 4))
+        before.setattr("zo_adapt.loops.kept_run.LEAST_SHARES", (4, 4))
         former = run(4, "former")
         run(2, "resumed")
     assert former[0] == 8 * 32 // 4

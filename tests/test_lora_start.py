@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from objectives import ClassificationLoss
 from zo_adapt import MeZO, ParameterView, Step, initialise_lora, minimize, replay
 from zo_adapt.errors import AdapterError, TrajectoryError, ViewError
-from zo_adapt.loops import moments
-from zo_adapt.loops.moments import Moment
+from zo_adapt.loops import lora_start
+from zo_adapt.loops.lora_start import Moment
 
 
 class Net(nn.Module):
@@ -172,7 +172,7 @@ def test_a_sketch_finds_the_leading_directions(monkeypatch: pytest.MonkeyPatch) 
     scales = 2.0 ** -torch.arange(300.0, dtype=torch.float64)
     x = torch.randn(2000, 300, generator=generator, dtype=torch.float64) * scales
     exact = Moment(300, 4)
-    monkeypatch.setattr(moments, "EXACT", 100)
+    monkeypatch.setattr(lora_start, "EXACT", 100)
     sketch = Moment(300, 4)
     for moment in (exact, sketch):
         moment.add(x[:900])

@@ -15,8 +15,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData, as_source
 from zo_adapt.evaluation.protocol import Evaluation
 from zo_adapt.optimizers.calibration import RATIO, TRAINED_RATIO, Calibration
-from zo_adapt.optimizers.nonlinearity import MOST, Nonlinearity
-from zo_adapt.optimizers.responses import Response, response
+from zo_adapt.optimizers.responses import MOST_NONLINEAR, Nonlinearity, Response, response
 from zo_adapt.optimizers.schedule import Budget
 
 WHERE = ["query", "key", "value", "dense"]
@@ -82,7 +81,7 @@ def test_the_search_ends_where_responses_are_as_linear_as_is_right(start: float)
     search = Calibration(start, target=TRAINED_RATIO, nonlinearity=Nonlinearity())
     while not search.finished and search.rounds < 12:
         rho = search.displacement
-        bend = MOST * rho**2 / (0.7 + 0.3 * rho**2)
+        bend = MOST_NONLINEAR * rho**2 / (0.7 + 0.3 * rho**2)
         search.narrow(Response(even=0.1 * rho**2, odd=rho, nonlinearity=bend))
     assert search.finished
     assert search.displacement == pytest.approx(1.0, rel=0.3)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zo_adapt import MeZO, ParameterView, Shift, Term
-from zo_adapt.noise.entries import LOOK_BACK, Seeds
+from zo_adapt.noise.seeds import LOOK_BACK, Seeds
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.header import header_of

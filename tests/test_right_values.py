@@ -52,7 +52,7 @@ from objectives import (
     VerbalizerLoss,
 )
 from zo_adapt import AskTell, MeZO, ParameterView, StopReason, minimize
-from zo_adapt.data.labels import class_labels
+from zo_adapt.data.examples import class_labels
 from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import DataError, NonFiniteObjectiveError, ObjectiveError, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator

@@ -8,7 +8,7 @@ import torch
 
 from zo_adapt import Annealing, MeZO, MeZOSVRG, ParameterView, minimize
 from zo_adapt.errors import OptionError
-from zo_adapt.optimizers.schedule import Annealed
+from zo_adapt.optimizers.descent import Annealed
 
 
 def one() -> ParameterView:

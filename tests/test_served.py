@@ -40,7 +40,7 @@ from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.serve import http
 from zo_adapt.serve.evaluator import ServedEvaluator
-from zo_adapt.serve.folders import Folders
+from zo_adapt.serve.loaded_adapters import Folders
 from zo_adapt.serve.peft_server import PeftServer
 from zo_adapt.serve.pool import ServerPool
 from zo_adapt.serve.protocol import Writing
@@ -763,7 +763,8 @@ class TestCommand:
 class TestFolders:
     def test_removed_after_a_kill(self, tmp_path: Path) -> None:
         code = (
-            "import os, signal, sys\nfrom zo_adapt.serve.folders import Folders\nimport torch\n"
+            "import os, signal, sys\nimport torch\n"
+            "from zo_adapt.serve.loaded_adapters import Folders\n"
             "f = Folders(sys.argv[1]); f.write('x', {'a': torch.zeros(1)}, {})\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )

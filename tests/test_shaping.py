@@ -15,9 +15,8 @@ from zo_adapt import MeZO, MeZOSVRG, ParameterView, Shift, Term, minimize
 from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.errors import FlatObjectiveWarning, OptionError
 from zo_adapt.evaluation.local import LocalEvaluator
-from zo_adapt.optimizers.directions import Directions
+from zo_adapt.optimizers.directions import SHAPES, Directions, leave_one_out
 from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
-from zo_adapt.optimizers.shaping import SHAPES, leave_one_out
 
 MU, BATCH = 0.05, 6
 SETTINGS = {

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from objectives import Accuracy, ClassificationLoss
 from zo_adapt import SGD, Adam, MeZO, ParameterView, StopReason, ZOConfig, ZOTrainer, replay
-from zo_adapt.data.labels import class_labels, labels_to_check
+from zo_adapt.data.examples import class_labels, labels_to_check
 from zo_adapt.errors import (
     CorruptTrajectoryError,
     DataError,

@@ -19,7 +19,7 @@ from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import Probe
 from zo_adapt.evaluation.trunk import keys
-from zo_adapt.evaluation.trunk.form import form_of
+from zo_adapt.evaluation.trunk.call import form_of
 from zo_adapt.term import Shift
 
 

@@ -10,8 +10,7 @@ from zo_adapt import (
     FrozenTrunk,
     ParameterView,
 )
-from zo_adapt.evaluation.trunk.cut_point import RefusedError
-from zo_adapt.evaluation.trunk.form import form_of
+from zo_adapt.evaluation.trunk.call import RefusedError, form_of
 from zo_adapt.evaluation.trunk.store import Storage
 
 

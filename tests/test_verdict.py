@@ -9,9 +9,8 @@ from problems import problem, regression, squares
 
 from zo_adapt import SGD, MeZO, ParameterView, Step, minimize
 from zo_adapt.loops.step_advice import verdict
-from zo_adapt.optimizers.nonlinearity import Nonlinearity
 from zo_adapt.optimizers.optimizer import Optimizer
-from zo_adapt.optimizers.responses import Response
+from zo_adapt.optimizers.responses import Nonlinearity, Response
 
 QUIET: dict[str, Any] = {"progress": False}
 

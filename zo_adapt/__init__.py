@@ -49,8 +49,8 @@ from zo_adapt.term import Shift as Shift
 from zo_adapt.term import Step as Step
 from zo_adapt.term import Term as Term
 from zo_adapt.trajectory.file import TrajectoryFile as TrajectoryFile
-from zo_adapt.trajectory.following import follow as follow
 from zo_adapt.trajectory.playback import Replay as Replay
+from zo_adapt.trajectory.playback import follow as follow
 from zo_adapt.trajectory.playback import replay as replay
 from zo_adapt.view.group import Group as Group
 from zo_adapt.view.parameters import ParameterView as ParameterView

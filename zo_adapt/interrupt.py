@@ -227,9 +227,6 @@ def is_from_handler(error: BaseException) -> bool:
     Code that tries something and goes another way where that fails asks this first. Without it a
     timeout would be taken for a failure, and the run go on as if there had been none.
 
-    Args:
-        error: What was raised.
-
     Example:
         >>> try:
         ...     1 / 0

@@ -6,32 +6,14 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from zo_adapt.errors import MissingPackageError, OptionError
+from zo_adapt.errors import OptionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def check_installed(package: str, extra: str) -> None:
-    """Refuse at once what needs an optional package, not when the run first calls it.
-
-    Args:
-        package: The name by which it is imported.
-        extra: Of this project, which brings it.
-
-    Raises:
-        MissingPackageError: It is not installed.
-    """
-    if find_spec(package) is None:
-        name = "scikit-learn" if package == "sklearn" else package
-        raise MissingPackageError(
-            f"{name} is not installed; pip install 'zo_adapt[{extra}]' brings it"
-        )
 
 
 def positive(name: str, value: float) -> float:

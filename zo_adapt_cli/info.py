@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 from zo_adapt.errors import ViewError
 from zo_adapt.view import selection
-from zo_adapt.view.summary import size
+from zo_adapt.view.group import size
 
 COPIED = 64 * 2**20
 """Views up to this size are shifted by way of a copy."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_adapt.noise.transfer import sendable
+from zo_adapt.noise.sums import sendable
 
 FLOATS_OF_A_TOKEN = 768
 """How many floats of a row count as one token: 16 x 16 pixels in colours, or an embedding."""

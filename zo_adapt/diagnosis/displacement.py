@@ -8,8 +8,7 @@ from zo_adapt.errors import NonFiniteObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.optimizers.calibration import Calibration
 from zo_adapt.optimizers.finder import finder_of
-from zo_adapt.optimizers.nonlinearity import MOST
-from zo_adapt.optimizers.responses import Response
+from zo_adapt.optimizers.responses import MOST_NONLINEAR, Response
 from zo_adapt.optimizers.schedule import NO_LIMIT
 
 
@@ -91,7 +90,7 @@ def _reason(search: Calibration, usual: float, looks: list[tuple[float, Response
     bends, most = "", f"{search.target:.0%}"
     if search.nonlinearity is not None:
         bends = f", and {seen.nonlinearity:.0%} of what they do is not linear"
-        most = f"{most}, and {MOST:.0%},"
+        most = f"{most}, and {MOST_NONLINEAR:.0%},"
     return (
         f"{found:.3g} (the view assumes {usual:.3g}): noise of {at:.3g} in every weight adds "
         f"{seen.even:.3g} to the value, {seen.ratio:.0%} of the {seen.odd:.3g} that single values "

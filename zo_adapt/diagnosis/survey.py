@@ -17,9 +17,8 @@ from zo_adapt.diagnosis.advice import (
     choose_scale,
     judge_snapshot,
 )
-from zo_adapt.diagnosis.differences import Differences, Survey, anova, rms
+from zo_adapt.diagnosis.differences import Differences, Jackknife, Survey, anova, rms
 from zo_adapt.diagnosis.displacement import find_displacement
-from zo_adapt.diagnosis.jackknife import Jackknife
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.first_look import look_first
 from zo_adapt.evaluation.local import LocalEvaluator

@@ -5,24 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
-from zo_adapt.diagnosis.differences import Differences, Survey, anova
-from zo_adapt.diagnosis.jackknife import Jackknife
+from zo_adapt.diagnosis.differences import Differences, Jackknife, Survey, anova
 from zo_adapt.errors import ObjectiveError
 from zo_adapt.evaluation.local import LocalEvaluator
 from zo_adapt.evaluation.objective import SetObjective
 from zo_adapt.evaluation.options import EvaluationOptions
-from zo_adapt.evaluation.protocol import Evaluator
-from zo_adapt.noise.distributions import draw
+from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.first_order import backpropagated
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.variance_reduced import VarianceReduced
 from zo_adapt.options import at_least_one
-from zo_adapt.term import Step, Terms
+from zo_adapt.term import Terms
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import finest_perturbation, usual_perturbation
 
@@ -79,15 +76,9 @@ class TrackVariance:
         for name in ("every", "num_directions", "batch_size"):
             at_least_one(name, getattr(self, name))
 
-    def watching(
-        self,
-        evaluator: Evaluator,
-        optimizer: Optimizer,
-        samples: Samples,
-        evaluation: EvaluationOptions,
-    ) -> "VarianceMonitor":
+    def watching(self, run: Run, evaluation: EvaluationOptions) -> "VarianceMonitor":
         """Watch a run that begins; ``Metrics`` calls this."""
-        return VarianceMonitor(self, evaluator, optimizer, samples, evaluation)
+        return VarianceMonitor(self, run, evaluation)
 
 
 class VarianceMonitor:
@@ -95,23 +86,15 @@ class VarianceMonitor:
 
     Args:
         asked: What to measure.
-        evaluator: Of the run; its queries are not counted up.
-        optimizer: Of the run, started.
-        samples: Of the run; where it is in the data stays as it is.
+        run: Its queries are not counted up, and where it is in the data stays as it is.
         evaluation: How.
     """
 
-    def __init__(
-        self,
-        asked: TrackVariance,
-        evaluator: Evaluator,
-        optimizer: Optimizer,
-        samples: Samples,
-        evaluation: EvaluationOptions,
-    ) -> None:
+    def __init__(self, asked: TrackVariance, run: Run, evaluation: EvaluationOptions) -> None:
+        evaluator, samples = run.evaluator, run.samples
         if asked.gradient:
             evaluator.view.check_whole("TrackVariance(gradient=True)")
-        self.every, self._gradient, self._optimizer = asked.every, asked.gradient, optimizer
+        self.every, self._gradient, self._run = asked.every, asked.gradient, run
         self._rows = min(asked.batch_size, len(samples.source))
         objective = evaluator.objective
         if isinstance(objective, SetObjective):
@@ -132,13 +115,9 @@ class VarianceMonitor:
         """Forwards of one sample made here."""
         return self._evaluator.queries
 
-    def measure(self, last: Step | None) -> dict[str, float]:
-        """What ``TrackVariance`` lists.
-
-        Args:
-            last: The last step, whose update has been applied.
-        """
-        optimizer, view = self._optimizer, self._evaluator.view
+    def measure(self) -> dict[str, float]:
+        """What ``TrackVariance`` lists, after the run's last step."""
+        optimizer, view, last = self._run.optimizer, self._evaluator.view, self._run.last
         survey = Survey(self._evaluator, self._batches, self._seed)
         mu = _perturbation(optimizer, view)
         here = survey.at(mu)
@@ -173,24 +152,13 @@ class VarianceMonitor:
                 if gradient is not None:
                     total[name] = total.get(name, 0.0) + gradient.double()
         dot = squares = 0.0
-        for name, tensor in view.tensors.items():
-            step = _along(terms, view, name, tensor)
+        for name in view.tensors:
+            step = view.along(terms, name)
             squares += float(step.square().sum())
             if name in total:
-                dot -= float((step * total[name].flatten()).sum())
+                dot -= float((step * total[name]).sum())
         norm = math.sqrt(squares * sum(float(g.square().sum()) for g in total.values()))
         return dot / norm if norm else math.nan
-
-
-def _along(terms: Terms, view: ParameterView, name: str, tensor: Tensor) -> Tensor:
-    """sum_k c_k z(s_k) of one tensor, in fp64."""
-    group = list(view.groups).index(view.group_of(name))
-    found = torch.zeros(tensor.numel(), dtype=torch.float64, device=tensor.device)
-    for term in terms:
-        if term.group is None or term.group == group:
-            z = draw(view.noise, term.seed, name, tensor.shape, tensor.device)
-            found += term.coefficient * z.flatten()
-    return found
 
 
 def _norm(terms: Terms, view: ParameterView) -> float:

@@ -12,8 +12,8 @@ from zo_adapt.data.rows import NoRowsError
 from zo_adapt.errors import NonFiniteObjectiveError, OptionError, ZOError
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.protocol import BudgetExhausted, Evaluation
+from zo_adapt.evaluation.trunk.call import RefusedError
 from zo_adapt.evaluation.trunk.calls import Recorded
-from zo_adapt.evaluation.trunk.cut_point import RefusedError
 from zo_adapt.evaluation.trunk.keys import ForeignArgumentError
 from zo_adapt.interrupt import is_from_handler
 
@@ -120,8 +120,9 @@ def with_values(evaluations: Sequence[Evaluation], on_nonfinite: OnNonFinite) ->
     if all(math.isfinite(one.value) for one in evaluations):
         return list(evaluations)
     known = [one.value for one in evaluations if math.isfinite(one.value)]
-    rows = [_finite(one.per_example) for one in evaluations if one.per_example is not None]
+    rows = [one.per_example for one in evaluations if one.per_example is not None]
     known_rows = np.concatenate(rows) if rows else np.array(known)
+    known_rows = known_rows[np.isfinite(known_rows)]
     bad = next(one.value for one in evaluations if not math.isfinite(one.value))
     said = f"the objective returned {bad}, or raised an error, at a point"
     if not known_rows.size and not known:
@@ -139,8 +140,3 @@ def _filled(one: Evaluation, worst: float, worst_row: float) -> Evaluation:
         return Evaluation(worst)
     values = np.where(np.isfinite(one.per_example), one.per_example, worst_row)
     return Evaluation(float(values.mean()), values)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    finite: np.ndarray = values[np.isfinite(values)]
-    return finite

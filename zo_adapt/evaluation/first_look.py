@@ -25,12 +25,11 @@ from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept, warn_of_noise
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
 from zo_adapt.term import Term
-from zo_adapt.view.attributes import Attributes
 from zo_adapt.view.buffers import Buffers, check_max_norm
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.shards import gathering_modules
 from zo_adapt.view.trace import Trace, leaves_of
-from zo_adapt.view.weights import Weights
+from zo_adapt.view.weights import Attributes, Weights
 
 logger = logging.getLogger(__name__)
 LOOK_SEED = 3

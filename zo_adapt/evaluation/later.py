@@ -108,10 +108,6 @@ def cancelled_on_failure() -> Iterator[None]:
 class Made:
     """What is made of values on their way; made once.
 
-    Args:
-        make: Waits for the values and makes it.
-        of: The values, to be cancelled.
-
     Attributes:
         is_cancelled: Whether it is no more wanted.
 

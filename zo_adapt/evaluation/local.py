@@ -16,18 +16,18 @@ from zo_adapt.data.rows import NoRowsError
 from zo_adapt.evaluation.answers import Answer, Block, CountingEvaluator, all_arrived, evaluations
 from zo_adapt.evaluation.graphs import Graphs
 from zo_adapt.evaluation.joint.along import AlongFactors
-from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import NotJoint
 from zo_adapt.evaluation.joint.joining import Joint
 from zo_adapt.evaluation.joint.measured import measured_tokens
+from zo_adapt.evaluation.joint.row_blocks import JointBatch
 from zo_adapt.evaluation.later import made, made_of
 from zo_adapt.evaluation.objective import ObjectiveLike
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Place
 from zo_adapt.evaluation.plan import Plan
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.evaluation.repeats import is_quantised, why_not_the_same
 from zo_adapt.evaluation.routes import graphs_for, route_of, trunk_for
+from zo_adapt.evaluation.signal import is_quantised, why_not_the_same
 from zo_adapt.evaluation.start_checks import randomness_kept
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
 from zo_adapt.evaluation.values import on_host
@@ -41,16 +41,7 @@ UNBOUNDED_TOKENS = 1 << 40
 
 
 class LocalEvaluator(CountingEvaluator):
-    """Evaluates probes and counts queries. One query = one forward of one sample.
-
-    Args:
-        objective: What is asked: an ``Objective``, or any callable of a batch.
-        view: Where the probes shift.
-        options: Memory and speed.
-        batch_size: Rows of a step's minibatch: most rows in one call of the objective where the
-            options do not say; None is no limit.
-        max_queries: Budget; a step that does not fit is not begun.
-        maximize: Flip the sign, here and nowhere else; None: as the objective says.
+    """Evaluates probes in this process.
 
     Raises:
         OptionError: The options cannot be had with this view.
@@ -128,20 +119,22 @@ class LocalEvaluator(CountingEvaluator):
     @property
     def memory(self) -> int | None:
         """Bytes that candidates may take together: with the probes, what decides which do."""
-        return self._joint.memory
+        return None if self._joint.sizes is None else self._joint.sizes.memory
 
     @memory.setter
     def memory(self, nbytes: int | None) -> None:
-        self._joint.memory = nbytes
+        if self._joint.sizes is not None and nbytes is not None:
+            self._joint.sizes.memory = nbytes
 
     @property
     def joint_tokens(self) -> int | None:
         """Tokens up to which candidates go together, where that was measured."""
-        return self._joint.tokens
+        return None if self._joint.sizes is None else self._joint.sizes.tokens
 
     @joint_tokens.setter
     def joint_tokens(self, tokens: int | None) -> None:
-        self._joint.tokens = tokens
+        if self._joint.sizes is not None:
+            self._joint.sizes.tokens = tokens
 
     def measure(self, probes: Sequence[Probe]) -> None:
         """Find up to how many tokens candidates go together.
@@ -149,11 +142,11 @@ class LocalEvaluator(CountingEvaluator):
         Args:
             probes: Of a step; its first batch is asked about. They are not counted as queries.
         """
-        self._joint.tokens = UNBOUNDED_TOKENS
+        self.joint_tokens = UNBOUNDED_TOKENS
         with gradients_off(), self.ready(), randomness_kept(self.view.model):
             most = max((len(block.probes) for block in self._blocks(probes)), default=1)
             found = measured_tokens(self._call_together, probes, most) if most > 1 else None
-        self._joint.tokens, self._joint.most = found, 1
+        self.joint_tokens, self._joint.most = found, 1
 
     def _call_together(self, probes: Sequence[Probe]) -> None:
         """Compute what the objective returns for probes in one forward, and wait for it."""

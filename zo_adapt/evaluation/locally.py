@@ -48,11 +48,6 @@ class Locally:
 def look_for_signal(objective: Objective, source: Source, view: ParameterView) -> Signal | None:
     """Measure whether a coarse model's differences are signal, where they can be.
 
-    Args:
-        objective: What is asked.
-        source: Of the rows.
-        view: Its usual mu is made large enough.
-
     Returns:
         What was found; None for models in fp32 and for objectives that jump.
     """

@@ -17,9 +17,6 @@ class EvaluationMode:
     Afterwards each module has its own mode back. It is entered at every step: the model is walked
     over anew only where a module's children have changed.
 
-    Args:
-        model: Any torch module.
-
     Example:
         >>> layer = nn.Dropout(0.5)
         >>> evaluating = EvaluationMode(layer)
@@ -95,9 +92,6 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     A forward that was put on the instance before (accelerate does so) is put back as well. Written
     into ``__dict__``, as ``nn.Module.__setattr__`` would do after a search: this is done at every
     evaluation.
-
-    Args:
-        forwards: What each module computes inside.
 
     Example:
         >>> import torch

@@ -169,23 +169,7 @@ class PredictsAndScores(Protocol):
 ObjectiveLike = Objective | Callable[[Any], Any] | PredictsAndScores
 """What ``as_objective`` takes."""
 
-ATTRIBUTES = (
-    "collate",
-    "evaluating",
-    "maximize",
-    "independent_rows",
-    "step_like",
-    "mean_over_rows",
-    "min_rows",
-    "check_labels",
-    "check_columns",
-    "capturable",
-    "row_bytes",
-    "stand_in",
-    "uneven",
-    "predict_later",
-    "on_nonfinite",
-)
+ATTRIBUTES = tuple(name for name in Objective.__annotations__ if name != "made_with")
 """All that an objective says of itself."""
 
 

@@ -30,12 +30,7 @@ class Place(Protocol):
 
 
 class OnePoint:
-    """One point, seen from the live weights.
-
-    Args:
-        view: Whose weights.
-        at: The point.
-    """
+    """One point, seen from the live weights."""
 
     def __init__(self, view: ParameterView, at: Shift = HERE) -> None:
         self._view, self._at = view, at
@@ -61,12 +56,7 @@ class Route(Protocol):
     """Computes what an objective returns for a batch, wherever the model computes now."""
 
     def __call__(self, content: Any, key: Hashable) -> Any:
-        """What the objective returns.
-
-        Args:
-            content: A batch.
-            key: Of the place, see ``Place``.
-        """
+        """What the objective returns."""
 
     def replays(self, content: Any, key: Hashable) -> bool:
         """Whether a call would run none of the model's own code."""

@@ -17,8 +17,7 @@ from zo_adapt.evaluation.graphs import Graphs, is_capturable, signature
 from zo_adapt.evaluation.objective import Objective
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.places import Route
-from zo_adapt.evaluation.trunk.call import Call
-from zo_adapt.evaluation.trunk.form import Form, form_of
+from zo_adapt.evaluation.trunk.call import Call, Form, form_of
 from zo_adapt.evaluation.trunk.frozen_trunk import LEAST_SHARE, FrozenTrunk
 from zo_adapt.interrupt import is_from_handler
 from zo_adapt.view.parameters import ParameterView
@@ -39,11 +38,7 @@ class Pure(NamedTuple):
 
 
 class Direct:
-    """The objective is called.
-
-    Args:
-        function: Of a batch.
-    """
+    """The objective is called."""
 
     def __init__(self, function: Function) -> None:
         self._function = function
@@ -61,8 +56,8 @@ class Direct:
         """Whether a captured call is all that an evaluation runs."""
         return True
 
-    def pure(self, content: Mapping[str, Tensor]) -> Pure:
-        """The same as a call that can be captured."""
+    def pure(self, content: Mapping[str, Tensor]) -> Pure | None:
+        """The same as a call that can be captured; None where it cannot yet."""
         return Pure(self._function, content)
 
     def recovers(self, content: Any, error: Exception) -> bool:
@@ -70,7 +65,7 @@ class Direct:
         return False
 
 
-class Reusing:
+class Reusing(Direct):
     """The objective is called, and the frozen layers run only on rows that they have not seen.
 
     With a(x) the activations that the trunk keeps, f(x) = g(x, a(x)). Captured is g, the tuned
@@ -84,7 +79,8 @@ class Reusing:
     """
 
     def __init__(self, function: Function, trunk: FrozenTrunk) -> None:
-        self._function, self._trunk = function, trunk
+        super().__init__(function)
+        self._trunk = trunk
         self._forms: dict[Hashable, Form | None] = {}
 
     def __call__(self, content: Any, key: Hashable) -> Any:
@@ -93,10 +89,6 @@ class Reusing:
         if kind is None or kind in self._forms:
             return self._trunk.call(self._function, content)
         return self._trunk.call(self._function, content, partial(self._learn, kind, content))
-
-    def replays(self, content: Any, key: Hashable) -> bool:
-        """Never."""
-        return False
 
     @property
     def is_whole(self) -> bool:
@@ -146,14 +138,9 @@ class Reusing:
 
 
 class Captured:
-    """What a route computes, replayed from CUDA graphs.
+    """What a route computes, replayed from CUDA graphs."""
 
-    Args:
-        inner: The route.
-        graphs: Of the same view, for this route alone.
-    """
-
-    def __init__(self, inner: Direct | Reusing, graphs: Graphs) -> None:
+    def __init__(self, inner: Direct, graphs: Graphs) -> None:
         self._inner, self._graphs = inner, graphs
 
     def __call__(self, content: Any, key: Hashable) -> Any:
@@ -178,13 +165,7 @@ class Captured:
 
 
 def route_of(function: Function, trunk: FrozenTrunk | None, graphs: Graphs | None) -> Route:
-    """The route of a run.
-
-    Args:
-        function: Of a batch.
-        trunk: Where frozen layers are reused.
-        graphs: Where evaluations are captured.
-    """
+    """The route of a run."""
     inner = Direct(function) if trunk is None else Reusing(function, trunk)
     return inner if graphs is None else Captured(inner, graphs)
 
@@ -193,10 +174,6 @@ def trunk_for(
     view: ParameterView, reuse: "Literal['auto', 'on', 'off'] | FrozenTrunk"
 ) -> FrozenTrunk | str:
     """The trunk that a run should use, or why it has none.
-
-    Args:
-        view: What is tuned.
-        reuse: As in ``EvaluationOptions``.
 
     Raises:
         OptionError: Reuse was asked for and is impossible, or the trunk is another view's.
@@ -223,4 +200,5 @@ def graphs_for(
         return "they are switched off"
     if options.cuda_graphs == "auto" and not objective.capturable:
         return "the objective does not say that it can be captured"
-    return Graphs(view)
+    graphs = Graphs(view)
+    return graphs if graphs.why_not is None else graphs.why_not

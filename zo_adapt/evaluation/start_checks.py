@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_adapt.data.labels import labels_to_check
+from zo_adapt.data.examples import is_transformed, labels_to_check, stored_column
 from zo_adapt.data.rows import NoRowsError, select_rows
 from zo_adapt.data.sources import Source
-from zo_adapt.data.stored import is_transformed, stored_column
 from zo_adapt.errors import NoisyObjectiveWarning, OptionError
 from zo_adapt.evaluation.objective import (
     Objective,

@@ -15,9 +15,9 @@ from torch import Tensor
 from zo_adapt.data.rows import NoRowsError, as_matrix, select_rows
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import ObjectiveError
-from zo_adapt.evaluation.joint.batch import JointBatch
 from zo_adapt.evaluation.joint.candidates import Candidates, NotJoint
 from zo_adapt.evaluation.joint.low_rank import LowRankCandidates
+from zo_adapt.evaluation.joint.row_blocks import JointBatch
 from zo_adapt.evaluation.places import OnePoint, Route
 from zo_adapt.evaluation.trunk.call import Call
 from zo_adapt.evaluation.values import as_float64

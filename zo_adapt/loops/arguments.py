@@ -17,11 +17,7 @@ from zo_adapt.view.parameters import ParameterView
 
 
 def check_view(view: Any) -> None:
-    """Refuse what is not a view.
-
-    Raises:
-        ArgumentTypeError: Names how to make one.
-    """
+    """Refuse what is not a view."""
     if isinstance(view, ParameterView):
         return
     if isinstance(view, nn.Module):
@@ -47,11 +43,7 @@ def checked_objective(objective: Any) -> Objective:
 
 
 def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
-    """Refuse what is not an optimizer of this package, or of its form.
-
-    Raises:
-        ArgumentTypeError: Names one to give.
-    """
+    """Refuse what is not an optimizer of this package, or of its form."""
     if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
         way_out = f"give the object, {OPTIMIZERS[optimizer].__name__}()"
     elif isinstance(optimizer, type):
@@ -83,11 +75,7 @@ def as_evaluation(evaluation: Any) -> EvaluationOptions:
 
 
 def check_evaluator(evaluator: Any) -> None:
-    """Refuse anything but a way of evaluating, or None.
-
-    Raises:
-        ArgumentTypeError: Names what to give.
-    """
+    """Refuse anything but a way of evaluating, or None."""
     if evaluator is not None and (
         isinstance(evaluator, type) or not hasattr(evaluator, "bound_to")
     ):
@@ -98,11 +86,7 @@ def check_evaluator(evaluator: Any) -> None:
 
 
 def check_run_files(trajectory: Any, callback: Any) -> None:
-    """Refuse a trajectory that is no file, and a callback that cannot be called.
-
-    Raises:
-        ArgumentTypeError: Names what to give.
-    """
+    """Refuse a trajectory that is no file, and a callback that cannot be called."""
     if not isinstance(trajectory, str | Path | TrajectoryFile | None):
         raise ArgumentTypeError(
             f"trajectory is {_kind(trajectory)}; give a path, or TrajectoryFile(path)"

@@ -24,8 +24,8 @@ from zo_adapt.loops.code_names import Read, Written, attribute_names, global_nam
 from zo_adapt.loops.contents import PLAIN
 from zo_adapt.loops.objective_parts import DEPTH, DEVICE, has_parts
 from zo_adapt.loops.origin import LONGEST, NOT_OWN, arguments_of, bound_to, described
-from zo_adapt.view.addresses import Addresses, tensors_held
 from zo_adapt.view.identity import SAMPLED, WHOLE_BYTES, bits
+from zo_adapt.view.inspection import Addresses, tensors_held
 from zo_adapt.view.parameters import ParameterView
 
 SHOWN = 64

@@ -16,8 +16,7 @@ from zo_adapt.evaluation.places import OnePoint
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.arguments import check_optimizer
-from zo_adapt.loops.arrays import Form
-from zo_adapt.loops.box import Box, Units
+from zo_adapt.loops.box import Box, Form, Units
 from zo_adapt.loops.given_losses import GivenLosses
 from zo_adapt.loops.result import StopReason
 from zo_adapt.optimizers.optimizer import ZerothOrder

@@ -41,7 +41,8 @@ def global_names(code: CodeType) -> set[str]:
         >>> sorted(global_names((lambda x: len(x) + (lambda: max(x))()).__code__))
         ['len', 'max']
     """
-    return {str(i.argval) for i in _instructions(code) if i.opname == "LOAD_GLOBAL"}
+    each = (i for part in _codes(code) for i in dis.get_instructions(part))
+    return {str(i.argval) for i in each if i.opname == "LOAD_GLOBAL"}
 
 
 def attribute_names(code: CodeType) -> set[str]:
@@ -100,11 +101,7 @@ class Written(NamedTuple):
 
     @classmethod
     def by(cls, around: Mapping[str, Any]) -> "Written":
-        """By the functions and methods among a module's globals.
-
-        Args:
-            around: The globals.
-        """
+        """By the functions and methods among a module's globals."""
         names, attributes, filled = set[str](), set[str](), set[str]()
         for code in _codes_of_module(around):
             steps = list(dis.get_instructions(code))
@@ -146,8 +143,3 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
-
-
-def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
-    for each in _codes(code):
-        yield from dis.get_instructions(each)

@@ -24,7 +24,7 @@ def draw(history: Sequence[Step]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for step in history for name in step.metrics or ()))
+    names = metric_names(history)
     shares = [name for name in names if name.endswith(SHARE)]
     parts = {name.removesuffix(SHARE) + end for name in shares for end in (SHARE, *NOISES)}
     plain = [name for name in names if name not in parts]
@@ -39,6 +39,11 @@ def draw(history: Sequence[Step]) -> "Figure":
             axes.set_ylim(0, 1)
     figure.axes[-1].set_xlabel("queries")
     return figure
+
+
+def metric_names(history: Sequence[Step]) -> list[str]:
+    """Names of all that was measured, in the order in which it first was."""
+    return list(dict.fromkeys(name for step in history for name in step.metrics or ()))
 
 
 def measured(history: Sequence[Step], name: str) -> Points:

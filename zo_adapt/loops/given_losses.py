@@ -72,10 +72,6 @@ class GivenLosses:
     def gives_up(self, losses: Sequence[float], *, measuring: bool = False) -> bool:
         """Whether a step with these losses is given up; they are noted.
 
-        Args:
-            losses: Of ``of``.
-            measuring: As there.
-
         Raises:
             NonFiniteObjectiveError: So were too many before it.
         """

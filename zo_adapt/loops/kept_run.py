@@ -1,44 +1,39 @@
 """What is kept of a run, so that it can go on: its state, and the file that one process writes."""
 
-import json
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import CorruptTrajectoryError, OptionError, TrajectoryError, ZOError
-from zo_adapt.evaluation.protocol import Evaluator
+from zo_adapt.evaluation.protocol import Evaluator, Measuring
 from zo_adapt.loops.resume import (
-    AROUND,
-    BOUND,
+    LEAST_SHARES,
     LIMITS,
-    MADE_WITH,
     check_budget,
     check_settings,
     check_state,
-    run_settings,
     schedule_as_begun,
     share_as_begun,
     steps_until,
 )
-from zo_adapt.loops.run_progress import RunProgress
+from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.launched import is_restarted
-from zo_adapt.ranks.replicas import check_settings_agree
-from zo_adapt.term import Shift, Step
+from zo_adapt.term import Step
 from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile
 from zo_adapt.trajectory.header import check_header, check_origin, header_of
 from zo_adapt.trajectory.owned_file import OwnedFile
-from zo_adapt.trajectory.playback import apply_checked
-from zo_adapt.trajectory.safe_file import as_json, read_state, remove_scratch, write_state
-from zo_adapt.trajectory.writer import Writer
+from zo_adapt.trajectory.safe_file import read_state, remove_scratch, write_state
+from zo_adapt.trajectory.writer import Writer, check_terms_fit
 
 
-class KeptRun(RunProgress):
-    """A run's state, and its trajectory.
+class KeptRun:
+    """How far a run is, and its trajectory.
+
+    That is its steps and queries, its place in the data, its optimizer's state.
 
     Where several processes share the run, rank 0 alone reads and writes files; the others are given
     what they need to go on, so that they need no disk in common.
@@ -57,7 +52,10 @@ class KeptRun(RunProgress):
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(optimizer, evaluator, samples)
+        self.optimizer, self.evaluator, self.samples = optimizer, evaluator, samples
+        view = evaluator.view
+        samples.least_share = LEAST_SHARES[view.is_large and not view.has_factors]
+        self.steps = 0
         self.budget, self.seed, self.ranks = budget, seed, ranks
         self.last: Step | None = None
         self.logged: list[Step] = []
@@ -113,68 +111,58 @@ class KeptRun(RunProgress):
         if self._writer is not None:
             self._writer.close()
 
-    def _open(self, file: TrajectoryFile, resume: bool) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run changes beside the weights, and the tensors of a first-order optimizer.
+
+        Raises:
+            OptionError: An optimizer of another origin, which cannot be kept.
+        """
+        if not isinstance(self.optimizer, ZerothOrder | FirstOrder):
+            raise OptionError(
+                f"a run of {type(self.optimizer).__name__} cannot be kept: it is no optimizer of "
+                "this package"
+            )
+        tokens = getattr(self.evaluator, "joint_tokens", None)
+        return {
+            "steps": self.steps,
+            "queries": self.evaluator.queries,
+            "positions": list(self.samples.positions.items()),
+            "optimizer": self.optimizer.state_dict(),
+            **({} if tokens is None else {"joint_tokens": tokens}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the weights are restored apart."""
+        self.steps = state["steps"]
+        if isinstance(self.evaluator, Measuring):
+            self.evaluator.joint_tokens = state.get("joint_tokens")
+        self._go_back({**state, "positions": dict(state["positions"])})
+
+    def _progress(self) -> dict[str, Any]:
+        """All that a step changes before it is taken."""
+        own = isinstance(self.optimizer, ZerothOrder | FirstOrder)
+        return {
+            "queries": self.evaluator.queries,
+            "positions": dict(self.samples.positions),
+            "optimizer": self.optimizer.state_dict() if own else None,  # type: ignore[attr-defined]
+        }
+
+    def _go_back(self, before: Mapping[str, Any]) -> None:
+        self.evaluator.queries = before["queries"]
+        self.samples.positions = before["positions"]
+        if before["optimizer"] is not None:
+            self.optimizer.load_state_dict(before["optimizer"])  # type: ignore[attr-defined]
+
+    def _check_record(self) -> None:
+        """Refuse, before anything is evaluated, a step that no record can hold."""
         if not isinstance(self.optimizer, ZerothOrder):
-            raise OptionError("a trajectory holds directions; a first-order run has none")
-        self._file = file
-        settings = {
-            **self.optimizer.settings(),
-            "seed": self.seed,
-            **run_settings(self.evaluator, self.samples),
-        }
-        self.is_logged = True
-        if self.ranks is None:
-            self._begin_or_resume(settings, resume)
-        else:
-            self._open_together(self.ranks, settings, resume)
-        if self.logged:
-            self._apply([step.update for step in self.logged], file.place)
-
-    def _apply(self, updates: Sequence[Shift], path: Path) -> None:
-        """Go from the start to where the file ends; the ranks do so together."""
-        optimizer, pause = self.optimizer, None
-        if isinstance(optimizer, ZerothOrder) and optimizer.steps_since_kept is not None:
-            pause = len(updates) - optimizer.steps_since_kept, optimizer.keep_values
-        try:
-            apply_checked(self.evaluator.view, updates, path, pause)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open_together(self, ranks: Ranks, settings: Mapping[str, Any], resume: bool) -> None:
-        """Rank 0 opens the file; the others are given what they need to go on."""
-        # Those may differ: a function or an object may know its own rank.
-        alike = {
-            name: value
-            for name, value in settings.items()
-            if name not in (AROUND, BOUND, MADE_WITH)
-        }
-        check_settings_agree(ranks, alike)
-        with self.evaluator.view.hashes_kept():
-            data = ranks.from_first(lambda: self._opened(settings, resume))
-            if data and not ranks.is_first:
-                self._follow(data)
-
-    def _opened(self, settings: Mapping[str, Any], resume: bool) -> bytes:
-        """Open the file; what another rank needs to go on, which is nothing at the start."""
-        self._begin_or_resume(settings, resume)
-        position, file = self.position, self._file
-        if not self.logged or position is None or file is None:
-            return b""
-        state = as_json({"position": position, "run": self.state_dict()})
-        return state + b"\n" + file.place.read_bytes()[: position.offset]
-
-    def _follow(self, data: bytes) -> None:
-        """Go on from what rank 0 has read."""
-        text, _, content = data.partition(b"\n")
-        state = json.loads(text)
-        with tempfile.TemporaryDirectory(prefix="zo_adapt-") as folder:
-            path = Path(folder) / "trajectory.zot"
-            path.write_bytes(content)
-            reader = Reader(path)
-            self._as_begun(reader)
-            self.logged = steps_until(reader, Position(*state["position"]))
-        self.load_state_dict(state["run"])
+            return
+        before = self._progress()
+        self.optimizer.propose(self.samples)
+        directions = len(self.optimizer.asked.seeds)
+        self._go_back(before)
+        moving = [group for group in self.evaluator.view.groups if group.perturbation_scale > 0]
+        check_terms_fit(directions * max(1, len(moving)))
 
     def _begin_or_resume(self, settings: Mapping[str, Any], resume: bool) -> None:
         file = self._file

@@ -59,12 +59,6 @@ class Bar:
     """A progress bar over the budget: in queries where these are limited, else in steps.
 
     Where both are, its end is what the steps will come to, so that the time left is real.
-
-    Args:
-        budget: Limits.
-        steps: Made already.
-        queries: Made already.
-        shown: Whether there is anything to see.
     """
 
     def __init__(self, budget: Budget, steps: int, queries: int, *, shown: bool) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from zo_adapt.data.examples import Data, as_data
 from zo_adapt.data.forms import named_sets
-from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, Source
 from zo_adapt.errors import (
     ArgumentTypeError,
@@ -23,11 +22,10 @@ from zo_adapt.evaluation.protocol import EvaluatedBy, Evaluator, Probe
 from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops.arguments import check_data, checked_objective
 from zo_adapt.loops.run import Run
-from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import at_least_one
 from zo_adapt.ranks.evaluator import shared
 from zo_adapt.ranks.group import Ranks
-from zo_adapt.term import HERE, Step
+from zo_adapt.term import HERE
 from zo_adapt.view.parameters import ParameterView
 
 
@@ -45,21 +43,15 @@ class Watching(Protocol):
     def queries(self) -> int:
         """See the class."""
 
-    def measure(self, last: Step | None) -> dict[str, float]:
-        """Figures by name, after the last step."""
+    def measure(self) -> dict[str, float]:
+        """Figures by name, after the run's last step."""
 
 
 @runtime_checkable
 class OfEstimates(Protocol):
     """What watches the estimates of a run, as ``TrackVariance`` does, and no objective."""
 
-    def watching(
-        self,
-        evaluator: Evaluator,
-        optimizer: Optimizer,
-        samples: Samples,
-        evaluation: EvaluationOptions,
-    ) -> Watching:
+    def watching(self, run: Run, evaluation: EvaluationOptions) -> Watching:
         """Watch a run that begins."""
 
 
@@ -163,7 +155,6 @@ class Monitor:
         self.every = metrics.every
         self._step, self._last, self._done = -1, dict[str, float](), set[str]()
         self._evaluation, self._asked = evaluation, metrics.tracked
-        self._run: Run | None = None
         self._tracked: dict[str, Watching] = {}
         # The run's trunk is filled by its own examples: these would push them out.
         options = replace(evaluation, reuse_trunk="off", micro_batch_size=None)
@@ -179,10 +170,8 @@ class Monitor:
 
     def follow(self, run: Run) -> None:
         """Watch the estimates of this run."""
-        self._run = run
         self._tracked = {
-            name: asked.watching(run.evaluator, run.optimizer, run.samples, self._evaluation)
-            for name, asked in self._asked.items()
+            n: asked.watching(run, self._evaluation) for n, asked in self._asked.items()
         }
 
     @property
@@ -212,8 +201,7 @@ class Monitor:
                 self._last[name] = _measured(*ready)
         for name, tracked in self._tracked.items():
             if name in names - self._done:
-                found = tracked.measure(None if self._run is None else self._run.last)
-                self._last |= {f"{name}_{what}": value for what, value in found.items()}
+                self._last |= {f"{name}_{n}": value for n, value in tracked.measure().items()}
         self._done |= names
         return dict(self._last)
 

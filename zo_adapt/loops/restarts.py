@@ -200,11 +200,7 @@ class Counted:
         return math.nan if value is None or isinstance(value, Exception) else value
 
     def check_sendable(self) -> None:
-        """Refuse what other processes cannot be given, before any work.
-
-        Raises:
-            OptionError: It cannot be pickled.
-        """
+        """Refuse what other processes cannot be given, before any work."""
         try:
             pickle.dumps(self._bound)
         except Exception as error:

@@ -12,7 +12,7 @@ from zo_adapt.errors import (
     TrajectoryWriteError,
 )
 from zo_adapt.evaluation.plan import Plan
-from zo_adapt.loops.figure import draw
+from zo_adapt.loops.figure import draw, metric_names
 from zo_adapt.options import renamed
 from zo_adapt.term import Step
 
@@ -127,7 +127,7 @@ class Result:
             raise _missing("pandas") from error
         columns = ("step", "queries", "value", "lr", "projected_gradient", "kind")
         # A metric may be called as a column is.
-        metrics = {n: f"metrics.{n}" if n in columns else n for n in self._metric_names()}
+        metrics = {n: f"metrics.{n}" if n in columns else n for n in metric_names(self.history)}
         rows = [
             [getattr(step, name) for name in columns]
             + [(step.metrics or {}).get(name, math.nan) for name in metrics]
@@ -150,9 +150,6 @@ class Result:
             return draw(self.history)
         except ImportError as error:
             raise _missing("matplotlib") from error
-
-    def _metric_names(self) -> list[str]:
-        return list(dict.fromkeys(name for step in self.history for name in step.metrics or ()))
 
 
 def _missing(package: str) -> MissingPackageError:

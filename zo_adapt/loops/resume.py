@@ -74,10 +74,6 @@ def run_settings(evaluator: Evaluator, samples: Samples) -> dict[str, Any]:
 def share_as_begun(samples: Samples, begun: Mapping[str, Any]) -> dict[str, int]:
     """Cut batches as a run has done so far, whatever is usual for its view by now.
 
-    Args:
-        samples: Of the run.
-        begun: Its settings.
-
     Returns:
         The setting as it is now.
     """
@@ -92,10 +88,6 @@ def share_as_begun(samples: Samples, begun: Mapping[str, Any]) -> dict[str, int]
 
 def schedule_as_begun(optimizer: Optimizer, begun: Mapping[str, Any]) -> dict[str, str]:
     """Let steps shrink as a run has let them so far, whatever is usual by now.
-
-    Args:
-        optimizer: Of the run.
-        begun: Its settings.
 
     Returns:
         The setting as it is now; empty where it is the optimizer's own.
@@ -113,9 +105,6 @@ def check_settings(path: Path, begun: Mapping[str, Any], settings: Mapping[str, 
         path: The file that says how it was begun, for the message.
         begun: The settings there; one that is not there was not kept by the version that wrote it.
         settings: Those of now.
-
-    Raises:
-        TrajectoryError: Names the first that differs.
     """
     now = json.loads(as_json(settings))
     begun, now = _without_new_entries(begun, now)
@@ -166,9 +155,6 @@ def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
         path: As in ``check_settings``.
         begun: The budget so far, by the names in ``LIMITS``; None is no limit.
         budget: That of now.
-
-    Raises:
-        TrajectoryError: Names the limit.
     """
     for name in LIMITS:
         before, now = begun.get(name), getattr(budget, name)
@@ -180,16 +166,7 @@ def check_budget(path: Path, begun: Mapping[str, Any], budget: Budget) -> None:
 
 
 def check_state(path: Path, state: Mapping[str, Any], steps: Sequence[Step]) -> None:
-    """Refuse a state that says something else than the records it comes after.
-
-    Args:
-        path: As in ``check_settings``.
-        state: Of the run.
-        steps: The records.
-
-    Raises:
-        CorruptTrajectoryError: Names what differs.
-    """
+    """Refuse a state that says something else than the records it comes after."""
     least = {"steps": len(steps), "queries": steps[-1].queries if steps else 0}
     for name, expected in least.items():
         said = state[name]

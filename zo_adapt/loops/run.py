@@ -1,22 +1,28 @@
 """One run: what both loops do at every step, and what is kept so that a run survives a kill."""
 
+import json
 import logging
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from zo_adapt.data.samples import Samples
-from zo_adapt.errors import NonFiniteObjectiveError
+from zo_adapt.errors import NonFiniteObjectiveError, OptionError
 from zo_adapt.evaluation.failures import MOST_SKIPPED, NoValueError, tried
 from zo_adapt.evaluation.protocol import Evaluator, Measuring
 from zo_adapt.interrupt import uninterrupted
 from zo_adapt.loops.kept_run import KeptRun
+from zo_adapt.loops.resume import AROUND, BOUND, MADE_WITH, run_settings, steps_until
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.replicas import check_settings_agree, check_views
-from zo_adapt.term import Step
-from zo_adapt.trajectory.file import TrajectoryFile
+from zo_adapt.term import Shift, Step
+from zo_adapt.trajectory.file import Position, Reader, TrajectoryFile
+from zo_adapt.trajectory.playback import apply_checked
+from zo_adapt.trajectory.safe_file import as_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +73,69 @@ class Run(KeptRun):
         if trajectory is not None:
             is_file = isinstance(trajectory, TrajectoryFile)
             self._open(trajectory if is_file else TrajectoryFile(trajectory), resume)  # type: ignore[arg-type]
+
+    def _open(self, file: TrajectoryFile, resume: bool) -> None:
+        if not isinstance(self.optimizer, ZerothOrder):
+            raise OptionError("a trajectory holds directions; a first-order run has none")
+        self._file = file
+        settings = {
+            **self.optimizer.settings(),
+            "seed": self.seed,
+            **run_settings(self.evaluator, self.samples),
+        }
+        self.is_logged = True
+        if self.ranks is None:
+            self._begin_or_resume(settings, resume)
+        else:
+            self._open_together(self.ranks, settings, resume)
+        if self.logged:
+            self._apply([step.update for step in self.logged], file.place)
+
+    def _apply(self, updates: Sequence[Shift], path: Path) -> None:
+        """Go from the start to where the file ends; the ranks do so together."""
+        optimizer, pause = self.optimizer, None
+        if isinstance(optimizer, ZerothOrder) and optimizer.steps_since_kept is not None:
+            pause = len(updates) - optimizer.steps_since_kept, optimizer.keep_values
+        try:
+            apply_checked(self.evaluator.view, updates, path, pause)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_together(self, ranks: Ranks, settings: Mapping[str, Any], resume: bool) -> None:
+        """Rank 0 opens the file; the others are given what they need to go on."""
+        # Those may differ: a function or an object may know its own rank.
+        alike = {
+            name: value
+            for name, value in settings.items()
+            if name not in (AROUND, BOUND, MADE_WITH)
+        }
+        check_settings_agree(ranks, alike)
+        with self.evaluator.view.hashes_kept():
+            data = ranks.from_first(lambda: self._opened(settings, resume))
+            if data and not ranks.is_first:
+                self._follow(data)
+
+    def _opened(self, settings: Mapping[str, Any], resume: bool) -> bytes:
+        """Open the file; what another rank needs to go on, which is nothing at the start."""
+        self._begin_or_resume(settings, resume)
+        position, file = self.position, self._file
+        if not self.logged or position is None or file is None:
+            return b""
+        state = as_json({"position": position, "run": self.state_dict()})
+        return state + b"\n" + file.place.read_bytes()[: position.offset]
+
+    def _follow(self, data: bytes) -> None:
+        """Go on from what rank 0 has read."""
+        text, _, content = data.partition(b"\n")
+        state = json.loads(text)
+        with tempfile.TemporaryDirectory(prefix="zo_adapt-") as folder:
+            path = Path(folder) / "trajectory.zot"
+            path.write_bytes(content)
+            reader = Reader(path)
+            self._as_begun(reader)
+            self.logged = steps_until(reader, Position(*state["position"]))
+        self.load_state_dict(state["run"])
 
     def measure(self) -> None:
         """Find what is to be measured before the first step; a run that goes on has it."""

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from zo_adapt.optimizers.nonlinearity import MOST
 from zo_adapt.optimizers.optimizer import Optimizer, ZerothOrder
+from zo_adapt.optimizers.responses import MOST_NONLINEAR
 from zo_adapt.optimizers.step_size import ByDistance
 from zo_adapt.term import Step
 
@@ -72,7 +72,7 @@ def _is_bent_little(optimizer: Optimizer) -> bool:
     if finder is None or finder.looks_along or finder.calibration.rounds == 0:
         return False
     bends = finder.calibration.nonlinearity
-    return bends is not None and bends.before < MOST / 2
+    return bends is not None and bends.before < MOST_NONLINEAR / 2
 
 
 def _shorter(optimizer: Optimizer) -> str:

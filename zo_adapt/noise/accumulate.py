@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.low_rank import Matrices, numpy_values, rectangle_of
-from zo_adapt.noise.parts import Part, ranges_of
+from zo_adapt.noise.parts import Part
 from zo_adapt.noise.rounding import fractions, round_at_random
 from zo_adapt.noise.sums import Sums
 
@@ -72,6 +72,7 @@ class Runner(Protocol):
 
     def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
         """The same for these outputs, while no tensor moves to other memory."""
+        return partial(self, outs=outs)
 
 
 class Accumulation:
@@ -181,7 +182,7 @@ def rows_of(
     ]
 
 
-class OnCPU:
+class OnCPU(Runner):
     """Chunk by chunk in numpy, whose own generator makes the words."""
 
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
@@ -193,10 +194,6 @@ class OnCPU:
         _run(self._noise, rows_of(self._noise, self._places, flats, sums), sums.rounding)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
-
-    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
-        """The same for these outputs."""
-        return partial(self, outs=outs)
 
 
 def _run(noise: Noise, rows: Sequence[Row], rounding: int | None) -> None:
@@ -266,7 +263,9 @@ def _run_chunk(noise: Noise, row: Row, rounding: int | None, first: int) -> None
     scalar = total.dtype.type
     if row.decay != 1.0:
         total *= scalar(row.decay)
-    ranges = list(ranges_of(row.part, first, total.size))
+    ranges = [(first, total.size)]
+    if row.part is not None:
+        ranges = list(row.part.ranges(first, total.size))
     for seed, coefficient in row.terms:
         of_ranges = [
             numpy_values(noise.entries, seed, row.key, row.matrices, *one) for one in ranges

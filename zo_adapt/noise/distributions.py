@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -100,6 +100,11 @@ class _ByElement:
 
     largest = 4.5
 
+    @property
+    def entries(self) -> Self:
+        """Its own."""
+        return self
+
     def matrices(self, shape: Sequence[int]) -> None:
         """None."""
 
@@ -114,11 +119,6 @@ class Gaussian(_ByElement):
 
     name = "gaussian-philox-v1"
     per_block = 16
-
-    @property
-    def entries(self) -> "Gaussian":
-        """Its own."""
-        return self
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
         """The fp32 values of some blocks."""
@@ -142,11 +142,6 @@ class Rademacher(_ByElement):
 
     name = "rademacher-philox-v1"
     per_block = 256
-
-    @property
-    def entries(self) -> "Rademacher":
-        """Its own."""
-        return self
 
     def from_numpy_words(self, words: np.ndarray) -> np.ndarray:
         """The fp32 values of some blocks."""

@@ -60,11 +60,3 @@ def slice_along(axis: int, shape: tuple[int, ...], start: int, stop: int) -> Par
     """Indices ``start .. stop`` of one axis of a tensor."""
     inner = math.prod(shape[axis + 1 :])
     return Part(shape, start * inner, (stop - start) * inner, shape[axis] * inner)
-
-
-def ranges_of(part: Part | None, start: int, size: int) -> Iterator[tuple[int, int]]:
-    """As ``Part.ranges``; of a tensor that is here as a whole the range itself."""
-    if part is None:
-        yield start, size
-    else:
-        yield from part.ranges(start, size)

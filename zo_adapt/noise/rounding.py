@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from zo_adapt.noise import philox
-from zo_adapt.noise.entries import ROUNDING_STREAM
 
+ROUNDING_STREAM = 5
+"""Counter word of stochastic rounding; every other use takes another."""
 PER_BLOCK = 16
 """Elements that one block of the generator rounds: 16 bits each."""
 

@@ -3,25 +3,25 @@
 Small tensors share one evaluation of the generator. Extra memory: at most ``BUCKET`` elements.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from zo_adapt.noise import philox
-from zo_adapt.noise.accumulate import Place, Row, arithmetic, finish, flat, rows_of
+from zo_adapt.noise.accumulate import Place, Row, Runner, arithmetic, finish, flat, rows_of
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import DIRECTION_STREAM, ROUNDING_STREAM
+from zo_adapt.noise.entries import DIRECTION_STREAM
 from zo_adapt.noise.low_rank import torch_factors, torch_products, torch_values
-from zo_adapt.noise.rounding import PER_BLOCK
+from zo_adapt.noise.rounding import PER_BLOCK, ROUNDING_STREAM
 from zo_adapt.noise.sums import Sums
 
 BUCKET = 1 << 22
 """Elements of noise made at a time."""
 
 
-class OnAnyDevice:
+class OnAnyDevice(Runner):
     """The same numbers from torch operations, on any device that has 64-bit integers."""
 
     def __init__(self, noise: Noise, places: Sequence[Place]) -> None:
@@ -41,10 +41,6 @@ class OnAnyDevice:
                 _run_slices(self._noise, bucket, sums.rounding, start, stop)
         for out, (result, _) in zip(outs, flats, strict=True):
             finish(out, result)
-
-    def located(self, outs: Sequence[Tensor]) -> Callable[[Sums], None]:
-        """The same for these outputs."""
-        return partial(self, outs=outs)
 
 
 def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -164,10 +160,10 @@ def _lanes(
 ) -> tuple[Tensor, Tensor]:
     """Key and block number of every block of several tensors, laid end to end."""
     counts = torch.tensor([-(-size // per_block) for size in sizes], device=device)
-    signed = torch.tensor([philox.signed(key) for key in keys], device=device)
+    every = torch.tensor([philox.signed(key) for key in keys], device=device)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return (
-        torch.repeat_interleave(signed, counts),
+        torch.repeat_interleave(every, counts),
         torch.arange(len(first), device=device) - first + block,
     )
 

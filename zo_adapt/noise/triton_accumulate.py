@@ -20,7 +20,7 @@ from zo_adapt.errors import ViewError
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, arithmetic, finish
 from zo_adapt.noise.distributions import Noise
-from zo_adapt.noise.entries import ROUNDING_STREAM
+from zo_adapt.noise.rounding import ROUNDING_STREAM
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_numbers import (
     TRITON_DTYPES,

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from zo_adapt.noise import philox
 from zo_adapt.noise.accumulate import Place, arithmetic
-from zo_adapt.noise.entries import ROUNDING_STREAM
 from zo_adapt.noise.low_rank import Matrices, Rectangle, rectangle_of, scale
+from zo_adapt.noise.rounding import ROUNDING_STREAM
 from zo_adapt.noise.sums import GRAPH_TABLES, HEADER, Sums
 from zo_adapt.noise.triton_accumulate import ALIGNMENT, OnCUDA
 from zo_adapt.noise.triton_factors import FactorsDrawn, keep

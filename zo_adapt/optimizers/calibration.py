@@ -39,13 +39,10 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch, NoData
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.evaluation.start_checks import warn_of_change
-from zo_adapt.noise import philox
-from zo_adapt.optimizers.directions import direction
-from zo_adapt.optimizers.nonlinearity import Nonlinearity
-from zo_adapt.optimizers.responses import Response, distinct, response
-from zo_adapt.optimizers.round_size import LEAST_DIRECTIONS, LEAST_ROWS, RoundSize
+from zo_adapt.optimizers.directions import direction, seeds_of
+from zo_adapt.optimizers.responses import Nonlinearity, Response, distinct, response
 from zo_adapt.optimizers.schedule import Budget
-from zo_adapt.optimizers.search import RATIO, Search
+from zo_adapt.optimizers.search import LEAST_DIRECTIONS, LEAST_ROWS, RATIO, RoundSize, Search
 from zo_adapt.term import HERE, Shift
 from zo_adapt.view.group import Group
 
@@ -70,13 +67,7 @@ class Calibration(Search):
     here: float | None = None
 
     def aim(self, samples: Samples, budget: Budget, numel: int) -> None:
-        """Choose the ratio of damage to signal that is looked for.
-
-        Args:
-            samples: Where rows come from.
-            budget: Of the run.
-            numel: Numbers that are tuned.
-        """
+        """Choose the ratio of damage to signal that is looked for."""
         if self.counts:
             self.target = COUNT_RATIO
         elif isinstance(samples.source, NoData):
@@ -112,7 +103,7 @@ class Calibration(Search):
         parts *= -(-LEAST_DIRECTIONS // len(parts))
         self._batches = parts
         probes = [Probe(HERE, batch) for batch in distinct(parts)]
-        pairs = [*zip(self._seeds(seed, len(parts)), parts, strict=True)]
+        pairs = [*zip(seeds_of(seed, SEARCH_STREAM, len(parts), self.rounds), parts, strict=True)]
         for distance, asked in ((1.0, pairs), (0.5, pairs[:once])):
             for seed, batch in asked:
                 for sign in (distance, -distance):
@@ -142,11 +133,6 @@ class Calibration(Search):
             # are asked about alone from now on, at the same number of queries.
             self.alone, self.low, self.high, self.last = True, None, None, None
         return seen
-
-    def _seeds(self, seed: int, count: int) -> list[int]:
-        words = philox.words_numpy(seed, self.rounds, SEARCH_STREAM, 0, -(-count // philox.WORDS))
-        seeds: list[int] = words[:count].tolist()
-        return seeds
 
     def _parts(self, samples: Samples, budget: Budget) -> list[Batch]:
         """The rows of a round, in parts that are fair to every class; none if it costs too much."""

@@ -1,16 +1,93 @@
 """What changes from step to step while estimates are applied, and the step itself."""
 
+import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zo_adapt.errors import OptionError
-from zo_adapt.optimizers.schedule import Annealed, Progress, RunningScale, schedule_named
+from zo_adapt.optimizers.schedule import Annealing, Progress, schedule_named
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.term import HERE, Shift, Terms, scaled
 from zo_adapt.view.group import Group
 
 FIRST_DIRECTIONS, KEPT_SCALE = 24, 0.7
 """Where the displacement is found: after so many directions the scale may fall so far at most."""
+
+
+class RunningScale:
+    """Root of an exponential mean of squares, free of the start's bias.
+
+    v <- beta v + (1 - beta) mean(p^2);  scale = sqrt(v / (1 - beta^t))
+
+    Args:
+        beta: Memory, 0 <= beta < 1.
+
+    Example:
+        >>> scale = RunningScale(0.99)
+        >>> scale.update([3.0, -3.0])
+        3.0
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.total = 0.0
+        self.weight = 0.0  # 1 - beta^t, summed as the total is, so that their errors cancel
+
+    @property
+    def value(self) -> float:
+        """The scale; 0.0 before any value."""
+        return math.sqrt(self.total / self.weight) if self.weight else 0.0
+
+    def update(self, values: Sequence[float]) -> float:
+        """Take the values in and return the scale."""
+        square = math.fsum(value * value for value in values) / len(values)
+        self.total = self.beta * self.total + (1.0 - self.beta) * square
+        self.weight = self.beta * self.weight + (1.0 - self.beta)
+        return self.value
+
+
+class Annealed:
+    """The factor on the learning rates that annealing has come to in a run.
+
+    Args:
+        annealing: When to divide, and by how much; None: never.
+
+    Example:
+        >>> annealed = Annealed(Annealing(factor=5.0, window=2))
+        >>> [annealed.observe(loss) for loss in (1.0, 1.0, 2.0, 2.0)]
+        [1.0, 1.0, 1.0, 0.2]
+    """
+
+    def __init__(self, annealing: Annealing | None) -> None:
+        self.annealing = annealing
+        self.factor = 1.0
+        self._losses: deque[float] = deque()
+
+    def observe(self, loss: float) -> float:
+        """Take one step's loss in and return the factor on the learning rates."""
+        if self.annealing is None:
+            return self.factor
+        window = self.annealing.window
+        self._losses.append(loss)
+        if len(self._losses) == 2 * window:
+            losses = list(self._losses)
+            earlier, recent = sum(losses[:window]), sum(losses[window:])
+            # m1 / m2 > kappa without the division, so that a mean loss of zero is no fault.
+            if recent > self.annealing.threshold * earlier:
+                self.factor /= self.annealing.factor
+            for _ in range(window):
+                self._losses.popleft()
+        return self.factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step."""
+        return {"scale": self.factor, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.factor = state["scale"]
+        self._losses = deque(state["losses"])
 
 
 class Descent:

@@ -30,9 +30,17 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe, mean_value
-from zo_adapt.optimizers.directions import Directions, Estimate, gradient
+from zo_adapt.optimizers.directions import (
+    SHAPES,
+    Directions,
+    Estimate,
+    Shape,
+    Shaping,
+    gradient,
+    leave_one_out,
+    shaped,
+)
 from zo_adapt.optimizers.settings import Settings
-from zo_adapt.optimizers.shaping import SHAPES, Shape, Shaping, leave_one_out, shaped
 from zo_adapt.options import at_least_one, positive_or_none
 from zo_adapt.term import HERE, Shift
 

@@ -8,7 +8,7 @@ from zo_adapt.data.samples import Samples
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.calibration import Calibration
 from zo_adapt.optimizers.look_ahead import LookAhead
-from zo_adapt.optimizers.nonlinearity import Nonlinearity
+from zo_adapt.optimizers.responses import Nonlinearity
 from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.optimizers.search import COUNT_SHARE
 from zo_adapt.term import Shift
@@ -82,12 +82,8 @@ class Finder:
     ) -> list[Probe]:
         """The points of the next measurement; none where a step comes next.
 
-        Args:
-            samples: Where rows come from.
-            groups: The parts of the view.
-            seed: Of the run.
-            budget: Of the run.
-            done: Share of it that is used.
+        The arguments are those of ``Calibration.probes``, and ``done``, the share of the budget
+        that is used.
         """
         found: list[Probe] = []
         if self.is_calibrating:
@@ -157,11 +153,6 @@ def finder_of(view: ParameterView, displacement: float, *, step_like: bool) -> F
 
     What is right by chance alone takes no damage: a count over a new head, or of tensors or a
     module whose size says nothing, goes as far as the view assumes.
-
-    Args:
-        view: What is tuned.
-        displacement: Where the search begins.
-        step_like: Whether the objective changes in jumps.
     """
     is_new = may_be_untrained(view.model)
     has_size = view.model is not None and not (is_new and displacement == DISPLACEMENT)

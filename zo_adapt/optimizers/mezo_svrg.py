@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Self, Unpack
 
-from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Batch
 from zo_adapt.optimizers.estimator import Estimator, OneSided, TwoSided
 from zo_adapt.optimizers.keywords import Keywords, estimator_of, split, step_size_of
 from zo_adapt.optimizers.schedule import Annealing
@@ -135,7 +133,3 @@ class MeZOSVRG(VarianceReduced):
             snapshot_size="all",
             coupling=coupling,
         )
-
-    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """At a snapshot as the estimator does; a minibatch is whole, for one direction."""
-        return self.estimate.divide(batch, samples) if self.at_snapshot else [batch]

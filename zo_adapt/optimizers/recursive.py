@@ -5,8 +5,6 @@ from abc import ABC
 from dataclasses import KW_ONLY, dataclass
 from typing import Unpack
 
-from zo_adapt.data.samples import Samples
-from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
 from zo_adapt.noise import philox
 from zo_adapt.optimizers.estimator import Estimator, TwoSided
@@ -41,10 +39,6 @@ class Recursive(VarianceReduced, ABC):
     def keep(self) -> float:
         """The share of what was known before; 1 - a in STORM."""
         return 1.0
-
-    def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """A large batch as the estimator does; a minibatch is whole, for one direction."""
-        return self.estimate.divide(batch, samples) if self.at_snapshot else [batch]
 
     def corrected(self, here: Terms, there: Terms) -> Terms:
         """V_t, from the two estimates of a step."""

@@ -10,7 +10,7 @@ from typing import Any
 from zo_adapt.data.samples import Samples
 from zo_adapt.errors import FlatObjectiveWarning
 from zo_adapt.evaluation.protocol import Evaluation, Probe
-from zo_adapt.noise.entries import Seeds
+from zo_adapt.noise.seeds import Seeds
 from zo_adapt.optimizers.descent import Descent
 from zo_adapt.optimizers.directions import Directions
 from zo_adapt.optimizers.finder import Finder, finder_of
@@ -35,9 +35,6 @@ class FlatWatch:
     """Counts differences that are exactly zero over the first steps of a run.
 
     Later ones are not judged: a run that had a signal and has lost it may have arrived.
-
-    Args:
-        state: What ``state`` gave, to go on from there.
     """
 
     def __init__(self, state: Sequence[int] = (0, 0, 0, False)) -> None:

@@ -1,6 +1,5 @@
 """Steps corrected by a snapshot, which is kept as terms: what the SVRG optimizers share."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
@@ -123,9 +122,9 @@ class VarianceReduced(ZerothOrder):
         """Whether the next step begins with a snapshot."""
         return self.steps % self.snapshot_interval == 0
 
-    @abstractmethod
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """The batch of every direction of the next step."""
+        """A large batch as the estimator does; a minibatch is whole, for one direction."""
+        return self.estimate.divide(batch, samples) if self.at_snapshot else [batch]
 
     def propose(self, samples: Samples) -> list[Probe]:
         """The probes of the next step: at a snapshot here, otherwise here and at theta_bar."""
@@ -196,13 +195,7 @@ class VarianceReduced(ZerothOrder):
         return 1.0 / self.snapshot.directions + change
 
     def remember(self, terms: Terms, update: Shift, noise: float) -> None:
-        """Keep what the next step needs of this one.
-
-        Args:
-            terms: What was descended along.
-            update: What will be applied.
-            noise: See ``noise``.
-        """
+        """Keep what the next step needs of this one."""
         if self.snapshot.kept is None:
             self.snapshot.since = self.snapshot.since.then(self._undecayed(update))
 

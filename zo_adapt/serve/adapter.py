@@ -150,12 +150,6 @@ def check_fits(
 ) -> None:
     """Refuse, before any work, what a server would refuse or, worse, leave out.
 
-    Args:
-        config: Of the adapter.
-        modules: The layers that it is on.
-        rank: Its largest.
-        limits: What the server can do.
-
     Raises:
         NotServableError: Names the feature, the rank or the layer.
     """

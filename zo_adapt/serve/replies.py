@@ -26,10 +26,6 @@ _USUAL = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, 
 def options_of(writing: Writing, known: Mapping[str, str]) -> dict[str, Any]:
     """More options of what is written, by the server's names.
 
-    Args:
-        writing: What is asked for.
-        known: Those names, by transformers'.
-
     Raises:
         NotServableError: One that the server does not know: it would ignore it without a word.
     """

@@ -139,10 +139,6 @@ def _check_written(found: Sequence[Sequence[int]], most: int) -> None:
 def unloading(server: ServedModel, names: Sequence[str]) -> Iterator[None]:
     """Afterwards the adapters of these names are gone; names may still be added inside.
 
-    Args:
-        server: Where they are loaded.
-        names: Of the adapters.
-
     Raises:
         ServedModelError: They are not unloaded. After another error, that one is raised.
     """

@@ -52,12 +52,6 @@ class SelfTest:
        more; eps is doubled until they do.
     6. What was unloaded is gone.
     7. Only the base is left at the end.
-
-    Args:
-        server: What is tested.
-        adapter: What will be loaded.
-        question: What the objective asks about the first examples.
-        names: Where names come from.
     """
 
     def __init__(

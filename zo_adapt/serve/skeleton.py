@@ -43,13 +43,9 @@ def served_lora(
         128
     """
     import peft
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base) if isinstance(base, str | Path) else base
-    if getattr(config, "is_encoder_decoder", False):
-        raise OptionError(
-            f"{type(config).__name__} is an encoder-decoder; a served model is causal"
-        )
+    config = _configuration(base)
     saved = isinstance(adapter, str | Path)
     lora: Any = peft.PeftConfig.from_pretrained(str(adapter)) if saved else adapter
     if not isinstance(lora, peft.LoraConfig):
@@ -98,13 +94,9 @@ def served_prompt(
         64
     """
     import peft
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base) if isinstance(base, str | Path) else base
-    if getattr(config, "is_encoder_decoder", False):
-        raise OptionError(
-            f"{type(config).__name__} is an encoder-decoder; a served model is causal"
-        )
+    config = _configuration(base)
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: Any = peft.get_peft_model(AutoModelForCausalLM.from_config(config), prompt)
@@ -121,6 +113,17 @@ def served_prompt(
     embedding.weight = nn.Parameter(start.detach().clone())
     model.prompt_tokens["default"] = torch.arange(len(start))  # what saving looks up
     return _finished(model)
+
+
+def _configuration(base: Any) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base) if isinstance(base, str | Path) else base
+    if getattr(config, "is_encoder_decoder", False):
+        raise OptionError(
+            f"{type(config).__name__} is an encoder-decoder; a served model is causal"
+        )
+    return config
 
 
 def _finished(model: Any) -> nn.Module:

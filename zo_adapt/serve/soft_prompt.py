@@ -50,11 +50,7 @@ class SoftPrompt:
         """There is no prompt that changes nothing."""
 
     def check(self, limits: Limits) -> None:
-        """Refuse a server that reads no embeddings.
-
-        Raises:
-            NotServableError: It does not.
-        """
+        """Refuse a server that reads no embeddings."""
         if not limits.prompts:
             raise NotServableError(
                 "this server reads no embeddings; start it with --enable-prompt-embeds, and give "

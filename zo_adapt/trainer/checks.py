@@ -94,11 +94,7 @@ def check_arguments(args: Any, wanted: type[Any]) -> None:
 
 
 def check_model(model: object) -> None:
-    """Refuse a model whose parts lie on several processes.
-
-    Raises:
-        OptionError: One is a DTensor.
-    """
+    """Refuse a model whose parts lie on several processes."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     if any(map(is_sharded, parameters)):
         raise OptionError(

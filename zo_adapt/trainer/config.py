@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.options import CudaGraphs, EvaluationOptions
 from zo_adapt.evaluation.trunk.frozen_trunk import DEFAULT_BYTES, LEAST_SHARE, FrozenTrunk
-from zo_adapt.noise.distributions import noise_named
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import at_least_one, renamed
@@ -130,8 +130,8 @@ class ZOConfig(TrainingArguments):
             raise OptionError(
                 f"trunk_storage={self.trunk_storage!r}; choose 'device', 'host' or 'disk'"
             )
-        noise_named(self.noise or "gaussian")
         # What is wrong with the options is said here, before any work.
+        ParameterView({"x": torch.zeros(1)}, noise=self.noise or "gaussian")
         self._switches()
         self.build_optimizer()
 

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from zo_adapt.data.examples import class_labels
 from zo_adapt.data.forms import Collate, Columns, is_column, is_table, rows_given
-from zo_adapt.data.labels import class_labels
 from zo_adapt.data.samples import Samples, stratified
 from zo_adapt.data.sources import Batch, Examples
 from zo_adapt.errors import DataError

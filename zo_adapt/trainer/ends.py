@@ -21,9 +21,6 @@ class AtRunEnds(TrainerCallback):
     A run that its budget of queries ends is logged, evaluated and saved as one that reaches its
     last step. One that a fault ends has nothing new to save. Either way no checkpoint and no
     evaluation of the last good step is made a second time: what was saved then stays.
-
-    Args:
-        trainer: Whose run it is.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -40,12 +37,7 @@ class AtRunEnds(TrainerCallback):
         self._trainer.begin_run(train_dataloader)
 
     def stop(self, reason: StopReason, *, made: bool) -> None:
-        """End the run at this step.
-
-        Args:
-            reason: Why.
-            made: Whether the step was made.
-        """
+        """End the run at this step."""
         self.reason, self._made = reason, made
         control, state = self._trainer.control, self._trainer.state
         control.should_training_stop = True

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import RandomSampler, Sampler
 
-from zo_adapt.data.labels import class_labels
+from zo_adapt.data.examples import class_labels
 from zo_adapt.data.samples import MINIBATCH_STREAM, order_of_pass
 from zo_adapt.trainer.state import Checkpoint
 
@@ -20,10 +20,6 @@ class SpreadRows(Sampler[int]):
 
     A function of seed and epoch: every process draws the same, and an epoch that is resumed goes on
     as it began.
-
-    Args:
-        classes: Class of every row.
-        seed: Of the order.
     """
 
     def __init__(self, classes: Sequence[int], seed: int) -> None:

@@ -18,9 +18,9 @@ from zo_adapt.loops.resume import AROUND, BOUND, CONFIG, MADE_WITH, MODULES, dat
 from zo_adapt.loops.run import Run
 from zo_adapt.ranks.launched import is_restarted
 from zo_adapt.trainer.data import TrainerSamples
-from zo_adapt.trainer.lora import save_start
 from zo_adapt.trainer.order import ORDER
 from zo_adapt.trainer.state import Checkpoint, begin_log, last_whole_checkpoint, save_state
+from zo_adapt.trainer.tuned_view import save_start
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners
 

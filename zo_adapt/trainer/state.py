@@ -30,12 +30,7 @@ INITIAL = "initial_adapter"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint of Trainer's that has a state of ours.
-
-    Args:
-        folder: Where it lies.
-        state: What ``save_state`` kept.
-    """
+    """A checkpoint of Trainer's that has a state of ours."""
 
     folder: Path
     state: Mapping[str, Any]
@@ -108,13 +103,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_state(run: Run, checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Write the run's state beside the weights that Trainer saves.
-
-    Args:
-        run: The run.
-        checkpoint: The folder.
-        settings: What the run depends on beside it.
-    """
+    """Write the run's state beside the weights that Trainer saves."""
     optimizer, view = run.optimizer, run.evaluator.view
     if not isinstance(optimizer, ZerothOrder | FirstOrder):
         return
@@ -238,9 +227,6 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
     Trainer writes its state last; a kill before that leaves a folder that cannot be resumed from,
     but that Trainer would choose.
-
-    Args:
-        folder: Trainer's output folder.
     """
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-[0-9]*")}
     for _, checkpoint in sorted(found.items(), reverse=True):

@@ -36,13 +36,12 @@ from zo_adapt.trainer.checks import check_arguments, check_choices, check_model,
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
-from zo_adapt.trainer.lora import start_adapters
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.order import SpreadBatches, order_of
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
 from zo_adapt.trainer.sharing import SharedSteps
-from zo_adapt.trainer.tuned_view import TunedView, has_no_values
+from zo_adapt.trainer.tuned_view import TunedView, has_no_values, start_adapters
 from zo_adapt.view.parameters import ParameterView
 
 logger = logging.get_logger(__name__)

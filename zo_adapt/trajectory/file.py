@@ -29,10 +29,10 @@ from zo_adapt.errors import (
     TrajectoryError,
     TruncatedTrajectoryWarning,
 )
-from zo_adapt.noise.entries import NAME, Seeds
+from zo_adapt.noise.seeds import NAME, Seeds
 from zo_adapt.term import Step
+from zo_adapt.trajectory.header import check_header_form, check_step_form
 from zo_adapt.trajectory.record import decoded
-from zo_adapt.trajectory.valid import check_header_form, check_step_form
 
 MAGIC = b"zo_traj"
 VERSION = 2
@@ -103,9 +103,6 @@ def decay_rate(header: Mapping[str, Any]) -> float:
 
 class Reader:
     """The header of a trajectory and its records, verified as they are read.
-
-    Args:
-        path: The file.
 
     Raises:
         TrajectoryError: Not a trajectory, or of a format version that is not known.

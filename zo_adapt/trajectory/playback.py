@@ -1,4 +1,5 @@
-"""Replay: the weights of any step from the trajectory alone, with no forward pass and no data.
+"""Replay: the weights of any step from the trajectory alone, with no forward pass and no data, of a
+run that has ended or one that another process is still writing.
 
 Passes over the weights: fp32 and fp64 arithmetic on the weights is a running sum, terms in order,
 and reading or writing a weight between two terms rounds nothing; so consecutive updates without
@@ -7,7 +8,8 @@ multiplies before its own terms and begins a new list. In half precision every s
 a step.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import CorruptTrajectoryError, TrajectoryError
-from zo_adapt.interrupt import uninterrupted
-from zo_adapt.term import Shift, Term
+from zo_adapt.options import positive, positive_or_none
+from zo_adapt.term import Shift, Step, Term
 from zo_adapt.trajectory.file import Reader
 from zo_adapt.trajectory.header import check_header
 from zo_adapt.view.parameters import ParameterView
@@ -148,9 +150,9 @@ class Replay:
             raise TrajectoryError(
                 f"no way back to step {goal} without a copy of the start; use keep_start=True"
             )
-        with uninterrupted():
-            self.view.restore(self._start)
-            self.step = 0
+        self.step = len(self) + 1  # on the way, where a signal ends this
+        self.view.restore(self._start)
+        self.step = 0
 
 
 def apply_checked(
@@ -219,3 +221,66 @@ def apply_all(view: ParameterView, updates: Sequence[Shift]) -> None:
 def export(view: ParameterView) -> dict[str, Tensor]:
     """The view's tensors as contiguous copies, ready for a safetensors file; sharded ones whole."""
     return {name: whole(t).detach().cpu().contiguous().clone() for name, t in view.tensors.items()}
+
+
+def follow(
+    view: ParameterView,
+    path: str | Path,
+    *,
+    until: int | None = None,
+    patience: float | None = None,
+    interval: float = 0.2,
+    check_base: bool = True,
+) -> Iterator[Step]:
+    """Go along with a trajectory that another process is still writing: a hot spare, an evaluator.
+
+    The view is at the weights after a step when that step is given, bit for bit; the file is only
+    read.
+
+    Args:
+        view: At the weights that the trajectory starts from.
+        path: The file; it need not be there yet.
+        until: Number of the last step; None goes on.
+        patience: Seconds without a new step after which it ends; None waits for ever.
+        interval: Seconds from one look at the file to the next.
+        check_base: As in ``replay``.
+
+    Yields:
+        Every step, after it was applied.
+
+    Raises:
+        TrajectoryError: Another view, noise or start; or no file in time.
+        CorruptTrajectoryError: A damaged record, or a run that has gone back behind a step that was
+            applied already: begin again from the start.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from zo_adapt import MeZO, ParameterView, minimize
+        >>> file, x, y = tempfile.mkdtemp() + "/run.zot", torch.zeros(2), torch.zeros(2)
+        >>> _ = minimize(lambda batch: float((x - 1).square().sum()), ParameterView({"x": x}),
+        ...     None, MeZO(lr=0.1), max_steps=3, trajectory=file, progress=False)
+        >>> [step.step for step in follow(ParameterView({"x": y}), file, patience=0.1)]
+        [1, 2, 3]
+        >>> torch.equal(x, y)
+        True
+    """
+    path, patience = Path(path).expanduser(), positive_or_none("patience", patience)
+    interval, since = positive("interval", interval), time.monotonic()
+    while not path.exists():
+        if patience is not None and time.monotonic() - since > patience:
+            raise TrajectoryError(f"there is no {path} after {patience:g} s; start the run first")
+        time.sleep(interval)
+    reader = Reader(path)
+    check_header(view, reader.header, path, check_base=check_base)
+    view.leave_at_rest(reader.header.get("at_rest", ()))
+    number, position, since = 0, reader.start, time.monotonic()
+    while until is None or number < until:
+        for step, after in reader.steps(position, number, is_growing=True):
+            apply_checked(view, [step.update], path)
+            number, position, since = step.step, after, time.monotonic()
+            yield step
+            if number == until:
+                return
+        if patience is not None and time.monotonic() - since > patience:
+            return
+        time.sleep(interval)

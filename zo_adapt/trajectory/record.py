@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from zo_adapt.noise.entries import Seeds
+from zo_adapt.noise.seeds import Seeds
 from zo_adapt.term import Shift, Step, Term, Terms
 
 _KINDS = ("minibatch", "snapshot")

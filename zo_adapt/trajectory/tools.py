@@ -13,8 +13,7 @@ from torch import Tensor
 
 from zo_adapt.errors import TrajectoryError, ZOError
 from zo_adapt.trajectory.file import Reader
-from zo_adapt.trajectory.following import follow
-from zo_adapt.trajectory.playback import export, replay
+from zo_adapt.trajectory.playback import export, follow, replay
 from zo_adapt.view.group import Group
 from zo_adapt.view.parameters import ParameterView
 

@@ -107,11 +107,7 @@ class Writer:
 
 
 def check_terms_fit(terms: int) -> None:
-    """Refuse a step of more terms than a record can hold.
-
-    Raises:
-        TrajectoryWriteError: It has more.
-    """
+    """Refuse a step of more terms than a record can hold."""
     if 8 * terms > LARGEST:
         raise too_large(terms)
 

@@ -25,10 +25,6 @@ def check_adapters(model: nn.Module, holds: Callable[[Tensor], bool]) -> None:
 
     With such an adapter the loss does not depend on it: every projected gradient is exactly zero.
 
-    Args:
-        model: The model.
-        holds: Whether the view holds a parameter.
-
     Raises:
         AdapterError: Names the module and the call that mends it.
     """
@@ -76,12 +72,7 @@ def originals(model: nn.Module) -> dict[str, str]:
 
 
 def is_soft_prompt(model: nn.Module | None, names: Collection[str]) -> bool:
-    """Whether tensors are virtual tokens before every text: peft's prompt tuning, or so named.
-
-    Args:
-        model: Of the tensors; None: there is none.
-        names: Of the tensors.
-    """
+    """Whether tensors are virtual tokens before every text: peft's prompt tuning, or so named."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
     kinds = {str(getattr(config.peft_type, "value", "")) for config in configs.values()}
     return kinds == {"PROMPT_TUNING"} or set(names) in ({"prompt_embeddings"}, {"soft_prompt"})

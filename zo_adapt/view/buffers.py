@@ -88,9 +88,6 @@ class WatchedBuffers:
     After every evaluation torch's count of the changes of each buffer is compared, which costs
     nothing; some kernels (batch norm's) do not count, so that after the first, second, fourth,
     eighth ... evaluation their bits are compared, too.
-
-    Args:
-        model: Any torch module, or None.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -133,11 +130,7 @@ class WatchedBuffers:
 
 
 def check_max_norm(model: nn.Module) -> None:
-    """Refuse embeddings that every forward shortens in place, also where they are frozen.
-
-    Raises:
-        ChangingBufferError: Names the first.
-    """
+    """Refuse embeddings that every forward shortens in place, also where they are frozen."""
     for path, module in model.named_modules():
         if getattr(module, "max_norm", None) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise ChangingBufferError(

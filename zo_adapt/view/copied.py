@@ -19,13 +19,7 @@ from zo_adapt.view.usage import KIND
 
 
 class Copied:
-    """Overwrites the tensors by shifted values and restores every bit, whatever happens inside.
-
-    Args:
-        tensors: The view, as far as it is here.
-        plan: Makes accumulations.
-        written: Called after every write.
-    """
+    """Overwrites the tensors by shifted values and restores every bit, whatever happens inside."""
 
     def __init__(
         self, tensors: Tensors, plan: Plan, written: Callable[[], None] = lambda: None

@@ -15,9 +15,6 @@ class KeptValues:
 
     Costs the tensors' bytes, from the first call on.
 
-    Args:
-        live: The tensors.
-
     Example:
         >>> x = torch.zeros(2)
         >>> kept = KeptValues({"x": x})
@@ -59,12 +56,7 @@ class KeptValues:
 
 
 class KeptPlace(Shift):
-    """A place seen from kept values, not from the live ones.
-
-    Args:
-        kept: The values.
-        terms: From there.
-    """
+    """A place seen from kept values, not from the live ones."""
 
     kept: KeptValues
 

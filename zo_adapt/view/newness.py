@@ -77,13 +77,7 @@ def _outside_the_base(model: nn.Module) -> set[int]:
 
 
 def _is_new(own: dict[str, nn.Parameter], config: Any, *, loaded: bool) -> bool:
-    """Whether a layer is as an initialiser leaves it.
-
-    Args:
-        own: The layer's parameters.
-        config: The model's, where it has one.
-        loaded: Whether parameters of the model carry the flag.
-    """
+    """Whether a layer is as an initialiser leaves it."""
     if any(hasattr(parameter, LOADED) for parameter in own.values()):
         return False
     matrices = [whole(p).detach() for p in own.values() if p.dim() > 1]

@@ -12,11 +12,11 @@ from zo_adapt.noise.sums import Sum, Sums
 from zo_adapt.term import Shift, Term, Terms, check_directions, check_terms, coalesced
 from zo_adapt.view.group import Groups
 from zo_adapt.view.kept import KeptPlace, KeptValues
-from zo_adapt.view.planned import PlannedMoves
+from zo_adapt.view.moved import PlannedMoves
 from zo_adapt.view.precision import Room
 from zo_adapt.view.shards import local
-from zo_adapt.view.tensors import check_mode
 from zo_adapt.view.tuned import Scratch
+from zo_adapt.view.usage import check_mode
 
 
 class ParameterView(PlannedMoves):

@@ -141,16 +141,7 @@ def finest_perturbation(view: TunedTensors) -> float:
 
 
 def check_resolution(view: TunedTensors, perturbation_scale: float, finest: float) -> None:
-    """Refuse a perturbation that rounding would swallow in most of the view.
-
-    Args:
-        view: Named in the message.
-        perturbation_scale: mu.
-        finest: What ``finest_perturbation`` gave for the view.
-
-    Raises:
-        PerturbationError: Names the smallest usable mu.
-    """
+    """Refuse a perturbation that rounding would swallow in most of the view."""
     if perturbation_scale < finest:
         dtypes = sorted({str(tensor.dtype) for tensor in view.tensors.values()})
         raise PerturbationError(

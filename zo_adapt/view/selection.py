@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from zo_adapt.errors import ArgumentTypeError, NoMatchingParameterError, OptionError
-from zo_adapt.view.addresses import Addresses
 from zo_adapt.view.blocks import block_list, names_after
+from zo_adapt.view.inspection import Addresses
 from zo_adapt.view.shards import gathering_modules
 
 Parameters = dict[str, nn.Parameter]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from zo_adapt.errors import ArgumentTypeError, ViewError
 from zo_adapt.interrupt import gradients_off
-from zo_adapt.view.addresses import Addresses, have_same_elements, overlaps_itself
+from zo_adapt.view.inspection import Addresses, have_same_elements, overlaps_itself
 from zo_adapt.view.shards import Shards, is_sharded, local, part_of
+from zo_adapt.view.usage import check_mode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADVICE = (
@@ -39,11 +40,6 @@ def norms(tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, float]:
 
 def check_finite(tensors: Mapping[str, Tensor], found: Mapping[str, float], shards: Shards) -> None:
     """Refuse NaN and infinity.
-
-    Args:
-        tensors: To be looked at.
-        found: Their norms.
-        shards: Of the tensors.
 
     Raises:
         ViewError: Names the first tensor that holds one of these.
@@ -108,11 +104,7 @@ def _distinct(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse what cannot be shifted or, worse, can be shifted and not restored.
-
-    Raises:
-        ViewError: It is such a tensor.
-    """
+    """Refuse what cannot be shifted or, worse, can be shifted and not restored."""
     if not isinstance(tensor, Tensor):
         raise ViewError(f"{name!r} is a {type(tensor).__name__}, not a torch.Tensor")
     if is_sharded(tensor):
@@ -156,26 +148,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     _check_writable(name, tensor)
 
 
-def check_mode(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of inference mode: torch writes some of them, and raises at the next.
-
-    Raises:
-        ViewError: Names the first.
-    """
-    if any(map(Tensor.is_inference, tensors.values())):
-        name = next(name for name, tensor in tensors.items() if tensor.is_inference())
-        raise ViewError(
-            f"{name!r} was made in inference mode and cannot be changed outside of it; make, load "
-            "or convert the model outside of torch.inference_mode()"
-        )
-
-
 def _check_writable(name: str, tensor: Tensor) -> None:
-    """Write no element: what torch has against writing there, it says now and not on the way back.
-
-    Raises:
-        ViewError: It says something.
-    """
+    """Write no element: what torch has against writing there, it says now and not later."""
     try:
         with gradients_off():
             nothing = tensor.as_strided((0,), (1,))
@@ -185,11 +159,7 @@ def _check_writable(name: str, tensor: Tensor) -> None:
 
 
 def check_whole(name: str, array: np.ndarray) -> None:
-    """Refuse masked elements, which torch would take for numbers.
-
-    Raises:
-        ViewError: There are some.
-    """
+    """Refuse masked elements, which torch would take for numbers."""
     if np.ma.is_masked(array):
         raise ViewError(f"{name!r} has masked elements; give it .compressed() or .filled(number)")
 

@@ -12,11 +12,17 @@ from zo_adapt.options import renamed
 from zo_adapt.view import selection
 from zo_adapt.view.adapters import adapter_names, check_adapters, is_soft_prompt
 from zo_adapt.view.defaults import displacement_and_groups
-from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
-from zo_adapt.view.identified import Identified
+from zo_adapt.view.group import (
+    Group,
+    Groups,
+    assign_groups,
+    checked_groups,
+    in_one_line,
+    summary_of,
+)
+from zo_adapt.view.identity import Identified
 from zo_adapt.view.inspection import Inspection
 from zo_adapt.view.shards import Shards, gathering_modules, local
-from zo_adapt.view.summary import in_one_line, summary_of
 from zo_adapt.view.tensors import check_finite, check_tensor, norms, tunable
 
 SMALL_BYTES, SMALL_SHARE = 64 * 2**20, 0.125
@@ -28,11 +34,7 @@ Scratch = Literal["auto", "copy", "layer"]
 
 
 class TunedTensors(Identified):
-    """Base of ``ParameterView``: which tensors, from where, in which groups; not how they move.
-
-    Args:
-        tensors, model, noise, groups, scratch: See ``ParameterView``.
-    """
+    """Base of ``ParameterView``: which tensors, from where, in which groups; not how they move."""
 
     def __init__(
         self,

@@ -7,19 +7,16 @@ from operator import attrgetter
 
 from torch import Tensor
 
-from zo_adapt.errors import ViewInUseError
+from zo_adapt.errors import ViewError, ViewInUseError
 from zo_adapt.interrupt import Guard
-from zo_adapt.view.addresses import Addresses
 from zo_adapt.view.buffers import same_bits
+from zo_adapt.view.inspection import Addresses
 
 
 class Usage:
     """Counts the shifts of a view that are open, all of one thread.
 
     Another view may hold the same memory: what is done by way of it counts as done to this one.
-
-    Args:
-        tensors: Of the view.
 
     Example:
         >>> import torch
@@ -126,6 +123,16 @@ leave shifted() first
     def _shares_memory(self, other: "Usage") -> bool:
         held = Addresses(self._tensors)
         return any(held.meeting(tensor) for tensor in other._tensors.values())
+
+
+def check_mode(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of inference mode: torch writes some of them, and raises at the next."""
+    if any(map(Tensor.is_inference, tensors.values())):
+        name = next(name for name, tensor in tensors.items() if tensor.is_inference())
+        raise ViewError(
+            f"{name!r} was made in inference mode and cannot be changed outside of it; make, load "
+            "or convert the model outside of torch.inference_mode()"
+        )
 
 
 KIND = attrgetter("dtype", "device", "shape")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zo_adapt.evaluation.joint.row_blocks import Blocks, calling_in, fits
 from zo_adapt.evaluation.model_state import replaced_forwards
-from zo_adapt.evaluation.trunk.cut_point import RefusedError, cut
+from zo_adapt.evaluation.trunk.call import RefusedError, cut
 from zo_adapt.term import Shift
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.selection import owners

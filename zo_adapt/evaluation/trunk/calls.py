@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_adapt.evaluation.model_state import replaced_forwards
-from zo_adapt.evaluation.trunk.call import Call, kind_of
-from zo_adapt.evaluation.trunk.cut_point import Cut
-from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows
-from zo_adapt.evaluation.trunk.parts import parts_of, tensors_of
+from zo_adapt.evaluation.trunk.call import Call, Cut, kind_of
+from zo_adapt.evaluation.trunk.keys import ForeignArgumentError, Keys, Rows, parts_of, tensors_of
 from zo_adapt.evaluation.trunk.store import Store
 from zo_adapt.interrupt import undone
 

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import OptionError
-from zo_adapt.evaluation.trunk.call import Call, kind_of
+from zo_adapt.evaluation.trunk.call import Call, Form, RefusedError, can_trim, cut, kind_of
 from zo_adapt.evaluation.trunk.calls import Calls, Recorded, skipped
-from zo_adapt.evaluation.trunk.cut_point import RefusedError, can_trim, cut
-from zo_adapt.evaluation.trunk.form import Form
 from zo_adapt.evaluation.trunk.keys import Keys, Rows
 from zo_adapt.evaluation.trunk.store import Storage, Store
 from zo_adapt.evaluation.trust import close, same_calls, tolerance_of
