@@ -67,8 +67,8 @@ def work(jobs: list[str], device: str) -> None:
         device: "cpu" or "cuda".
     """
     from zo_adapt import ParameterView
+    from zo_adapt.evaluation.workers import Workers
     from zo_adapt.ranks.launched import find_ranks
-    from zo_adapt.ranks.workers import Workers
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

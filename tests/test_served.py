@@ -202,13 +202,13 @@ class TestInProcess:
         for server in (None, PeftServer):
             model = seeded_lora("llama")
             view = ParameterView.trainable(model)
-            evaluator = None if server is None else ServedEvaluator(server(model))
+            by = EvaluationOptions() if server is None else ServedEvaluator(server(model))
             result = minimize(
                 CausalLMLoss(model),
                 view,
                 texts(),
                 max_steps=6,
-                evaluation=evaluator,
+                evaluation=by,
                 metrics={"match": ExactMatch(model, softness=1.0)},
                 **QUIET,
             )

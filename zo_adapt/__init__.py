@@ -12,6 +12,7 @@ from zo_adapt.evaluation.objective import Objective as Objective
 from zo_adapt.evaluation.objective import SetObjective as SetObjective
 from zo_adapt.evaluation.options import EvaluationOptions as EvaluationOptions
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk as FrozenTrunk
+from zo_adapt.evaluation.workers import Workers as Workers
 from zo_adapt.loops.ask_tell import AskTell as AskTell
 from zo_adapt.loops.for_scipy import scipy_method as scipy_method
 from zo_adapt.loops.loop import minimize as minimize
@@ -33,7 +34,6 @@ from zo_adapt.optimizers.schedule import Annealing as Annealing
 from zo_adapt.optimizers.step_size import ByDistance as ByDistance
 from zo_adapt.optimizers.step_size import Rate as Rate
 from zo_adapt.optimizers.zo_svrg import ZOSVRG as ZOSVRG
-from zo_adapt.ranks.workers import Workers as Workers
 from zo_adapt.serve.evaluator import ServedEvaluator as ServedEvaluator
 from zo_adapt.serve.mixture import AdapterMixture as AdapterMixture
 from zo_adapt.serve.openai_server import OpenAIServer as OpenAIServer

@@ -26,6 +26,7 @@ from zo_adapt.evaluation.locally import look_for_signal
 from zo_adapt.evaluation.objective import ObjectiveLike, SetObjective, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.start_checks import check_all_examples, resolve_mean_over_rows
+from zo_adapt.evaluation.workers import as_workers
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import as_evaluation, check_data, check_view, checked_objective
 from zo_adapt.options import at_least_one, check_run, former_keywords, positive, renamed
@@ -33,7 +34,6 @@ from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.local_workers import starts_workers
 from zo_adapt.ranks.replicas import check_views
-from zo_adapt.ranks.workers import as_workers
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.precision import (
     check_resolution,

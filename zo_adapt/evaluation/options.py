@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Literal
 
 from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.trunk.frozen_trunk import FrozenTrunk
+from zo_adapt.evaluation.workers import Workers, as_workers
 from zo_adapt.options import at_least_one
 
 if TYPE_CHECKING:
     from zo_adapt.evaluation.protocol import EvaluatedBy
-    from zo_adapt.ranks.workers import Workers
 
 JointRows = int | Literal["auto", "measured", "off"]
 ReuseTrunk = Literal["auto", "on", "off"] | FrozenTrunk
@@ -61,10 +61,11 @@ class EvaluationOptions:
     joint_rows: JointRows = "auto"
     reuse_trunk: ReuseTrunk = "auto"
     cuda_graphs: CudaGraphs = "auto"
-    workers: "int | Workers | None" = None
+    workers: int | Workers | None = None
     evaluator: "EvaluatedBy | None" = None
 
     def __post_init__(self) -> None:
+        as_workers(self.workers)  # refuses what is none
         if self.micro_batch_size is not None:
             size = at_least_one("micro_batch_size", self.micro_batch_size)
             object.__setattr__(self, "micro_batch_size", size)

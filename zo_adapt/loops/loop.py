@@ -18,6 +18,7 @@ from zo_adapt.evaluation.objective import ObjectiveLike, rows_needed
 from zo_adapt.evaluation.options import EvaluationOptions
 from zo_adapt.evaluation.protocol import BudgetExhausted, EvaluatedBy
 from zo_adapt.evaluation.start_checks import check_all_examples
+from zo_adapt.evaluation.workers import as_workers
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import (
     as_evaluation,
@@ -40,7 +41,6 @@ from zo_adapt.ranks.evaluator import options_of, shared
 from zo_adapt.ranks.group import closing_ranks
 from zo_adapt.ranks.launched import find_ranks
 from zo_adapt.ranks.local_workers import started, starts_workers
-from zo_adapt.ranks.workers import as_workers
 from zo_adapt.term import Step
 from zo_adapt.trajectory.file import TrajectoryFile
 from zo_adapt.view.parameters import ParameterView

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from zo_adapt.errors import LostRankError, ReplicaError
+from zo_adapt.evaluation.workers import Workers
 from zo_adapt.ranks.carried_errors import carried, rebuilt
-from zo_adapt.ranks.workers import Workers
 
 EVALUATED, WRITTEN, COMPARED, SHARED, CLOSED = range(5)
 """What an exchange is for."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zo_adapt.evaluation.workers import Workers
 from zo_adapt.ranks.group import Ranks
-from zo_adapt.ranks.workers import Workers
 from zo_adapt.view.parameters import ParameterView
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from zo_adapt.errors import LostRankError, OptionError
+from zo_adapt.evaluation.workers import Workers
 from zo_adapt.ranks.launched import end_group, is_launched
-from zo_adapt.ranks.workers import Workers
 
 FUNCTIONS_OF_MAIN = (
     "what is pickled must be importable: define functions and classes at the top level of a "

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from zo_adapt.evaluation.workers import Workers
 from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.group import Ranks
 from zo_adapt.ranks.launched import find_ranks
-from zo_adapt.ranks.workers import Workers
 
 
 class SharedSteps:
