@@ -213,22 +213,32 @@ def _differentiable(tensors: list[Tensor]) -> Iterator[None]:
 
 
 def _check_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
-    finite = all(bool(t.isfinite().all()) for t in (loss.detach(), *gradients) if t is not None)
-    if not finite:
+    tensors = [t for t in (loss.detach(), *gradients) if t is not None]
+    if not all(_numbers([t.isfinite().all() for t in tensors])):
         raise NonFiniteObjectiveError(
             f"the loss {float(loss.detach())} or its gradient is not finite; "
             "a smaller lr keeps it finite"
         )
 
 
+def _numbers(values: Sequence[Tensor]) -> list[float]:
+    """Scalars of any device, waited for once: a GPU would be waited for at every single one."""
+    numbers = torch.stack([v.to(values[0].device, torch.float64) for v in values]).tolist()
+    return list(map(float, numbers))
+
+
 def _check_room(
     run: _Run, gradients: Sequence[Tensor | None], lr: float, weight_decay: float
 ) -> None:
     """Refuse a step after which a weight might be infinite."""
-    for (name, tensor), gradient in zip(run.tensors.items(), gradients, strict=True):
-        if gradient is None or not tensor.numel():
-            continue
-        weight, slope = (float(torch.linalg.vector_norm(t, math.inf)) for t in (tensor, gradient))
+    moved = [
+        (name, tensor, gradient)
+        for (name, tensor), gradient in zip(run.tensors.items(), gradients, strict=True)
+        if gradient is not None and tensor.numel()
+    ]
+    largest = [torch.linalg.vector_norm(t, math.inf) for _, *both in moved for t in both]
+    sizes = iter(_numbers(largest) if largest else ())
+    for (name, tensor, _), weight, slope in zip(moved, sizes, sizes, strict=True):
         factor = lr * max(group["factor"] for group in run.optimizer.param_groups)
         # AdamW's own step is at most (1 - beta1) / sqrt(1 - beta2) < 4 times the rate.
         farthest = factor * (max(slope, 4.0) + weight_decay * weight)
