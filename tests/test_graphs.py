@@ -38,6 +38,16 @@ def lora_model(device: str = "cpu") -> Any:
     return get_peft_model(tiny_model("bert", num_labels=3), config).to(device).eval()
 
 
+class Linear8bitLt(nn.Linear):
+    """Of the name by which bitsandbytes calls its LLM.int8 layers."""
+
+
+def test_layers_that_wait_for_the_gpu_are_not_captured() -> None:
+    model = nn.Sequential(Linear8bitLt(2, 2), nn.Linear(2, 1))
+    graphs = Graphs(ParameterView.matching(model, "1"))
+    assert graphs.why_not == "LLM.int8 waits for the GPU in every layer, to find its outliers"
+
+
 def test_off_the_gpu_the_function_is_called() -> None:
     view = ParameterView({"x": torch.zeros(2)})
     graphs = Graphs(view)

@@ -26,6 +26,8 @@ CALLS_BEFORE = 2
 nothing."""
 MOST = 64
 """Graphs that are kept; further shapes run without."""
+WAITING = {"Linear8bitLt": "LLM.int8 waits for the GPU in every layer, to find its outliers"}
+"""Modules, by class, of which a capture would fail."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,15 @@ class Graphs:
         parameters = [] if view.model is None else view.model.parameters()
         self._weights = list({id(w): w for w in (*view.tensors.values(), *parameters)}.values())
         self._places = 0
-        on_gpu = all(tensor.is_cuda for tensor in view.tensors.values())
-        self.why_not = None if on_gpu else "the view is not on a GPU"
+        self.why_not = self._why_not()
+
+    def _why_not(self) -> str | None:
+        modules = () if self._view.model is None else self._view.model.modules()
+        kinds = {type(module).__name__ for module in modules}
+        if waiting := [why for kind, why in WAITING.items() if kind in kinds]:
+            return waiting[0]
+        on_gpu = all(tensor.is_cuda for tensor in self._view.tensors.values())
+        return None if on_gpu else "the view is not on a GPU"
 
     def __len__(self) -> int:
         """Graphs that were captured so far."""
