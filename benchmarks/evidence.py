@@ -34,13 +34,13 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import evidence_packages
 import evidence_theory
 from evidence_lm import AT_ONCE
-from evidence_methods import optimizer_of
+from evidence_methods import COORDINATES, optimizer_of
 from evidence_pieces import SEEDS, THEORY, Run, is_former, open_runs, schedule_of
 from evidence_problems import PROBLEMS, least_squares_rows, squares, squares_at
 from evidence_time import Clock
 from evidence_variance import Track
 
-from zo_adapt import EvaluationOptions, ZOError, minimize
+from zo_adapt import EvaluationOptions, ParameterView, ZOError, minimize
 
 RESULTS = Path(__file__).parent / "results"
 CURVE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
@@ -94,6 +94,9 @@ def of_package(run: Run) -> dict[str, Any]:
 def of_method(run: Run) -> dict[str, Any]:
     """Tune the problem and measure it."""
     problem = PROBLEMS[run.problem](run.seed)
+    view = problem.view
+    if run.method in COORDINATES:
+        view = ParameterView(view.tensors, model=view.model, noise="coordinates")
     curve: list[tuple[int, int, float]] = []
     track = Track(run, problem) if run.piece == "variance" else None
     clock = Clock(run, problem) if run.piece == "time" else None
@@ -110,7 +113,7 @@ def of_method(run: Run) -> dict[str, Any]:
     try:
         result = minimize(
             problem.objective,
-            problem.view,
+            view,
             problem.data,
             optimizer_of(run.method, run.problem, run.lr),
             batch_size=run.batch_size,

@@ -71,6 +71,17 @@ def of_eight(kind: Any, lr: float, **options: Any) -> Optimizer:
     return made
 
 
+def by_coordinates(lr: float, **options: Any) -> ZOSVRG:
+    """ZO-SVRG-Coord of Liu et al. 2018; a step is 2 or 4 d forwards of every row."""
+    return ZOSVRG(
+        apply=constant(lr), perturbation_scale=MU, snapshot_interval=5, coordinates=True, **options
+    )
+
+
+COORDINATES: dict[str, Make] = {
+    "ZO-SVRG by coordinates": by_coordinates,
+    "ZO-SVRG by coordinates, large batch 128": partial(by_coordinates, snapshot_size=128),
+}
 METHODS: dict[str, Make] = {
     "FO-SGD": lambda lr: SGD(lr, schedule="constant"),
     "FO-Adam": lambda lr: Adam(lr, schedule="constant"),
@@ -86,6 +97,7 @@ METHODS: dict[str, Make] = {
     "ZO-SVRG (Algorithm 2)": lambda lr: ZOSVRG(
         apply=constant(lr), perturbation_scale=MU, snapshot_interval=5
     ),
+    **COORDINATES,
     "ZO-SAGA": lambda lr: ZOSAGA(apply=constant(lr), perturbation_scale=MU),
     "MeZO, mu = 0.01": lambda lr: MeZO.paper(lr, perturbation_scale=0.01),
     "MeZO, 8 directions compared, mu = 0.01": partial(eight, mu=0.01),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from evidence_methods import ABLATIONS, OWN
+from evidence_methods import ABLATIONS, COORDINATES, OWN
 from evidence_packages import GRIDS as OF_PACKAGES
 from evidence_packages import installed
 
@@ -32,6 +32,7 @@ ENCODER = ("MeZO", *EQUAL[1:3], "MeZO()", "MeZOSVRG()")
 FITTING = tuple(name for name in ABLATIONS if name != "large batch 1024")
 FIRST_ORDER = ("FO-SGD", "FO-Adam")
 ONE_SAMPLE = ("MeZO", "ZO-SVRG (Algorithm 2)", "ZO-SAGA")
+WHOLE_SET, LARGE_BATCH = COORDINATES
 TIMED = ("MeZO", *EQUAL[1:3], *EQUAL[4:])
 LANGUAGE = (*EQUAL[:3], *FIRST_ORDER, "MeZO()", "MeZOSVRG()")
 WATCHED = ("MeZO", "MeZO-SVRG as printed", "MeZO-SVRG, one rate, shared direction")
@@ -115,6 +116,8 @@ PLAN = (
     Cell("objectives", "MNIST, F1", COUNTING, queries=50_000, batch_size=128),
     Cell("objectives", "generation, reward", COUNTING, queries=1_000, batch_size=16),
     Cell("one sample a forward", LS, ONE_SAMPLE, queries=4_000),
+    Cell("one sample a forward", LS, (*ONE_SAMPLE[:2], LARGE_BATCH), queries=100_000),
+    Cell("one sample a forward", LS, ("MeZO", WHOLE_SET, LARGE_BATCH), queries=1_000_000),
     Cell("one sample a forward", DIGITS, ONE_SAMPLE, queries=20_000),
     Cell("bf16", "MNIST, bf16", (*EQUAL[:3], "MeZO()"), queries=200_000),
     Cell("packages", LS, tuple(installed()), queries=100_000),
@@ -146,6 +149,8 @@ GRIDS = {
 
 def grid_of(run: Run) -> Sequence[float]:
     """The rates that every method of a problem is tried with."""
+    if run.method in COORDINATES:  # few steps along whole gradients: also the rates of the others
+        return RATES
     return OF_PACKAGES.get(run.method) or GRIDS.get(run.problem, RATES)
 
 

@@ -24,7 +24,7 @@ from evidence_cells import (
 from evidence_claims import OBJECTIVES, VIEWS, claims
 from evidence_figures import draw
 from evidence_language import PRECISIONS, by_queries, by_steps
-from evidence_methods import ABLATIONS, METHODS, OWN
+from evidence_methods import ABLATIONS, COORDINATES, METHODS, OWN
 from evidence_packages import PACKAGES
 from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT
 
@@ -55,7 +55,7 @@ def report(results: Mapping[str, Any]) -> None:
         "objectives": table(found, COUNTING, objectives()),
         "packages": packages(found),
         "variance": evidence_variance.table(found),
-        "one sample": table(found, ONE_SAMPLE, one_sample()),
+        "one sample": table(found, (*ONE_SAMPLE, *COORDINATES), one_sample()),
         "bf16": precision(found),
         "time": evidence_time.table(found),
         "causal LM": table(found, LANGUAGE, language("")),
@@ -93,12 +93,12 @@ def mnist() -> Columns:
 
 def one_sample() -> Columns:
     """What needs a forward for every sample."""
-    least, digits = (
+    *least, digits = (
         Where("one sample a forward", name, queries=n)
-        for name, n in ((LS, 4_000), (DIGITS, 20_000))
+        for name, n in ((LS, 4_000), (LS, 100_000), (LS, 1_000_000), (DIGITS, 20_000))
     )
     return {
-        f"{LS}, loss, {least.budget}": (least, "training"),
+        **{f"{LS}, loss, {one.budget}": (one, "training") for one in least},
         f"{DIGITS}, loss, {digits.budget}": (digits, "training"),
         f"{DIGITS}, accuracy, {digits.budget}": (digits, "accuracy"),
     }

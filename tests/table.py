@@ -39,6 +39,7 @@ class Row(NamedTuple):
     kind: Callable[..., Any]
     options: dict[str, Any]
     queries: Callable[[int], int]
+    noise: str = "gaussian"
 
     def make(self, **options: Any) -> Any:
         """A fresh optimizer; ``options`` overrule the row's."""
@@ -97,6 +98,12 @@ ZEROTH_ORDER = {
     "svrg_annealed": Row(MeZOSVRG, SVRG | {"annealed": True}, cycle(32, 24)),
     "zo_svrg": Row(
         ZOSVRG, PLAIN | {"lr": 0.02, "snapshot_interval": 3, "snapshot_size": 8}, cycle(16, 24)
+    ),
+    "zo_svrg_coordinates": Row(
+        ZOSVRG,
+        PLAIN | {"lr": 0.02, "snapshot_interval": 3, "snapshot_size": 8, "coordinates": True},
+        cycle(160, 240),
+        "coordinates",
     ),
     "spider": Row(
         ZOSPIDER,

@@ -82,10 +82,12 @@ def test_it_is_minimize_step_for_step(dtype: Any, row: Row) -> None:
         places.append({name: value.copy() for name, value in live.items()})
 
     result = minimize(
-        lambda batch: loss(live), ParameterView(live), None, made(row),
+        lambda batch: loss(live), ParameterView(live, noise=row.noise), None, made(row),
         max_steps=8, seed=7, callback=keep, progress=False,
     )  # fmt: skip
-    asker, records, told = talk(AskTell(made(row), start(dtype), max_steps=8, seed=7), loss)
+    asker, records, told = talk(
+        AskTell(made(row), start(dtype), max_steps=8, seed=7, noise=row.noise), loss
+    )
     assert records == result.history
     assert (asker.queries, asker.steps) == (result.queries, 8)
     assert all(same(a, b) for a, b in zip(told, places, strict=True))
@@ -94,9 +96,9 @@ def test_it_is_minimize_step_for_step(dtype: Any, row: Row) -> None:
 
 @EVERY
 def test_a_pickle_between_any_two_calls_changes_nothing(row: Row) -> None:
-    whole = talk(AskTell(made(row), start(), max_steps=8, seed=7), loss)
+    whole = talk(AskTell(made(row), start(), max_steps=8, seed=7, noise=row.noise), loss)
     cut = talk(
-        AskTell(made(row), start(), max_steps=8, seed=7),
+        AskTell(made(row), start(), max_steps=8, seed=7, noise=row.noise),
         loss,
         lambda asker: pickle.loads(pickle.dumps(asker)),
     )

@@ -53,6 +53,7 @@ class Row(NamedTuple):
     squares: tuple[float, float]
     logistic: tuple[float, float]
     queries: int = 5000
+    noise: str = "gaussian"
 
 
 TABLE = {
@@ -84,6 +85,12 @@ TABLE = {
         (0.3, 0.6),
         1500,
     ),
+    "zo_svrg_coordinates": Row(
+        lambda lr: ZOSVRG(lr, snapshot_size=24, coordinates=True, **PLAIN),
+        (0.3, 0.15),
+        (3.0, 0.3),
+        noise="coordinates",
+    ),
     "sgd": Row(SGD, (0.1, 0.001), (1.0, 0.1), 2000),
     "adam": Row(Adam, (0.1, 0.001), (0.1, 0.1), 2000),
 }
@@ -94,7 +101,7 @@ TABLE = {
 def test_converges_within_the_budget(name: str, row: Row) -> None:
     function, data, best = PROBLEMS[name]
     rate, bound = getattr(row, name)
-    p = problem(function, data)
+    p = problem(function, data, noise=row.noise)
     start = float(function(flat(p.view), data).mean())
     result = minimize(
         p.objective, p.view, data, row.make(rate),

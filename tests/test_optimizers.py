@@ -52,7 +52,7 @@ def test_same_seed_same_bits_other_seed_other_bits(dtype: torch.dtype, row: Row)
     if not steps_in(dtype, used):
         return
     for optimizer, seed in ((row.make(), 7), (used, 8), (used, 7)):
-        p = fresh(dtype)
+        p = fresh(dtype, noise=row.noise)
         histories.append(str(run(p, optimizer, seed=seed).history))
         hashes.append(p.view.hash())
     assert hashes[0] == hashes[2] != hashes[1]
@@ -63,7 +63,7 @@ def test_same_seed_same_bits_other_seed_other_bits(dtype: torch.dtype, row: Row)
 @EVERY
 @DTYPES
 def test_without_a_rate_nothing_moves(dtype: torch.dtype, row: Row) -> None:
-    p = fresh(dtype)
+    p = fresh(dtype, noise=row.noise)
     before = p.view.hash()
     optimizer = row.make(schedule=lambda progress: 0.0, weight_decay=0.1)
     if steps_in(dtype, optimizer):
@@ -74,7 +74,7 @@ def test_without_a_rate_nothing_moves(dtype: torch.dtype, row: Row) -> None:
 @EVERY_ZEROTH
 @DTYPES
 def test_weights_move_by_the_updates_alone(dtype: torch.dtype, row: Row) -> None:
-    p, replayed = fresh(dtype), fresh(dtype)
+    p, replayed = fresh(dtype, noise=row.noise), fresh(dtype, noise=row.noise)
     optimizer = row.make(weight_decay=0.1)
     for info in steps(optimizer, *p, batch_size=BATCH, seed=7, count=10):
         replayed.view.apply(info.update)
@@ -84,7 +84,7 @@ def test_weights_move_by_the_updates_alone(dtype: torch.dtype, row: Row) -> None
 @EVERY_ZEROTH
 @DTYPES
 def test_ask_and_tell_by_hand_are_minimize(dtype: torch.dtype, row: Row) -> None:
-    p, by_hand = fresh(dtype), fresh(dtype)
+    p, by_hand = fresh(dtype, noise=row.noise), fresh(dtype, noise=row.noise)
     hashes: list[str] = []
     result = run(p, row.make(), callback=lambda record: hashes.append(p.view.hash()))
     optimizer, budget = row.make(), Budget(max_steps=8)
@@ -103,7 +103,7 @@ def test_ask_and_tell_by_hand_are_minimize(dtype: torch.dtype, row: Row) -> None
 
 @EVERY
 def test_queries_are_exact_and_within_the_budget(row: Row) -> None:
-    p = fresh()
+    p = fresh(noise=row.noise)
     rows_seen = []
 
     def counting(batch: Tensor) -> Any:
@@ -118,13 +118,13 @@ def test_queries_are_exact_and_within_the_budget(row: Row) -> None:
     assert result.stop_reason is StopReason.MAX_QUERIES
     assert [r.queries for r in result.history] == [sum(expected[: t + 1]) for t in range(7)]
     assert result.queries == sum(rows_seen) == sum(expected)
-    exact = run(fresh(), row.make(), max_steps=None, max_queries=sum(expected))
+    exact = run(fresh(noise=row.noise), row.make(), max_steps=None, max_queries=sum(expected))
     assert (exact.steps, exact.queries) == (7, sum(expected))
 
 
 @EVERY_ZEROTH
 def test_the_noise_of_the_update_is_the_noise_of_the_probes(row: Row) -> None:
-    p = fresh()
+    p = fresh(noise=row.noise)
     optimizer = row.make()
     optimizer.start(p.view, 7)
     samples, evaluator = Samples(as_source(DATA), BATCH, 7), LocalEvaluator(p.objective, p.view)
@@ -140,7 +140,7 @@ def test_the_noise_of_the_update_is_the_noise_of_the_probes(row: Row) -> None:
 @EVERY_ZEROTH
 @DTYPES
 def test_a_constant_objective_moves_nothing_and_warns(dtype: torch.dtype, row: Row) -> None:
-    p = fresh(dtype)
+    p = fresh(dtype, noise=row.noise)
     before = p.view.hash()
     flat_problem = Problem(p.view, lambda batch: torch.ones(len(batch)), DATA)
     with pytest.warns(FlatObjectiveWarning, match="raise perturbation_scale"):
@@ -150,7 +150,7 @@ def test_a_constant_objective_moves_nothing_and_warns(dtype: torch.dtype, row: R
 
 @EVERY_ZEROTH
 def test_no_warning_while_the_loss_moves_now_and_then(row: Row) -> None:
-    p = fresh()
+    p = fresh(noise=row.noise)
     count = [0]
 
     def counting(batch: Tensor) -> Any:
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(
     dtype: torch.dtype, value: float, row: Row
 ) -> None:
     for at in (1, 2, 17):
-        p = fresh(dtype)
+        p = fresh(dtype, noise=row.noise)
         hashes: list[str] = []
         broken = failing(p, at, one_bad_row(value))
         result = run(broken, row.make(), max_steps=30, callback=keep(hashes, p.view))
@@ -218,7 +218,7 @@ def test_an_error_in_the_objective_leaves_the_last_good_step(
     error: type[BaseException], dtype: torch.dtype, row: Row
 ) -> None:
     for at in (1, 18):
-        p = fresh(dtype)
+        p = fresh(dtype, noise=row.noise)
         hashes: list[str] = []
         broken = failing(p, at, throw(error))
         with pytest.raises(error, match="from the objective"):
@@ -228,9 +228,10 @@ def test_an_error_in_the_objective_leaves_the_last_good_step(
 
 @EVERY
 def test_tensors_outside_the_view_and_flags_are_untouched(row: Row) -> None:
-    p = fresh()
+    p = fresh(noise=row.noise)
     outside = p.view.tensors["right"]
-    view = ParameterView({n: t for n, t in p.view.tensors.items() if n != "right"})
+    tensors = {n: t for n, t in p.view.tensors.items() if n != "right"}
+    view = ParameterView(tensors, noise=row.noise)
     before = bits(outside).clone()
     run(Problem(view, p.objective, DATA), row.make())
     assert torch.equal(bits(outside), before)
@@ -239,7 +240,7 @@ def test_tensors_outside_the_view_and_flags_are_untouched(row: Row) -> None:
 
 @EVERY
 def test_a_group_with_another_rate(row: Row) -> None:
-    still, moving = fresh(groups=[Group("bias", lr=0.0)]), fresh()
+    still, moving = fresh(noise=row.noise, groups=[Group("bias", lr=0.0)]), fresh(noise=row.noise)
     start = flat(still.view)
     run(still, row.make())
     run(moving, row.make())
@@ -250,7 +251,10 @@ def test_a_group_with_another_rate(row: Row) -> None:
 
 @EVERY_ZEROTH
 def test_the_rate_of_a_group_is_a_factor(row: Row) -> None:
-    p, faster = fresh(torch.float64), fresh(torch.float64, groups=[Group("bias", lr=3.0)])
+    p, faster = (
+        fresh(torch.float64, noise=row.noise),
+        fresh(torch.float64, noise=row.noise, groups=[Group("bias", lr=3.0)]),
+    )
     first = [
         vector(
             q.view, Shift(next(steps(row.make(), *q, batch_size=6, seed=7, count=1)).update.terms)

@@ -58,7 +58,7 @@ def optimizers(draw: Any) -> Optimizer:
 @given(
     optimizer=optimizers(),
     dtype=st.sampled_from(DTYPES),
-    noise=st.sampled_from(["gaussian", "rademacher"]),
+    noise=st.sampled_from(["gaussian", "rademacher", "coordinates"]),
     groups=st.sampled_from([(), (Group("b", lr=0.5, perturbation_scale=2.0),)]),
     visits=st.lists(st.integers(0, STEPS), min_size=1, max_size=4),
     seed=st.integers(0, 2**64 - 1),

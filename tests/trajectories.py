@@ -35,6 +35,7 @@ OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
     "svrg decayed": lambda: MeZOSVRG(1e-3, snapshot_interval=5, weight_decay=0.1),
     "svrg annealed": lambda: MeZOSVRG(snapshot_interval=2, annealing=Annealing(window=2)),
     "zo-svrg": lambda: ZOSVRG(1e-3, snapshot_interval=4),
+    "zo-svrg by coordinates": lambda: ZOSVRG(1e-3, snapshot_interval=4, coordinates=True),
     "spider": lambda: ZOSPIDER(snapshot_interval=3),
     "page": lambda: ZOPAGE(1e-3, restart_probability=0.3, num_directions=2),
     "storm": lambda: ZOSTORM(1e-3, momentum=0.9, weight_decay=0.1),
@@ -74,7 +75,9 @@ def run(
         "seed": 3,
         "progress": False,
     } | options
-    view = options.pop("view", None) or ParameterView(live, groups=options.pop("groups", "auto"))
+    noise = "coordinates" if getattr(optimizer, "coordinates", False) else "gaussian"
+    groups = options.pop("groups", "auto")
+    view = options.pop("view", None) or ParameterView(live, noise=noise, groups=groups)
     objective = CallableObjective(loss, maximize=options.pop("maximize", False))
     return minimize(objective, view, data, optimizer, trajectory=path, **options)
 

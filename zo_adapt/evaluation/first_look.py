@@ -24,7 +24,6 @@ from zo_adapt.errors import (
 from zo_adapt.evaluation.objective import Objective, SetObjective, ready
 from zo_adapt.evaluation.start_checks import randomness_kept, warn_of_noise
 from zo_adapt.interrupt import gradients_off, is_from_handler, undone
-from zo_adapt.term import Term
 from zo_adapt.view.buffers import Buffers, check_max_norm
 from zo_adapt.view.parameters import ParameterView
 from zo_adapt.view.shards import gathering_modules
@@ -195,7 +194,7 @@ def _moves(
         noise=view.noise.name,
         groups=(),
     )
-    with part.shifted([Term(LOOK_SEED, FAR * view.displacement)]):
+    with part.shifted(part.everywhere(LOOK_SEED, FAR * view.displacement)):
         there = value()
     return not _equal(list(leaves_of(before)), list(leaves_of(there)))
 

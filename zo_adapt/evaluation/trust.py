@@ -22,7 +22,7 @@ from zo_adapt.evaluation.places import OnePoint, Route
 from zo_adapt.evaluation.trunk.call import Call
 from zo_adapt.evaluation.values import as_float64
 from zo_adapt.interrupt import is_from_handler
-from zo_adapt.term import HERE, Shift, Term, Terms
+from zo_adapt.term import HERE, Shift, Terms
 from zo_adapt.view.parameters import ParameterView
 
 Score = Callable[[list[Any]], Any]
@@ -145,7 +145,8 @@ class JointCheck:
         """
         best: tuple[Terms, np.ndarray] = (), base
         for power in range(TRIES):
-            terms = (Term(CHECK_SEED, self._view.displacement * FARTHER**power),)
+            view = self._view
+            terms = view.everywhere(CHECK_SEED, view.displacement * FARTHER**power)
             try:
                 values = self._one(part, terms, by_row)
             except ObjectiveError:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zo_adapt.noise.coordinates import Coordinates
 from zo_adapt.noise.distributions import Noise
 from zo_adapt.noise.low_rank import Matrices, numpy_values, rectangle_of
 from zo_adapt.noise.parts import Part
@@ -96,8 +97,7 @@ class Accumulation:
         places = list(places)
         for index, place in enumerate(places):
             if place.source.numel():  # a process may hold nothing of a tensor
-                has_factors = place.matrices(noise) is not None
-                run = _runner(place.out.device, has_factors, fits_kernels(noise, place))
+                run = _runner_of(noise, place)
                 kinds.setdefault((place.out.device, place.out.dtype, run), []).append(index)
         self._runners: list[tuple[Runner, list[int], list[Tensor]]] = [
             (run(noise, [places[i] for i in same]), same, [places[i].out for i in same])
@@ -136,6 +136,15 @@ def fits_kernels(noise: Noise, place: Place) -> bool:
     if part is None or of is not None:
         return of is None or rectangle_of(part, of) is not None
     return part.begins_at_multiples_of(noise.entries.per_block)
+
+
+def _runner_of(noise: Noise, place: Place) -> type:
+    if isinstance(noise, Coordinates):
+        from zo_adapt.noise.coordinate_accumulate import OnCoordinates
+
+        return OnCoordinates
+    has_factors = place.matrices(noise) is not None
+    return _runner(place.out.device, has_factors, fits_kernels(noise, place))
 
 
 @cache

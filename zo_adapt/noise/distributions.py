@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zo_adapt.errors import OptionError
+from zo_adapt.noise.coordinates import Coordinates
 from zo_adapt.noise.entries import Entries, tensor_key, torch_entries
 from zo_adapt.noise.low_rank import Matrices, as_matrices, torch_factors, torch_values
 
@@ -201,7 +202,11 @@ class LowRank:
         return as_matrices(shape, self.rank)
 
 
-_KINDS: dict[str, Noise] = {"gaussian": GAUSSIAN, "rademacher": RADEMACHER}
+_KINDS: dict[str, Noise] = {
+    "gaussian": GAUSSIAN,
+    "rademacher": RADEMACHER,
+    "coordinates": Coordinates(),
+}
 _LOW_RANK = re.compile(r"lowrank(?:-?([1-9]\d{0,3}))?(-gaussian-philox-v1)?")
 
 
@@ -245,6 +250,8 @@ def draw(
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     key, numel, of = tensor_key(name), math.prod(shape), noise.matrices(shape)
+    if isinstance(noise, Coordinates):
+        return noise.values(seed, key, numel, device).view(shape)
     if of is None:
         return torch_entries(noise.entries, seed, key, numel, device).view(shape)
     a, b = torch_factors(noise.entries, seed, key, of, device)

@@ -72,14 +72,14 @@ def _run_slices(
         element = bucket[0].part.elements(start, start + len(totals[0]), totals[0].device)
         words, places = _words_at(element, rounding, bucket[0].key, ROUNDING_STREAM, PER_BLOCK)
         fields = words.T.contiguous().view(torch.int16).flatten().int() & 0xFFFF
-        _round(totals[0], dtype, fields[places])
+        round_at_random(totals[0], dtype, fields[places])
     elif rounding is not None and dtype in (torch.float16, torch.bfloat16):
         every = [(index, 1.0) for index in range(len(bucket))]
         keys = [row.key for row in bucket]
         words, sizes = _words(rounding, keys, ROUNDING_STREAM, totals, every, start, PER_BLOCK)
         fields = words.T.contiguous().view(torch.int16).flatten().int() & 0xFFFF
         for total, fraction in zip(totals, _parts(fields, sizes, PER_BLOCK), strict=True):
-            _round(total, dtype, fraction)
+            round_at_random(total, dtype, fraction)
     torch._foreach_copy_(outs, totals)
 
 
@@ -168,7 +168,7 @@ def _lanes(
     )
 
 
-def _round(total: Tensor, dtype: torch.dtype, fractions: Tensor) -> None:
+def round_at_random(total: Tensor, dtype: torch.dtype, fractions: Tensor) -> None:
     """Stochastic rounding, as on the CPU."""
     if dtype == torch.bfloat16:
         bits = total.view(torch.int32)

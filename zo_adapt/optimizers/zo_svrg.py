@@ -1,15 +1,19 @@
 """ZO-SVRG: variance-reduced gradient descent with a direction for every sample (a baseline)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Unpack
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
 from zo_adapt.errors import OptionError
+from zo_adapt.noise.coordinates import Coordinates
+from zo_adapt.optimizers.directions import Directions
 from zo_adapt.optimizers.estimator import TwoSided
 from zo_adapt.optimizers.keywords import StepSizeKeywords, split, step_size_of
 from zo_adapt.optimizers.step_size import StepSize
 from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced, size_named
+from zo_adapt.view.parameters import ParameterView
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -22,8 +26,13 @@ class ZOSVRG(VarianceReduced):
         theta <- theta - lr * (g_I(theta) - g_I(theta_bar) + g)
     with the same z_i at both points. At the snapshot the two cancel: no minibatch is drawn.
 
-    Queries: 2 n at a snapshot, 4 b otherwise. Slow by design: a forward pass for one sample at a
-    time, and n terms in every update.
+    With ``coordinates``, for small views, ZO-SVRG-Coord: the whole gradient by coordinates,
+        g_B(theta) = sum_l [f_B(theta + h e_l) - f_B(theta - h e_l)] / (2 h) e_l,  h = mu sqrt(d),
+    along the directions 0 .. d - 1 of a view of ``noise="coordinates"``.
+
+    Queries: 2 n at a snapshot, 4 b otherwise, and d times as many by coordinates. Slow by design: a
+    forward pass for one sample at a time (by coordinates, for one batch), and n (d) terms in every
+    update.
 
     Args:
         lr: Learning rate, short for ``apply=Rate(lr)``. None: the step by distance,
@@ -32,6 +41,7 @@ class ZOSVRG(VarianceReduced):
         snapshot_interval: q >= 1.
         snapshot_size: Rows of the large batch; "all" is the whole set.
         perturbation_scale: mu; None: 0.04 of the displacement, 0.4 where values are counts.
+        coordinates: Whether estimates are along every coordinate, on the whole batch.
         keywords: Short for the parts of ``apply``; as in ``MeZO``.
 
     Raises:
@@ -50,6 +60,9 @@ class ZOSVRG(VarianceReduced):
     Reference: arXiv 2404.08080, arXiv 1805.10367.
     """
 
+    _: KW_ONLY
+    coordinates: bool = False
+
     def __init__(
         self,
         lr: float | None = None,
@@ -58,6 +71,7 @@ class ZOSVRG(VarianceReduced):
         snapshot_interval: int = 5,
         snapshot_size: SnapshotSize | None = "all",
         perturbation_scale: float | None = None,
+        coordinates: bool = False,
         **keywords: Unpack[StepSizeKeywords],
     ) -> None:
         self._set(
@@ -67,12 +81,34 @@ class ZOSVRG(VarianceReduced):
             snapshot_size=size_named(snapshot_size),
             snapshot_lr=None,
             coupling="shared",
+            coordinates=coordinates,
         )
         self._check()
 
+    def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
+        """Begin a run on a view.
+
+        Raises:
+            OptionError: By coordinates, along a view of another noise, or of which nothing moves.
+        """
+        if self.coordinates and not (isinstance(view.noise, Coordinates) and view.noise.count):
+            raise OptionError(
+                f"coordinates=True along a view whose noise is {view.noise.name!r}; make the view "
+                "with noise='coordinates', and let some of it move"
+            )
+        super().start(view, seed, step_like=step_like)
+        self._set(_count=view.noise.count if isinstance(view.noise, Coordinates) else 0)
+
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
-        """A direction for every sample."""
-        return each_sample(batch, samples)
+        """A direction for every sample; the whole batch for every coordinate."""
+        return [batch] * vars(self)["_count"] if self.coordinates else each_sample(batch, samples)
+
+    def new_directions(self, batches: Sequence[Batch]) -> Directions:
+        """A new direction for every sample, or all coordinates."""
+        if not self.coordinates:
+            return super().new_directions(batches)
+        state = self.state
+        return Directions(range(len(batches)), batches, state.groups, state.perturbation_scale)
 
 
 def each_sample(batch: Batch, samples: Samples) -> list[Batch]:

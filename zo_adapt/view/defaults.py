@@ -11,6 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from zo_adapt.errors import OptionError
+from zo_adapt.noise.coordinates import Coordinates
+from zo_adapt.noise.distributions import Noise, noise_named
 from zo_adapt.view.adapters import resting_factors
 from zo_adapt.view.group import DISPLACEMENT, Group
 from zo_adapt.view.newness import new_names
@@ -51,6 +54,37 @@ def displacement_and_groups(
     # A weight that is to go s times as far is perturbed s times as much at s^2 times the rate.
     new_parts = Group(names=sorted(further), lr=stretch**2, perturbation_scale=stretch)
     return displacement, (*groups, new_parts)
+
+
+def noise_over(
+    name: str, tensors: Mapping[str, Tensor], groups: Mapping[str, Group], *, copies: bool
+) -> Noise:
+    """The noise of a view, by name.
+
+    Args:
+        name: Short or versioned.
+        tensors: The view.
+        groups: That of each tensor: coordinates of what does not move are none.
+        copies: Whether the view is shifted by way of a copy.
+
+    Raises:
+        OptionError: No such noise, or one that is not for such a view.
+    """
+    noise = noise_named(name)
+    if not isinstance(noise, Coordinates):
+        return noise
+    if not copies:
+        raise OptionError(
+            "noise='coordinates' is for small views, which are copied to be shifted; not with "
+            "scratch='layer', nor a model that lies in parts on several processes: choose "
+            "'gaussian'"
+        )
+    moving = {
+        name: tensor.numel()
+        for name, tensor in tensors.items()
+        if groups[name].lr * groups[name].perturbation_scale > 0
+    }
+    return noise.over(moving)
 
 
 def _root_mean_square(tensors: Mapping[str, Tensor], shards: Shards) -> float:

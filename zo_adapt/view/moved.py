@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zo_adapt.interrupt import gradients_off, uninterrupted
 from zo_adapt.noise.accumulate import Accumulation, Place
-from zo_adapt.noise.distributions import Noise, draw
+from zo_adapt.noise.coordinates import Coordinates
+from zo_adapt.noise.distributions import RADEMACHER, Noise, draw
 from zo_adapt.noise.entries import tensor_key
 from zo_adapt.noise.gathered import Gathered
 from zo_adapt.noise.sums import Memory, Sum, Sums
@@ -221,6 +222,14 @@ class PlannedMoves(TunedTensors):
             )
             for index, group in enumerate(self.groups)
         ]
+
+    def everywhere(self, seed: int, size: float) -> Terms:
+        """A shift of every scalar that moves, with ``size`` as root mean square: for checks."""
+        noise = self.noise
+        if not isinstance(noise, Coordinates):
+            return (Term(seed, size),)
+        signs = draw(RADEMACHER, seed, "", noise.count, torch.device("cpu")).tolist()
+        return tuple(Term(n, sign * size / noise.largest) for n, sign in enumerate(signs))
 
     def along(self, terms: Terms, name: str) -> Tensor:
         """sum_k c_k z(s_k) of one tensor, in fp64; none of it is written."""

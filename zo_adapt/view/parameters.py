@@ -37,9 +37,10 @@ class ParameterView(PlannedMoves):
         noise: "gaussian" (the paper's), "rademacher", or "lowrank": of every matrix z = a b^T, or
             "lowrank-4" a sum of four such products. A model's forward at a point then writes no
             weight, and full views are evaluated at several points together; see
-            ``noise/low_rank.py``. "auto", which ``full`` and ``last_layers`` take: "lowrank" of a
-            million scalars or more, "gaussian" of fewer; or the noise of a trajectory that is
-            replayed or gone on with.
+            ``noise/low_rank.py``. "coordinates", for small views: one scalar each, what
+            ``ZOSVRG(coordinates=True)`` goes along. "auto", which ``full`` and ``last_layers``
+            take: "lowrank" of a million scalars or more, "gaussian" of fewer; or the noise of a
+            trajectory that is replayed or gone on with.
         groups: Parts with their own step; the first that a tensor belongs to wins. "auto": LoRA's A
             factors rest and a new head goes further than pretrained weights (see ``defaults``); ()
             treats all alike.

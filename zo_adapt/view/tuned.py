@@ -7,11 +7,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from zo_adapt.errors import OptionError, ViewError
-from zo_adapt.noise.distributions import noise_named
 from zo_adapt.options import renamed
 from zo_adapt.view import selection
 from zo_adapt.view.adapters import adapter_names, check_adapters, is_soft_prompt
-from zo_adapt.view.defaults import displacement_and_groups
+from zo_adapt.view.defaults import displacement_and_groups, noise_over
 from zo_adapt.view.group import (
     Group,
     Groups,
@@ -58,7 +57,6 @@ class TunedTensors(Identified):
         """Whether nobody has chosen the noise, so that a run which is gone on with says it."""
         if self.noise_is_open:
             noise = "lowrank" if self.numel >= MANY_SCALARS else "gaussian"
-        self._set_noise(noise)
         self.displacement, usual = displacement_and_groups(self.tensors, model, self.shards)
         """How far noise alone may move a weight over a run, where the optimizer has no other."""
         self.is_soft_prompt = is_soft_prompt(model, self.tensors)
@@ -90,9 +88,11 @@ class TunedTensors(Identified):
             scratch == "auto" and self.is_large and not self.is_sharded
         )
         """Whether it is shifted layer by layer, for want of room for a copy."""
+        self._set_noise(noise)
 
     def _set_noise(self, name: str) -> None:
-        self.noise = noise_named(name)
+        groups = {name: self.group_of(name) for name in self.tensors}
+        self.noise = noise_over(name, self.tensors, groups, copies=self.has_room_for_copies)
         self.has_factors = any(self.noise.matrices(t.shape) for t in self.tensors.values())
         """Whether some of its directions are products of low rank."""
 
