@@ -182,10 +182,23 @@ class Monitor:
 
     def after(self, step: int) -> dict[str, float] | None:
         """The metrics that are due after this step; None where none is."""
-        due = {name for name, one in self._tracked.items() if step % one.every == 0}
+        due = self._watching_at(step)
         if self._ready and step % self.every == 0:
             due |= self._ready.keys()
         return self._measured(step, due) if due else None
+
+    def watched(self, step: int) -> dict[str, float]:
+        """What watches the estimates and is due after this step."""
+        due = self._watching_at(step)
+        return self._measured(step, due) if due else {}
+
+    def logged(self, step: int) -> dict[str, float]:
+        """The objectives, and what else is due after this step, for a log with steps of its own."""
+        names = self._ready.keys() | self._watching_at(step)
+        return self._measured(step, names) if names else {}
+
+    def _watching_at(self, step: int) -> set[str]:
+        return {name for name, one in self._tracked.items() if step % one.every == 0}
 
     def at(self, step: int) -> dict[str, float] | None:
         """All metrics at the weights after this step. None without metrics."""

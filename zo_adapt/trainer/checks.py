@@ -104,6 +104,15 @@ def check_model(model: object) -> None:
         )
 
 
+def check_watched(tracked: Mapping[str, object], source: Any) -> None:
+    """Refuse to watch the noise of estimates along a stream, of which no rows can be drawn."""
+    if tracked and not source.has_length:
+        raise OptionError(
+            f"{next(iter(tracked))!r} watches the noise of estimates on rows of train_dataset, "
+            "which has no length to draw them from; leave it out, or give the examples as a list"
+        )
+
+
 def check_choices(
     args: Any,
     view: ParameterView | None,

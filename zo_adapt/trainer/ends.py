@@ -1,4 +1,7 @@
-"""How a run of Trainer's ends before its last step: saved and evaluated as at a normal end."""
+"""How a run of Trainer's ends before its last step: saved and evaluated as at a normal end.
+
+And what is done when a step of it ends.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,8 @@ class AtRunEnds(TrainerCallback):
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS and due
             control.should_save |= args.save_strategy == SaveStrategy.STEPS
         self._only_once(args, state, control)
+        if self._made:
+            self._trainer.log_watched()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Trainer asks again here."""

@@ -24,7 +24,7 @@ from zo_adapt.evaluation.start_checks import check_all_examples
 from zo_adapt.loops import former
 from zo_adapt.loops.arguments import check_evaluator, checked_objective
 from zo_adapt.loops.loop import announce
-from zo_adapt.loops.monitor import Metrics, Monitor, as_metrics
+from zo_adapt.loops.monitor import Metrics, as_metrics
 from zo_adapt.loops.result import FAULTS, StopReason, reason_of
 from zo_adapt.loops.run import Run
 from zo_adapt.optimizers.optimizer import Optimizer
@@ -32,11 +32,18 @@ from zo_adapt.optimizers.schedule import Budget
 from zo_adapt.options import former_keywords
 from zo_adapt.ranks.carried_errors import Stopped
 from zo_adapt.ranks.evaluator import options_of, shared
-from zo_adapt.trainer.checks import check_arguments, check_choices, check_model, warn_of_ignored
+from zo_adapt.trainer.checks import (
+    check_arguments,
+    check_choices,
+    check_model,
+    check_watched,
+    warn_of_ignored,
+)
 from zo_adapt.trainer.config import ZOConfig
 from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
 from zo_adapt.trainer.loss import TrainerLoss
+from zo_adapt.trainer.metrics import MeasuredMetrics
 from zo_adapt.trainer.order import SpreadBatches, order_of
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
@@ -47,7 +54,9 @@ from zo_adapt.view.parameters import ParameterView
 logger = logging.get_logger(__name__)
 
 
-class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, SharedSteps, Trainer):
+class ZOTrainer(
+    MeasuredMetrics, TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, SharedSteps, Trainer
+):
     """transformers.Trainer whose training step sees losses only, never a gradient.
 
     theta <- optimizer step on f(theta) = mean loss of the training batch
@@ -71,11 +80,12 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, Shared
             its base for here).
         metrics: Objectives by name, or ``Metrics`` of them, measured and logged beside the loss at
             every logging step; on ``eval_dataset`` if they have no data of their own, or else on
-            ``train_dataset``.
+            ``train_dataset``. ``TrackVariance`` among them has steps of its own.
 
     Attributes:
         stop_reason: Why training ended before its last step, or None. See ``StopReason``.
         queries: Forward passes of one sample made by training steps.
+        metric_queries: Those that ``metrics`` took, beside ``queries``.
         lora_start_queries: Those that ``lora_start_rows`` took, beside ``queries``.
 
     Raises:
@@ -133,7 +143,6 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, Shared
             self.accelerator.scaler = torch.amp.GradScaler(enabled=False)
         self._given = (view, wanted, zo_optimizer)
         self._metrics = as_metrics(metrics)
-        self._monitor: Monitor | None = None
         self._run: Run | None = None
         self._is_begun = self._is_said = False
         self.lora_start_queries = 0
@@ -211,10 +220,6 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, Shared
                 logs.update(self._measured())
         super().log(logs, start_time)
 
-    def _measured(self) -> dict[str, float]:
-        """The metrics at the weights as they are."""
-        return {} if self._monitor is None else self._monitor.at(self.state.global_step) or {}
-
     def _look(self, objective: Objective, rows: Source) -> None:
         """Look at the first rows of a stream, as is done before the run where there is a length."""
         if isinstance(self._way, Locally):
@@ -240,6 +245,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, Shared
         options = options_of(self.args.evaluation_options(self.view), ranks)
         self.zo_optimizer = optimizer or self.args.build_optimizer(self.schedule_in_force)
         source = self._batching.training(loader)
+        check_watched(self._metrics.tracked, source)
         objective = objective or TrainerLoss(self, self.model_wrapped)
         if source.has_length:
             as_stored = self._batching.is_usual
@@ -271,16 +277,7 @@ class ZOTrainer(TunedView, WholeCheckpoints, PlannedSteps, SpreadBatches, Shared
         self._run = Run(
             self.zo_optimizer, evaluator, self._samples, budget, self.args.seed, ranks=ranks
         )
-        self._monitor = Monitor(
-            self._metrics,
-            self.view,
-            self.train_dataset if self.eval_dataset is None else self.eval_dataset,
-            evaluation=options,
-            batch_size=self.args.eval_batch_size,
-            way=self._way,
-            ranks=ranks,
-        )
-        self._monitor.follow(self._run)
+        self._begin_metrics(self._run, options)
         self._is_begun = self._is_said = False
         # Of a stream the first examples come with the first step; a checkpoint knows what they say.
         if source.has_length or self._checkpoint is not None:
