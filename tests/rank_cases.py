@@ -263,7 +263,8 @@ class _Logs(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         names = ("loss", "queries", "learning_rate", "eval_accuracy", "total_flos")
-        self.figures.append({name: logs[name] for name in names if name in logs})
+        noise = (name for name in logs if name.startswith("noise_"))
+        self.figures.append({n: logs[n] for n in (*names, *noise) if n in logs})
 
 
 def _trained(trainer: Any, folder: Path, **resume: Any) -> dict[str, Any]:
@@ -281,8 +282,9 @@ def _trained(trainer: Any, folder: Path, **resume: Any) -> dict[str, Any]:
 def training(folder: Path) -> dict[str, Any]:
     data = toy_rows(16, seed=3)
     more = {"eval_dataset": data, "eval_strategy": "steps", "eval_steps": 3}
-    trainer = trainer_of(folder, compute_metrics=accuracy, **TRAINING, **more)
-    return _trained(trainer, folder)
+    watched = {"noise": TrackVariance(3, num_directions=4)}
+    trainer = trainer_of(folder, compute_metrics=accuracy, metrics=watched, **TRAINING, **more)
+    return _trained(trainer, folder) | {"metric_queries": trainer.metric_queries}
 
 
 def resumed_training(folder: Path) -> dict[str, Any]:

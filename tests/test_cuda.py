@@ -81,6 +81,26 @@ def test_shifted_and_apply_are_bit_identical(dtype: torch.dtype, noise: str) -> 
 
 
 @DTYPES
+def test_coordinates_are_bit_identical(dtype: torch.dtype) -> None:
+    """Of small tensors; several terms move one scalar."""
+    terms = (*TERMS, Term(5 * 211 + 1, 0.3), Term(200, 0.7), Term(210, -0.7))
+    views = []
+    for device in (CPU, GPU):
+        generator = torch.Generator().manual_seed(0)
+        made = {n: torch.randn(s, generator=generator) for n, s in {"v": 90, "w": (12, 10)}.items()}
+        made["w"], made["x"] = made["w"].T, torch.ones(())
+        tensors = {name: tensor.to(device, dtype) for name, tensor in made.items()}
+        views.append(ParameterView(tensors, noise="coordinates"))
+    on_cpu, on_gpu = views
+    with on_cpu.shifted(terms, 0.9), on_gpu.shifted(terms, 0.9):
+        assert all(same_bits(t, on_cpu.tensors[name]) for name, t in on_gpu.tensors.items())
+    for update in (Shift(terms, 0.75), Shift(terms[:1])):
+        on_cpu.apply(update)
+        on_gpu.apply(update)
+        assert on_gpu.hash() == on_cpu.hash()
+
+
+@DTYPES
 def test_interrupted_shifts_restore_every_bit(dtype: torch.dtype) -> None:
     _, view = pair(dtype, "gaussian")
     before = view.hash()

@@ -85,7 +85,10 @@ def trainer_of(
     folder: Path, model: nn.Module | None = None, rows: int = 64, **options: Any
 ) -> ZOTrainer:
     """A trainer on the toy task; options that ZOTrainer does not have go to ZOConfig."""
-    own = ("view", "objective", "zo_optimizer", "callbacks", "eval_dataset", "compute_metrics")
+    own = (
+        *("view", "objective", "zo_optimizer", "callbacks", "eval_dataset"),
+        *("compute_metrics", "metrics"),
+    )
     to_trainer = {name: options.pop(name) for name in own if name in options}
     data = options.pop("train_dataset", None) or Dataset.from_list(toy_rows(rows))
     collator = options.pop("data_collator", pad)

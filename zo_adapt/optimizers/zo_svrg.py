@@ -86,11 +86,13 @@ class ZOSVRG(VarianceReduced):
         self._check()
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
-        """Begin a run on a view.
+        """Begin a run on a view; by coordinates, one of ``noise="auto"`` takes these.
 
         Raises:
             OptionError: By coordinates, along a view of another noise, or of which nothing moves.
         """
+        if self.coordinates:
+            view.follow_noise(Coordinates.name)
         if self.coordinates and not (isinstance(view.noise, Coordinates) and view.noise.count):
             raise OptionError(
                 f"coordinates=True along a view whose noise is {view.noise.name!r}; make the view "

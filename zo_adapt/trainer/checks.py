@@ -25,6 +25,7 @@ OPTIONS = (
     "snapshot_size",
     "snapshot_lr",
     "coupling",
+    "coordinates",
     "restart_probability",
     "momentum",
 )

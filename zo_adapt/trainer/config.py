@@ -55,6 +55,7 @@ class ZOConfig(TrainingArguments):
         snapshot_interval: q, steps from one large batch to the next.
         snapshot_size: Rows of a large batch; "all" of them, or "batch", as many as a minibatch.
         snapshot_lr, coupling: As in ``MeZOSVRG``.
+        coordinates: As in ``ZOSVRG``, with ``noise="coordinates"``.
         restart_probability, momentum: Of ``ZOPAGE`` and of ``ZOSTORM``.
         lora_start_rows: Training examples from which LoRA adapters get their A before training; see
             ``initialise_lora``. The adapter is then saved as it starts in OUTPUT/initial_adapter,
@@ -95,10 +96,11 @@ class ZOConfig(TrainingArguments):
     snapshot_size: CountOrWord | None = _option(None, "Rows of a large batch, all or batch.")
     snapshot_lr: float | None = _option(None, "Learning rate of snapshot steps.")
     coupling: str | None = _option(None, "shared or independent.")
+    coordinates: bool | None = _option(None, "Of zo-svrg: along every coordinate.")
     restart_probability: float | None = _option(None, "Of zo-page.")
     momentum: float | None = _option(None, "Of zo-storm.")
     lora_start_rows: int = _option(0, "Examples from which LoRA adapters get their A.")
-    noise: str | None = _option(None, "gaussian, rademacher, lowrank or lowrank-RANK.")
+    noise: str | None = _option(None, "gaussian, rademacher, lowrank, lowrank-RANK or coordinates.")
     max_queries: int | None = _option(None, "Budget in forward passes of one sample.")
     stratify: bool = _option(True, "Spread the classes evenly.")
     micro_batch_size: int | None = _option(None, "Most rows in one forward pass.")
