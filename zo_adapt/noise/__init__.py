@@ -1,1 +1,1 @@
-"""Directions as numbers: a generator, two distributions, and what adds them to tensors."""
+"""Directions as numbers: a generator, its distributions, and what adds them to tensors."""
