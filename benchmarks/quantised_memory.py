@@ -3,8 +3,7 @@
 A decoder of Llama's kind with random weights is made on the device and quantised as transformers
 does when it loads a checkpoint; a LoRA (r=16 on every linear layer, bf16) is tuned by the default
 step on random tokens. Floor: a forward of the same model, and the bytes of its weights. AdamW with
-checkpointing on the same adapter stands beside. Weights and
-peaks are the allocator's (0 on a CPU), that of loading apart.
+checkpointing on the same adapter stands beside. Bytes are the allocator's (0 on a CPU).
 
     python benchmarks/quantised_memory.py --output quantised_memory.json       # 8B, on a GPU
     python benchmarks/quantised_memory.py --quick                              # a tiny one, CPU
