@@ -15,6 +15,7 @@ from zo_adapt.view.defaults import displacement_and_groups
 from zo_adapt.view.group import Group, Groups, assign_groups, checked_groups
 from zo_adapt.view.identified import Identified
 from zo_adapt.view.inspection import Inspection
+from zo_adapt.view.parted_adapters import check_parted
 from zo_adapt.view.shards import Shards, gathering_modules, local
 from zo_adapt.view.summary import in_one_line, summary_of
 from zo_adapt.view.tensors import check_finite, check_tensor, norms, tunable
@@ -233,6 +234,8 @@ class TunedTensors(Identified):
         """
         if self.model is not None:
             check_adapters(self.model, self.inspection.holding())
+            if self.is_sharded and not self.shards.is_gathered:
+                check_parted(self.model)
 
     def check_ready(self) -> None:
         """Refuse what no run can begin with: the model may have been changed since.
