@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from least_squares import Least
+from least_squares import Least, SlowToLoad
 from rank_cases import CASES, FEW
 from rank_faults import in_step
 from worker_runs import found, run_worker
@@ -191,12 +191,12 @@ def test_what_cannot_be_pickled_is_named_before_any_work() -> None:
 
 
 def test_processes_that_a_run_starts_itself_make_the_same_run(tmp_path: Path) -> None:
-    alone, together = Least(), Least()
+    alone, together = SlowToLoad(), SlowToLoad()
     first = alone.run(trajectory=tmp_path / "alone.zot")
     steps: list[int] = []
     second = together.run(
         trajectory=tmp_path / "together.zot",
-        workers=Workers(2, timeout=60),
+        workers=Workers(2, timeout=4),  # to load takes longer, which is no evaluation
         callback=lambda step: steps.append(step.step),
     )
     assert together.view.hash() == alone.view.hash()
