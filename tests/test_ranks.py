@@ -123,6 +123,15 @@ def test_processes_that_a_launcher_starts_anew_go_on_by_themselves(
     assert (place / "run.zot").read_bytes() == (tmp_path / "whole.zot").read_bytes()
 
 
+def test_a_training_that_a_launcher_starts_anew_goes_on_by_itself(done: Path) -> None:
+    file = done / "restarted_training" / "found.json"
+    assert file.exists(), (done / "output").read_text()[-4000:]
+    whole = found(done, 1, 0)["training"]
+    for rank, own in json.loads(file.read_text()).items():
+        assert own["weights"] == whole["weights"]
+        assert rank != "0" or own["file"] == whole["file"]
+
+
 def test_under_a_launcher_cuda_is_the_own_gpu_from_the_import_on_where_none_was_used_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
