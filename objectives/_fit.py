@@ -263,8 +263,8 @@ def has_position_table(model: nn.Module) -> bool:
 def _position_tables(model: nn.Module) -> Iterator[nn.Module]:
     """Embeddings of positions; those that make their sines as they need them have no weight."""
     for name, module in model.named_modules():
-        is_table = hasattr(module, "weight") and hasattr(module, "padding_idx")
-        if is_table and _is_absolute(name):
+        # peft's wrappers compute a weight that is asked for: only of positions is it.
+        if _is_absolute(name) and hasattr(module, "weight") and hasattr(module, "padding_idx"):
             yield module
 
 

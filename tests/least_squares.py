@@ -1,5 +1,6 @@
 """A problem that another process reads without importing transformers."""
 
+import time
 from typing import Any
 
 import torch
@@ -25,3 +26,11 @@ class Least:
         return minimize(
             objective or self, self.view, self.rows, MeZO(lr=1e-2), **{**settings, **options}
         )
+
+
+class SlowToLoad(Least):
+    """Read by another process in seconds, as imports are."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        time.sleep(4.5)
+        self.__dict__.update(state)

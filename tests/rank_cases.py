@@ -6,6 +6,7 @@ Each case returns what of its run is to be equal; files lie in the folder that i
 import asyncio
 import hashlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,6 +302,20 @@ def leave_a_training(folder: Path) -> None:
             control.should_training_stop = state.global_step >= 4
 
     _trained(trainer_of(folder / "left", callbacks=[Stop()], **TRAINING), folder / "left")
+
+
+def restarted_training(folder: str) -> dict[str, Any]:
+    """Of a launcher that starts the processes anew: one fails, the first time."""
+    rank, is_first = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if rank == "0" and not is_first:
+        time.sleep(1.0)  # so that the other looks for an address when that of before is there
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if rank == "1" and is_first and state.global_step == 4:
+                raise ArithmeticError
+
+    return _trained(trainer_of(Path(folder), callbacks=[Fail()], **TRAINING), Path(folder))
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]

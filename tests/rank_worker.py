@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from rank_cases import CASES, FEW, leave_a_training
+from rank_cases import CASES, FEW, leave_a_training, restarted_training
 from rank_faults import FAULTS, restarted
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -83,9 +83,11 @@ def main(folder: Path) -> None:
         place = folder / name
         place.mkdir()
         forked(fault.size, lambda rank, fault=fault, place=place: fault.run(place, rank), place)
-    (folder / "restarted").mkdir()
-    found = elastic_launch(AGAIN, restarted)(str(folder / "restarted"))
-    (folder / "restarted" / "found.json").write_text(json.dumps(found))
+    for work in (restarted, restarted_training):
+        place = folder / work.__name__
+        place.mkdir()
+        found = elastic_launch(AGAIN, work)(str(place))
+        (place / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def bert() -> Any:
     return tiny_model("bert", num_labels=3)  # of whose head two rows are here, and one there
 
 
-def adapted(model: nn.Module, kind: str, targets: list[str]) -> Any:
+def adapted(model: nn.Module, kind: str, targets: list[str], **options: Any) -> Any:
     """With a LoRA whose A is the same however it is cut."""
-    config = peft.LoraConfig(task_type=kind, r=2, target_modules=targets)
+    config = peft.LoraConfig(task_type=kind, target_modules=targets, **{"r": 2, **options})
     model = peft.get_peft_model(model, config).eval()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -112,6 +112,16 @@ def fsdp_lora(_: Path) -> ParameterView:
     return ParameterView.trainable(fsdp(model, model.base_model.model.bert.encoder.layer))
 
 
+def fsdp_of_one_row(_: Path) -> ParameterView:
+    model = adapted(bert(), "SEQ_CLS", ["query", "value"], r=1)  # of whose A one holds nothing
+    return ParameterView.trainable(fsdp(model, model.base_model.model.bert.encoder.layer))
+
+
+def fsdp_tokens(_: Path) -> ParameterView:
+    model = adapted(llama(), "CAUSAL_LM", ["q_proj"], trainable_token_indices=[4, 9])
+    return ParameterView.trainable(fsdp(model, model.base_model.model.model.layers))
+
+
 def fsdp_below_a_whole_lora(_: Path) -> ParameterView:
     model = adapted(llama(), "CAUSAL_LM", ["q_proj", "v_proj"])
     whole = {p for p in model.parameters() if p.requires_grad}
@@ -148,6 +158,8 @@ CASES: dict[str, tuple[Make, Any]] = {
     "fsdp_uneven": (fsdp_uneven, MEZO),
     "fsdp_last_layers": (fsdp_last_layers, MEZO),
     "fsdp_lora": (fsdp_lora, MeZO(num_directions=2)),  # and the displacement is measured
+    "fsdp_of_one_row": (fsdp_of_one_row, MEZO),
+    "fsdp_tokens": (fsdp_tokens, MEZO),
     "fsdp_below_a_whole_lora": (fsdp_below_a_whole_lora, SVRG),
     "tp_by_hand": (tp_by_hand, MEZO),
     "tp_full": (tp_full, SVRG),
@@ -264,6 +276,40 @@ def refused(folder: Path) -> dict[str, str]:
     def strided(weight: Tensor) -> DTensor:
         return DTensor.from_local(weight[:2], flat, [_StridedShard(0, split_factor=2)])
 
+    def tuned_by(config: Any, make: Callable[[], Any] | None = None) -> ParameterView:
+        model = peft.get_peft_model(make() if make else tensor_parallel(folder), config)
+        return ParameterView.trainable(model.eval())
+
+    def of_several_dtypes() -> ParameterView:
+        model = llama(torch.bfloat16)
+        model.model.norm.float()
+        return ParameterView.full(fsdp(model, model.model.layers))
+
+    def whole_factors() -> ParameterView:
+        """As peft 0.21.0 left them."""
+        model = tensor_parallel(folder)
+        model.config.distributed_config, model._device_mesh = None, None
+        return tuned_by(peft.LoraConfig(**on_columns), lambda: model)
+
+    def written_to() -> Any:
+        model = tensor_parallel(folder)
+        loss = CausalLMLoss(model)
+
+        def writes(batch: Any) -> Any:
+            model.model.norm.weight.data.mul_(1.01)
+            return loss(batch)
+
+        loss_of_rows: Any = writes
+        loss_of_rows.collate = loss.collate
+        return tuned(ParameterView.matching(model, "norm"), MEZO, loss_of_rows)
+
+    def of_plain_parts() -> ParameterView:
+        model = llama()
+        model.model.layers[0].self_attn.q_proj._hf_tp_plan = "colwise"
+        return ParameterView.full(model)
+
+    on_columns: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    soft = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
     staged = llama()
     staged.config.distributed_config = SimpleNamespace(pp_size=2)
     config = ZOConfig(str(folder / "trainer"), use_cpu=True, max_steps=1)
@@ -276,6 +322,15 @@ def refused(folder: Path) -> dict[str, str]:
             FullyShardedDataParallel(bert(), use_orig_params=True, device_id=torch.device("cpu"))
         ),
         "pipeline": lambda: ParameterView.full(staged),
+        "LoHa": lambda: tuned_by(peft.LoHaConfig(r=2, **on_columns)),
+        "IA3": lambda: tuned_by(peft.IA3Config(feedforward_modules=[], **on_columns)),
+        "VeRA": lambda: tuned_by(peft.VeraConfig(r=2, **on_columns)),
+        "copy": lambda: tuned_by(peft.LoraConfig(modules_to_save=["down_proj"], **on_columns)),
+        "prefix": lambda: tuned_by(peft.PrefixTuningConfig(**soft)),
+        "whole factors": whole_factors,
+        "plain parts": of_plain_parts,
+        "written to": written_to,
+        "dtypes": of_several_dtypes,
         "no model": lambda: ParameterView(free),
         "by layer": lambda: ParameterView.full(view.model, scratch="layer"),  # type: ignore[arg-type]
         "first order": lambda: tuned(view, SGD(lr=1e-3)),

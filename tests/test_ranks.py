@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from least_squares import Least
+from least_squares import Least, SlowToLoad
 from rank_cases import CASES, FEW
 from rank_faults import in_step
 from worker_runs import found, run_worker
@@ -123,6 +123,15 @@ def test_processes_that_a_launcher_starts_anew_go_on_by_themselves(
     assert (place / "run.zot").read_bytes() == (tmp_path / "whole.zot").read_bytes()
 
 
+def test_a_training_that_a_launcher_starts_anew_goes_on_by_itself(done: Path) -> None:
+    file = done / "restarted_training" / "found.json"
+    assert file.exists(), (done / "output").read_text()[-4000:]
+    whole = found(done, 1, 0)["training"]
+    for rank, own in json.loads(file.read_text()).items():
+        assert own["weights"] == whole["weights"]
+        assert rank != "0" or own["file"] == whole["file"]
+
+
 def test_under_a_launcher_cuda_is_the_own_gpu_from_the_import_on_where_none_was_used_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -191,12 +200,13 @@ def test_what_cannot_be_pickled_is_named_before_any_work() -> None:
 
 
 def test_processes_that_a_run_starts_itself_make_the_same_run(tmp_path: Path) -> None:
-    alone, together = Least(), Least()
+    alone, together = SlowToLoad(), SlowToLoad()
     first = alone.run(trajectory=tmp_path / "alone.zot")
     steps: list[int] = []
     second = together.run(
         trajectory=tmp_path / "together.zot",
-        evaluation=EvaluationOptions(workers=Workers(2, timeout=60)),
+        # To load takes longer than the timeout, which is of an evaluation.
+        evaluation=EvaluationOptions(workers=Workers(2, timeout=4)),
         callback=lambda step: steps.append(step.step),
     )
     assert together.view.hash() == alone.view.hash()

@@ -23,7 +23,7 @@ class NoMatchingParameterError(ViewError):
 
 
 class AdapterError(ViewError):
-    """A peft adapter is merged, disabled or inactive: the model's output does not depend on it."""
+    """A peft adapter is merged, disabled, inactive, or not cut as its tensor-parallel layer is."""
 
 
 class ViewInUseError(ViewError, RuntimeError):

@@ -39,13 +39,26 @@ def find_ranks(workers: Workers) -> Ranks | None:
     return Ranks(own, workers)
 
 
-def _begin_group() -> None:
+def begin_again(seconds: float) -> None:
+    """Begin the group of processes that torchrun has started anew, before another library does.
+
+    torchrun keeps its store, and in it the addresses of the processes that are gone: whoever begins
+    as torch usually does may read these.
+
+    Args:
+        seconds: That a collective may take.
+    """
+    if dist.is_available() and is_launched() and is_restarted() and not dist.is_initialized():
+        _begin_group(timeout=timedelta(seconds=seconds))
+
+
+def _begin_group(**options: Any) -> None:
     """Begin the group that the launcher describes: gloo, and NCCL beside it for GPUs."""
     store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # A launcher may keep its store when it starts the processes anew: the addresses in it are old.
     prefix = f"restart_{os.environ.get(RESTARTS, '0')}"
     again = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-    dist.init_process_group(store=again, rank=rank, world_size=size)
+    dist.init_process_group(store=again, rank=rank, world_size=size, **options)
     atexit.register(end_group)
 
 

@@ -22,6 +22,9 @@ FUNCTIONS_OF_MAIN = (
     "torchrun --nproc_per_node=N, which pickles nothing"
 )
 
+START = 300.0
+"""Seconds at least for processes to start and to import: no evaluation takes part in that."""
+
 
 def starts_workers(workers: Workers) -> bool:
     """Whether a run has to start processes: it is asked to, and nobody else has."""
@@ -47,7 +50,9 @@ def started(
         LostRankError: A process ends before it is ready.
     """
     data, count = _pickled(arguments), workers.count or 1
-    limit = timedelta(seconds=workers.timeout)
+    # Of the start alone: the run makes a group of its own, with the timeout that is asked for.
+    seconds = max(START, workers.timeout)
+    limit = timedelta(seconds=seconds)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, count, is_master=True, wait_for_workers=False
     )
@@ -64,12 +69,13 @@ def started(
     try:
         for process in processes:
             process.start()
-        _wait(store, processes, workers.timeout)
+        _wait(store, processes, seconds)
         dist.init_process_group("gloo", store=store, rank=0, world_size=count, timeout=limit)
         yield
     finally:
         end_group()
-        for process in processes:
+        # One that could not be started has an error that says so.
+        for process in (process for process in processes if process.pid is not None):
             process.join(timeout=5.0)
             process.terminate()
 
@@ -99,10 +105,11 @@ def _wait(store: Any, processes: Sequence[Any], timeout: float) -> None:
                     raise OptionError(f"worker {rank} cannot read its arguments: {said}")
                 del waiting[rank]
             elif not process.is_alive() or time.monotonic() > end:
-                raise LostRankError(
-                    f"worker {rank} has ended (exit code {process.exitcode}) or was not ready "
-                    f"after {timeout:g} s; {FUNCTIONS_OF_MAIN}"
+                code = process.exitcode
+                found = (
+                    f"was not ready after {timeout:g} s" if code is None else f"ended with {code}"
                 )
+                raise LostRankError(f"worker {rank} {found}; {FUNCTIONS_OF_MAIN}")
         time.sleep(0.01)
 
 

@@ -14,6 +14,7 @@ from zo_adapt.evaluation.trunk.frozen_trunk import DEFAULT_BYTES, LEAST_SHARE, F
 from zo_adapt.optimizers.named import optimizer_named
 from zo_adapt.optimizers.optimizer import Optimizer
 from zo_adapt.options import at_least_one, renamed
+from zo_adapt.ranks.launched import begin_again
 from zo_adapt.trainer.checks import OPTIONS
 from zo_adapt.view.parameters import ParameterView
 
@@ -115,6 +116,7 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0 if self.max_queries is None else UNLIMITED_EPOCHS
+        begin_again(self.ddp_timeout)  # Accelerate finds it
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.gradient_accumulation_steps != 1:
             raise OptionError(

@@ -156,10 +156,11 @@ class Inspection:
     def holding(self) -> Callable[[Tensor], bool]:
         """Tells whether a tensor has numbers of the view, as itself or by way of the same memory.
 
-        It knows where the view lies now: a model may have been moved or converted since.
+        It knows where the view lies now: a model may have been moved or converted since. Of a
+        tensor in parts a process may hold nothing, which lies nowhere.
         """
-        addresses = Addresses(self._tensors)
-        return lambda tensor: bool(addresses.meeting(tensor))
+        addresses, own = Addresses(self._tensors), set(map(id, self._tensors.values()))
+        return lambda tensor: id(tensor) in own or bool(addresses.meeting(tensor))
 
     @cached_property
     def shared(self) -> frozenset[str]:

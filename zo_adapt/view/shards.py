@@ -37,6 +37,13 @@ def local(tensor: Tensor) -> Tensor:
     return held
 
 
+def cut_along(tensor: Any) -> int | None:
+    """The axis along which a tensor is cut; None: it is not."""
+    placements = tensor.placements if is_sharded(tensor) else ()
+    axes = [place.dim for place in placements if type(place).__name__.endswith("Shard")]
+    return axes[0] % tensor.dim() if axes else None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of it, gathered from the processes that hold its parts, each of which must ask."""
     if not is_sharded(tensor):
@@ -103,6 +110,7 @@ class Shards:
 
     Attributes:
         is_any: Whether anything of the model lies in parts, tuned or not.
+        is_gathered: Whether FSDP2 puts the parts together for a forward.
         parts: Which part of a tensor is here, for those that are not here as a whole.
 
     Raises:
@@ -117,7 +125,7 @@ class Shards:
         self._gathering = gathering_modules(model)
         others = {} if model is None else dict(model.named_parameters())
         spread = [tensor for tensor in (*tensors.values(), *others.values()) if is_sharded(tensor)]
-        self.is_any = bool(spread or self._gathering)
+        self.is_any, self.is_gathered = bool(spread or self._gathering), bool(self._gathering)
         self._was_cut_off = False
         if not self.is_any:
             return
@@ -133,7 +141,14 @@ class Shards:
         for module in self._gathering:
             # What was gathered for a forward is not for the next, also of one that was cut off.
             module.set_reshard_after_forward(True, recurse=False)
-            module.unshard()  # the first time, the parts may move to other memory
+            try:
+                module.unshard()  # the first time, the parts may move to other memory
+            except AssertionError as error:
+                raise ViewError(
+                    f"FSDP2 cannot gather the weights of a {type(module).__name__}: {error}. Where "
+                    "it is the dtype, let all weights that train have one before fully_shard: "
+                    "model.to(torch.bfloat16), as peft's own are float32"
+                ) from error
             module.reshard()
 
     def forget_gathered(self) -> None:
@@ -188,7 +203,7 @@ def gathering_modules(model: nn.Module | None) -> list[Any]:
 
 
 def check_parallelism(model: nn.Module) -> None:
-    """Refuse layers or experts that only some processes have, and parts of the former FSDP.
+    """Refuse layers or experts that only some processes have, and parts that do not say so.
 
     Raises:
         ViewError: transformers has loaded the model so, or it is a FullyShardedDataParallel.
@@ -199,6 +214,13 @@ def check_parallelism(model: nn.Module) -> None:
             "the model is a FullyShardedDataParallel, whose flat parameters are no part of a named "
             "tensor; shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
         )
+    planned = any(getattr(module, "_hf_tp_plan", None) for module in model.modules())
+    if planned and _world_size() > 1 and not any(map(is_sharded, model.parameters())):
+        raise ViewError(
+            "the model is tensor-parallel, and its parts are plain tensors (transformers "
+            f"{version_of('transformers')}), which do not say of what they are parts; load it by "
+            "transformers 5.17 or later, whose parts are DTensors, or shard it by FSDP2"
+        )
     config = getattr(getattr(model, "config", None), "distributed_config", None)
     for setting, what in (("pp_size", "pipeline"), ("ep_size", "expert")):
         if (getattr(config, setting, None) or 1) > 1:
@@ -207,6 +229,11 @@ def check_parallelism(model: nn.Module) -> None:
                 "hold different layers or experts, which a view cannot tell apart; load it "
                 "tensor-parallel (tp_plan='auto') or shard it by FSDP2"
             )
+
+
+def version_of(package: str) -> str:
+    """Of a package that has been imported."""
+    return str(getattr(sys.modules.get(package), "__version__", "of an unknown version"))
 
 
 def _world_size() -> int:

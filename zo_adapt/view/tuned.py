@@ -21,6 +21,7 @@ from zo_adapt.view.group import (
 )
 from zo_adapt.view.identity import Identified
 from zo_adapt.view.inspection import Inspection
+from zo_adapt.view.parted_adapters import check_parted
 from zo_adapt.view.shards import Shards, gathering_modules, local
 from zo_adapt.view.tensors import check_finite, check_tensor, norms, tunable
 
@@ -235,6 +236,8 @@ class TunedTensors(Identified):
         """
         if self.model is not None:
             check_adapters(self.model, self.inspection.holding())
+            if self.is_sharded and not self.shards.is_gathered:
+                check_parted(self.model)
 
     def check_ready(self) -> None:
         """Refuse what no run can begin with: the model may have been changed since.

@@ -9,6 +9,7 @@ from zo_adapt.interrupt import gradients_off
 from zo_adapt.view.buffers import same_bits
 from zo_adapt.view.identity import bits
 from zo_adapt.view.parameters import ParameterView
+from zo_adapt.view.shards import is_sharded
 
 
 class Attributes:
@@ -76,15 +77,10 @@ class Weights:
 
     def __init__(self, view: ParameterView, model: nn.Module) -> None:
         holds = view.inspection.holding()
-        # Of a model in parts, what is here is put together and taken apart by every forward.
-        self._tuned = {} if view.is_sharded else view.tensors
-        self._frozen = {
-            name: parameter
-            for name, parameter in (
-                {} if view.is_sharded else dict(model.named_parameters())
-            ).items()
-            if not holds(parameter)
-        }
+        # Of a model in parts, what is here may be put together and taken apart by every forward.
+        seen = {} if view.shards.is_gathered else dict(model.named_parameters())
+        self._tuned = {} if view.shards.is_gathered else _as_a_whole(view.tensors)
+        self._frozen = {name: p for name, p in _as_a_whole(seen).items() if not holds(p)}
         self._copies = {} if view.is_large or view.is_sharded else view.snapshot()
         self._bits = _bits(self._frozen) | ({} if self._copies else _bits(self._tuned))
 
@@ -106,6 +102,11 @@ class Weights:
 
     def _others(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return [name for name, now in _bits(tensors).items() if now != self._bits[name]]
+
+
+def _as_a_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that every process has: all of them find the same."""
+    return {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
 
 
 def _bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
