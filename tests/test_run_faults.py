@@ -21,7 +21,7 @@ from datasets import Dataset
 from tiny_models import tiny_model, token_rows
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
-from trajectories import OPTIMIZERS, STEPS, copies, equal, run, tensors
+from trajectories import OPTIMIZERS, STEPS, copies, equal, noise_of, run, tensors
 
 from objectives import CallableObjective, CausalLMLoss, ClassificationLoss
 from zo_adapt import (
@@ -84,8 +84,10 @@ def failing_run(make: Callable[[], Any]) -> tuple[Run, dict[str, Tensor], list[E
         return (batch @ live["w"] + live["b"] - 1).square().mean(1)
 
     loss.mean_over_rows = True  # type: ignore[attr-defined]
-    evaluator = LocalEvaluator(loss, ParameterView(live), batch_size=8)
-    return Run(make(), evaluator, Samples(TensorRows(rows), 8, 3), Budget(12), 3), live, errors
+    optimizer = make()
+    view = ParameterView(live, noise=noise_of(optimizer))
+    evaluator = LocalEvaluator(loss, view, batch_size=8)
+    return Run(optimizer, evaluator, Samples(TensorRows(rows), 8, 3), Budget(12), 3), live, errors
 
 
 @pytest.mark.parametrize("name", [*sorted(OPTIMIZERS), "adam"])

@@ -75,7 +75,7 @@ def run(
         "seed": 3,
         "progress": False,
     } | options
-    noise = "coordinates" if getattr(optimizer, "coordinates", False) else "gaussian"
+    noise = noise_of(optimizer)
     groups = options.pop("groups", "auto")
     view = options.pop("view", None) or ParameterView(live, noise=noise, groups=groups)
     objective = CallableObjective(loss, maximize=options.pop("maximize", False))
@@ -88,3 +88,8 @@ def copies(live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def noise_of(optimizer: Any) -> str:
+    """What an optimizer's directions are of."""
+    return "coordinates" if getattr(optimizer, "coordinates", False) else "gaussian"
