@@ -29,6 +29,8 @@ from zo_adapt import EvaluationOptions, MeZO, ParameterView, Shift, Term, minimi
 
 REPEATS = 5
 BATCH, TOKENS = 16, 128
+WIDTH = 4096
+"""Of the matrix that moves along factors: a layer of a language model of 8B."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,6 +66,12 @@ def throughput(numel: int, device: str, dtype: torch.dtype) -> dict[str, float]:
             rates[name] = numel / seconds(call, row)
             if device == "cuda" and count == 1:
                 rates[f"{name}, a call that is waited for"] = numel / seconds(call)
+    matrix = x[: numel // WIDTH * WIDTH].view(-1, WIDTH)
+    view = ParameterView({"x": matrix}, noise="lowrank")
+    for count in (1, 8, 32):
+        update = Shift(tuple(Term(seed, 1e-3) for seed in range(count)))
+        call = partial(view.apply, update)
+        rates[f"rank 1, {count} directions at once"] = matrix.numel() / seconds(call, row)
     return rates
 
 

@@ -18,7 +18,7 @@ CudaGraphs = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Memory and speed of evaluations; none of it changes what is computed.
+    """Memory and speed of evaluations, and where they are made; none changes what is asked.
 
     Args:
         micro_batch_size: Most rows in one call of the objective; None: the rows of a minibatch, so
