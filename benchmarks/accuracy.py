@@ -149,19 +149,21 @@ def examples_of(task: Task, seed: int, assets: str | None) -> tuple[list[Any], l
     )
 
 
-def build(folder: str, classes: int, seed: int, view: str = "lora") -> Any:
+def build(
+    folder: str, classes: int, seed: int, view: str = "lora", dtype: torch.dtype = torch.float32
+) -> Any:
     """The encoder with a new head and, for LoRA, a fresh adapter, drawn from the seed."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     torch.manual_seed(seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=classes, dtype=torch.float32
+        folder, num_labels=classes, dtype=dtype
     )
     if view == "lora":
         config = LoraConfig(
             task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=["query", "value"]
         )
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -100,7 +100,7 @@ def of_method(run: Run) -> dict[str, Any]:
     curve: list[tuple[int, int, float]] = []
     track = Track(run, problem) if run.piece == "variance" else None
     clock = Clock(run, problem) if run.piece == "time" else None
-    of_language = run.piece == "causal LM"
+    of_language = run.problem.startswith("causal LM")
 
     def look(step: Any) -> None:
         if track is not None:

@@ -35,6 +35,9 @@ def claims(found: Results) -> Iterator[Claim]:
     for view in VIEWS:
         cells = {"fp32": by_queries(view), "bf16": by_queries(view, ", bf16")}
         yield from in_half(found, cells, LANGUAGE, f"SmolLM2-135M, {view}", TABLE)
+        full, half = (Where("encoder", f"encoder, {view}{h}", 30_000, None, 64) for h in HALVES)
+        yield from in_half(found, {"fp32": full, "bf16": half}, LANGUAGE, f"MiniLM, {view}",
+                           "[table](#an-encoder)")  # fmt: skip
 
 
 def _of_view(found: Results, view: str, half: str) -> Iterator[Claim]:

@@ -94,6 +94,9 @@ LANGUAGE_PLAN = tuple(
         ("all weights", FIRST_ORDER, 10_000, None),
         ("LoRA", EQUAL[:3], None, 100),
         ("all weights, bf16", EQUAL[:3], None, 100),
+        ("LoRA, bf16", FIRST_ORDER, 10_000, None),
+        ("last layers, bf16", EQUAL[:2], None, 100),
+        ("all weights", EQUAL[:3], None, 100),
     )
 )
 """What completes a claim comes first, and of that what is quick."""
@@ -130,15 +133,28 @@ PLAN = (
     *LANGUAGE_PLAN,
     *(Cell("encoder", f"encoder, {view}", FIRST_ORDER, queries=30_000, batch_size=64)
       for view in ("last layers", "all weights")),
-    Cell("encoder", "encoder, all weights", ENCODER[:3], steps=150, batch_size=64),
-    Cell("encoder", "encoder, last layers", ENCODER[:3], steps=150, batch_size=64),
+    *(Cell("encoder", f"encoder, {view}", ENCODER[:3], steps=150, batch_size=64)
+      for view in ("last layers", "all weights")),
+    Cell("encoder", "encoder, LoRA", RECURSIVE, queries=30_000, batch_size=64),
+    *(Cell("encoder", f"encoder, {view}, bf16", (*EQUAL[:2], "MeZO()"), queries=30_000,
+           batch_size=64) for view in ("LoRA", "last layers", "all weights")),
+    Cell("ablations", "encoder, LoRA", FITTING, queries=30_000, batch_size=64),
+    Cell("one sample a forward", "encoder, LoRA", ONE_SAMPLE, queries=4_000, batch_size=16),
+    *(Cell("encoder", f"encoder, {view}, bf16", EQUAL[:2], steps=150, batch_size=64)
+      for view in ("LoRA", "last layers", "all weights")),
+    *(Cell("encoder", f"encoder, {view}, bf16", (EQUAL[2], *FIRST_ORDER), queries=30_000,
+           batch_size=64) for view in ("LoRA", "last layers", "all weights")),
+    *(Cell("batch sizes", DIGITS, EQUAL[:3], steps=1_000, batch_size=b) for b in (64, 128)),
+    Cell("methods", LS, RECURSIVE, queries=1_000_000),
+    Cell("one sample a forward", "causal LM, LoRA", ONE_SAMPLE, queries=2_000, batch_size=16),
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 GRIDS = {
     LS: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "encoder, LoRA": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-    "encoder, last layers": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    "encoder, all weights": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    **{f"encoder, LoRA{half}": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) for half in ("", ", bf16")},
+    **{f"encoder, {view}{half}": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+       for view in ("last layers", "all weights") for half in ("", ", bf16")},
+    "ablations: encoder, LoRA": (1e-2, 3e-2, 1e-1, 3e-1),
     "ranking, NDCG": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     "causal LM, LoRA": (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
@@ -152,7 +168,8 @@ def grid_of(run: Run) -> Sequence[float]:
     """The rates that every method of a problem is tried with."""
     if run.method in COORDINATES:  # few steps along whole gradients: also the rates of the others
         return RATES
-    return OF_PACKAGES.get(run.method) or GRIDS.get(run.problem, RATES)
+    of_piece = GRIDS.get(f"{run.piece}: {run.problem}")
+    return OF_PACKAGES.get(run.method) or of_piece or GRIDS.get(run.problem, RATES)
 
 
 def tuned(results: Mapping[str, Any], run: Run) -> float | None:
@@ -182,9 +199,13 @@ def timed(results: Mapping[str, Any]) -> Iterator[Run]:
 
     Long ones of Algorithm 1 at the rates for as many steps as the papers have.
     """
-    for problem, queries, steps in ((DIGITS, 200_000, 1_000), (LS, 100_000, 2_000)):
-        cell = Run("methods", problem, "", None, 32, None, None, TUNING)
-        for method, seed in itertools.product(TIMED, SEEDS):
+    for piece, problem, queries, steps, rows in (
+        ("methods", DIGITS, 200_000, 1_000, 32),
+        ("methods", LS, 100_000, 2_000, 32),
+        ("encoder", "encoder, LoRA", 30_000, 150, 64),
+    ):
+        cell = Run(piece, problem, "", None, rows, None, None, TUNING)
+        for method, seed in itertools.product(TIMED if piece == "methods" else LANGUAGE, SEEDS):
             by_steps = "SVRG," in method or "printed" in method
             run = cell._replace(method=method, queries=None if by_steps else queries,
                                 steps=steps if by_steps else None)  # fmt: skip

@@ -163,20 +163,20 @@ def generation(seed: int) -> Problem:
     return Problem(objective, ParameterView.full(model), data, measure)
 
 
-def encoder(seed: int, view: str) -> Problem:
+def encoder(seed: int, view: str, dtype: torch.dtype = torch.float32) -> Problem:
     """BBC topics by all-MiniLM-L6-v2 with a new head: 512 / 256 / 256 texts of 48 tokens."""
     import accuracy as texts
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     train, rest, folder = texts.examples_of(texts.TASKS["bbc-48"], seed, ASSETS)
-    model = texts.build(folder, 5, seed, view)
+    model = texts.build(folder, 5, seed, view, dtype)
     objective = ClassificationLoss(model)
 
     @torch.no_grad()
     def loss_of(rows: list[Any]) -> float:
         with objective.evaluating():
-            return float(objective(objective.collate(rows)).mean())
+            return float(objective(objective.collate(rows)).float().mean())
 
     def measure() -> Figures:
         return {
@@ -198,9 +198,13 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "MNIST, F1": partial(perceptron, kind="F1"),
     "ranking, NDCG": ranking,
     "generation, reward": generation,
-    "encoder, LoRA": partial(encoder, view="lora"),
-    "encoder, last layers": partial(encoder, view="partial"),
-    "encoder, all weights": partial(encoder, view="full"),
+    **{
+        f"encoder, {name}{', bf16' if dtype == torch.bfloat16 else ''}": partial(
+            encoder, view=view, dtype=dtype
+        )
+        for name, view in (("LoRA", "lora"), ("last layers", "partial"), ("all weights", "full"))
+        for dtype in (torch.float32, torch.bfloat16)
+    },
     **{
         f"causal LM, {view}{', bf16' if dtype == torch.bfloat16 else ''}": partial(
             causal_lm, view=view, dtype=dtype

@@ -49,9 +49,11 @@ def report(results: Mapping[str, Any]) -> None:
         "claims": claims(found, memory, more),
         "least squares": table(found, ALL, least_squares()),
         "MNIST": table(found, ALL, mnist()),
-        "encoder": table(found, ALL, encoder()),
+        "encoder": table(found, ALL, encoder("")),
+        "encoder, bf16": table(found, LANGUAGE, encoder(", bf16")),
         "ablations": table(found, ABLATIONS, ablations()),
         "batch sizes": batch_sizes(found),
+        "batch sizes, steps": table(found, SHORT[:3], by_rows_at_equal_steps()),
         "objectives": table(found, COUNTING, objectives()),
         "packages": packages(found),
         "variance": evidence_variance.table(found),
@@ -101,6 +103,13 @@ def one_sample() -> Columns:
         **{f"{LS}, loss, {one.budget}": (one, "training") for one in least},
         f"{DIGITS}, loss, {digits.budget}": (digits, "training"),
         f"{DIGITS}, accuracy, {digits.budget}": (digits, "accuracy"),
+        **{
+            f"{name}, accuracy, {n:,} queries": (
+                Where("one sample a forward", name, n, None, 16),
+                "accuracy",
+            )
+            for name, n in (("encoder, LoRA", 4_000), ("causal LM, LoRA", 2_000))
+        },
     }
 
 
@@ -114,14 +123,14 @@ def precision(found: Results) -> str:
     return table(found, SHORT[:4], columns)
 
 
-def encoder() -> Columns:
+def encoder(half: str) -> Columns:
     """Accuracy by what is tuned."""
     return {
         f"{view}, {where.budget}": (where, "accuracy")
         for view in VIEWS
         for where in (
-            Where("encoder", f"encoder, {view}", queries=30_000, batch_size=64),
-            Where("encoder", f"encoder, {view}", steps=150, batch_size=64),
+            Where("encoder", f"encoder, {view}{half}", queries=30_000, batch_size=64),
+            Where("encoder", f"encoder, {view}{half}", steps=150, batch_size=64),
         )
     }
 
@@ -147,6 +156,10 @@ def ablations() -> Columns:
             Where("ablations", DIGITS, queries=200_000),
             "accuracy",
         ),
+        "encoder, LoRA, accuracy, 30,000 queries": (
+            Where("ablations", "encoder, LoRA", 30_000, None, 64),
+            "accuracy",
+        ),
     }
 
 
@@ -163,6 +176,15 @@ def batch_sizes(found: Results) -> str:
             cells = (found.cell(where, method).text("accuracy") for method in SHORT)
             rows.append([f"{images} images, b = {size}", *cells])
     return markdown(["", *SHORT], rows)
+
+
+def by_rows_at_equal_steps() -> Columns:
+    """The batches of Table 5."""
+    pieces = {32: "methods", 64: "batch sizes", 128: "batch sizes"}
+    return {
+        f"b = {rows}, accuracy, 1,000 steps": (Where(piece, DIGITS, None, 1_000, rows), "accuracy")
+        for rows, piece in pieces.items()
+    }
 
 
 def objectives() -> Columns:
