@@ -363,7 +363,7 @@ def test_what_is_no_list_of_values_is_named(told: Any) -> None:
         "3.5",
         b"3",
         1 + 2j,
-        np.datetime64("NaT"),
+        np.datetime64("NaT", "s"),
         np.timedelta64(5, "s"),
         np.ma.masked,
         10**400,

@@ -804,7 +804,7 @@ RETURNED: dict[str, Any] = {
     "bytes": b"3.5",
     "complex": 1 + 2j,
     "complex tensor": torch.tensor(1 + 2j),
-    "not a time": np.datetime64("NaT"),
+    "not a time": np.datetime64("NaT", "s"),
     "duration": np.timedelta64(3, "s"),
     "masked": np.ma.masked_array([1.0], mask=[True]),
     "too large": 10**400,
