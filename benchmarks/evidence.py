@@ -33,6 +33,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import evidence_packages
 import evidence_theory
+from evidence_exact import exactness
 from evidence_lm import AT_ONCE
 from evidence_methods import COORDINATES, optimizer_of
 from evidence_pieces import SEEDS, THEORY, Run, is_former, open_runs, schedule_of
@@ -56,7 +57,7 @@ def result_of(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = time.process_time()
-    of = {"packages": of_package} | dict.fromkeys(THEORY, of_theory)
+    of = {"packages": of_package, "exactness": exactness} | dict.fromkeys(THEORY, of_theory)
     found = of.get(run.piece, of_method)(run)
     figures = {
         name: value if not isinstance(value, float) or math.isfinite(value) else None

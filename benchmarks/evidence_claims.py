@@ -31,6 +31,7 @@ OBJECTIVES = {
     "NDCG": (Where("objectives", "ranking, NDCG", 4_000, None, 16), "NDCG"),
     "reward": (Where("objectives", "generation, reward", 1_000, None, 16), "reward"),
 }
+GROUPS = ("paper", "open questions", "project")
 Claim = tuple[str, str, str, str, str]
 """Claim, setting, found, whether it holds, figure or table."""
 CURVES, BATCHES, MEMORY = (
@@ -45,12 +46,25 @@ FIRST = "Backpropagation learns more from the same forwards (README)"
 THEORY, VARIANCE = "[table](#theory)", "[figure](#variance-along-a-run)"
 
 
-def claims(found: Results, memory: Sequence[dict[str, Any]], more: Iterable[Claim] = ()) -> str:
-    """Those that have results, with more of other files."""
-    rows = [*variance_reduction(found), *details(found), *rows_of_a_batch(found), *own(found)]
-    rows += [*others(found), *more, *evidence_variance.claims(found, VARIANCE)]
-    rows += [*theory(found), *of_memory(memory)]
-    return markdown(["claim", "setting", "found", "holds", "figure or table"], rows)
+def claims(
+    found: Results, memory: Sequence[dict[str, Any]], more: Iterable[Claim] = ()
+) -> dict[str, str]:
+    """Those that have results, with more of other files: tables by whose claims they are."""
+    rows = [*variance_reduction(found), *details(found), *evidence_variance.claims(found, VARIANCE)]
+    rows += [*theory(found), *of_memory(memory), *others(found), *rows_of_a_batch(found)]
+    rows += [*own(found), *more]
+    groups: dict[str, list[Claim]] = {name: [] for name in GROUPS}
+    for row in rows:
+        groups[group(row[0])].append(row)
+    header = ["claim", "setting", "found", "holds", "figure or table"]
+    return {f"claims: {name}": markdown(header, of) for name, of in groups.items()}
+
+
+def group(claim: str) -> str:
+    """The paper's claims, its open questions, or what this project says."""
+    if "README" in claim or "MeZO()" in claim:
+        return GROUPS[2]
+    return GROUPS[1] if claim.startswith(("ZO-", "Very large")) else GROUPS[0]
 
 
 def better(one: Cell, other: Cell, figure: str) -> str:

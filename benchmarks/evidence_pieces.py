@@ -215,6 +215,16 @@ def timed(results: Mapping[str, Any]) -> Iterator[Run]:
                 yield run._replace(piece="time", lr=lr, seed=seed, **longer)
 
 
+def exact(quick: bool) -> Iterator[Run]:
+    """Runs that are made again, replayed and resumed."""
+    problems = ((LS, 20_000, 32), (DIGITS, 50_000, 32), ("encoder, LoRA", 7_680, 16),
+                ("causal LM, LoRA", 2_000, 16))  # fmt: skip
+    methods = (("MeZO()", None), ("MeZOSVRG()", None), ("MeZO", 1e-3), ("ZO-SPIDER", 1e-3))
+    for (problem, queries, rows), (method, lr) in itertools.product(problems, methods):
+        if problem == LS or not quick:
+            yield Run("exactness", problem, method, lr, rows, queries, None, SEEDS[0])
+
+
 def schedule_of(run: Run) -> str | None:
     """How the steps of this library's settings shrink today; None: the method has a rate."""
     return str(OWN[run.method]().apply.schedule_in_force) if run.method in OWN else None
@@ -268,7 +278,7 @@ def open_runs(results: Mapping[str, Any], quick: bool, pieces: Sequence[str]) ->
                 runs = [run._replace(lr=lr, seed=seed) for seed in SEEDS]
             yield from (one for one in runs if not made(results, one))
     more = [] if quick else itertools.chain(watched(results), timed(results))
-    for run in itertools.chain(more, theory(quick)):
+    for run in itertools.chain(more, exact(quick), theory(quick)):
         if not made(results, run) and wanted(run.piece, run.problem, pieces):
             yield run
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_exact
 import evidence_language
 import evidence_readme
 import evidence_time
@@ -44,9 +45,9 @@ def report(results: Mapping[str, Any]) -> None:
     found = Results(results)
     memory = json.loads(LARGEST.read_text())["rows"] if LARGEST.exists() else []
     more = [*evidence_language.claims(found), *evidence_time.claims(found, TIME)]
-    more += evidence_readme.claims()
+    more += [*evidence_exact.claims(found), *evidence_readme.claims()]
     tables = {
-        "claims": claims(found, memory, more),
+        **claims(found, memory, more),
         "least squares": table(found, ALL, least_squares()),
         "MNIST": table(found, ALL, mnist()),
         "encoder": table(found, ALL, encoder("")),
@@ -62,6 +63,7 @@ def report(results: Mapping[str, Any]) -> None:
         "time": evidence_time.table(found),
         "causal LM": table(found, LANGUAGE, language("")),
         "causal LM, bf16": table(found, LANGUAGE, language(", bf16")),
+        "exactness": evidence_exact.table(found),
         "largest": largest(memory),
         "moments": moments(found),
         "rate of convergence": convergence(found, "rate of convergence", "MeZO"),
