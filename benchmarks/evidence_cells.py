@@ -125,6 +125,20 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def scaled(axes: Any, **settings: Any) -> None:
+    """Set what a diagram has; one without lines has no scale, and says that it was not run."""
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
+        settings = {name: one for name, one in settings.items() if name in ("title", "ylabel")}
+    axes.set(**settings)
+
+
+def legend(axes: Any, **settings: Any) -> None:
+    """Names of the lines, where there are any."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="x-small", frameon=False, **settings)
+
+
 def by_size(found: Results, piece: str, method: str) -> dict[tuple[int, int], list[float]]:
     """Mean squared gradients by d and T."""
     cells: dict[tuple[int, int], list[float]] = defaultdict(list)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence_variance
-from evidence_cells import DIVERGED, Cell, Results, Where, by_rows, by_size
+from evidence_cells import DIVERGED, Cell, Results, Where, by_rows, by_size, legend, scaled
 from evidence_claims import VIEWS
 from evidence_language import HALVES, QUERIES, by_queries
 from evidence_pieces import SEEDS
@@ -61,10 +61,10 @@ def _curves(found: Results, path: Path) -> None:
             line = _line(found.cell(where, method), by_queries=where.queries is not None)
             axes.plot(*zip(*line, strict=True) if line else ([], []), color=f"C{color}",
                       label=method, linewidth=1.2, marker=".", markersize=3)  # fmt: skip
-        axes.set(xscale="log", yscale="log", title=f"{where.problem}, equal {where.budget}")
-        axes.set(xlabel="queries" if where.queries else "steps", ylabel="training loss")
-        axes.set_xlim(left=500 if where.queries else 8)
-    axes.legend(fontsize="x-small", frameon=False)
+        scaled(axes, xscale="log", yscale="log", title=f"{where.problem}, equal {where.budget}",
+               xlabel="queries" if where.queries else "steps", ylabel="training loss",
+               xlim=(500 if where.queries else 8, None))  # fmt: skip
+    legend(axes)
     _save(figure, path)
 
 
@@ -99,11 +99,11 @@ def _batches(found: Results, path: Path) -> None:
             points += [(size, cell.mean("accuracy"))] if cell.runs else []
         if points:
             axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
-    axes.set(xscale="log", xlabel="rows of a minibatch", ylabel="accuracy", ylim=(0, 1))
+    scaled(axes, xscale="log", xlabel="rows of a minibatch", ylabel="accuracy", ylim=(0, 1))
     axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
     axes.set_xticks([], minor=True)
     axes.set_title("MNIST perceptron, 200,000 queries", fontsize="medium")
-    axes.legend(fontsize="x-small", frameon=False)
+    legend(axes)
     _save(figure, path)
 
 
@@ -127,7 +127,7 @@ def _language(found: Results, path: Path) -> None:
         axes.set_xticks(range(len(VIEWS)), VIEWS)
         axes.set(title=f"{'bf16' if half else 'fp32'}, equal {QUERIES:,} queries")
     figure.axes[0].set_ylabel("held-out accuracy")
-    figure.axes[0].legend(fontsize="x-small", frameon=False)
+    legend(figure.axes[0])
     _save(figure, path)
 
 
@@ -147,16 +147,16 @@ def _theory(found: Results, path: Path) -> None:
             means = [statistics.mean(cells[d, t]) for t in steps]
             rate.plot(steps, means, style, color=f"C{color}", marker="o", markersize=3,
                       label=f"{name}, d = {d}")  # fmt: skip
-    rate.set(xscale="log", yscale="log", xlabel="T", ylabel="mean ‖grad f‖²")
-    rate.legend(fontsize="x-small", frameon=False)
+    scaled(rate, xscale="log", yscale="log", xlabel="T", ylabel="mean ‖grad f‖²")
+    legend(rate)
     for steps, rows in by_rows(found).items():
         means = [statistics.mean(values) for values in rows.values()]
         floor.plot(list(rows), means, marker="o", markersize=3, label=f"T = {steps:,}")
-    floor.set(xscale="log", yscale="log", xlabel="rows of the large batch, of 256")
-    floor.set(ylabel="mean ‖grad f‖², second half", ylim=(1e-3, 2))
+    scaled(floor, xscale="log", yscale="log", xlabel="rows of the large batch, of 256",
+           ylabel="mean ‖grad f‖², second half", ylim=(1e-3, 2))  # fmt: skip
     floor.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
     floor.set_xticks([], minor=True)
-    floor.legend(fontsize="x-small", frameon=False)
+    legend(floor)
     _save(figure, path)
 
 
@@ -177,9 +177,9 @@ def _memory(memory: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
     sizes = sorted({row["parameters"] / 1e9 for row in memory})
     axes.axhline(80e9 / 2**30, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="parameters, billions", ylabel="GiB at the peak")
+    scaled(axes, xscale="log", xlabel="parameters, billions", ylabel="GiB at the peak")
     axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.set_title("OPT, bf16, one text of 2,048 tokens", fontsize="medium")
-    axes.legend(fontsize="x-small", frameon=False)
+    legend(axes)
     _save(figure, path)

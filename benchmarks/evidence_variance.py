@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evidence_cells import Results, markdown
+from evidence_cells import Results, legend, markdown, scaled
 from evidence_pieces import DIGITS, LS, SEEDS, WATCHED, Run
 from evidence_problems import Problem
 from torch import Tensor
@@ -205,7 +205,7 @@ def draw(found: Results, path: Path) -> None:
             runs = looks(found, problem, method)
             if runs:
                 _lines(row, runs, f"C{color}", method)
-        row[0].set(yscale="log", ylabel=problem, title="G (line), mean p² (dots)")
+        scaled(row[0], yscale="log", ylabel=problem, title="G (line), mean p² (dots)")
         row[1].set(ylim=(-0.05, 1.05), title="data's share (dots), explained (line)")
         row[2].set(title="‖theta - theta_bar‖ at the looks")
         row[3].set(title="cosine of step and -gradient")  # where the step began
@@ -213,7 +213,7 @@ def draw(found: Results, path: Path) -> None:
         for axes in row:
             axes.title.set_fontsize("medium")
             axes.set_xlabel("steps")
-    figure.axes[1].legend(fontsize="x-small", frameon=False, loc="lower left")
+    legend(figure.axes[1], loc="lower left")
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -139,3 +139,24 @@ def test_runs_of_a_default_that_is_no_more_are_made_again_and_marked_until_then(
         results[run.key]["schedule"] = schedule_of(run)
     assert missing(results) == []
     assert Results(results).cell(where, "MeZO()").text("accuracy") == "0.5 ± 0"
+
+
+def test_figures_are_drawn_of_what_is_there(theory: tuple[Any, list[int]], tmp_path: Path) -> None:
+    from evidence_cells import Results
+    from evidence_figures import draw
+    from evidence_pieces import SEEDS, TUNING
+
+    runs = {
+        json.dumps(["methods", "least squares", "MeZO", 0.003, 32, 100_000, None, seed]): {
+            "training": 1.0,
+            "validation": 1.0,
+            "queries": 99_968,
+            "steps": 1_562,
+            "curve": [[16, 1_024, 90.0]],
+        }
+        for seed in (*SEEDS, TUNING)
+    }
+    for found in ({}, runs):
+        draw(Results(found), [], tmp_path)
+        text = (tmp_path / "evidence-curves.svg").read_text()
+        assert text.count("not run") == (3 if found else 4)
