@@ -185,9 +185,13 @@ def tuned(results: Mapping[str, Any], run: Run) -> float | None:
 
 def watched(results: Mapping[str, Any]) -> Iterator[Run]:
     """Runs whose noise is watched, at the rates that were chosen for as many steps."""
-    for problem, steps, length in ((LS, 2_000, 2_000), (DIGITS, 1_000, 300)):
+    for piece, problem, rows, steps, length in (
+        ("methods", LS, 32, 2_000, 2_000),
+        ("methods", DIGITS, 32, 1_000, 300),
+        ("encoder", "encoder, LoRA", 64, 150, 150),
+    ):
         for method, seed in itertools.product(WATCHED, SEEDS):
-            run = Run("methods", problem, method, None, 32, None, steps, seed)
+            run = Run(piece, problem, method, None, rows, None, steps, seed)
             lr = tuned(results, run)
             if lr is not None:
                 yield run._replace(piece="variance", lr=lr, steps=length)

@@ -13,10 +13,14 @@ from evidence_problems import Problem
 from torch import Tensor
 
 from zo_adapt import TrackVariance
+from zo_adapt.data.sources import Batch, as_source
 from zo_adapt.term import Step
 
 FIGURES = ("direction_noise", "data_noise", "explained", "distance")
 NAME = "variance"
+PROBLEMS = (LS, DIGITS, "encoder, LoRA")
+ROWS_AT_ONCE = 256
+"""Of a gradient on all rows: what its backpropagation keeps."""
 
 
 class Track:
@@ -28,7 +32,15 @@ class Track:
     def __init__(self, run: Run, problem: Problem) -> None:
         self.every = 2 * max(1, (run.steps or 1) // 80)
         self.metrics = {NAME: TrackVariance(self.every, batch_size=run.batch_size)}
-        self._problem, self._steps = problem, dict[int, tuple[float, float, float]]()
+        self._objective, self._steps = problem.objective, dict[int, tuple[float, float, float]]()
+        source = as_source(problem.data, getattr(problem.objective, "collate", None))
+        self._rows = Batch(source, range(len(source)))
+        view = problem.view
+        self._tensors = [
+            tensor
+            for name, tensor in view.tensors.items()
+            if view.group_of(name).perturbation_scale > 0  # a step is compared where it can go
+        ]
         self._before: tuple[Tensor, Tensor] | None = None
 
     def look(self, step: Step) -> None:
@@ -46,20 +58,19 @@ class Track:
     def _place(self) -> Tensor:
         return torch.cat([one.detach().double().flatten() for one in self._tensors])
 
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return list(self._problem.view.tensors.values())
-
     def _gradient(self) -> Tensor:
         needed = [tensor.requires_grad for tensor in self._tensors]
         for tensor in self._tensors:
             tensor.requires_grad_(True)
-        with torch.enable_grad():
-            loss = self._problem.objective(self._problem.data).mean()
-        found = torch.autograd.grad(loss, self._tensors)
+        total = torch.zeros((), dtype=torch.float64)
+        for part in self._rows.micro_batches(ROWS_AT_ONCE):
+            with torch.enable_grad():
+                loss = self._objective(part.content).mean() * (len(part) / len(self._rows))
+            found = torch.autograd.grad(loss, self._tensors)
+            total = total + torch.cat([one.double().flatten() for one in found])
         for tensor, before in zip(self._tensors, needed, strict=True):
             tensor.requires_grad_(before)
-        return torch.cat([one.double().flatten() for one in found])
+        return total
 
     def rows(self, history: Sequence[Step]) -> list[list[float | None]]:
         """Step, ``FIGURES``, cosine, squared error over the gradient's, and that; or None."""
@@ -106,10 +117,10 @@ class Look(NamedTuple):
     def total(self) -> float:
         """Mean p^2 on b rows: d times it is the mean squared error of a pair.
 
-        G + sigma^2 / b where rows are drawn at random; batches of MNIST are stratified by class,
-        which takes a part of sigma^2 out.
+        G + sigma^2 / b, with the gradient's own G, as TrackVariance's of a few directions is
+        noisy. Where batches are stratified by class that takes a part of sigma^2 out.
         """
-        return self.estimated + self.data / self.rows
+        return self.direction + self.data / self.rows
 
     @property
     def data_share(self) -> float:
@@ -169,7 +180,7 @@ def table(found: Results) -> str:
     header = ["", "part", "G", "p²", "data's share", "explained",
               "‖theta - theta_bar‖", "cosine", "error"]  # fmt: skip
     rows = []
-    for problem in (LS, DIGITS):
+    for problem in PROBLEMS:
         for method in WATCHED:
             runs = looks(found, problem, method)
             parts = fifths(runs) if runs else []
@@ -199,8 +210,11 @@ def draw(found: Results, path: Path) -> None:
     """Noise, its shares, the way from the snapshot and the cosine, by step."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
-    for row, problem in zip(figure.subplots(2, 4), (LS, DIGITS), strict=True):
+    drawn = [one for one in PROBLEMS if any(looks(found, one, method) for method in WATCHED)]
+    drawn = drawn or [LS]
+    figure = Figure(figsize=(12, 2.8 * len(drawn)), layout="constrained")
+    panels = figure.subplots(len(drawn), 4, squeeze=False)
+    for row, problem in zip(panels, drawn, strict=True):
         for color, method in enumerate(WATCHED):
             runs = looks(found, problem, method)
             if runs:
@@ -239,17 +253,19 @@ def _lines(row: Any, runs: Sequence[Sequence[Look]], color: str, method: str) ->
 def claims(found: Results, link: str) -> list[tuple[str, str, str, str, str]]:
     """Whether the variance falls, and which part of it matters."""
     rows = []
-    for problem in (LS, DIGITS):
-        setting = f"{problem}, pairs, b = 32, TrackVariance along the runs, by fifths"
-        plain = looks(found, problem, "MeZO")
+    for problem in PROBLEMS:
+        watched = {method: looks(found, problem, method) for method in WATCHED}
+        sizes = sorted({run[0].rows for runs in watched.values() for run in runs})
+        rows_said = " or ".join(f"{size:.0f}" for size in sizes)
+        setting = f"{problem}, pairs, b = {rows_said}, TrackVariance along the runs, by fifths"
+        plain = watched["MeZO"]
         if plain:
             shares = [one.data_share for one in fifths(plain)]
             text = f"share of the data {min(shares):.2f} to {max(shares):.2f}"
             holds = "yes" if min(shares) > 0.5 else "no" if max(shares) < 0.5 else "in part"
             rows.append(("The noise of the data is the larger part of MeZO's error", setting, text,
                          holds, link))  # fmt: skip
-        for method in WATCHED:
-            runs = looks(found, problem, method)
+        for method, runs in watched.items():
             if not runs or "SVRG" not in method:
                 continue
             left = [left_of(method, one) or 0.0 for one in fifths(runs)]

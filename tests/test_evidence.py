@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zo_adapt import Group, ParameterView
 from zo_adapt.noise.distributions import GAUSSIAN, draw
 from zo_adapt.term import Step
 
@@ -160,3 +161,64 @@ def test_figures_are_drawn_of_what_is_there(theory: tuple[Any, list[int]], tmp_p
         draw(Results(found), [], tmp_path)
         text = (tmp_path / "evidence-curves.svg").read_text()
         assert text.count("not run") == (3 if found else 4)
+
+
+class Halves:
+    """Examples are lists: collated, with one number each."""
+
+    def __init__(self, x: Tensor, rests: Tensor) -> None:
+        self.x, self.rests = x, rests
+
+    def collate(self, rows: list[list[float]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return 0.5 * (rows - self.x).square().sum(1) + 100 * self.rests.sum()
+
+
+def test_a_step_is_compared_with_the_gradient_on_all_examples_of_what_moves(
+    theory: tuple[Any, list[int]],
+) -> None:
+    from evidence_pieces import Run
+    from evidence_problems import Problem
+    from evidence_variance import ROWS_AT_ONCE, Track
+
+    rows = torch.randn(2 * ROWS_AT_ONCE + 88, 3, generator=torch.Generator().manual_seed(0))
+    x, rests = torch.zeros(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    view = ParameterView({"x": x, "rests": rests}, groups=[Group("rests", perturbation_scale=0.0)])
+    problem = Problem(Halves(x, rests), view, rows.tolist(), dict)
+    run = Run("variance", "encoder, LoRA", "MeZO", 0.1, 64, None, 2, 0)
+    track, gradient = Track(run, problem), -rows.double().mean(0)
+    track.look(Step(1, 0, 0.0, 0.1, 0.0))
+    x -= 0.1 * 3 * gradient
+    track.look(Step(2, 0, 0.0, 0.1, 0.0))
+    history = [Step(2, 0, 0.0, 0.1, 0.0, metrics={"variance_data_noise": 1.0})]
+    *_, cosine, error, square = track.rows(history)[0]
+    assert (cosine, error) == (pytest.approx(1), pytest.approx(4))
+    assert square == pytest.approx(float(gradient.square().sum()), rel=1e-3)
+    assert not x.requires_grad
+
+
+def test_a_problem_that_was_watched_is_in_the_table_the_figure_and_the_claims(
+    theory: tuple[Any, list[int]], tmp_path: Path
+) -> None:
+    from evidence_cells import Results
+    from evidence_pieces import SEEDS, WATCHED, Run
+    from evidence_variance import claims, draw, table
+
+    looks = [[step, 1.0, 128.0, 0.9, 0.1, 0.01, 50.0, 2.0] for step in range(2, 22, 2)]
+    of = ("variance", "encoder, LoRA")
+    runs = {
+        Run(*of, method, 0.1, 64, None, 150, seed).key: {"track": looks}
+        for method in WATCHED
+        for seed in SEEDS
+    }
+    found = Results(runs)
+    share, *errors = claims(found, "")
+    assert share[1] == "encoder, LoRA, pairs, b = 64, TrackVariance along the runs, by fifths"
+    # p squared is 2 + 128 / 64, of which the gradient is 2.
+    assert share[2:4] == ("share of the data 0.50 to 0.50", "in part")
+    assert len(errors) == 2
+    assert table(found).count("encoder, LoRA, MeZO") == 2 * len(WATCHED)
+    draw(found, tmp_path / "one.svg")
+    assert (tmp_path / "one.svg").read_text().count('id="axes_') == 4

@@ -82,16 +82,22 @@ def test_the_history_as_a_figure() -> None:
     ), "the figure belongs to no window"
 
 
-def test_the_shares_of_noise_are_drawn_beside_other_metrics() -> None:
+def test_noises_and_the_share_of_the_data_are_drawn_beside_other_metrics() -> None:
     watched = {"twice": lambda batch: 2.0, "noise": TrackVariance(every=2, batch_size=4)}
     result = run(metrics=Metrics(watched, every=3))
-    *_, metric, shares = result.plot().axes
-    assert [axes.get_ylabel() for axes in (metric, shares)] == [
+    *_, metric, shares, noises = result.plot().axes
+    assert [axes.get_ylabel() for axes in (metric, shares, noises)] == [
         "twice",
         "noise: share of data noise",
+        "noise: noise of an example",
     ]
     assert list(shares.lines[0].get_xdata())[:3] == [24, 48, 72]
     assert all(0 <= share <= 1 for share in shares.lines[0].get_ydata())
+    for line in noises.lines:
+        name = "noise_" + str(line.get_label()).replace(" ", "_")
+        measured = [step.metrics[name] for step in result.history if name in (step.metrics or {})]
+        assert list(line.get_ydata()) == measured != []
+    assert [line.get_label() for line in noises.lines] == ["direction noise", "data noise"]
 
 
 @pytest.mark.parametrize(("method", "package"), [("to_pandas", "pandas"), ("plot", "matplotlib")])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,22 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from objectives import ClassificationLoss
-from zo_adapt import Data, MeZO, ParameterView, ZOTrainer, minimize
-from zo_adapt.errors import TrajectoryError
+from zo_adapt import (
+    ZOPAGE,
+    ZOSAGA,
+    ZOSPIDER,
+    ZOSTORM,
+    ZOSVRG,
+    Data,
+    MeZO,
+    MeZOSVRG,
+    ParameterView,
+    ZOTrainer,
+    minimize,
+)
+from zo_adapt.errors import OptionError, TrajectoryError
 from zo_adapt.trainer.order import ORDER
+from zo_adapt.trainer.planned import steps_within
 from zo_adapt.trainer.state import STATE
 from zo_adapt.trajectory.safe_file import read_state, write_state
 
@@ -46,6 +60,27 @@ class Batches(ZOTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         self.seen.append(torch.as_tensor(inputs["labels"]).tolist())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class RowsSeen(ZOTrainer):
+    """Keeps the rows of every batch: of its examples, which say their number."""
+
+    seen: list[list[int]]
+
+    @classmethod
+    def of(cls, folder: Path, **options: Any) -> list[list[int]]:
+        model = lora_model(num_labels=3)
+        rows = [row | {"input_ids": [6 + i]} for i, row in enumerate(news())]
+        options = {"displacement": 0.25, "per_device_train_batch_size": 8} | options
+        data = Dataset.from_list(rows)
+        trainer = cls(model, arguments(folder, **options), train_dataset=data, data_collator=pad)
+        trainer.seen = []
+        trainer.train()
+        return trainer.seen
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        self.seen.append([ids[0] - 6 for ids in inputs["input_ids"].tolist()])
         return super().training_step(model, inputs, num_items_in_batch)
 
 
@@ -111,20 +146,55 @@ def test_every_batch_has_its_part_of_every_class(tmp_path: Path) -> None:
     assert seen_by(Batches, tmp_path, data_seed=1) != seen
 
 
-def test_without_it_and_without_classes_rows_are_drawn_as_trainer_does(tmp_path: Path) -> None:
+def test_without_it_rows_are_drawn_as_trainer_does(tmp_path: Path) -> None:
     def first_batches(trainer: Trainer) -> list[Any]:
         return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
 
     texts = Dataset.from_list(news())
-    scores = texts.map(lambda row: {"labels": row["labels"] / 2})
     plain = Trainer(lora_model(), arguments(tmp_path), train_dataset=texts, data_collator=pad)
     torch.manual_seed(3)
     expected = first_batches(plain)
-    for data, stratify in ((texts, False), (scores, True)):
-        args = arguments(tmp_path, stratify=stratify)
-        trainer = ZOTrainer(lora_model(), args, train_dataset=data, data_collator=pad)
-        torch.manual_seed(3)
-        assert first_batches(trainer) == expected
+    args = arguments(tmp_path, stratify=False)
+    trainer = ZOTrainer(lora_model(), args, train_dataset=texts, data_collator=pad)
+    torch.manual_seed(3)
+    assert first_batches(trainer) == expected
+
+
+def test_no_row_of_a_pass_is_left_out_for_the_batch_of_a_snapshot_step(tmp_path: Path) -> None:
+    """Two epochs of six batches, every second step from a snapshot: the others are one pass."""
+    optimizer = {"optimizer": "mezo-svrg", "snapshot_size": 8, "max_steps": 12}
+    rows = RowsSeen.of(tmp_path / "all", **optimizer)
+    assert sorted(chain(*rows[1::2])) == list(range(48))
+    assert sorted(chain(*rows[::2])) == list(range(48)), "and so are the large batches"
+    assert rows[1::2] == RowsSeen.of(tmp_path / "plain", max_steps=6), "as without snapshots"
+
+
+@pytest.mark.parametrize(
+    "options", [{"stratify": False}, {"train_sampling_strategy": "sequential"}]
+)
+def test_saga_refuses_batches_of_unknown_rows(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer = trainer_of(tmp_path, max_steps=2, zo_optimizer=ZOSAGA(), **options)
+    with pytest.raises(OptionError, match=r"do not say which examples.*stratify=True"):
+        trainer.train()
+    assert trainer.queries == 0
+
+
+QUADRATIC = torch.randn(48, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [MeZO, MeZOSVRG, ZOSVRG, ZOSPIDER, ZOPAGE, ZOSTORM, ZOSAGA],
+    ids=lambda kind: kind.__name__,
+)
+def test_as_many_steps_are_planned_as_the_budget_is_enough_for(make: Any) -> None:
+    x = torch.zeros(5)
+    result = minimize(
+        lambda rows: (rows - x).square().sum(1), ParameterView({"x": x}), QUADRATIC,
+        make(displacement=0.25), batch_size=16, max_queries=3_000, seed=7, progress=False,
+    )  # fmt: skip
+    asked = make(displacement=0.25)
+    assert steps_within(3_000, asked, len(QUADRATIC), [16] * 3, 1, 7) == result.steps > 10
 
 
 def test_a_sampler_of_the_users_own_is_respected(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from objectives import CausalLMLoss
 from zo_adapt import (
     SGD,
+    Group,
     Metrics,
     MeZO,
     MeZOSVRG,
@@ -108,6 +109,26 @@ def test_the_cosine_is_that_of_an_estimate_from_few_directions() -> None:
     assert len(cosines) == 20
     mean = sum(cosines) / 20
     assert 0.05 < mean < math.sqrt(32 / D)
+
+
+def test_the_cosine_is_over_what_moves() -> None:
+    """A part at rest, however steep, is no direction that a step could have taken."""
+    cosines = []
+    for steep in (0.0, 1e3):
+        x, a, loss = problem()
+        rests = torch.zeros(3, dtype=torch.float64)
+        view = ParameterView(
+            {"x": x, "rests": rests}, groups=[Group("rests", perturbation_scale=0.0)]
+        )
+        result = minimize(
+            lambda rows, loss=loss, rests=rests, steep=steep: loss(rows) + steep * rests.sum(),
+            view, a, MeZO(lr=1e-9, perturbation_scale=1e-3), batch_size=16, max_steps=1,
+            progress=False, metrics={"noise": TrackVariance(1, gradient=True)},
+        )  # fmt: skip
+        assert result.metrics is not None
+        cosines.append(result.metrics["noise_cosine"])
+    assert cosines[0] == pytest.approx(cosines[1], rel=1e-6)
+    assert cosines[0] > 0.01
 
 
 def test_a_run_is_the_same_when_it_is_watched() -> None:

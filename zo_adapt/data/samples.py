@@ -35,6 +35,8 @@ class Samples:
 
     least_share = 4
     """Fewest rows of a share; more where every direction costs much, however few its rows."""
+    knows_rows = True
+    """Whether the rows of a minibatch are numbers of examples, the same ones in every pass."""
 
     def __init__(
         self,

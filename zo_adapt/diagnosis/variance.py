@@ -30,17 +30,24 @@ class TrackVariance:
 
     With p_ki the projected gradient of example i along direction k, Var p_ki = G + sigma^2, between
     and within directions. An estimate from N directions on b rows each has, in a view of d numbers,
-    the mean squared error d/N (G + sigma^2 / b). Measured along the same directions on the same
-    rows every time, so that a change is one of the weights.
+    the mean squared error d/N (G + sigma^2 / b). A control variate (a snapshot, a recursion) takes
+    out of sigma^2 / b at most: that is the part that matters where it is larger than G. Where it is
+    smaller, more directions on the same rows do more. Measured along the same directions on the
+    same rows every time, so that a change is one of the weights.
 
-    Goes where objectives go in ``metrics``, and reports under its name there:
-        direction_noise: G, the squared norm of the gradient.
-        data_noise: sigma^2 of one example.
-        data_share: sigma^2 / (G + sigma^2), the data's share in the noise of one example.
-        explained: 1 - E(p_k - q_k)^2 / E p_k^2 on minibatches, q at the snapshot: the share of a
-            minibatch estimate that the control variate takes out. Optimizers with snapshots only.
-        distance: |theta - theta_bar|, as expected of the directions between. The same.
-        cosine: Between the last step and the negative gradient by backpropagation on the rows; with
+    Goes where objectives go in ``metrics``, and reports under its name there (in ``Step.metrics``
+    of the history, ``Result.plot``, and the ``log_history`` of ``ZOTrainer``):
+        direction_noise: G = |grad f|^2, estimated as mean_k p_k^2 - sigma^2 / b, p_k the mean of a
+            direction's rows. About 0 it may come out negative.
+        data_noise: sigma^2 = mean_k Var_i p_ki, of one example.
+        data_share: sigma^2 / (max(G, 0) + sigma^2), the data's share in the noise of one example.
+        explained: 1 - sum_k (p_k - q_k)^2 / sum_k p_k^2, with q_k the p_k at the snapshot (of
+            recursions, where the weights were before): the share of a minibatch estimate that the
+            control variate takes out. Optimizers with such a place only.
+        distance: |theta - theta_bar| to that place, the root of its expected square over the
+            directions between; exact where values are kept. The same optimizers only.
+        cosine: -v.grad f / (|v| |grad f|), between the last step v and the gradient by
+            backpropagation on the rows, where the step ended, over what moves; with
             ``gradient=True``.
 
     Args:
@@ -142,6 +149,11 @@ class VarianceMonitor:
     def _cosine(self, terms: Terms, batches: Sequence[Batch]) -> float:
         """Of the step -v and the negative gradient on the rows; NaN where there is none."""
         view = self._evaluator.view
+        moving = [
+            name
+            for name in view.tensors
+            if name not in view.at_rest and view.group_of(name).perturbation_scale > 0
+        ]
         total: dict[str, Tensor] = {}
         for batch in batches:
             try:
@@ -149,10 +161,10 @@ class VarianceMonitor:
             except ObjectiveError:
                 return math.nan
             for name, gradient in zip(view.tensors, gradients, strict=True):
-                if gradient is not None:
+                if gradient is not None and name in moving:
                     total[name] = total.get(name, 0.0) + gradient.double()
         dot = squares = 0.0
-        for name in view.tensors:
+        for name in moving:
             step = view.along(terms, name)
             squares += float(step.square().sum())
             if name in total:

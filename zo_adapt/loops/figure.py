@@ -1,4 +1,4 @@
-"""A run as a figure: the value, the metrics and, where they were watched, the shares of noise."""
+"""A run as a figure: the value, the metrics and, where it was watched, what its noise is."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 SMOOTHED_SHARE = 1 / 20
 """Of a run's steps: how many the value is averaged over."""
 SHARE, NOISES = "_data_share", ("_direction_noise", "_data_noise")
-"""How the names of what ``TrackVariance`` reports end: drawn as the share that the data have."""
+"""How the names of what ``TrackVariance`` reports end: the noises share one panel."""
 Points = list[tuple[int, float]]
 
 
@@ -28,15 +28,17 @@ def draw(history: Sequence[Step]) -> "Figure":
     shares = [name for name in names if name.endswith(SHARE)]
     parts = {name.removesuffix(SHARE) + end for name in shares for end in (SHARE, *NOISES)}
     plain = [name for name in names if name not in parts]
-    panels = 1 + len(plain) + len(shares)
+    panels = 1 + len(plain) + 2 * len(shares)
     figure = Figure(figsize=(7, 3 + 2 * (panels - 1)), layout="constrained")
     first, *others = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
     _values(first, history)
-    for axes, name in zip(others, plain + shares, strict=True):
+    for axes, name in zip(others, plain + shares, strict=False):
         _line(axes, measured(history, name), name)
         if name in shares:
             axes.set_ylabel(f"{name.removesuffix(SHARE)}: share of data noise")
             axes.set_ylim(0, 1)
+    for axes, name in zip(others[len(plain + shares) :], shares, strict=True):
+        _noises(axes, history, name.removesuffix(SHARE))
     figure.axes[-1].set_xlabel("queries")
     return figure
 
@@ -61,6 +63,18 @@ def _values(axes: Any, history: Sequence[Step]) -> None:
 def _line(axes: Any, points: Points, label: str) -> None:
     axes.plot([at for at, _ in points], [value for _, value in points], marker=".")
     axes.set_ylabel(label)
+
+
+def _noises(axes: Any, history: Sequence[Step], name: str) -> None:
+    """Of the direction and of the data, over orders of magnitude; G may come out below 0."""
+    found = {end: measured(history, name + end) for end in NOISES}
+    for end, points in found.items():
+        label = end.strip("_").replace("_", " ")
+        axes.plot([at for at, _ in points], [noise for _, noise in points], marker=".", label=label)
+    if any(noise > 0 for points in found.values() for _, noise in points):
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_ylabel(f"{name}: noise of an example")
+    axes.legend()
 
 
 def smoothed(values: list[float], width: float) -> list[float]:

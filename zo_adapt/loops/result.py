@@ -138,7 +138,8 @@ class Result:
     def plot(self) -> "Figure":
         """The value, smoothed over a twentieth of the steps, and the metrics against queries.
 
-        What ``TrackVariance`` watched is drawn as the share that the data have in the noise.
+        What ``TrackVariance`` watched has panels for the share that the data have in the noise, for
+        both noises, and for each of its other figures.
 
         Returns:
             A figure that belongs to no window: show it in a notebook, or ``savefig`` it.

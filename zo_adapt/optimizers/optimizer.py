@@ -1,16 +1,14 @@
 """What every optimizer is: ``step`` for the loops, and ask / tell where values are enough.
 
 An optimizer is two choices: how a gradient estimate is formed (``TwoSided``, ``OneSided``) and how
-it is applied (``ByDistance``, ``Rate``). The classics are:
-
+it is applied (``ByDistance``, ``Rate``). The classics:
     MeZO        an estimate on a minibatch, applied
     MeZO-SVRG   an estimate on a large batch, applied; between two of those, corrected by the
                 difference of two estimates on a minibatch, here and at the snapshot
     ZO-SVRG     the same with a direction for every sample
 
-Both choices are values: what changes over a run is in ``RunState``, made by ``begun``. A way to
-apply that is to be found by measurements has a ``Finder`` there: between two steps, what is asked
-may be its probes, and the ``Step`` that follows from their values moves nothing.
+Both are values: what changes over a run is in ``RunState``, made by ``begun``, with a ``Finder`` of
+ways to apply that are measured: what is asked may be its probes, whose ``Step`` moves nothing.
 """
 
 import math
@@ -99,6 +97,14 @@ class ZerothOrder(Settings, ABC):
     @abstractmethod
     def advance(self, evaluations: Sequence[Evaluation], progress: Progress) -> Step:
         """What ``tell`` does, where numbers do not overflow."""
+
+    def begins_at(self, step: int) -> bool:
+        """Whether a step, by its number from 0 on, is made of a large batch; here none is."""
+        return False
+
+    def batch_of(self, step: int, samples: Samples) -> Batch:
+        """The next rows that such a step is made of."""
+        return samples.minibatch()
 
     def ask(self, samples: Samples, budget: Budget = NO_LIMIT, queries: int = 0) -> list[Probe]:
         """The probes of the next step, or of a measurement before it.

@@ -174,12 +174,11 @@ class ZOPAGE(Recursive):
         self._set(restart_probability=probability)
         self._build(lr, estimate, apply, 1, snapshot_size, keywords)
 
-    @property
-    def at_snapshot(self) -> bool:
-        """Whether the next step takes a large batch: a word of the generator says so."""
-        if self.steps == 0:
+    def begins_at(self, step: int) -> bool:
+        """Whether a step takes a large batch: a word of the generator says so."""
+        if step == 0:
             return True
-        word = philox.words_numpy(self.state.seed, self.steps, RESTART_STREAM, 0, 1)[0]
+        word = philox.words_numpy(self.state.seed, step, RESTART_STREAM, 0, 1)[0]
         return float(word) / 2**64 < self.restart_probability
 
     @property
@@ -240,10 +239,9 @@ class ZOSTORM(Recursive):
         """1 - a."""
         return 1.0 - self.momentum
 
-    @property
-    def at_snapshot(self) -> bool:
+    def begins_at(self, step: int) -> bool:
         """The first step alone."""
-        return self.steps == 0
+        return step == 0
 
     def corrected(self, here: Terms, there: Terms) -> Terms:
         """V_t, the newest terms first, without those that have shrunk to nothing."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from zo_adapt.data.samples import Samples
+from zo_adapt.data.sources import Batch
+from zo_adapt.errors import OptionError
 from zo_adapt.evaluation.protocol import Evaluation, Probe
 from zo_adapt.optimizers.directions import direction_terms
 from zo_adapt.optimizers.estimator import TwoSided
@@ -75,9 +77,27 @@ class ZOSAGA(ZerothOrder):
         table: dict[int, Terms] = vars(self)["_table"]
         return table
 
+    def begins_at(self, step: int) -> bool:
+        """The first step alone."""
+        return step == 0
+
+    def batch_of(self, step: int, samples: Samples) -> Batch:
+        """The whole set at first, then minibatches."""
+        return samples.large("all") if self.begins_at(step) else samples.minibatch()
+
     def propose(self, samples: Samples) -> list[Probe]:
-        """A pair for every sample: of the minibatch, or at first of the whole set."""
-        batch = samples.minibatch() if self.table else samples.large("all")
+        """A pair for every sample: of the minibatch, or at first of the whole set.
+
+        Raises:
+            OptionError: The rows of batches do not say which examples they are.
+        """
+        if not samples.knows_rows:
+            raise OptionError(
+                "ZOSAGA keeps a term for every example, and batches that something else draws do "
+                "not say which examples they hold; in ZOTrainer, leave the order to it: "
+                "stratify=True, and no sampler or loader of your own"
+            )
+        batch = self.batch_of(self.steps, samples)
         asked = self.state.asked = self.new_directions(each_sample(batch, samples))
         return self.estimate.probes(asked)
 

@@ -120,7 +120,11 @@ class VarianceReduced(ZerothOrder):
     @property
     def at_snapshot(self) -> bool:
         """Whether the next step begins with a snapshot."""
-        return self.steps % self.snapshot_interval == 0
+        return self.begins_at(self.steps)
+
+    def begins_at(self, step: int) -> bool:
+        """Whether a step, by its number from 0 on, begins with a snapshot."""
+        return step % self.snapshot_interval == 0
 
     def divide(self, batch: Batch, samples: Samples) -> list[Batch]:
         """A large batch as the estimator does; a minibatch is whole, for one direction."""
@@ -129,7 +133,7 @@ class VarianceReduced(ZerothOrder):
     def propose(self, samples: Samples) -> list[Probe]:
         """The probes of the next step: at a snapshot here, otherwise here and at theta_bar."""
         state, snapshot = self.state, self.snapshot
-        batches = self.divide(self._batch(samples), samples)
+        batches = self.divide(self.batch_of(self.steps, samples), samples)
         here = state.asked = self.new_directions(batches)
         if self.at_snapshot:
             return self.estimate.probes(here)
@@ -215,8 +219,9 @@ class VarianceReduced(ZerothOrder):
         )
         return update._replace(terms=tuple(terms))
 
-    def _batch(self, samples: Samples) -> Batch:
-        if not self.at_snapshot:
+    def batch_of(self, step: int, samples: Samples) -> Batch:
+        """A large batch at a snapshot, a minibatch otherwise."""
+        if not self.begins_at(step):
             return samples.minibatch()
         size, rows = self.snapshot_size, samples.batch_size
         if size == "auto":

@@ -107,7 +107,7 @@ class TrainerSamples(Samples):
         order: str = AS_DRAWN,
     ) -> None:
         self._training, self.min_rows, self.order = source, min_rows, order
-        self._stratify, self._classes = stratify, None
+        self._stratify, self._classes, self.knows_rows = stratify, None, False
         self.positions = {}
         if source.has_length:
             classes = source.classes if stratify else None
@@ -118,15 +118,26 @@ class TrainerSamples(Samples):
         """Whether the training set is no stream."""
         return self._training.has_length
 
-    def receive(self, rows: "InputRows | TrainingRows") -> None:
-        """The rows of the next step."""
+    def receive(
+        self, rows: "InputRows | TrainingRows", numbers: Sequence[int] | None = None
+    ) -> None:
+        """The rows of the next step.
+
+        Args:
+            rows: What the loader gave.
+            numbers: Theirs in the training set, where they are known.
+        """
         self.batch_size = len(rows)
         if not self._training.has_length:
             self.source = rows  # of a stream this is all that there is to draw from
         # Spread over a pass, they are spread over any part of it already.
         is_to_arrange = self._stratify and self.order == AS_DRAWN
         classes = rows.classes if is_to_arrange else None
-        self._inputs = Batch(rows, _fair_order(classes, len(rows)))
+        self.knows_rows = numbers is not None and len(numbers) == len(rows)
+        if numbers is not None and self.knows_rows:
+            self._inputs = Batch(Numbered(rows, numbers), numbers)
+        else:
+            self._inputs = Batch(rows, _fair_order(classes, len(rows)))
         self._training.forget()
 
     def minibatch(self, size: int | None = None) -> Batch:
@@ -147,6 +158,8 @@ class TrainerSamples(Samples):
             DataError: The training set is a stream, or smaller than ``size``.
         """
         if size == len(self._inputs):
+            if self._training.has_length:
+                super().large(size)  # what was given are these rows, or stands for them
             return self._inputs
         if not self._training.has_length:
             raise DataError(
@@ -168,6 +181,21 @@ def _fair_order(classes: Sequence[int] | None, rows: int) -> list[int]:
     order = np.arange(rows)
     arranged = order if classes is None else stratified(order, np.asarray(classes))
     return [int(row) for row in arranged]
+
+
+class Numbered:
+    """Rows by their numbers in the training set."""
+
+    def __init__(self, rows: "InputRows | TrainingRows", numbers: Sequence[int]) -> None:
+        self._rows = rows
+        self._places = {number: place for place, number in enumerate(numbers)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """The batch of these rows."""
+        return self._rows.take([self._places[row] for row in rows])
 
 
 class InputRows:

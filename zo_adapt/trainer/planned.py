@@ -4,7 +4,7 @@ import copy
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, cycle, islice
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from zo_adapt.evaluation.objective import rows_needed
 from zo_adapt.optimizers.first_order import FirstOrder
 from zo_adapt.optimizers.optimizer import ZerothOrder
 from zo_adapt.optimizers.schedule import Schedule
+from zo_adapt.trainer.order import Unread
 from zo_adapt.view.parameters import ParameterView
 
-LONGEST_CYCLE = 100_000
+MOST_COUNTED = 100_000
+"""Steps that are counted one by one."""
 
 
 class PlannedSteps:
@@ -96,24 +98,12 @@ class PlannedSteps:
             rows,
             epoch,
             1 if objective is None else rows_needed(objective),
+            self.args.seed,
         )
 
 
-class _Rows:
-    """So many rows, which nobody reads."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def take(self, rows: Sequence[int]) -> None:
-        """Nothing: only their number matters."""
-
-
 def steps_within(
-    max_queries: int, optimizer: Any, rows: int, batches: Sequence[int], min_rows: int
+    max_queries: int, optimizer: Any, rows: int, batches: Sequence[int], min_rows: int, seed: int
 ) -> int | None:
     """Steps that fit into a budget; None where the optimizer does not say what a step costs.
 
@@ -123,43 +113,45 @@ def steps_within(
         rows: Of the training set.
         batches: Rows of every batch of an epoch.
         min_rows: Of a part of a batch; see ``objective.rows_needed``.
+        seed: Of the run, by which some choose what a step is made of.
 
     Example:
         >>> from zo_adapt import MeZO
-        >>> steps_within(400, MeZO(), 10, [4, 4, 2], 1)  # 32 + 32 + 16 an epoch
+        >>> steps_within(400, MeZO(), 10, [4, 4, 2], 1, 0)  # 32 + 32 + 16 an epoch
         15
     """
-    interval = int(getattr(optimizer, "snapshot_interval", 1))
-    cycle = math.lcm(interval, len(batches))
-    cycle = cycle if cycle <= LONGEST_CYCLE else LONGEST_CYCLE
     try:
-        costs = list(islice(_costs(optimizer, rows, batches, interval, min_rows), cycle))
+        spent, costs = 0, list[int]()
+        for cost in islice(_costs(optimizer, rows, batches, min_rows, seed), MOST_COUNTED):
+            if spent + cost > max_queries:
+                return len(costs)
+            spent += cost
+            costs.append(cost)
     except ZOError:  # which says itself again, where it counts
         return None
-    if not costs or not sum(costs):
+    if not spent:
         return None
-    whole, rest = divmod(max_queries, sum(costs))
+    # A longer run goes on as it was so far.
+    whole, rest = divmod(max_queries, spent)
     return whole * len(costs) + bisect_right(list(accumulate(costs)), rest)
 
 
 def _costs(
-    optimizer: Any, rows: int, batches: Sequence[int], interval: int, min_rows: int
+    optimizer: Any, rows: int, batches: Sequence[int], min_rows: int, seed: int
 ) -> Iterator[int]:
     """Queries of one step after the other."""
     if not isinstance(optimizer, ZerothOrder | FirstOrder):
         return
     asked = copy.copy(optimizer)  # its run is replaced, that of the original stays
-    asked.start(ParameterView({"x": torch.ones(1)}), 0)
-    known: dict[tuple[int, int], int] = {}
-    step = 0
-    while True:
-        size = batches[step % len(batches)]
-        key = step % interval, size
+    asked.start(ParameterView({"x": torch.ones(1)}), seed)
+    known: dict[tuple[bool, int], int] = {}
+    for step, size in enumerate(cycle(batches)):
+        if not isinstance(asked, ZerothOrder):
+            yield size
+            continue
+        key = asked.begins_at(step), size
         if key not in known:
-            known[key] = size
-            if isinstance(asked, ZerothOrder):
-                asked.state.steps = step
-                samples = Samples(_Rows(rows), size, 0, None, min_rows)
-                known[key] = sum(len(probe.batch) for probe in asked.propose(samples))
+            asked.state.steps = step
+            samples = Samples(Unread(rows), size, 0, None, min_rows)
+            known[key] = sum(len(probe.batch) for probe in asked.propose(samples))
         yield known[key]
-        step += 1

@@ -44,7 +44,7 @@ from zo_adapt.trainer.data import Batching, TrainerSamples, readable
 from zo_adapt.trainer.ends import AtRunEnds
 from zo_adapt.trainer.loss import TrainerLoss
 from zo_adapt.trainer.metrics import MeasuredMetrics
-from zo_adapt.trainer.order import SpreadBatches, order_of
+from zo_adapt.trainer.order import AS_DRAWN, SpreadBatches, sampler_of
 from zo_adapt.trainer.planned import PlannedSteps
 from zo_adapt.trainer.resuming import WholeCheckpoints
 from zo_adapt.trainer.sharing import SharedSteps
@@ -181,7 +181,7 @@ class ZOTrainer(
         loss = 0.0
         try:
             rows = self._batching.received(inputs)
-            self._samples.receive(rows)
+            self._samples.receive(rows, self._numbers())
             if not self._is_begun:
                 self._look(self._run.evaluator.objective, rows)
                 self._begin_log(self._run)
@@ -266,12 +266,13 @@ class ZOTrainer(
             ),
             ranks,
         )
+        self._sampler = sampler_of(loader)
         self._samples = TrainerSamples(
             source,
             self.args.seed,
             rows_needed(evaluator.objective),
             self.args.stratify,
-            order_of(loader),
+            AS_DRAWN if self._sampler is None else self._sampler.order,
         )
         budget = Budget(self._limit, self.args.max_queries)
         self._run = Run(
