@@ -28,6 +28,8 @@ RECURSIVE = ("ZO-SPIDER", "ZO-PAGE", "ZO-STORM")
 SHORT = (*EQUAL[:3], "MeZO()", "MeZOSVRG()")
 COUNTING = ("MeZO()", "MeZOSVRG()", "MeZO, mu = 0.01",
             "MeZO-SVRG, one rate, shared direction, mu = 0.01")  # fmt: skip
+WRITING = (*COUNTING, "MeZO, mu = 0.05")
+"""Of a text that is written: few of its words change within 0.01."""
 ENCODER = ("MeZO", *EQUAL[1:3], "MeZO()", "MeZOSVRG()")
 FITTING = tuple(name for name in ABLATIONS if name != "large batch 1024")
 FIRST_ORDER = ("FO-SGD", "FO-Adam")
@@ -118,6 +120,10 @@ PLAN = (
     Cell("objectives", "ranking, NDCG", COUNTING, queries=4_000, batch_size=16),
     Cell("objectives", "MNIST, F1", COUNTING, queries=50_000, batch_size=128),
     Cell("objectives", "generation, reward", COUNTING, queries=1_000, batch_size=16),
+    Cell("objectives", "passages, NDCG", COUNTING, queries=4_000, batch_size=16),
+    Cell("objectives", "headlines, reward", WRITING, queries=1_920, batch_size=16),
+    *(Cell("objectives", f"encoder, {metric}", COUNTING, queries=30_000, batch_size=128)
+      for metric in ("accuracy", "F1")),
     Cell("one sample a forward", LS, ONE_SAMPLE, queries=4_000),
     Cell("one sample a forward", LS, ("MeZO", LARGE_BATCH), queries=100_000),
     Cell("one sample a forward", LS, ("MeZO", WHOLE_SET, LARGE_BATCH), queries=1_000_000),
@@ -157,6 +163,8 @@ GRIDS = {
     "ablations: encoder, LoRA": (1e-2, 3e-2, 1e-1, 3e-1),
     "ranking, NDCG": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    **dict.fromkeys(("encoder, accuracy", "encoder, F1"), (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
+    **dict.fromkeys(("passages, NDCG", "headlines, reward"), (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
     **{f"causal LM, LoRA{half}": (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for half in ("", ", bf16")},
     **{f"causal LM, last layers{half}": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2) for half in ("", ", bf16")},
     **{f"causal LM, all weights{half}": (1e-6, 1e-5, 1e-4) for half in ("", ", bf16")},

@@ -1,6 +1,7 @@
 """What benchmarks/evidence.py tunes: least squares, a perceptron, an encoder, and metrics.
 
-The causal language model is in evidence_lm.py.
+The causal language model is in evidence_lm.py, metrics of pre-trained models are in
+evidence_metrics.py.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from evidence_lm import causal_lm
+from evidence_metrics import headlines, passages, topics
 from torch import Tensor, nn
 
 from objectives import F1, NDCG, Accuracy, ClassificationLoss, GenerationReward
@@ -198,6 +200,10 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "MNIST, F1": partial(perceptron, kind="F1"),
     "ranking, NDCG": ranking,
     "generation, reward": generation,
+    "encoder, accuracy": partial(topics, kind="accuracy"),
+    "encoder, F1": partial(topics, kind="F1"),
+    "passages, NDCG": passages,
+    "headlines, reward": headlines,
     **{
         f"encoder, {name}{', bf16' if dtype == torch.bfloat16 else ''}": partial(
             encoder, view=view, dtype=dtype

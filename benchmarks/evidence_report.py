@@ -22,12 +22,12 @@ from evidence_cells import (
     markdown,
     spread,
 )
-from evidence_claims import OBJECTIVES, VIEWS, claims
+from evidence_claims import OBJECTIVES, PRETRAINED, VIEWS, claims
 from evidence_figures import draw
 from evidence_language import PRECISIONS, by_queries, by_steps
 from evidence_methods import ABLATIONS, COORDINATES, METHODS, OWN
 from evidence_packages import PACKAGES
-from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT
+from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT, WRITING
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +55,8 @@ def report(results: Mapping[str, Any]) -> None:
         "ablations": table(found, ABLATIONS, ablations()),
         "batch sizes": batch_sizes(found),
         "batch sizes, steps": table(found, SHORT[:3], by_rows_at_equal_steps()),
-        "objectives": table(found, COUNTING, objectives()),
+        "objectives": table(found, COUNTING, objectives(OBJECTIVES)),
+        "objectives, pre-trained": table(found, WRITING, objectives(PRETRAINED)),
         "packages": packages(found),
         "variance": evidence_variance.table(found),
         "one sample": table(found, (*ONE_SAMPLE, *COORDINATES), one_sample()),
@@ -189,9 +190,9 @@ def by_rows_at_equal_steps() -> Columns:
     }
 
 
-def objectives() -> Columns:
+def objectives(cells: Columns) -> Columns:
     """What is counted, on rows that are held out."""
-    return {f"{w.problem}, {w.budget}": (w, figure) for w, figure in OBJECTIVES.values()}
+    return {f"{where.problem}, {where.budget}": (where, figure) for where, figure in cells.values()}
 
 
 def table(found: Results, methods: Sequence[str] | Mapping[str, Any], columns: Columns) -> str:
@@ -203,7 +204,7 @@ def table(found: Results, methods: Sequence[str] | Mapping[str, Any], columns: C
     }
     shown = [name for name in columns if any(cells[m, name] != "-" for m in methods)]
     rows = [[method, *(cells[method, name] for name in shown)] for method in methods]
-    return markdown(["", *shown], (row for row in rows if set(row[1:]) != {"-"}))
+    return markdown(["", *shown], (row for row in rows if set(row[1:]) - {"-"}))
 
 
 def packages(found: Results) -> str:

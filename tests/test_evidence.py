@@ -222,3 +222,19 @@ def test_a_problem_that_was_watched_is_in_the_table_the_figure_and_the_claims(
     assert table(found).count("encoder, LoRA, MeZO") == 2 * len(WATCHED)
     draw(found, tmp_path / "one.svg")
     assert (tmp_path / "one.svg").read_text().count('id="axes_') == 4
+
+
+def test_what_has_no_gradient_is_run_by_methods_there_are_and_read_by_a_table(
+    theory: tuple[Any, list[int]],
+) -> None:
+    from evidence_cells import Where
+    from evidence_claims import OBJECTIVES, PRETRAINED
+    from evidence_methods import METHODS, OWN
+    from evidence_pieces import PLAN
+    from evidence_problems import PROBLEMS
+
+    cells = [cell for cell in PLAN if cell.piece == "objectives"]
+    assert {cell.problem for cell in cells} <= set(PROBLEMS)
+    assert {method for cell in cells for method in cell.methods} <= {*METHODS, *OWN}
+    run = {Where(c.piece, c.problem, c.queries, c.steps, c.batch_size) for c in cells}
+    assert run == {where for where, _ in (*OBJECTIVES.values(), *PRETRAINED.values())}
