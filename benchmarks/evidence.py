@@ -102,6 +102,7 @@ def of_method(run: Run) -> dict[str, Any]:
     track = Track(run, problem) if run.piece == "variance" else None
     clock = Clock(run, problem) if run.piece == "time" else None
     of_language = run.problem.startswith("causal LM")
+    before = problem.measure() if run.piece == "objectives" else {}
 
     def look(step: Any) -> None:
         if track is not None:
@@ -129,6 +130,7 @@ def of_method(run: Run) -> dict[str, Any]:
     except ZOError as error:
         return {"stopped": str(error).splitlines()[0]}
     found = problem.measure() | {"steps": result.steps, "queries": result.queries}
+    found |= {"before": before} if before else {}
     found |= {"curve": curve} if curve else {}
     found |= {} if track is None else {"track": track.rows(result.history)}
     found |= {} if clock is None else {"clock": clock.rows}
@@ -201,7 +203,9 @@ def work(arguments: argparse.Namespace) -> None:
             if time.monotonic() > saved + 5:
                 save(new, arguments.into)
                 saved = time.monotonic()
-            shown = {k: v for k, v in found.items() if k not in ("curve", "track", "clock")}
+            shown = {
+                k: v for k, v in found.items() if k not in ("curve", "track", "clock", "before")
+            }
             print(len(new), *run, shown, flush=True)
         pool.terminate()
         pool.join()

@@ -101,6 +101,7 @@ METHODS: dict[str, Make] = {
     "ZO-SAGA": lambda lr: ZOSAGA(apply=constant(lr), perturbation_scale=MU),
     "MeZO, mu = 0.01": lambda lr: MeZO.paper(lr, perturbation_scale=0.01),
     "MeZO, mu = 0.05": lambda lr: MeZO.paper(lr, perturbation_scale=0.05),
+    "MeZO, mu = 0.1": lambda lr: MeZO.paper(lr, perturbation_scale=0.1),
     "MeZO, 8 directions compared, mu = 0.01": partial(eight, mu=0.01),
     "MeZO-SVRG, one rate, shared direction, mu = 0.01": partial(svrg, mu=0.01),
 }

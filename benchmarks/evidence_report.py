@@ -27,7 +27,7 @@ from evidence_figures import draw
 from evidence_language import PRECISIONS, by_queries, by_steps
 from evidence_methods import ABLATIONS, COORDINATES, METHODS, OWN
 from evidence_packages import PACKAGES
-from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT, WRITING
+from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT, WIDE, WRITING
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +56,7 @@ def report(results: Mapping[str, Any]) -> None:
         "batch sizes": batch_sizes(found),
         "batch sizes, steps": table(found, SHORT[:3], by_rows_at_equal_steps()),
         "objectives": table(found, COUNTING, objectives(OBJECTIVES)),
-        "objectives, pre-trained": table(found, WRITING, objectives(PRETRAINED)),
+        "objectives, pre-trained": table(found, (*WRITING, WIDE[-1]), objectives(PRETRAINED)),
         "packages": packages(found),
         "variance": evidence_variance.table(found),
         "one sample": table(found, (*ONE_SAMPLE, *COORDINATES), one_sample()),
