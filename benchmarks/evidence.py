@@ -36,7 +36,8 @@ import evidence_theory
 from evidence_exact import exactness
 from evidence_lm import AT_ONCE
 from evidence_methods import COORDINATES, optimizer_of
-from evidence_pieces import SEEDS, THEORY, Run, is_former, open_runs, schedule_of
+from evidence_pieces import is_former, open_runs, schedule_of
+from evidence_plan import SEEDS, THEORY, Run
 from evidence_problems import PROBLEMS, least_squares_rows, squares, squares_at
 from evidence_time import Clock
 from evidence_variance import Track

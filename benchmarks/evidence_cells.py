@@ -3,15 +3,18 @@
 import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from evidence_pieces import SEEDS, TUNING, Run, grid_of, is_former
+from evidence_pieces import grid_of, is_former
+from evidence_plan import SEEDS, TUNING, Run
 
 DIVERGED = 200.0
 """A training loss beyond which a run counts as diverged; they start at 2.3 to 132."""
 Found = dict[str, Any]
+Claim = tuple[str, str, str, str, str]
+"""Claim, setting, found, whether it holds, figure or table."""
 
 
 class Where(NamedTuple):
@@ -139,52 +142,6 @@ def legend(axes: Any, **settings: Any) -> None:
         axes.legend(fontsize="x-small", frameon=False, **settings)
 
 
-def by_size(found: Results, piece: str, method: str) -> dict[tuple[int, int], list[float]]:
-    """Mean squared gradients by d and T."""
-    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for run, one in found.of(piece):
-        if run.method == method and one.get("mean squared gradient") is not None:
-            key = int(run.problem.split()[-1]), run.steps or 0
-            cells[key].append(one["mean squared gradient"])
-    return cells
-
-
-def exponents(cells: Mapping[tuple[int, int], Sequence[float]]) -> tuple[float, float] | None:
-    """Of d and T; None: too few points."""
-    import numpy as np
-
-    points = [(math.log(d), math.log(t), math.log(v)) for (d, t), vs in cells.items() for v in vs]
-    if len({p[:2] for p in points}) < 4:
-        return None
-    x = np.array([[1.0, d, t] for d, t, _ in points])
-    (_, a, b), *_ = np.linalg.lstsq(x, np.array([v for *_, v in points]), rcond=None)
-    return float(a), float(b)
-
-
-def growing(cells: Mapping[tuple[int, int], Sequence[float]]) -> list[int]:
-    """The sizes whose squared gradients are largest in the longest runs."""
-    means = {key: statistics.mean(values) for key, values in cells.items()}
-    found = []
-    for size in sorted({d for d, _ in cells}):
-        steps = sorted(t for d, t in cells if d == size)
-        if len(steps) > 1 and means[size, steps[-1]] > 1.5 * means[size, steps[0]]:
-            found.append(size)
-    return found
-
-
-def late(
-    cells: Mapping[tuple[int, int], Sequence[float]],
-) -> dict[tuple[int, int], Sequence[float]]:
-    """Those of T >= 10 d, of the sizes that do not grow."""
-    grow = growing(cells)
-    return {(d, t): v for (d, t), v in cells.items() if t >= 10 * d and d not in grow}
-
-
-def by_rows(found: Results) -> dict[int, dict[int, list[float]]]:
-    """Squared gradients late in a run of Theorem 5.3, by steps and rows of the large batch."""
-    cells: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run, one in sorted(found.of("Theorem 5.3"), key=lambda pair: pair[0].steps or 0):
-        if run.method.startswith("large batch"):
-            rows = int(run.method.split()[-1])
-            cells[run.steps or 0][rows].append(one["of the second half"])
-    return {steps: dict(sorted(rows.items())) for steps, rows in cells.items()}
+def save(figure: Any, path: Path) -> None:
+    """The same file for the same figure."""
+    figure.savefig(path, metadata={"Date": None})

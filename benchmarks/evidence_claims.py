@@ -1,24 +1,15 @@
 """What is claimed, where it was tried and what was found: one table, written from the results."""
 
 import math
-import statistics
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import evidence_lemmas
+import evidence_memory
 import evidence_variance
-from evidence_cells import (
-    Cell,
-    Results,
-    Where,
-    by_rows,
-    by_size,
-    exponents,
-    growing,
-    late,
-    markdown,
-)
-from evidence_pieces import DIGITS, LARGE_BATCH, LS, ONE_SAMPLE, RECURSIVE, WHOLE_SET
-from evidence_theory import bound
+from evidence_cells import Cell, Claim, Results, Where, markdown
+from evidence_plan import DIGITS, FIRST_ORDER, LARGE_BATCH, LS, ONE_SAMPLE, RECURSIVE, WHOLE_SET
 
 SVRG = "MeZO-SVRG as printed"
 ONE_RATE = "MeZO-SVRG, one rate, shared direction"
@@ -38,19 +29,15 @@ PRETRAINED = {
     "reward": (Where("objectives", "headlines, reward", 1_920, None, 16), "reward"),
 }
 """The same metrics on pre-trained models and real texts."""
+SETTING_IN_CLAIM = r" \((Figure|MNIST|README)[^)]*\)| on an encoder| on a causal LM|: with.*"
 GROUPS = ("paper", "open questions", "project")
-Claim = tuple[str, str, str, str, str]
-"""Claim, setting, found, whether it holds, figure or table."""
-CURVES, BATCHES, MEMORY = (
-    "[figure](#least-squares-and-mnist)",
-    "[figure](#batch-sizes)",
-    "[figure](#memory)",
-)
+CURVES, BATCHES = "[figure](#least-squares-and-mnist)", "[figure](#batch-sizes)"
 ENCODER = "[table](#an-encoder)"
 VIEWS = ("LoRA", "last layers", "all weights")
+BEST_RATE = "MeZO(), given no rate, learns more than MeZO with the best rate of the grid"
 RECOMMENDED = "MeZO(), the recommended one, does better than MeZOSVRG()"
 FIRST = "Backpropagation learns more from the same forwards (README)"
-THEORY, VARIANCE = "[table](#theory)", "[figure](#variance-along-a-run)"
+VARIANCE = "[figure](#variance-along-a-run)"
 
 
 def claims(
@@ -58,13 +45,33 @@ def claims(
 ) -> dict[str, str]:
     """Those that have results, with more of other files: tables by whose claims they are."""
     rows = [*variance_reduction(found), *details(found), *evidence_variance.claims(found, VARIANCE)]
-    rows += [*theory(found), *of_memory(memory), *others(found), *rows_of_a_batch(found)]
+    rows += [*evidence_lemmas.claims(found), *evidence_memory.claims(memory)]
+    rows += [*others(found), *rows_of_a_batch(found)]
     rows += [*own(found), *more]
     groups: dict[str, list[Claim]] = {name: [] for name in GROUPS}
     for row in rows:
         groups[group(row[0])].append(row)
     header = ["claim", "setting", "found", "holds", "figure or table"]
-    return {f"claims: {name}": markdown(header, of) for name, of in groups.items()}
+    tables = {f"claims: {name}": markdown(header, of) for name, of in groups.items()}
+    return tables | {"summary": summary(rows)}
+
+
+def summary(rows: Iterable[Claim]) -> str:
+    """In how many of its settings a claim holds, where it has several."""
+    of: dict[str, list[str]] = {}
+    for claim, setting, _, holds, _ in rows:
+        name = re.sub(SETTING_IN_CLAIM, "", claim)
+        budget = re.search(r"equal [\d,]+ (queries|steps)", setting)
+        name += f", at equal {budget[1]}" if budget else ""
+        of.setdefault(name, []).append(holds)
+    lines = []
+    for name, found in of.items():
+        if len(found) > 2:
+            clear = [one for one in found if "within the spread" not in one]
+            yes, no = (sum(one.startswith(word) for one in clear) for word in ("yes", "no"))
+            lines.append([name, f"{len(found)}", f"{yes}", f"{len(found) - yes - no}", f"{no}"])
+    return markdown(["claim", "settings", "holds", "within the spread, or in part", "does not"],
+                    lines)  # fmt: skip
 
 
 def group(claim: str) -> str:
@@ -109,6 +116,18 @@ def versus(
             better(a, b, figure),
             link,
         )
+
+
+def first_order(
+    found: Results, where: Where, figure: str, link: str, label: str = ""
+) -> Iterator[Claim]:
+    """Backpropagation at its better, beside this library's default."""
+    sign = -1 if figure == "training" else 1
+    tried = [name for name in FIRST_ORDER if found.cell(where, name).runs]
+    tried.sort(key=lambda name: -sign * found.cell(where, name).mean(figure))
+    if tried:
+        yield from versus(found, FIRST, where, figure, tried[0], "MeZO()", *tried[1:], link=link,
+                          label=label)  # fmt: skip
 
 
 def variance_reduction(found: Results) -> Iterator[Claim]:
@@ -221,13 +240,12 @@ def own(found: Results) -> Iterator[Claim]:
     views = [Where("encoder", f"encoder, {view}", 30_000, None, 64) for view in VIEWS]
     places = [(queries[0], "training", CURVES), (queries[1], "accuracy", CURVES)]
     places += [(where, "accuracy", ENCODER) for where in views]
-    ahead = "MeZO(), given no rate, learns more than MeZO with the best rate of the grid"
     for where, figure, link in places:
-        yield from versus(found, ahead, where, figure, "MeZO()", "MeZO", EIGHT, link=link)
+        yield from versus(found, BEST_RATE, where, figure, "MeZO()", "MeZO", EIGHT, link=link)
     for where, figure, link in places:
         yield from versus(found, RECOMMENDED, where, figure, "MeZO()", "MeZOSVRG()", link=link)
     for where, figure, link in places:
-        yield from versus(found, FIRST, where, figure, "FO-Adam", "MeZO()", "FO-SGD", link=link)
+        yield from first_order(found, where, figure, link)
     counted = "What has no gradient: MeZO() learns more than pairs with the best rate"
     for where, figure in (*OBJECTIVES.values(), *PRETRAINED.values()):
         a, b = found.cell(where, "MeZO()"), found.cell(where, PAIRS)
@@ -235,78 +253,3 @@ def own(found: Results) -> Iterator[Claim]:
             text = named(found, where, figure, "MeZO()", PAIRS, "MeZOSVRG()")
             setting = f"{where.problem}, equal {where.budget}, held-out {figure}"
             yield counted, setting, text, better(a, b, figure), "[table](#what-has-no-gradient)"
-
-
-def theory(found: Results) -> Iterator[Claim]:
-    """Lemmas and Theorem 5.3."""
-    runs = found.of("moments")
-    if runs:
-        apart = max(abs(o["mean along the gradient"] - 1) / o["its error"] for _, o in runs)
-        text = f"{len(runs)} means, the farthest {apart:.1f} standard errors from 1"
-        yield ("The estimate is unbiased (Lemma 5.1)", "smooth non-convex functions", text,
-               "yes" if apart < 3 else "no", THEORY)  # fmt: skip
-        ratio = [o["second moment"] / o["expected"] for _, o in runs]
-        text = f"E‖g‖² / ((d + 2) ‖grad f‖²) from {min(ratio):.2f} to {max(ratio):.2f}"
-        yield ("Its size grows as d (Lemma 5.2)", "the same", text,
-               "yes" if max(abs(r - 1) for r in ratio) < 0.1 else "no", THEORY)  # fmt: skip
-    for piece, method, name in (
-        ("rate of convergence", "MeZO", "MeZO, eta = 1 / 4 (d + 2)"),
-        ("Theorem 5.3", "eta = rho / L (d + 2)", "MeZO-SVRG, eta = rho / L (d + 2), rho = 0.1"),
-    ):
-        cells = by_size(found, piece, method)
-        if not cells:
-            continue
-        sizes = f"d in {sorted({d for d, _ in cells})}, T in {sorted({t for _, t in cells})}"
-        if method == "MeZO":
-            shares = [v / (bound(d) / t) for (d, t), values in cells.items() for v in values]
-            text = f"{min(shares):.2f} to {max(shares):.2f} of what the descent lemma allows"
-            yield ("The mean of ‖grad f‖² is below c d / T (Theorem 5.3)", f"{name}, {sizes}",
-                   text, "yes" if max(shares) <= 1 else "no", THEORY)  # fmt: skip
-        fitted, grow = exponents(late(cells)), growing(cells)
-        if fitted:
-            text = f"d^{fitted[0]:.2f} T^{fitted[1]:.2f}"
-            text += f" without d = {grow[0]}" if grow else ""
-            holds = "yes" if fitted[1] < -0.9 else "not reached at these T"
-            holds = f"no, it grows at d = {grow[0]}" if grow else holds
-            yield "The mean of ‖grad f‖² falls as 1 / T", f"{name}, T >= 10 d", text, holds, THEORY
-    for steps, floors in by_rows(found).items():
-        means = [statistics.mean(values) for values in floors.values()]
-        text = f"{min(means):.2g} to {max(means):.2g} for b from {min(floors)} to {max(floors)}"
-        yield ("A floor of O(1 / b) is left by a large batch of b < n rows (Theorem 5.3)",
-               f"d = 10, n = 256, {steps:,} steps", text,
-               "seen" if means[0] > 2 * means[-1] else "not seen", THEORY)  # fmt: skip
-    steep = [o for run, o in found.of("Theorem 5.3") if run.method == "eta = rho / L"]
-    if steep:
-        squares = [o.get("of the second half") for o in steep]
-        worse = sum(s is None or not math.isfinite(s) or s > 1e4 for s in squares)
-        text = f"{worse} of {len(steep)} runs diverged at rho = 0.1; at eta = rho / L (d + 2) none"
-        yield ("eta = rho / L is small enough (Gaussian directions)",
-               "MeZO-SVRG, d in [10, 100, 1000], 100 steps", text,
-               "no" if worse else "yes", THEORY)  # fmt: skip
-
-
-def of_memory(memory: Sequence[dict[str, Any]]) -> Iterator[Claim]:
-    """Tables 3 and 4, and Figure 3."""
-    peaks = {(row["model"], row["method"]): row["GiB"] for row in memory}
-    setting = "OPT, bf16, one text of 2,048 tokens, one H100 of 80 GB"
-
-    def ratios(one: str, other: str) -> dict[str, float]:
-        """Peaks of one method over another's, where both were measured and fit."""
-        models = [m for m, method in peaks if method == one and peaks[m, one]]
-        return {m: peaks[m, one] / peaks[m, other] for m in models if peaks.get((m, other))}
-
-    for claim, one, other, holds in (
-        ("MeZO-SVRG needs the memory of inference and little more (README)",
-         "MeZO-SVRG", "forward", lambda low, high: high < 1.25),
-        ("First-order SGD needs twice the memory of MeZO-SVRG, or more",
-         "SGD", "MeZO-SVRG", lambda low, high: low >= 2),
-        ("Adam needs twice the memory of MeZO-SVRG, or more",
-         "Adam", "MeZO-SVRG", lambda low, high: low >= 2),
-        ("On LoRA, AdamW with checkpoints needs hardly more memory than MeZO() (README)",
-         "LoRA, Adam, checkpoints", "LoRA, MeZO()", lambda low, high: high < 1.1),
-    ):  # fmt: skip
-        found = ratios(one, other)
-        if found:
-            low, high = min(found.values()), max(found.values())
-            text = f"{one} / {other}: {low:.2f} to {high:.2f} ({', '.join(found)})"
-            yield claim, setting, text, "yes" if holds(low, high) else "no", MEMORY

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_cells import Results, markdown
+from evidence_cells import Claim, Results, markdown
 from evidence_lm import AT_ONCE
 from evidence_methods import optimizer_of
-from evidence_pieces import Run
+from evidence_plan import Run
 from evidence_problems import PROBLEMS, Problem
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from zo_adapt import EvaluationOptions, Result, minimize, replay
 
 PIECE = "exactness"
 LINK = "[table](#exactness)"
-Claim = tuple[str, str, str, str, str]
 
 
 class Stopped(Exception):

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_lemmas
+import evidence_memory
 import evidence_variance
-from evidence_cells import DIVERGED, Cell, Results, Where, by_rows, by_size, legend, scaled
+from evidence_cells import DIVERGED, Cell, Results, Where, legend, save, scaled
 from evidence_claims import VIEWS
 from evidence_language import HALVES, QUERIES, by_queries
-from evidence_pieces import SEEDS
+from evidence_plan import SEEDS
 
 SHOWN = (
     "MeZO",
@@ -41,14 +43,10 @@ def draw(found: Results, memory: Sequence[dict[str, Any]], folder: Path) -> None
     _curves(found, folder / "evidence-curves.svg")
     _batches(found, folder / "evidence-batches.svg")
     evidence_variance.draw(found, folder / "evidence-variance.svg")
-    _theory(found, folder / "evidence-theory.svg")
+    evidence_lemmas.draw(found, folder / "evidence-theory.svg")
     _language(found, folder / "evidence-language.svg")
     if memory:
-        _memory(memory, folder / "evidence-memory.svg")
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None})
+        evidence_memory.draw(memory, folder / "evidence-memory.svg")
 
 
 def _curves(found: Results, path: Path) -> None:
@@ -65,7 +63,7 @@ def _curves(found: Results, path: Path) -> None:
                xlabel="queries" if where.queries else "steps", ylabel="training loss",
                xlim=(500 if where.queries else 8, None))  # fmt: skip
     legend(axes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _line(cell: Cell, by_queries: bool) -> list[tuple[float, ...]]:
@@ -104,7 +102,7 @@ def _batches(found: Results, path: Path) -> None:
     axes.set_xticks([], minor=True)
     axes.set_title("MNIST perceptron, 200,000 queries", fontsize="medium")
     legend(axes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _language(found: Results, path: Path) -> None:
@@ -128,58 +126,4 @@ def _language(found: Results, path: Path) -> None:
         axes.set(title=f"{'bf16' if half else 'fp32'}, equal {QUERIES:,} queries")
     figure.axes[0].set_ylabel("held-out accuracy")
     legend(figure.axes[0])
-    _save(figure, path)
-
-
-def _theory(found: Results, path: Path) -> None:
-    """Mean squared gradients by T, and by the rows of the large batch."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    rate, floor = figure.subplots(1, 2)
-    for style, piece, method, name in (
-        ("-", "rate of convergence", "MeZO", "MeZO"),
-        (":", "Theorem 5.3", "eta = rho / L (d + 2)", "MeZO-SVRG"),
-    ):
-        cells = by_size(found, piece, method)
-        for color, d in enumerate(sorted({d for d, _ in cells})):
-            steps = sorted(t for size, t in cells if size == d)
-            means = [statistics.mean(cells[d, t]) for t in steps]
-            rate.plot(steps, means, style, color=f"C{color}", marker="o", markersize=3,
-                      label=f"{name}, d = {d}")  # fmt: skip
-    scaled(rate, xscale="log", yscale="log", xlabel="T", ylabel="mean ‖grad f‖²")
-    legend(rate)
-    for steps, rows in by_rows(found).items():
-        means = [statistics.mean(values) for values in rows.values()]
-        floor.plot(list(rows), means, marker="o", markersize=3, label=f"T = {steps:,}")
-    scaled(floor, xscale="log", yscale="log", xlabel="rows of the large batch, of 256",
-           ylabel="mean ‖grad f‖², second half", ylim=(1e-3, 2))  # fmt: skip
-    floor.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
-    floor.set_xticks([], minor=True)
-    legend(floor)
-    _save(figure, path)
-
-
-def _memory(memory: Sequence[dict[str, Any]], path: Path) -> None:
-    """Peak memory by model size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    methods = ("forward", "MeZO", "SGD", "Adam", "LoRA, Adam", "LoRA, Adam, checkpoints")
-    for color, method in enumerate(methods):
-        points = [
-            (row["parameters"] / 1e9, row["GiB"])
-            for row in memory
-            if row["method"] == method and row["GiB"] is not None
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
-    sizes = sorted({row["parameters"] / 1e9 for row in memory})
-    axes.axhline(80e9 / 2**30, color="grey", linewidth=0.8, linestyle=":")
-    scaled(axes, xscale="log", xlabel="parameters, billions", ylabel="GiB at the peak")
-    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
-    axes.set_xticks([], minor=True)
-    axes.set_title("OPT, bf16, one text of 2,048 tokens", fontsize="medium")
-    legend(axes)
-    _save(figure, path)
+    save(figure, path)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import default_tables
 from default_tables import COUNT, NEAR, SWEPT, TIMES, Compared, Row
+from evidence_cells import Claim
 
 RESULTS = Path(__file__).parent / "results"
 LINK = "[table](black_boxes.md#where-another-method-is-better)"
 CHOOSING = "[tables](choosing.md)"
 Place = tuple[str, int, int]
 """Function, variables, calls for each of them."""
-Claim = tuple[str, str, str, str, str]
 
 
 def claims() -> Iterator[Claim]:

@@ -8,26 +8,18 @@ from typing import Any
 
 import evidence_exact
 import evidence_language
+import evidence_lemmas
+import evidence_memory
 import evidence_readme
 import evidence_time
 import evidence_variance
-from evidence_cells import (
-    Results,
-    Where,
-    by_rows,
-    by_size,
-    exponents,
-    growing,
-    late,
-    markdown,
-    spread,
-)
+from evidence_cells import Results, Where, markdown
 from evidence_claims import OBJECTIVES, PRETRAINED, VIEWS, claims
 from evidence_figures import draw
 from evidence_language import PRECISIONS, by_queries, by_steps
 from evidence_methods import ABLATIONS, COORDINATES, METHODS, OWN
 from evidence_packages import PACKAGES
-from evidence_pieces import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT, WIDE, WRITING
+from evidence_plan import COUNTING, LANGUAGE, ONE_SAMPLE, SHORT, WIDE, WRITING
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"
@@ -65,11 +57,11 @@ def report(results: Mapping[str, Any]) -> None:
         "causal LM": table(found, LANGUAGE, language("")),
         "causal LM, bf16": table(found, LANGUAGE, language(", bf16")),
         "exactness": evidence_exact.table(found),
-        "largest": largest(memory),
-        "moments": moments(found),
-        "rate of convergence": convergence(found, "rate of convergence", "MeZO"),
-        "Theorem 5.3": convergence(found, "Theorem 5.3", "eta = rho / L (d + 2)"),
-        "large batch": large_batch(found),
+        "largest": evidence_memory.table(memory),
+        "moments": evidence_lemmas.moments(found),
+        "rate of convergence": evidence_lemmas.convergence(found, "rate of convergence", "MeZO"),
+        "Theorem 5.3": evidence_lemmas.convergence(found, "Theorem 5.3", "eta = rho / L (d + 2)"),
+        "large batch": evidence_lemmas.large_batch(found),
         "made by": origins(),
     }
     page = PAGE.read_text()
@@ -219,63 +211,6 @@ def packages(found: Results) -> str:
         ["", "training loss", "queries"],
         ([n, c.text(), f"{c.runs[0]['queries']:,}"] for n, c in rows if c.runs),
     )
-
-
-def largest(memory: Sequence[dict[str, Any]]) -> str:
-    """GiB by method and model."""
-    models = list(dict.fromkeys(row["model"] for row in memory))
-    methods = list(dict.fromkeys(row["method"] for row in memory))
-    cells = {(row["method"], row["model"]): row["GiB"] for row in memory}
-
-    def text(key: tuple[str, str]) -> str:
-        if key not in cells:
-            return "-"
-        return "does not fit" if cells[key] is None else f"{cells[key]:.1f}"
-
-    return markdown(["", *models], ([m, *(text((m, o)) for o in models)] for m in methods))
-
-
-def moments(found: Results) -> str:
-    """Unbiased, and of the expected size."""
-    rows = [
-        [
-            f"{run.problem}, seed {run.seed}",
-            f"{one['mean along the gradient']:.3f} ± {one['its error']:.3f}",
-            f"{one['second moment']:.1f} ± {one['its standard error']:.1f}",
-            f"{one['expected']}",
-        ]
-        for run, one in sorted(found.of("moments"))
-    ]
-    return markdown(
-        ["function", "mean along grad f, of ‖grad f‖²", "E‖g‖² / ‖grad f‖²", "d + 2"], rows
-    )
-
-
-def convergence(found: Results, piece: str, method: str) -> str:
-    """Mean squared gradients, and the exponents of a fit c d^a T^b."""
-    cells = by_size(found, piece, method)
-    dimensions, steps = sorted({d for d, _ in cells}), sorted({t for _, t in cells})
-    rows = [
-        [f"{d}", *(spread(cells[d, t]) if (d, t) in cells else "-" for t in steps)]
-        for d in dimensions
-    ]
-    text = markdown(["d", *(f"T = {t:,}" for t in steps)], rows)
-    fitted, grow = exponents(late(cells)), growing(cells)
-    if fitted:
-        text += f"\n\nFit over T >= 10 d{f', without d = {grow[0]}' if grow else ''}: "
-        text += f"proportional to d^{fitted[0]:.2f} T^{fitted[1]:.2f}."
-    return text
-
-
-def large_batch(found: Results) -> str:
-    """Where the squared gradient stays, by the rows of the large batch of 256."""
-    by_steps = by_rows(found)
-    sizes = sorted({b for cells in by_steps.values() for b in cells})
-    rows = [
-        [f"{b}", *(spread(cells[b]) if b in cells else "-" for cells in by_steps.values())]
-        for b in sizes
-    ]
-    return markdown(["rows of the large batch", *(f"T = {t:,}" for t in by_steps)], rows)
 
 
 def origins() -> str:

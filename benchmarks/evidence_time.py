@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from evidence_cells import Found, Results, markdown
-from evidence_pieces import DIGITS, LS, SEEDS, TIMED, Run
+from evidence_cells import Claim, Found, Results, markdown
+from evidence_plan import DIGITS, LS, SEEDS, TIMED, Run
 from evidence_problems import Problem
 
 LOOKS = 100
@@ -116,7 +116,7 @@ def table(found: Results) -> str:
     return markdown(header, rows)
 
 
-def claims(found: Results, link: str) -> Iterator[tuple[str, str, str, str, str]]:
+def claims(found: Results, link: str) -> Iterator[Claim]:
     """Whether variance reduction gets there sooner, by the clock."""
     for problem in FIGURES:
         there = ways(found, problem)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evidence_cells import Results, legend, markdown, scaled
-from evidence_pieces import DIGITS, LS, SEEDS, WATCHED, Run
+from evidence_cells import Claim, Results, legend, markdown, scaled
+from evidence_plan import DIGITS, LS, SEEDS, WATCHED, Run
 from evidence_problems import Problem
 from torch import Tensor
 
@@ -250,7 +250,7 @@ def _lines(row: Any, runs: Sequence[Sequence[Look]], color: str, method: str) ->
                       label=method if style == "." else None)  # fmt: skip
 
 
-def claims(found: Results, link: str) -> list[tuple[str, str, str, str, str]]:
+def claims(found: Results, link: str) -> list[Claim]:
     """Whether the variance falls, and which part of it matters."""
     rows = []
     for problem in PROBLEMS:

@@ -103,7 +103,8 @@ def test_a_method_is_timed_until_it_is_as_good_as_mezo_at_its_best_on_the_same_s
 def test_a_grid_is_tried_first_and_seeds_run_at_its_best_rate(
     theory: tuple[Any, list[int]],
 ) -> None:
-    from evidence_pieces import SEEDS, TUNING, grid_of, open_runs
+    from evidence_pieces import grid_of, open_runs
+    from evidence_plan import SEEDS, TUNING
 
     piece = ["bf16: MNIST"]
 
@@ -124,7 +125,8 @@ def test_runs_of_a_default_that_is_no_more_are_made_again_and_marked_until_then(
     theory: tuple[Any, list[int]],
 ) -> None:
     from evidence_cells import Results, Where
-    from evidence_pieces import SEEDS, Run, open_runs, schedule_of
+    from evidence_pieces import open_runs, schedule_of
+    from evidence_plan import SEEDS, Run
 
     piece, where = ["bf16: MNIST"], Where("bf16", "MNIST, bf16", 200_000)
 
@@ -145,7 +147,7 @@ def test_runs_of_a_default_that_is_no_more_are_made_again_and_marked_until_then(
 def test_figures_are_drawn_of_what_is_there(theory: tuple[Any, list[int]], tmp_path: Path) -> None:
     from evidence_cells import Results
     from evidence_figures import draw
-    from evidence_pieces import SEEDS, TUNING
+    from evidence_plan import SEEDS, TUNING
 
     runs = {
         json.dumps(["methods", "least squares", "MeZO", 0.003, 32, 100_000, None, seed]): {
@@ -179,7 +181,7 @@ class Halves:
 def test_a_step_is_compared_with_the_gradient_on_all_examples_of_what_moves(
     theory: tuple[Any, list[int]],
 ) -> None:
-    from evidence_pieces import Run
+    from evidence_plan import Run
     from evidence_problems import Problem
     from evidence_variance import ROWS_AT_ONCE, Track
 
@@ -203,7 +205,7 @@ def test_a_problem_that_was_watched_is_in_the_table_the_figure_and_the_claims(
     theory: tuple[Any, list[int]], tmp_path: Path
 ) -> None:
     from evidence_cells import Results
-    from evidence_pieces import SEEDS, WATCHED, Run
+    from evidence_plan import SEEDS, WATCHED, Run
     from evidence_variance import claims, draw, table
 
     looks = [[step, 1.0, 128.0, 0.9, 0.1, 0.01, 50.0, 2.0] for step in range(2, 22, 2)]
@@ -230,7 +232,7 @@ def test_what_has_no_gradient_is_run_by_methods_there_are_and_read_by_a_table(
     from evidence_cells import Where
     from evidence_claims import OBJECTIVES, PRETRAINED
     from evidence_methods import METHODS, OWN
-    from evidence_pieces import PLAN
+    from evidence_plan import PLAN
     from evidence_problems import PROBLEMS
 
     cells = [cell for cell in PLAN if cell.piece == "objectives"]

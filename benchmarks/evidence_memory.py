@@ -1,0 +1,76 @@
+"""What tuning needs of a GPU's memory: table, claims and figure, for benchmarks/evidence.py."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence_cells import Claim, legend, markdown, save, scaled
+
+MEMORY = "[figure](#memory)"
+Rows = Sequence[dict[str, Any]]
+
+
+def table(memory: Sequence[dict[str, Any]]) -> str:
+    """GiB by method and model."""
+    models = list(dict.fromkeys(row["model"] for row in memory))
+    methods = list(dict.fromkeys(row["method"] for row in memory))
+    cells = {(row["method"], row["model"]): row["GiB"] for row in memory}
+
+    def text(key: tuple[str, str]) -> str:
+        if key not in cells:
+            return "-"
+        return "does not fit" if cells[key] is None else f"{cells[key]:.1f}"
+
+    return markdown(["", *models], ([m, *(text((m, o)) for o in models)] for m in methods))
+
+
+def claims(memory: Sequence[dict[str, Any]]) -> Iterator[Claim]:
+    """Tables 3 and 4, and Figure 3."""
+    peaks = {(row["model"], row["method"]): row["GiB"] for row in memory}
+    setting = "OPT, bf16, one text of 2,048 tokens, one H100 of 80 GB"
+
+    def ratios(one: str, other: str) -> dict[str, float]:
+        """Peaks of one method over another's, where both were measured and fit."""
+        models = [m for m, method in peaks if method == one and peaks[m, one]]
+        return {m: peaks[m, one] / peaks[m, other] for m in models if peaks.get((m, other))}
+
+    for claim, one, other, holds in (
+        ("MeZO-SVRG needs the memory of inference and little more (README)",
+         "MeZO-SVRG", "forward", lambda low, high: high < 1.25),
+        ("First-order SGD needs twice the memory of MeZO-SVRG, or more",
+         "SGD", "MeZO-SVRG", lambda low, high: low >= 2),
+        ("Adam needs twice the memory of MeZO-SVRG, or more",
+         "Adam", "MeZO-SVRG", lambda low, high: low >= 2),
+        ("On LoRA, AdamW with checkpoints needs hardly more memory than MeZO() (README)",
+         "LoRA, Adam, checkpoints", "LoRA, MeZO()", lambda low, high: high < 1.1),
+    ):  # fmt: skip
+        found = ratios(one, other)
+        if found:
+            low, high = min(found.values()), max(found.values())
+            text = f"{one} / {other}: {low:.2f} to {high:.2f} ({', '.join(found)})"
+            yield claim, setting, text, "yes" if holds(low, high) else "no", MEMORY
+
+
+def draw(memory: Sequence[dict[str, Any]], path: Path) -> None:
+    """Peak memory by model size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    methods = ("forward", "MeZO", "SGD", "Adam", "LoRA, Adam", "LoRA, Adam, checkpoints")
+    for color, method in enumerate(methods):
+        points = [
+            (row["parameters"] / 1e9, row["GiB"])
+            for row in memory
+            if row["method"] == method and row["GiB"] is not None
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=f"C{color}", marker="o", label=method)
+    sizes = sorted({row["parameters"] / 1e9 for row in memory})
+    axes.axhline(80e9 / 2**30, color="grey", linewidth=0.8, linestyle=":")
+    scaled(axes, xscale="log", xlabel="parameters, billions", ylabel="GiB at the peak")
+    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set_title("OPT, bf16, one text of 2,048 tokens", fontsize="medium")
+    legend(axes)
+    save(figure, path)
