@@ -1,5 +1,6 @@
 """What is claimed, where it was tried and what was found: one table, written from the results."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ SETTING_IN_CLAIM = r" \((Figure|MNIST|README)[^)]*\)| on an encoder| on a causal
 GROUPS = ("paper", "open questions", "project")
 CURVES, BATCHES = "[figure](#least-squares-and-mnist)", "[figure](#batch-sizes)"
 ENCODER = "[table](#an-encoder)"
+HALVES = ("", ", bf16")
 VIEWS = ("LoRA", "last layers", "all weights")
 BEST_RATE = "MeZO(), given no rate, learns more than MeZO with the best rate of the grid"
 RECOMMENDED = "MeZO(), the recommended one, does better than MeZOSVRG()"
@@ -148,11 +150,10 @@ def variance_reduction(found: Results) -> Iterator[Claim]:
     control = "More so than MeZO on all rows at every step, which needs twice the queries"
     yield from versus(found, control, where, "training", SVRG, "MeZO, all rows", link=CURVES)
     yield from versus(found, control, digits, "accuracy", SVRG, "MeZO, all rows", link=CURVES)
-    for view in VIEWS:
-        problem, label = f"encoder, {view}", f"MiniLM, BBC topics, {view}"
-        for budget in ((30_000, None), (None, 150)):
-            where = Where("encoder", problem, *budget, 64)
-            yield from versus(found, f"{ahead} on an encoder", where, "accuracy", SVRG, "MeZO",
+    for half, view, budget in itertools.product(HALVES, VIEWS, ((30_000, None), (None, 150))):
+        problem, label = f"encoder, {view}{half}", f"MiniLM, BBC topics, {view}{half}"
+        where = Where("encoder", problem, *budget, 64)
+        yield from versus(found, f"{ahead} on an encoder", where, "accuracy", SVRG, "MeZO",
                               ONE_RATE, link=ENCODER, label=label)  # fmt: skip
 
 
@@ -237,7 +238,8 @@ def rows_of_a_batch(found: Results) -> Iterator[Claim]:
 def own(found: Results) -> Iterator[Claim]:
     """What this project says of itself, and of backpropagation."""
     queries = Where("methods", LS, queries=100_000), Where("methods", DIGITS, queries=200_000)
-    views = [Where("encoder", f"encoder, {view}", 30_000, None, 64) for view in VIEWS]
+    views = [Where("encoder", f"encoder, {view}{half}", 30_000, None, 64)
+             for half in HALVES for view in VIEWS]  # fmt: skip
     places = [(queries[0], "training", CURVES), (queries[1], "accuracy", CURVES)]
     places += [(where, "accuracy", ENCODER) for where in views]
     for where, figure, link in places:

@@ -11,8 +11,8 @@ import evidence_lemmas
 import evidence_memory
 import evidence_variance
 from evidence_cells import DIVERGED, Cell, Results, Where, legend, save, scaled
-from evidence_claims import VIEWS
-from evidence_language import HALVES, QUERIES, by_queries
+from evidence_claims import HALVES, VIEWS
+from evidence_language import QUERIES, by_queries
 from evidence_plan import SEEDS
 
 SHOWN = (

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from evidence_cells import Claim, Results, Where
 from evidence_claims import (
     BEST_RATE,
+    HALVES,
     ONE_RATE,
     RECOMMENDED,
     SVRG,
@@ -16,7 +17,6 @@ from evidence_claims import (
 from evidence_plan import DIGITS, LANGUAGE, SHORT
 
 QUERIES, STEPS, ROWS = 10_000, 100, 16
-HALVES = ("", ", bf16")
 PRECISIONS = {
     "fp32": Where("methods", DIGITS, queries=200_000),
     "bf16": Where("bf16", "MNIST, bf16", queries=200_000),
