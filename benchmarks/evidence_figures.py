@@ -125,5 +125,5 @@ def _language(found: Results, path: Path) -> None:
         axes.set_xticks(range(len(VIEWS)), VIEWS)
         axes.set(title=f"{'bf16' if half else 'fp32'}, equal {QUERIES:,} queries")
     figure.axes[0].set_ylabel("held-out accuracy")
-    legend(figure.axes[0])
+    legend(figure.axes[1], loc="upper right")
     save(figure, path)
