@@ -164,7 +164,7 @@ GRIDS = {
     "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     **dict.fromkeys(("encoder, accuracy", "encoder, F1"), (1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
     **dict.fromkeys(("passages, NDCG", "headlines, reward"), (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
-    **{f"causal LM, LoRA{half}": (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for half in ("", ", bf16")},
+    **{f"causal LM, LoRA{half}": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) for half in ("", ", bf16")},
     **{f"causal LM, last layers{half}": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2) for half in ("", ", bf16")},
     **{f"causal LM, all weights{half}": (1e-6, 1e-5, 1e-4) for half in ("", ", bf16")},
 }  # fmt: skip
