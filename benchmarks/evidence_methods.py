@@ -94,9 +94,7 @@ METHODS: dict[str, Make] = {
     "ZO-SPIDER": partial(of_eight, ZOSPIDER, snapshot_interval=5),
     "ZO-PAGE": partial(of_eight, ZOPAGE, restart_probability=0.2),
     "ZO-STORM": partial(of_eight, ZOSTORM, momentum=0.1),
-    "ZO-SVRG (Algorithm 2)": lambda lr: ZOSVRG(
-        apply=constant(lr), perturbation_scale=MU, snapshot_interval=5
-    ),
+    "ZO-SVRG (Algorithm 2)": lambda lr: ZOSVRG.paper(lr, perturbation_scale=MU),
     **COORDINATES,
     "ZO-SAGA": lambda lr: ZOSAGA(apply=constant(lr), perturbation_scale=MU),
     "MeZO, mu = 0.01": lambda lr: MeZO.paper(lr, perturbation_scale=0.01),

@@ -162,6 +162,8 @@ def test_mezo_svrg_corrects_by_a_large_batch_unless_told_otherwise() -> None:
 
 def test_the_papers_settings() -> None:
     assert MeZO.paper(1e-3) == MeZO(1e-3, estimate=TwoSided(perturbation_scale=1e-3))
+    sample_by_sample = ZOSVRG.paper(1e-3, snapshot_interval=3, perturbation_scale=1e-2)
+    assert sample_by_sample == ZOSVRG(1e-3, snapshot_interval=3, perturbation_scale=1e-2)
     paper = MeZOSVRG.paper(1e-3, 1e-2, epoch_steps=4, perturbation_scale=1e-2)
     assert paper == MeZOSVRG(
         1e-3,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Unpack
+from typing import Self, Unpack
 
 from zo_adapt.data.samples import Samples
 from zo_adapt.data.sources import Batch
@@ -11,7 +11,7 @@ from zo_adapt.noise.coordinates import Coordinates
 from zo_adapt.optimizers.directions import Directions
 from zo_adapt.optimizers.estimator import TwoSided
 from zo_adapt.optimizers.keywords import StepSizeKeywords, split, step_size_of
-from zo_adapt.optimizers.step_size import StepSize
+from zo_adapt.optimizers.step_size import Rate, StepSize
 from zo_adapt.optimizers.variance_reduced import SnapshotSize, VarianceReduced, size_named
 from zo_adapt.view.parameters import ParameterView
 
@@ -84,6 +84,30 @@ class ZOSVRG(VarianceReduced):
             coordinates=coordinates,
         )
         self._check()
+
+    @classmethod
+    def paper(
+        cls, lr: float, *, snapshot_interval: int = 5, perturbation_scale: float = 1e-3
+    ) -> Self:
+        """Algorithm 2 of Gautam et al. 2024 (arXiv 2404.08080), by name.
+
+        Pairs along a direction for every sample, a snapshot of the whole set, one constant rate.
+
+        Args:
+            lr: eta, chosen for each problem.
+            snapshot_interval: q.
+            perturbation_scale: mu.
+
+        Example:
+            >>> ZOSVRG.paper(1e-3).apply
+            Rate(lr=0.001, schedule='constant')
+        """
+        return cls(
+            apply=Rate(lr, schedule="constant"),
+            snapshot_interval=snapshot_interval,
+            snapshot_size="all",
+            perturbation_scale=perturbation_scale,
+        )
 
     def start(self, view: ParameterView, seed: int, *, step_like: bool = False) -> None:
         """Begin a run on a view; by coordinates, one of ``noise="auto"`` takes these.
