@@ -101,8 +101,8 @@ evidence: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --quick
 
 figure: $(STAMP)
-	$(BIN)/python benchmarks/beside_adam.py --output runs/beside_adam.json
-	$(BIN)/python benchmarks/beside_adam.py --draw runs/beside_adam.json docs/figures/beside_adam.png
+	$(BIN)/python benchmarks/beside_adam.py --output benchmarks/results/beside_adam.json
+	$(BIN)/python benchmarks/beside_adam.py --draw benchmarks/results/beside_adam.json docs/figures/beside_adam.png
 
 # The oldest transformers and peft that are supported, on the torch of $(VENV), which is only borrowed:
 # what users come with most often, in a minute of setting up, while you work.

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -255,3 +256,14 @@ def own(found: Results) -> Iterator[Claim]:
             text = named(found, where, figure, "MeZO()", PAIRS, "MeZOSVRG()")
             setting = f"{where.problem}, equal {where.budget}, held-out {figure}"
             yield counted, setting, text, better(a, b, figure), "[table](#what-has-no-gradient)"
+    where, figure = PRETRAINED["NDCG"]
+    runs = [one for one in found.cell(where, "MeZO()").runs if "before" in one]
+    if runs:
+        first, last = (
+            statistics.mean(one[figure] for one in rows)
+            for rows in ([one["before"] for one in runs], runs)
+        )
+        yield ("A ranking metric of a pretrained scorer and a few thousand lists: little is gained "
+               "(README)", f"{where.problem}, {where.budget}, held-out NDCG@10",
+               f"before {first:.3f}; MeZO() {last:.3f}", "yes" if last - first < 0.05 else "no",
+               "[table](#what-has-no-gradient)")  # fmt: skip

@@ -80,7 +80,7 @@ def timed(results: Mapping[str, Any]) -> Iterator[Run]:
 def exact(quick: bool) -> Iterator[Run]:
     """Runs that are made again, replayed and resumed."""
     problems = ((LS, 20_000, 32), (DIGITS, 50_000, 32), ("encoder, LoRA", 2_000, 16),
-                ("causal LM, LoRA", 320, 16))  # fmt: skip
+                ("causal LM, LoRA", 2_000, 16))  # fmt: skip
     methods = (("MeZO()", None), ("MeZOSVRG()", None), ("MeZO", 1e-3), ("ZO-SPIDER", 1e-3))
     for (problem, queries, rows), (method, lr) in itertools.product(problems, methods):
         if problem == LS or not quick:

@@ -13,7 +13,7 @@ import evidence_memory
 import evidence_readme
 import evidence_time
 import evidence_variance
-from evidence_cells import Results, Where, markdown
+from evidence_cells import Results, Where, markdown, spread
 from evidence_claims import OBJECTIVES, PRETRAINED, VIEWS, claims
 from evidence_figures import draw
 from evidence_language import PRECISIONS, by_queries, by_steps
@@ -48,7 +48,9 @@ def report(results: Mapping[str, Any]) -> None:
         "batch sizes": batch_sizes(found),
         "batch sizes, steps": table(found, SHORT[:3], by_rows_at_equal_steps()),
         "objectives": table(found, COUNTING, objectives(OBJECTIVES)),
-        "objectives, pre-trained": table(found, (*WRITING, WIDE[-1]), objectives(PRETRAINED)),
+        "objectives, pre-trained": table(
+            found, ("before", *WRITING, WIDE[-1]), objectives(PRETRAINED)
+        ),
         "packages": packages(found),
         "variance": evidence_variance.table(found),
         "one sample": table(found, (*ONE_SAMPLE, *COORDINATES), one_sample()),
@@ -190,13 +192,22 @@ def objectives(cells: Columns) -> Columns:
 def table(found: Results, methods: Sequence[str] | Mapping[str, Any], columns: Columns) -> str:
     """Methods by setting; rows and columns without results are left out."""
     cells = {
-        (method, name): found.cell(where, method).text(figure)
+        (method, name): before(found, where, figure)
+        if method == "before"
+        else found.cell(where, method).text(figure)
         for method in methods
         for name, (where, figure) in columns.items()
     }
     shown = [name for name in columns if any(cells[m, name] != "-" for m in methods)]
     rows = [[method, *(cells[method, name] for name in shown)] for method in methods]
     return markdown(["", *shown], (row for row in rows if set(row[1:]) - {"-"}))
+
+
+def before(found: Results, where: Where, figure: str) -> str:
+    """The figure before any step, on the same seeds."""
+    runs = found.cell(where, "MeZO()").runs
+    values = [one["before"][figure] for one in runs if "before" in one]
+    return spread(values) if values else "-"
 
 
 def packages(found: Results) -> str:
