@@ -47,7 +47,7 @@ from zo_adapt import EvaluationOptions, ParameterView, ZOError, minimize
 RESULTS = Path(__file__).parent / "results"
 CURVE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 """Steps after which the training loss is kept."""
-WATCHED = ("methods", "variance", "time")
+LOOKED_AT = ("methods", "variance", "time")
 """Pieces whose runs are looked at on their way."""
 MOST_STEPS = 1_000
 """Of the theory's runs by the library; longer ones are in plain tensors, which a test compares."""
@@ -123,7 +123,7 @@ def of_method(run: Run) -> dict[str, Any]:
             max_queries=run.queries,
             max_steps=run.steps,
             seed=run.seed,
-            callback=look if run.piece in WATCHED and run.seed in SEEDS else None,
+            callback=look if run.piece in LOOKED_AT and run.seed in SEEDS else None,
             metrics=None if track is None else track.metrics,
             evaluation=EvaluationOptions(micro_batch_size=AT_ONCE if of_language else None),
             progress=False,

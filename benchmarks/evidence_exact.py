@@ -130,7 +130,7 @@ def claims(found: Results) -> Iterator[Claim]:
     if not runs:
         return
     problems = list(dict.fromkeys(run.problem for run, _ in sorted(found.of(PIECE))))
-    setting = f"{'; '.join(problems)}: {len(runs)} runs"
+    setting = f"{'; '.join(problems)}: {len(runs)} runs, each on one machine"
     sizes = [one["file"] / 1000 for one in runs]
     extra = f", {min(sizes):.1f} to {max(sizes):.1f} kB"
     for claim, checks, more in (

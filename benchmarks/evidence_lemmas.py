@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from evidence_cells import Claim, Results, legend, markdown, save, scaled, spread
+from evidence_cells import Claim, Results, markdown, spread
+from evidence_drawing import legend, save, scaled
 from evidence_theory import bound
 
 THEORY = "[table](#theory)"

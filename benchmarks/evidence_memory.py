@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_cells import Claim, legend, markdown, save, scaled
+from evidence_cells import Claim, markdown
+from evidence_drawing import legend, save, scaled
 
 MEMORY = "[figure](#memory)"
 Rows = Sequence[dict[str, Any]]

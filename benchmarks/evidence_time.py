@@ -11,11 +11,11 @@ from evidence_problems import Problem
 
 LOOKS = 100
 """Along a run, evenly by queries or by steps."""
-ENCODER = "encoder, LoRA"
-FIGURES = {DIGITS: "accuracy", LS: "training", ENCODER: "accuracy"}
-CLOCKS = {ENCODER: time.perf_counter}
-"""The processor's own seconds for what runs on a CPU; on a GPU those of the wall."""
-ON = {ENCODER: "an H100's seconds"}
+LORA = "encoder, LoRA"
+FIGURES = {DIGITS: "accuracy", LS: "training", LORA: "accuracy"}
+CLOCKS = {LORA: time.perf_counter}
+"""The processor's own seconds; of the encoder, which is for a GPU, those of the wall."""
+ON = {LORA: "seconds of the wall"}
 
 
 class Clock:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evidence_cells import Claim, Results, legend, markdown, scaled
+from evidence_cells import Claim, Results, markdown
+from evidence_drawing import legend, scaled
 from evidence_plan import DIGITS, LS, SEEDS, WATCHED, Run
 from evidence_problems import Problem
 from torch import Tensor
