@@ -11,7 +11,17 @@ import evidence_lemmas
 import evidence_memory
 import evidence_variance
 from evidence_cells import Cell, Claim, Results, Where, markdown
-from evidence_plan import DIGITS, FIRST_ORDER, LARGE_BATCH, LS, ONE_SAMPLE, RECURSIVE, WHOLE_SET
+from evidence_plan import (
+    DIGITS,
+    FIRST_ORDER,
+    HALVES,
+    LARGE_BATCH,
+    LS,
+    ONE_SAMPLE,
+    RECURSIVE,
+    VIEWS,
+    WHOLE_SET,
+)
 
 SVRG = "MeZO-SVRG as printed"
 ONE_RATE = "MeZO-SVRG, one rate, shared direction"
@@ -35,8 +45,6 @@ SETTING_IN_CLAIM = r" \((Figure|MNIST|README)[^)]*\)| on an encoder| on a causal
 GROUPS = ("paper", "open questions", "project")
 CURVES, BATCHES = "[figure](#least-squares-and-mnist)", "[figure](#batch-sizes)"
 ENCODER = "[table](#an-encoder)"
-HALVES = ("", ", bf16")
-VIEWS = ("LoRA", "last layers", "all weights")
 BEST_RATE = "MeZO(), given no rate, learns more than MeZO with the best rate of the grid"
 RECOMMENDED = "MeZO(), the recommended one, does better than MeZOSVRG()"
 FIRST = "Backpropagation learns more from the same forwards (README)"
@@ -170,15 +178,17 @@ def others(found: Results) -> Iterator[Claim]:
         for method in RECURSIVE:
             yield from versus(found, f"{method} learns more than MeZO", where, figure, method,
                               "MeZO", link=ENCODER if where.problem == LORA else link)  # fmt: skip
-    for problem, queries, rows, figure, methods in (
-        (LS, 4_000, 32, "training", ONE_SAMPLE[1:]),
-        (LS, 100_000, 32, "training", (ONE_SAMPLE[1], LARGE_BATCH)),
-        (LS, 1_000_000, 32, "training", (WHOLE_SET, LARGE_BATCH)),
-        (DIGITS, 20_000, 32, "accuracy", ONE_SAMPLE[1:]),
-        (LORA, 4_000, 16, "accuracy", ONE_SAMPLE[1:]),
-        ("causal LM, LoRA", 2_000, 16, "accuracy", ONE_SAMPLE[1:]),
+    for problem, queries, steps, rows, figure, methods in (
+        (LS, 4_000, None, 32, "training", ONE_SAMPLE[1:]),
+        (LS, 100_000, None, 32, "training", (ONE_SAMPLE[1], LARGE_BATCH)),
+        (LS, 1_000_000, None, 32, "training", (WHOLE_SET, LARGE_BATCH)),
+        (LS, None, 300, 32, "training", ONE_SAMPLE[1:]),
+        (DIGITS, 20_000, None, 32, "accuracy", ONE_SAMPLE[1:]),
+        (LORA, 4_000, None, 16, "accuracy", ONE_SAMPLE[1:]),
+        (LORA, None, 150, 16, "accuracy", ONE_SAMPLE[1:]),
+        ("causal LM, LoRA", 2_000, None, 16, "accuracy", ONE_SAMPLE[1:]),
     ):
-        where = Where("one sample a forward", problem, queries, None, rows)
+        where = Where("one sample a forward", problem, queries, steps, rows)
         for method in methods:
             yield from versus(found, f"{method} learns more than MeZO", where, figure, method,
                               "MeZO", link="[table](#one-sample-a-forward)")  # fmt: skip

@@ -11,10 +11,9 @@ import evidence_lemmas
 import evidence_memory
 import evidence_variance
 from evidence_cells import DIVERGED, Cell, Results, Where
-from evidence_claims import HALVES, VIEWS
 from evidence_drawing import legend, save, scaled
 from evidence_language import QUERIES, by_queries
-from evidence_plan import SEEDS
+from evidence_plan import HALVES, SEEDS, VIEWS
 
 SHOWN = (
     "MeZO",

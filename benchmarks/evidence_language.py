@@ -5,16 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from evidence_cells import Claim, Results, Where
 from evidence_claims import (
     BEST_RATE,
-    HALVES,
     ONE_RATE,
     RECOMMENDED,
     SVRG,
-    VIEWS,
     better,
     first_order,
     versus,
 )
-from evidence_plan import DIGITS, LANGUAGE, SHORT
+from evidence_plan import DIGITS, HALVES, LANGUAGE, SHORT, VIEWS
 
 QUERIES, STEPS, ROWS = 10_000, 100, 16
 PRECISIONS = {

@@ -1,7 +1,8 @@
 """The plan of benchmarks/evidence.py: problems, methods, budgets and grids of rates."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from evidence_methods import ABLATIONS, COORDINATES
@@ -29,13 +30,13 @@ WRITING = (*COUNTING, "MeZO, mu = 0.05")
 """A pair of 0.01 leaves most texts as they are; examples/generation_reward.py has 0.05."""
 WIDE = (*COUNTING, "MeZO, mu = 0.1")
 """As far as ``MeZO()`` perturbs an adapter for a metric."""
-ENCODER = ("MeZO", *EQUAL[1:3], "MeZO()", "MeZOSVRG()")
 FITTING = tuple(name for name in ABLATIONS if name != "large batch 1024")
 FIRST_ORDER = ("FO-SGD", "FO-Adam")
 ONE_SAMPLE = ("MeZO", "ZO-SVRG (Algorithm 2)", "ZO-SAGA")
 WHOLE_SET, LARGE_BATCH = COORDINATES
 TIMED = ("MeZO", *EQUAL[1:3], *EQUAL[4:])
 LANGUAGE = (*EQUAL[:3], *FIRST_ORDER, "MeZO()", "MeZOSVRG()")
+STEPPED = (*EQUAL[:3], *FIRST_ORDER)
 WATCHED = ("MeZO", "MeZO-SVRG as printed", "MeZO-SVRG, one rate, shared direction")
 
 
@@ -79,28 +80,18 @@ class Cell(NamedTuple):
 
 
 LS, DIGITS = "least squares", "MNIST"
-LANGUAGE_PLAN = tuple(
-    Cell("causal LM", f"causal LM, {view}", methods, queries, steps, 16)
-    for view, methods, queries, steps in (
-        ("LoRA", ENCODER, 10_000, None),
-        ("last layers", ENCODER, 10_000, None),
-        ("LoRA, bf16", (*EQUAL[:3], "MeZO()"), 10_000, None),
-        ("LoRA", FIRST_ORDER, 10_000, None),
-        ("last layers", FIRST_ORDER, 10_000, None),
-        ("last layers", EQUAL[:3], None, 100),
-        ("all weights", ENCODER, 10_000, None),
-        ("LoRA, bf16", EQUAL[:3], None, 100),
-        ("all weights, bf16", (*EQUAL[:2], "MeZO()"), 10_000, None),
-        ("last layers, bf16", (*EQUAL[:2], "MeZO()"), 10_000, None),
-        ("all weights", FIRST_ORDER, 10_000, None),
-        ("LoRA", EQUAL[:3], None, 100),
-        ("all weights, bf16", EQUAL[:3], None, 100),
-        ("LoRA, bf16", FIRST_ORDER, 10_000, None),
-        ("last layers, bf16", EQUAL[:2], None, 100),
-        ("all weights", EQUAL[:3], None, 100),
-    )
-)
-"""What completes a claim comes first, and of that what is quick."""
+VIEWS = ("LoRA", "last layers", "all weights")
+HALVES = ("", ", bf16")
+"""What is tuned, in fp32 and in bf16."""
+
+
+def of_model(piece: str, queries: int, steps: int, rows: int) -> Iterator[Cell]:
+    """A pre-trained model by what is tuned and in which precision, at equal queries and steps."""
+    for half, view in itertools.product(HALVES, VIEWS):
+        yield Cell(piece, f"{piece}, {view}{half}", LANGUAGE, queries, None, rows)
+        yield Cell(piece, f"{piece}, {view}{half}", STEPPED, None, steps, rows)
+
+
 PLAN = (
     Cell("methods", LS, (*EQUAL, *RECURSIVE), queries=100_000, quick=True),
     Cell("methods", DIGITS, EQUAL, queries=200_000, quick=True),
@@ -108,7 +99,7 @@ PLAN = (
     Cell("methods", DIGITS, ("MeZO", "MeZO, all rows", *EQUAL[1:], *RECURSIVE), steps=1_000),
     Cell("ablations", DIGITS, tuple(ABLATIONS), queries=200_000),
     Cell("ablations", LS, FITTING, queries=1_000_000),
-    *(Cell("batch sizes", DIGITS, SHORT, queries=200_000, batch_size=b)
+    *(Cell("batch sizes", DIGITS, LANGUAGE, queries=200_000, batch_size=b)
       for b in (64, 128, 512, 16)),
     *(Cell("batch sizes", "MNIST, 16,384 images", ("MeZO", "MeZO()"), queries=200_000, batch_size=b)
       for b in (32, 512, 2048, 4096)),
@@ -130,41 +121,28 @@ PLAN = (
     Cell("one sample a forward", DIGITS, ONE_SAMPLE, queries=20_000),
     Cell("bf16", "MNIST, bf16", (*EQUAL[:3], "MeZO()"), queries=200_000),
     Cell("packages", LS, tuple(installed()), queries=100_000),
-    Cell("encoder", "encoder, LoRA", ENCODER, queries=30_000, batch_size=64),
-    Cell("encoder", "encoder, LoRA", ENCODER[:3], steps=150, batch_size=64),
-    Cell("encoder", "encoder, all weights", ENCODER, queries=30_000, batch_size=64),
-    Cell("encoder", "encoder, LoRA", FIRST_ORDER, queries=30_000, batch_size=64),
-    Cell("encoder", "encoder, last layers", ENCODER, queries=30_000, batch_size=64),
-    *LANGUAGE_PLAN,
-    *(Cell("encoder", f"encoder, {view}", FIRST_ORDER, queries=30_000, batch_size=64)
-      for view in ("last layers", "all weights")),
-    *(Cell("encoder", f"encoder, {view}", ENCODER[:3], steps=150, batch_size=64)
-      for view in ("last layers", "all weights")),
+    *of_model("encoder", queries=30_000, steps=150, rows=64),
     Cell("encoder", "encoder, LoRA", RECURSIVE, queries=30_000, batch_size=64),
-    *(Cell("encoder", f"encoder, {view}, bf16", (*EQUAL[:2], "MeZO()"), queries=30_000,
-           batch_size=64) for view in ("LoRA", "last layers", "all weights")),
     Cell("ablations", "encoder, LoRA", FITTING, queries=30_000, batch_size=64),
+    *of_model("causal LM", queries=10_000, steps=100, rows=16),
     Cell("one sample a forward", "encoder, LoRA", ONE_SAMPLE, queries=4_000, batch_size=16),
-    *(Cell("encoder", f"encoder, {view}, bf16", EQUAL[:2], steps=150, batch_size=64)
-      for view in ("LoRA", "last layers", "all weights")),
-    *(Cell("encoder", f"encoder, {view}, bf16", (EQUAL[2], *FIRST_ORDER), queries=30_000,
-           batch_size=64) for view in ("LoRA", "last layers", "all weights")),
-    *(Cell("batch sizes", DIGITS, EQUAL[:3], steps=1_000, batch_size=b) for b in (64, 128)),
+    Cell("one sample a forward", "encoder, LoRA", ONE_SAMPLE, steps=150, batch_size=16),
+    Cell("one sample a forward", LS, ONE_SAMPLE, steps=300),
+    *(Cell("batch sizes", DIGITS, STEPPED, steps=1_000, batch_size=b) for b in (64, 128)),
     Cell("methods", LS, RECURSIVE, queries=1_000_000),
     Cell("one sample a forward", "causal LM, LoRA", ONE_SAMPLE, queries=2_000, batch_size=16),
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+TENFOLD = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 GRIDS = {
     LS: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    **{f"encoder, LoRA{half}": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) for half in ("", ", bf16")},
-    **{f"encoder, {view}{half}": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-       for view in ("last layers", "all weights") for half in ("", ", bf16")},
     "ablations: encoder, LoRA": (1e-2, 3e-2, 1e-1, 3e-1),
     "ranking, NDCG": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     "generation, reward": (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     **dict.fromkeys(("encoder, accuracy", "encoder, F1"), (1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
     **dict.fromkeys(("passages, NDCG", "headlines, reward"), (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
-    **{f"causal LM, LoRA{half}": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) for half in ("", ", bf16")},
-    **{f"causal LM, last layers{half}": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2) for half in ("", ", bf16")},
-    **{f"causal LM, all weights{half}": (1e-6, 1e-5, 1e-4) for half in ("", ", bf16")},
+    **{f"{model}, {view}{half}": rates for half in HALVES for model, view, rates in (
+        ("encoder", "LoRA", TENFOLD[1:]), ("causal LM", "LoRA", TENFOLD[1:]),
+        ("encoder", "last layers", TENFOLD[:5]), ("causal LM", "last layers", TENFOLD[:5]),
+        ("encoder", "all weights", TENFOLD[:5]), ("causal LM", "all weights", TENFOLD[:3]))},
 }  # fmt: skip

@@ -191,11 +191,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="all by default")
     parser.add_argument("--steps", type=int, default=2, help="of forward-only methods")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds")
+    parser.add_argument(
+        "--gib", type=float, help="of the GPU, where less than it has is to be used"
+    )
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", "`.*gradient_checkpointing", FutureWarning)
     on_gpu, began = torch.cuda.is_available(), time.monotonic()
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    if given.gib:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, given.gib * 2**30 / whole))
     usual = [name for name in SIZES if name.startswith("tiny") != on_gpu]
     rows: list[dict[str, Any]] = []
     too_large: set[tuple[str, str]] = set()
