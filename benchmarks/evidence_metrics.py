@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,17 @@ def _lists(seed: int) -> tuple[str, Rows, Rows]:
     return folder, train, held_out
 
 
-def headlines(seed: int) -> Any:
-    """SmolLM2 goes on from headlines drawn by the seed; plain words are the reward."""
+def headlines(seed: int, adapted: Callable[[str], Any] | None = None) -> Any:
+    """SmolLM2 goes on from headlines drawn by the seed; plain words are the reward.
+
+    ``adapted`` makes the model from its folder; None: with the adapter of the example.
+    """
     from generation_reward import build_model, plain_words
 
     _quiet()
     prompts, folder = _prompts()
     chosen = random.Random(seed).sample(prompts, HEADLINES + CHOOSING + TESTED)
-    model = build_model(folder, seed).to(DEVICE)
+    model = (build_model(folder, seed) if adapted is None else adapted(folder)).to(DEVICE)
     objective = GenerationReward(model, _tokenizer(folder), plain_words, max_new_tokens=NEW_TOKENS)
     cut = HEADLINES + CHOOSING
     parts = chosen[:HEADLINES], chosen[HEADLINES:cut], chosen[cut:]

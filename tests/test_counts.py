@@ -75,6 +75,20 @@ def test_a_trained_classifier_is_not_harmed(make: type[ZerothOrder], metric: typ
     assert right(model) >= at_first - 0.02
 
 
+@pytest.mark.parametrize("max_queries", [700, 3_000])
+def test_a_run_that_is_kept_near_says_what_goes_further(max_queries: int) -> None:
+    model = trained(adapter=True)
+    view, optimizer = ParameterView.trainable(model), MeZO()
+    result = minimize(
+        Accuracy(model), view, rows(), optimizer, batch_size=16, max_queries=max_queries,
+        progress=False,
+    )  # fmt: skip
+    found = optimizer.state.descent.displacement
+    assert found < view.displacement / 2
+    assert f"displacement={view.displacement:.3g} goes as far as the view assumes" in result.advice
+    assert f"{found:.3g} was measured" in result.advice
+
+
 def test_as_far_as_the_view_assumes_it_would_be() -> None:
     model = trained(adapter=True)
     view = ParameterView.trainable(model)

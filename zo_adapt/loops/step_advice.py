@@ -10,13 +10,15 @@ from zo_adapt.optimizers.step_size import ByDistance
 from zo_adapt.term import Step
 
 FEWEST_STEPS = 24
-"""Shorter runs are trials: nothing is said of them."""
+"""Shorter runs are trials: what their values did is not told from noise."""
 SURE, LEAST_SURE = 3.0, 2.0
 """Standard errors that a difference must have to be one, and below which there is none."""
 
 
 def verdict(history: Sequence[Step], sign: float, optimizer: Optimizer) -> str:
     """Whether the loss never fell, rose, or still fell at the end, and what to set.
+
+    Of a short run, only where a count was found to bear less than the view assumes.
 
     Args:
         history: The steps of the run.
@@ -27,8 +29,10 @@ def verdict(history: Sequence[Step], sign: float, optimizer: Optimizer) -> str:
         A sentence; empty where nothing is to be said.
     """
     losses = [sign * step.value for step in history]
-    if len(losses) < FEWEST_STEPS or not all(map(math.isfinite, losses)):
+    if not all(map(math.isfinite, losses)):
         return ""
+    if len(losses) < FEWEST_STEPS:
+        return _further(optimizer)
     quarter = len(losses) // 4
     first, last = losses[:quarter], losses[-quarter:]
     kind = "loss" if sign > 0 else "value"
@@ -75,6 +79,20 @@ def _is_bent_little(optimizer: Optimizer) -> bool:
     return bends is not None and bends.before < MOST_NONLINEAR / 2
 
 
+def _further(optimizer: Optimizer) -> str:
+    """What to set where a count's displacement was found far below what the view assumes."""
+    finder = optimizer.state.finder if isinstance(optimizer, ZerothOrder) else None
+    if finder is None or finder.is_new or finder.calibration.rounds == 0:
+        return ""
+    found, assumed = finder.displacement, finder.calibration.begun
+    if not finder.calibration.counts or found > assumed / 2:
+        return ""
+    return (
+        f"{_set(assumed)} goes as far as the view assumes; {found:.3g} was measured so as to harm "
+        "nothing that is right already, and may be too near for a reward that has far to go"
+    )
+
+
 def _shorter(optimizer: Optimizer) -> str:
     match _reach(optimizer):
         case None:
@@ -92,6 +110,8 @@ def _more_signal(optimizer: Optimizer) -> str:
         "set max_queries or batch_size larger; zo_adapt.diagnose(...) says what drowns the signal; "
         "a metric that counts has softness=... for this"
     )
+    if further := _further(optimizer):
+        return f"{further}; or {more}"
     match _reach(optimizer):
         case rho, False:
             return f"leave displacement out to measure it (it was {rho:.3g}), or {more}"
@@ -105,6 +125,8 @@ def _longer(optimizer: Optimizer) -> str:
     match _reach(optimizer):
         case None:
             return f"{more}, or lr"
+        case rho, True if further := _further(optimizer):
+            return f"{more}; or {further}"
         case rho, True if _is_bent_little(optimizer):
             return f"{more}, or {_set(2 * rho)}: at {rho:.3g}, as measured, responses are linear"
         case rho, True:
