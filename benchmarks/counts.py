@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +105,11 @@ def bi_encoder(pooling: str, view: str, seed: int) -> Problem:
     return Problem(ndcg, model, train, test, partial(mean_of, ndcg, list))
 
 
+def views_of(task: str) -> tuple[str, ...]:
+    """What is tuned on a task."""
+    return WRITERS if task == "reward" else VIEWS
+
+
 def writer(view: str, seed: int) -> Problem:
     """What a language model writes after headlines, rewarded for short words that are new."""
     import evidence_metrics
@@ -180,6 +186,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[*METRICS, *POOLINGS])
     parser.add_argument("--views", nargs="+", help="all of a task by default")
     args = parser.parse_args()
+    for task, view in product(args.tasks, args.views or ()):
+        if view not in views_of(task):
+            parser.error(f"{task} has no view {view!r}: {', '.join(views_of(task))}")
     print(f"{args.queries:,} queries, seeds {args.seeds}, {DEVICE}, torch {torch.__version__}")
     print("| objective | view | before | the view's own | default | found |")
     print("|---" * 6 + "|")
@@ -190,7 +199,7 @@ def main() -> None:
                 for how in (False, True)
             ]
             for task in args.tasks
-            for view in args.views or (WRITERS if task == "reward" else VIEWS)
+            for view in args.views or views_of(task)
         }
         for (task, view), runs in cells.items():
             own, default = ([future.result() for future in futures] for futures in runs)

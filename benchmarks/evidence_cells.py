@@ -104,15 +104,6 @@ class Results:
         grid = grid_of(runs[0][0]) if lr is not None else ()
         return Cell(counted, lr, bool(grid) and lr in (grid[0], grid[-1]), former)
 
-    def best(self, where: Where, methods: Sequence[str]) -> str:
-        """Of methods, that of least held-out loss on the seed for tuning, at its best rate."""
-        losses = {
-            method: [_number(f.get("validation")) for r, f in runs if r.seed == TUNING]
-            for method in methods
-            if (runs := self._by.get((where, method)))
-        }
-        return min(losses, key=lambda one: min(losses[one], default=math.inf), default=methods[0])
-
     def of(self, piece: str) -> list[tuple[Run, Found]]:
         """The counted runs of a piece."""
         return [

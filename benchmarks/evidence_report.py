@@ -194,7 +194,13 @@ def by_rows_at_equal_steps() -> Columns:
 
 def objectives(cells: Columns) -> Columns:
     """What is counted, on rows that are held out."""
-    return {f"{where.problem}, {where.budget}": (where, figure) for where, figure in cells.values()}
+    return {
+        f"{where.problem}{'' if figure in where.problem else f' (its {figure})'}, {where.budget}": (
+            where,
+            figure,
+        )
+        for where, figure in cells.values()
+    }
 
 
 def table(found: Results, methods: Sequence[str] | Mapping[str, Any], columns: Columns) -> str:

@@ -210,6 +210,7 @@ def main() -> None:
         try:
             model = decoder(size, "cuda" if on_gpu else "cpu")
         except torch.OutOfMemoryError:
+            rows.append({"model": name, "method": "forward", "GiB": None})
             continue
         ids = torch.randint(3, size.vocabulary, (2, size.context), device=model.device)
         count = sum(weight.numel() for weight in model.parameters())
@@ -231,7 +232,7 @@ def main() -> None:
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-    }
+    } | ({"GiB": given.gib} if given.gib else {})
     lines = ",\n".join(json.dumps(row) for row in rows)
     given.output.write_text(f'{{"made by": {json.dumps(made_by)}, "rows": [\n{lines}\n]}}\n')
 

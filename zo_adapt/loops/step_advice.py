@@ -88,8 +88,8 @@ def _further(optimizer: Optimizer) -> str:
     if not finder.calibration.counts or found > assumed / 2:
         return ""
     return (
-        f"{_set(assumed)} goes as far as the view assumes; {found:.3g} was measured so as to harm "
-        "nothing that is right already, and may be too near for a reward that has far to go"
+        f"{_set(assumed)}, as far as the view assumes: {found:.3g} was measured so as to harm "
+        "nothing that is right already, which may be too near for a reward that has far to go"
     )
 
 
@@ -111,7 +111,7 @@ def _more_signal(optimizer: Optimizer) -> str:
         "a metric that counts has softness=... for this"
     )
     if further := _further(optimizer):
-        return f"{further}; or {more}"
+        return f"{more}; or {further}"
     match _reach(optimizer):
         case rho, False:
             return f"leave displacement out to measure it (it was {rho:.3g}), or {more}"
