@@ -217,7 +217,9 @@ def work(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run, or report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="least squares and theory alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="least squares, MNIST and theory alone"
+    )
     parser.add_argument("--pieces", nargs="*", default=[], help="parts of 'piece: problem'")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds")

@@ -8,6 +8,7 @@ from evidence_claims import (
     ONE_RATE,
     RECOMMENDED,
     SVRG,
+    WITHIN,
     better,
     first_order,
     versus,
@@ -20,7 +21,6 @@ PRECISIONS = {
     "bf16": Where("bf16", "MNIST, bf16", queries=200_000),
 }
 """The same perceptron, data and budget."""
-WITHIN = ", within the spread of the seeds"
 TABLE = "[table](#a-causal-language-model)"
 
 

@@ -207,13 +207,13 @@ def main() -> None:
     too_large: set[tuple[str, str]] = set()
     for name in given.sizes or usual:
         size = SIZES[name]
+        count = sum(weight.numel() for weight in decoder(size, "meta").parameters())
         try:
             model = decoder(size, "cuda" if on_gpu else "cpu")
         except torch.OutOfMemoryError:
-            rows.append({"model": name, "method": "forward", "GiB": None})
+            rows.append({"model": name, "parameters": count, "method": "forward", "GiB": None})
             continue
         ids = torch.randint(3, size.vocabulary, (2, size.context), device=model.device)
-        count = sum(weight.numel() for weight in model.parameters())
         data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for method, call in jobs(model, data, given.steps).items():
             if given.methods and method not in given.methods:

@@ -85,7 +85,7 @@ def test_a_run_that_is_kept_near_says_what_goes_further(max_queries: int) -> Non
     )  # fmt: skip
     found = optimizer.state.descent.displacement
     assert found < view.displacement / 2
-    assert f"displacement={view.displacement:.3g}, as far as the view assumes" in result.advice
+    assert f"set displacement={view.displacement:.3g} to go as far" in result.advice
     assert f"{found:.3g} was measured" in result.advice
 
 

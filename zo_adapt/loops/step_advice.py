@@ -88,8 +88,8 @@ def _further(optimizer: Optimizer) -> str:
     if not finder.calibration.counts or found > assumed / 2:
         return ""
     return (
-        f"{_set(assumed)}, as far as the view assumes: {found:.3g} was measured so as to harm "
-        "nothing that is right already, which may be too near for a reward that has far to go"
+        f"set {_set(assumed)} to go as far as the view assumes: {found:.3g} was measured so as to "
+        "harm nothing that is right already, which may be too near for a reward that has far to go"
     )
 
 
